@@ -1,0 +1,247 @@
+"""What a model is: frozen dataclasses, their JSON form, and presets."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any, Literal
+
+Mixer = Literal["softmax", "supra"]
+FeatureMapKind = Literal["dense", "per_head", "per_head_separate"]
+Decay = Literal["lightning", "retnet", "none"]
+NormKind = Literal["rms_norm", "layer_norm", "layer_norm_gain"]
+RopeScaling = Literal["none", "linear", "llama3"]
+
+
+def _check_choices(config: Any) -> None:
+  """Raises ValueError when a field typed as a Literal holds something else."""
+  for name, hint in typing.get_type_hints(type(config)).items():
+    if typing.get_origin(hint) is Literal:
+      value, choices = getattr(config, name), typing.get_args(hint)
+      if value not in choices:
+        raise ValueError(f"{type(config).__name__}.{name}={value!r}: wanted one of {', '.join(map(repr, choices))}.")
+
+
+def _check_positive(config: Any, *names: str) -> None:
+  for name in names:
+    if not getattr(config, name) > 0:
+      raise ValueError(f"{type(config).__name__}.{name}={getattr(config, name)!r}: wanted a positive number.")
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeConfig:
+  """Rotary position embedding (Su et al. 2021), rotate-half layout.
+
+  Attributes:
+    base: theta in `theta^(-2i/K)`.
+    scaling: `linear` divides every frequency by `factor`; `llama3` divides the low ones and blends a band between.
+    factor: the divisor of `linear` and `llama3`.
+    low_freq_factor, high_freq_factor, original_max_positions: the band of `llama3`.
+  """
+
+  base: float = 10_000.0
+  scaling: RopeScaling = "none"
+  factor: float = 1.0
+  low_freq_factor: float = 1.0
+  high_freq_factor: float = 4.0
+  original_max_positions: int = 8192
+
+  def __post_init__(self):
+    _check_choices(self)
+    _check_positive(self, "base", "factor", "low_freq_factor", "original_max_positions")
+    if self.scaling == "llama3" and not self.high_freq_factor > self.low_freq_factor:
+      raise ValueError(
+        f"RopeConfig: llama3 scaling wants high_freq_factor > low_freq_factor, got {self.high_freq_factor} and "
+        f"{self.low_freq_factor}."
+      )
+
+
+@dataclasses.dataclass(frozen=True)
+class SupraConfig:
+  """How a `supra` mixer departs from softmax attention (arXiv 2405.06640, section 3).
+
+  Attributes:
+    feature_map: W of phi(x) = relu(W x + b). `dense`: one [H*K, H*K] over all heads, and a [G*K, G*K] of its own for k
+      when G < H, as released checkpoints have it. `per_head`: [G, K, K], each shared by a group's queries and its key,
+      as the paper writes it. `per_head_separate`: [H, K, K] for q and [G, K, K] for k.
+    decay: the slopes s_h of gamma_h = exp(-s_h).
+    decay_start: the first lightning slope, where it is not the series' own ratio.
+    qk_norm: normalise the concatenated head features of q and k before RoPE.
+  """
+
+  feature_map: FeatureMapKind = "dense"
+  decay: Decay = "lightning"
+  decay_start: float | None = None
+  qk_norm: bool = False
+
+  def __post_init__(self):
+    _check_choices(self)
+    if self.decay_start is not None:
+      _check_positive(self, "decay_start")
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+  """A Llama-shaped language model whose layers each choose their mixer.
+
+  Attributes:
+    vocab_size, hidden_size, intermediate_size: rows of the embedding, D and F.
+    num_heads, num_kv_heads: H and G; G divides H.
+    head_dim: K, the width of a query or key head.
+    value_head_dim: V; None means K.
+    mixers: one of `softmax` and `supra` for each layer; its length is the number of layers.
+    supra: how the `supra` layers are made.
+    norm: `rms_norm`, `layer_norm` (gain and bias) or `layer_norm_gain`.
+    norm_eps: epsilon of those norms (the GroupNorm of `supra` has its own, 1e-5).
+    rope: rotary positions, used by both mixers.
+    sliding_window: how many tokens back, itself included, a `softmax` layer sees; None means all.
+    tie_embeddings: the unembedding is the embedding.
+    qkv_bias, output_bias, mlp_bias: biases on q, k, v; on the attention output; in the MLP.
+    max_positions: the longest sequence the teacher was trained on; information only.
+    bos_token_id, eos_token_ids: what starts a text and what ends one.
+  """
+
+  vocab_size: int
+  hidden_size: int
+  intermediate_size: int
+  num_heads: int
+  num_kv_heads: int
+  head_dim: int
+  mixers: tuple[Mixer, ...]
+  value_head_dim: int | None = None
+  supra: SupraConfig = SupraConfig()
+  norm: NormKind = "rms_norm"
+  norm_eps: float = 1e-5
+  rope: RopeConfig = RopeConfig()
+  sliding_window: int | None = None
+  tie_embeddings: bool = False
+  qkv_bias: bool = False
+  output_bias: bool = False
+  mlp_bias: bool = False
+  max_positions: int | None = None
+  bos_token_id: int | None = None
+  eos_token_ids: tuple[int, ...] = ()
+
+  def __post_init__(self):
+    _check_choices(self)
+    _check_positive(
+      self, "vocab_size", "hidden_size", "intermediate_size", "num_heads", "num_kv_heads", "head_dim", "value_width"
+    )
+    _check_positive(self, "norm_eps")
+    if self.sliding_window is not None:
+      _check_positive(self, "sliding_window")
+    if self.num_heads % self.num_kv_heads:
+      raise ValueError(f"ModelConfig: num_kv_heads={self.num_kv_heads} does not divide num_heads={self.num_heads}.")
+    if self.head_dim % 2:
+      raise ValueError(f"ModelConfig: head_dim={self.head_dim} is odd; RoPE rotates pairs.")
+    if not self.mixers:
+      raise ValueError("ModelConfig: mixers is empty; give one mixer a layer.")
+    for mixer in self.mixers:
+      if mixer not in typing.get_args(Mixer):
+        raise ValueError(f"ModelConfig.mixers holds {mixer!r}: wanted one of {', '.join(typing.get_args(Mixer))}.")
+
+  @property
+  def num_layers(self) -> int:
+    return len(self.mixers)
+
+  @property
+  def value_width(self) -> int:
+    """V, the width of a value head."""
+    return self.head_dim if self.value_head_dim is None else self.value_head_dim
+
+  def replace(self, **changes: Any) -> ModelConfig:
+    return dataclasses.replace(self, **changes)
+
+  def to_json(self) -> str:
+    return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
+
+  @classmethod
+  def from_json(cls, text: str) -> ModelConfig:
+    """Reads what `to_json` wrote.
+
+    Raises:
+      ValueError: a key is unknown or missing, or a value has the wrong type, by name.
+    """
+    return typing.cast(ModelConfig, _from_mapping(cls, json.loads(text), "model config"))
+
+
+def _from_mapping(cls: type, values: Any, path: str) -> Any:
+  if not isinstance(values, Mapping):
+    raise ValueError(f"{path}: wanted an object, got {values!r}.")
+  hints = typing.get_type_hints(cls)
+  unknown = sorted(set(values) - set(hints))
+  required = {f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING}
+  missing = sorted(required - set(values))
+  if unknown or missing:
+    raise ValueError(f"{path}: unknown keys {unknown}, missing keys {missing}.")
+  return cls(**{name: _convert(hints[name], value, f"{path}: {name}") for name, value in values.items()})
+
+
+def _convert(hint: Any, value: Any, path: str) -> Any:
+  origin, args = typing.get_origin(hint), typing.get_args(hint)
+  if origin in (typing.Union, types.UnionType):
+    return None if value is None else _convert(next(a for a in args if a is not type(None)), value, path)
+  if origin is tuple:
+    if not isinstance(value, list | tuple):
+      raise ValueError(f"{path}: wanted a list, got {value!r}.")
+    return tuple(_convert(args[0], item, path) for item in value)
+  if origin is Literal:
+    return value  # __post_init__ checks the choice and names the field
+  if dataclasses.is_dataclass(hint):
+    return _from_mapping(typing.cast(type, hint), value, path)
+  if hint is float and isinstance(value, int) and not isinstance(value, bool):
+    return float(value)
+  if type(value) is not hint:
+    raise ValueError(f"{path}: wanted {hint.__name__}, got {value!r}.")
+  return value
+
+
+def smollm2_135m(mixer: Mixer = "softmax") -> ModelConfig:
+  """SmolLM2-135M (HuggingFaceTB/SmolLM2-135M): nine query heads, three key/value heads, tied embeddings."""
+  return ModelConfig(
+    vocab_size=49152,
+    hidden_size=576,
+    intermediate_size=1536,
+    num_heads=9,
+    num_kv_heads=3,
+    head_dim=64,
+    mixers=(mixer,) * 30,
+    rope=RopeConfig(base=100_000.0),
+    tie_embeddings=True,
+    max_positions=8192,
+  )
+
+
+def mistral_7b(mixer: Mixer = "softmax") -> ModelConfig:
+  """Mistral-7B-v0.1 (mistralai/Mistral-7B-v0.1), the paper's main teacher."""
+  return ModelConfig(
+    vocab_size=32000,
+    hidden_size=4096,
+    intermediate_size=14336,
+    num_heads=32,
+    num_kv_heads=8,
+    head_dim=128,
+    mixers=(mixer,) * 32,
+    sliding_window=4096,
+    max_positions=32768,
+    bos_token_id=1,
+    eos_token_ids=(2,),
+  )
+
+
+def tiny(mixer: Mixer = "supra") -> ModelConfig:
+  """Two small layers for tests and dry runs: grouped heads, no power of two."""
+  return ModelConfig(
+    vocab_size=97,
+    hidden_size=48,
+    intermediate_size=64,
+    num_heads=6,
+    num_kv_heads=2,
+    head_dim=8,
+    mixers=(mixer,) * 2,
+    bos_token_id=1,
+    eos_token_ids=(2,),
+  )
