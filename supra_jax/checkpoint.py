@@ -1,9 +1,9 @@
 """Model checkpoints on disk: a directory that holds all it takes to use a model.
 
-    DIR/config.json       the ModelConfig
-    DIR/params/           the parameters, an Orbax PyTree checkpoint, one subtree a layer
-    DIR/tokenizer.json    or tokenizer.model; absent where the source had none
-    DIR/source.json       where the model came from
+DIR/config.json       the ModelConfig
+DIR/params/           the parameters, an Orbax PyTree checkpoint, one subtree a layer
+DIR/tokenizer.json    or tokenizer.model; absent where the source had none
+DIR/source.json       where the model came from
 """
 
 from __future__ import annotations

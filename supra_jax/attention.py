@@ -1,0 +1,221 @@
+"""The two mixers: softmax attention, and the linear attention of SUPRA that takes its place."""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any
+
+import flax
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kernels_pallas import linear_attention, linear_attention_step
+from supra_jax.config import ModelConfig, SupraConfig
+from supra_jax.feature_maps import make_feature_maps
+from supra_jax.layers import Norm, apply_rope, group_norm
+
+RETNET_FIRST_EXPONENT = 5
+
+
+@flax.struct.dataclass
+class Context:
+  """Where the tokens of one call stand; the same for all layers.
+
+  Attributes:
+    cos, sin: float32 [B, T, K/2], rotary angles of each token's position in its document.
+    index: int32 [B, T], the cache slot of each token.
+    first: int32 [B, T], the first cache slot of its document.
+    lengths: int32 [B], how many tokens are real; None means all.
+    segment_ids: int32 [B, T], document ids; None means that no document starts inside.
+    continues: bool [B], whether token 0 goes on with the state's document; None means that all do.
+  """
+
+  cos: jax.Array
+  sin: jax.Array
+  index: jax.Array
+  first: jax.Array
+  lengths: jax.Array | None
+  segment_ids: jax.Array | None
+  continues: jax.Array | None
+
+
+@flax.struct.dataclass
+class KVCache:
+  """Keys [B, S, G, K], after RoPE, and values [B, S, G, V] of a softmax layer."""
+
+  k: jax.Array
+  v: jax.Array
+
+
+@flax.struct.dataclass
+class LinearState:
+  """S = sum_j gamma^(T-1-j) k_j v_j^T, float32 [B, H, K, V], of a SUPRA layer; k as phi and RoPE leave it."""
+
+  s: jax.Array
+
+
+def head_slopes(supra: SupraConfig, num_heads: int) -> np.ndarray:
+  """Slopes s_h >= 0 of the decays gamma_h = exp(-s_h), float32 [H].
+
+  Lightning (Qin et al. 2023; ALiBi's series): `start * ratio^h` for a power of two, else the series of the power of two
+  below followed by every second slope of the one above. RetNet (Sun et al. 2023): gamma_h = 1 - 2^-(5+h).
+  """
+  if supra.decay == "none":
+    return np.zeros(num_heads, np.float32)
+  if supra.decay == "retnet":
+    # float64 up to here: in float32, as the reference has it, gamma rounds to 1 from head 20 on.
+    return (-np.log1p(-(2.0 ** -(RETNET_FIRST_EXPONENT + np.arange(num_heads))))).astype(np.float32)
+
+  def series(heads: int) -> np.ndarray:
+    ratio = 2.0 ** -(2.0 ** -(math.log2(heads) - 3))
+    start = ratio if supra.decay_start is None else supra.decay_start
+    return start * ratio ** np.arange(heads)
+
+  below = 2 ** math.floor(math.log2(num_heads))
+  slopes = series(below)
+  if below < num_heads:
+    slopes = np.concatenate([slopes, series(2 * below)[::2][: num_heads - below]])
+  return slopes.astype(np.float32)
+
+
+def masked_softmax_attention(q_BTHK: jax.Array, k_BSGK: jax.Array, v_BSGV: jax.Array, mask_BTS: jax.Array) -> jax.Array:
+  """softmax(q k^T / sqrt(K)) v over the slots where the mask is true; float32 logits, [B, T, H, V]."""
+  batch, time, heads, width = q_BTHK.shape
+  groups = k_BSGK.shape[2]
+  q = q_BTHK.reshape(batch, time, groups, heads // groups, width)
+  wide = jnp.promote_types(q.dtype, jnp.float32)
+  logits = jnp.einsum("btgrk,bsgk->bgrts", q, k_BSGK, preferred_element_type=wide) / math.sqrt(width)
+  # A finite floor: a padded row that sees nothing stays finite, so that it cannot poison the rows that are real.
+  logits = jnp.where(mask_BTS[:, None, None], logits, jnp.finfo(jnp.float32).min / 2)
+  weights = jax.nn.softmax(logits, axis=-1).astype(v_BSGV.dtype)
+  out = jnp.einsum("bgrts,bsgv->btgrv", weights, v_BSGV)
+  return out.reshape(batch, time, heads, v_BSGV.shape[-1])
+
+
+class _Projections(nn.Module):
+  """q, k, v and output projections, under the names that both mixers share, so that they pass from one to the other."""
+
+  config: ModelConfig
+  dtype: Any = jnp.float32
+  implementation: str = "auto"
+
+  def setup(self):
+    c = self.config
+    qkv = functools.partial(nn.Dense, use_bias=c.qkv_bias, dtype=self.dtype)
+    self.q_proj = qkv(c.num_heads * c.head_dim)
+    self.k_proj = qkv(c.num_kv_heads * c.head_dim)
+    self.v_proj = qkv(c.num_kv_heads * c.value_width)
+    self.o_proj = nn.Dense(c.hidden_size, use_bias=c.output_bias, dtype=self.dtype)
+
+  def project(self, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Q [B, T, H, K], k [B, T, G, K], v [B, T, G, V]."""
+    c, lead = self.config, x_BTD.shape[:2]
+    return (
+      self.q_proj(x_BTD).reshape(*lead, c.num_heads, c.head_dim),
+      self.k_proj(x_BTD).reshape(*lead, c.num_kv_heads, c.head_dim),
+      self.v_proj(x_BTD).reshape(*lead, c.num_kv_heads, c.value_width),
+    )
+
+  def merge(self, out_BTHV: jax.Array) -> jax.Array:
+    return self.o_proj(out_BTHV.reshape(*out_BTHV.shape[:2], -1))
+
+
+class SoftmaxAttention(_Projections):
+  """The teacher's attention: causal, grouped, with RoPE and, where the config says so, a sliding window."""
+
+  @nn.nowrap
+  def init_state(self, batch: int, capacity: int) -> KVCache:
+    c = self.config
+    k = jnp.zeros((batch, capacity, c.num_kv_heads, c.head_dim), self.dtype)
+    return KVCache(k, jnp.zeros((*k.shape[:-1], c.value_width), self.dtype))
+
+  def __call__(self, x_BTD: jax.Array, state: KVCache | None, context: Context) -> tuple[jax.Array, KVCache]:
+    q, k, v = self.project(x_BTD)
+    q, k = (apply_rope(x, context.cos, context.sin) for x in (q, k))
+    cache = KVCache(k, v) if state is None else self._append(state, k, v, context)
+    slot = jnp.arange(cache.k.shape[1])
+    oldest = context.first
+    if self.config.sliding_window is not None:
+      oldest = jnp.maximum(oldest, context.index - self.config.sliding_window + 1)
+    mask_BTS = (slot <= context.index[..., None]) & (slot >= oldest[..., None])
+    return self.merge(masked_softmax_attention(q, cache.k, cache.v, mask_BTS)), cache
+
+  @nn.nowrap
+  def _append(self, state: KVCache, k: jax.Array, v: jax.Array, context: Context) -> KVCache:
+    slots, capacity = context.index, state.k.shape[1]
+    if context.lengths is not None:
+      padded = jnp.arange(slots.shape[1]) >= context.lengths[:, None]
+      slots = jnp.where(padded, capacity, slots)  # out of range: dropped
+    rows = jnp.arange(slots.shape[0])[:, None]
+    return KVCache(state.k.at[rows, slots].set(k, mode="drop"), state.v.at[rows, slots].set(v, mode="drop"))
+
+
+class LinearAttention(_Projections):
+  """SUPRA's attention, parallel over a sequence and recurrent over a token alike.
+
+  `o_i = GroupNorm(sum_{j<=i} gamma^(i-j) (q_i . k_j / sqrt(K)) v_j)` with q, k = RoPE(phi(W_q x)), RoPE(phi(W_k x)):
+  paper eq. 9 and 10, `LinearAttn` of TRI-ML/linear_open_lm. Steps in the order that released checkpoints need.
+  """
+
+  def setup(self):
+    super().setup()
+    c = self.config
+    q_map, k_map = make_feature_maps(c, self.dtype)
+    self.feature_map = q_map
+    if k_map is not None:
+      self.feature_map_kv = k_map
+    self.has_own_k_map = k_map is not None
+    if c.supra.qk_norm:
+      self.q_norm = Norm(c.norm, c.norm_eps, self.dtype)
+      self.k_norm = Norm(c.norm, c.norm_eps, self.dtype)
+
+  @nn.nowrap
+  def init_state(self, batch: int, capacity: int) -> LinearState:
+    del capacity  # what makes it an RNN
+    c = self.config
+    return LinearState(jnp.zeros((batch, c.num_heads, c.head_dim, c.value_width), jnp.float32))
+
+  def __call__(self, x_BTD: jax.Array, state: LinearState | None, context: Context) -> tuple[jax.Array, LinearState]:
+    q, k, v = self.project(x_BTD)
+    q = self.feature_map(q)
+    k = self.feature_map_kv(k) if self.has_own_k_map else self.feature_map(k)
+    if self.config.supra.qk_norm:
+      q, k = self._qk_norm(q, k)
+    q, k = (apply_rope(x, context.cos, context.sin) for x in (q, k))
+
+    slopes, scale = head_slopes(self.config.supra, self.config.num_heads), self.config.head_dim**-0.5
+    initial = None if state is None else state.s
+    if initial is not None and context.continues is not None:
+      initial = jnp.where(context.continues[:, None, None, None], initial, 0)
+    if x_BTD.shape[1] == 1 and initial is not None and context.lengths is None:
+      out, s = linear_attention_step(q[:, 0], k[:, 0], v[:, 0], slopes, initial, scale=scale)
+      out = out[:, None]
+    else:
+      out, s = linear_attention(
+        q,
+        k,
+        v,
+        slopes,
+        scale=scale,
+        initial_state=initial,
+        segment_ids=context.segment_ids,
+        lengths=context.lengths,
+        implementation=self.implementation,
+      )
+    return self.merge(group_norm(out)), LinearState(s)
+
+  def _qk_norm(self, q_BTHK: jax.Array, k_BTGK: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Norms over all heads together. k's gains are one a query head, so that k leaves with H heads."""
+    k_BTHK = jnp.repeat(k_BTGK, self.config.num_heads // self.config.num_kv_heads, axis=2)
+    lead = q_BTHK.shape[:2]
+    q = self.q_norm(q_BTHK.reshape(*lead, -1)).reshape(q_BTHK.shape)
+    return q, self.k_norm(k_BTHK.reshape(*lead, -1)).reshape(q_BTHK.shape)
+
+
+MIXERS: dict[str, type[SoftmaxAttention] | type[LinearAttention]] = {
+  "softmax": SoftmaxAttention,
+  "supra": LinearAttention,
+}

@@ -1,0 +1,134 @@
+"""The parts of a block that both mixers share: norms, rotary positions, SwiGLU.
+
+Shape suffixes, here and everywhere: B batch, T time, L layers, D width, H query heads, G key/value heads, R = H / G
+query heads a group, K key width, V value width, S slots of a key/value cache, F ffn.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from supra_jax.config import ModelConfig, NormKind, RopeConfig
+
+GROUP_NORM_EPS = 1e-5  # the reference's GroupNorm keeps torch's default, whatever the model's norm_eps is
+
+
+def at_least_float32(x: jax.Array) -> jax.Array:
+  """X in float32, or as it is where it is wider."""
+  return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+class Norm(nn.Module):
+  """RMSNorm or LayerNorm over the last axis, computed in float32.
+
+  Attributes:
+    kind: `rms_norm`, `layer_norm` (gain and bias) or `layer_norm_gain`.
+    eps: added to the mean square or the variance.
+    dtype: of the result.
+  """
+
+  kind: NormKind
+  eps: float
+  dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    weight = self.param("weight", nn.initializers.ones, (x.shape[-1],))
+    bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],)) if self.kind == "layer_norm" else None
+    x = at_least_float32(x)
+    if self.kind != "rms_norm":
+      x = x - x.mean(-1, keepdims=True)
+    x = x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + self.eps)
+    x = x * weight.astype(x.dtype)
+    if bias is not None:
+      x = x + bias.astype(x.dtype)
+    return x.astype(self.dtype)
+
+
+def group_norm(x_BTHV: jax.Array) -> jax.Array:
+  """GroupNorm with one group a head and no parameters: each head of each token to mean 0 and variance 1.
+
+  The paper's replacement for the softmax normaliser (eq. 9). Statistics are float32, the variance is the biased one.
+  """
+  x = at_least_float32(x_BTHV)
+  x = x - x.mean(-1, keepdims=True)
+  x = x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + GROUP_NORM_EPS)
+  return x.astype(x_BTHV.dtype)
+
+
+def rope_frequencies(rope: RopeConfig, head_dim: int) -> np.ndarray:
+  """Angles a position, float64 [head_dim / 2]: `base^(-2i/K)`, scaled as the config says."""
+  frequency = rope.base ** (-np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
+  if rope.scaling == "none":
+    return frequency
+  slow = frequency / rope.factor
+  if rope.scaling == "linear":
+    return slow
+  # Llama 3: turns within the original context decide; few turns: slowed, many: kept, between: blended.
+  turns = rope.original_max_positions * frequency / (2 * np.pi)
+  keep = np.clip((turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor), 0, 1)
+  return (1 - keep) * slow + keep * frequency
+
+
+_DIGIT_BITS = (11, 10, 10)  # of a position, low to high: 2^31 positions from three small tables
+
+
+@functools.lru_cache(maxsize=16)
+def _rope_digits(rope: RopeConfig, head_dim: int) -> list[tuple[np.ndarray, np.ndarray]]:
+  """(cos, sin) float32 [2^bits, K/2] for every value of each digit of a position."""
+  tables, shift = [], 0
+  for bits in _DIGIT_BITS:
+    angle = np.outer(np.arange(2**bits, dtype=np.float64) * 2**shift, rope_frequencies(rope, head_dim))
+    tables.append((np.cos(angle).astype(np.float32), np.sin(angle).astype(np.float32)))
+    shift += bits
+  return tables
+
+
+def rope_table(rope: RopeConfig, head_dim: int, positions_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """Cosine and sine of the rotary angles.
+
+  A float32 product position * frequency is off by 0.03 rad at a million. Here a position's digits each look up a unit
+  complex number made in float64, and their product has the sum of the angles: exact to float32 at any position.
+
+  Args:
+    rope: base and scaling.
+    head_dim: K, even.
+    positions_BT: int32, each in [0, 2^31).
+
+  Returns:
+    (cos, sin), float32 [B, T, K/2].
+  """
+  cos, sin, shift = None, None, 0
+  for bits, (cos_table, sin_table) in zip(_DIGIT_BITS, _rope_digits(rope, head_dim), strict=True):
+    digit = (positions_BT >> shift) & (2**bits - 1)
+    c, s = jnp.asarray(cos_table)[digit], jnp.asarray(sin_table)[digit]
+    cos, sin = (c, s) if cos is None else (cos * c - sin * s, sin * c + cos * s)
+    shift += bits
+  return cos, sin
+
+
+def apply_rope(x_BTHK: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+  """Rotates the pairs (i, i + K/2) of each head by the angles of `rope_table` (rotate-half layout)."""
+  low, high = jnp.split(at_least_float32(x_BTHK), 2, axis=-1)
+  cos, sin = (angle[:, :, None].astype(low.dtype) for angle in (cos, sin))
+  return jnp.concatenate([low * cos - high * sin, high * cos + low * sin], axis=-1).astype(x_BTHK.dtype)
+
+
+class SwiGLU(nn.Module):
+  """`down(silu(gate x) * up x)` (Shazeer 2020)."""
+
+  config: ModelConfig
+  dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(self, x_BTD: jax.Array) -> jax.Array:
+    dense = functools.partial(nn.Dense, use_bias=self.config.mlp_bias, dtype=self.dtype)
+    gate = dense(self.config.intermediate_size, name="gate_proj")(x_BTD)
+    up = dense(self.config.intermediate_size, name="up_proj")(x_BTD)
+    return dense(self.config.hidden_size, name="down_proj")(nn.silu(gate) * up)
