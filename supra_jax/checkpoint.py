@@ -1,4 +1,4 @@
-"""Model checkpoints on disk: a directory that holds all it takes to use a model.
+"""Checkpoints on disk: models, whole in one directory, and the states that a run can go on from.
 
 DIR/config.json       the ModelConfig
 DIR/params/           the parameters, an Orbax PyTree checkpoint, one subtree a layer
@@ -17,6 +17,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -126,6 +127,43 @@ def load_model(directory: str | os.PathLike[str], dtype: Any = None) -> ModelChe
   source = json.loads((path / SOURCE_FILE).read_text()) if (path / SOURCE_FILE).exists() else {}
   tokenizer_files = {n: (path / n).read_bytes() for n in TOKENIZER_FILES if (path / n).exists()}
   return ModelCheckpoint(config, _restore(path / PARAMS_DIRECTORY, dtype), tokenizer_files, source)
+
+
+class TrainingCheckpoints:
+  """What a run needs to go on: the train state and the position in the data, a directory a step.
+
+  Attributes:
+    directory: of the run's checkpoints.
+  """
+
+  def __init__(self, directory: str | os.PathLike[str], *, keep: int):
+    self.directory = Path(directory).absolute()
+    options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
+    self._manager = ocp.CheckpointManager(self.directory, options=options)
+
+  def latest_step(self) -> int | None:
+    return self._manager.latest_step()
+
+  def save(self, step: int, state: Any, data: grain.DatasetIterator) -> None:
+    """Starts to write; the arrays may be donated as soon as it returns."""
+    args = ocp.args.Composite(state=ocp.args.StandardSave(state), data=grain.checkpoint.CheckpointSave(data))
+    self._manager.save(step, args=args)
+
+  def restore(self, step: int, like: Any, data: grain.DatasetIterator) -> Any:
+    """Returns the state of a step and moves `data` to where it was.
+
+    Args:
+      step: one that was saved.
+      like: jax.ShapeDtypeStruct, with shardings, of every array of the state.
+      data: an iterator over the same dataset.
+    """
+    args = ocp.args.Composite(state=ocp.args.StandardRestore(like), data=grain.checkpoint.CheckpointRestore(data))
+    return self._manager.restore(step, args=args)["state"]
+
+  def close(self) -> None:
+    """Waits for what is being written."""
+    self._manager.wait_until_finished()
+    self._manager.close()
 
 
 def _restore(path: Path, dtype: Any) -> Params:

@@ -165,10 +165,20 @@ class ModelConfig:
     Raises:
       ValueError: a key is unknown or missing, or a value has the wrong type, by name.
     """
-    return typing.cast(ModelConfig, _from_mapping(cls, json.loads(text), "model config"))
+    return typing.cast(ModelConfig, from_mapping(cls, json.loads(text), "model config"))
 
 
-def _from_mapping(cls: type, values: Any, path: str) -> Any:
+def from_mapping(cls: type, values: Any, path: str) -> Any:
+  """Builds a config dataclass, nested ones included, from plain values.
+
+  Args:
+    cls: a dataclass.
+    values: a mapping, e.g. parsed JSON or a ConfigDict.
+    path: what the values are called in errors.
+
+  Raises:
+    ValueError: a key is unknown or missing, or a value has the wrong type, by name.
+  """
   if not isinstance(values, Mapping):
     raise ValueError(f"{path}: wanted an object, got {values!r}.")
   hints = typing.get_type_hints(cls)
@@ -191,7 +201,7 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
   if origin is Literal:
     return value  # __post_init__ checks the choice and names the field
   if dataclasses.is_dataclass(hint):
-    return _from_mapping(typing.cast(type, hint), value, path)
+    return from_mapping(typing.cast(type, hint), value, path)
   if hint is float and isinstance(value, int) and not isinstance(value, bool):
     return float(value)
   if type(value) is not hint:

@@ -26,6 +26,10 @@ from tqdm import tqdm
 from supra_jax.checkpoint import new_directory
 
 Join = Literal["join", "separate"]
+Part = Literal["train", "heldout"]
+PARTS: tuple[Part, Part] = ("train", "heldout")
+# What `iter` of a loader gives: batches, get_state and set_state. Named here so that others need not import grain.
+Batches = grain.DatasetIterator
 
 META_FILE = "meta.json"
 ROWS_FILE = "rows.array_record"
@@ -37,8 +41,8 @@ _PROBE = (
   "The quick brown fox jumps over the lazy dog; it's 7 o'clock, isn't it? Supercalifragilisticexpialidocious.",
   "3.14159 1000000 2405.06640 1,234,567 0x1F 50% $9.99\n\n7. Seventh\n\n\n8. Eighth",
   "def f(x):\n    return {'a': [x ** 2, -x]}\n\tif x != None and __name__ == '__main__':   # trailing   blanks   ",
-  "Über naïve façades, señor: œuvre, Straße, ångström. Привет, мир. Γειά σου Κόσμε. مرحبا שלום नमस्ते 你好世界 안녕 こんにちは",
-  "HELLO World helloWorld <|endoftext|> <s></s> [INST] http://example.org/a?b=c&d=e \u00a0\u2014\u2019 ∑∫√ 🙂👩‍🔬",
+  "Über naïve façades, señor: œuvre, Straße, ångström. Привет, мир. مرحبا שלום नमस्ते 你好世界 안녕 こんにちは",
+  "HELLO World helloWorld <|endoftext|> <s></s> [INST] http://example.org/a?b=c&d=e \u00a0\u2014\u2019 ∑∫√ 🙂🔬",
 )
 
 
@@ -115,11 +119,11 @@ def read_documents(pattern: str, text_key: str = "text") -> Iterator[str]:
       yield from _read_json_lines(path, text_key)
 
 
-def split_documents(documents: Iterable[str], *, every: int, part: Literal["train", "heldout"]) -> Iterator[str]:
+def split_documents(documents: Iterable[str], *, every: int, part: Part) -> Iterator[str]:
   """Yields each `every`-th document (`heldout`) or all the others (`train`)."""
   if every < 2:
     raise ValueError(f"every={every}: wanted at least 2, so that documents are left to train on.")
-  if part not in ("train", "heldout"):
+  if part not in PARTS:
     raise ValueError(f"part={part!r}: wanted 'train' or 'heldout'.")
   for number, document in enumerate(documents, start=1):
     if (number % every == 0) == (part == "heldout"):
@@ -247,6 +251,7 @@ def check_packed(
   vocab_size: int | None = None,
   tokenizer: TextEncoder | None = None,
   join: Join | None = None,
+  bos: bool | None = None,
 ) -> PackedInfo:
   """Returns the info of a packed directory if it is what is wanted; None asks for nothing.
 
@@ -261,6 +266,8 @@ def check_packed(
     differs.append(f"its vocab_size is {info.vocab_size}, above the model's {vocab_size}")
   if join not in (None, info.join):
     differs.append(f"its documents are packed with join={info.join!r}, not {join!r}")
+  if bos not in (None, info.bos):
+    differs.append(f"it was packed with bos={info.bos}, not {bos}")
   if tokenizer is not None and tokenizer_fingerprint(tokenizer) != info.tokenizer_sha256:
     differs.append("it was made with another tokenizer")
   if differs:

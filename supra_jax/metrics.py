@@ -1,6 +1,7 @@
 """What a run says of itself: a file of JSON lines, progress on the terminal, a picture of the losses.
 
-Training records: step, tokens, loss, grad_norm, learning_rate, tokens_per_second. Evaluations: step, tokens, heldout_nll.
+A record of training has step, tokens, loss, grad_norm, learning_rate and tokens_per_second; one of an evaluation has
+step, tokens and heldout_nll.
 """
 
 from __future__ import annotations
@@ -19,12 +20,23 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 from tqdm import tqdm
 
 Record = Mapping[str, Any]
 
-INK, GREY, TRAIN, HELDOUT = "#2b2b2b", "#8a8a8a", "#8fb3d9", "#c1442e"
+INK, GREY, TRAIN, HELDOUT = "#2b2b2b", "#8a8a8a", "#4f86c0", "#c1442e"
+
+
+_DOTS: dict[str, Any] = {
+  "linestyle": "none",
+  "marker": "o",
+  "markersize": 5,
+  "markeredgecolor": "white",
+  "markeredgewidth": 0.8,
+  "clip_on": False,
+  "zorder": 4,
+}
 
 
 class MetricsWriter:
@@ -51,9 +63,10 @@ class MetricsWriter:
 
   def write(self, record: Record) -> None:
     """Appends a record, which has a step; nan and infinities become null."""
-    if not isinstance(record.get("step"), int):
-      raise ValueError(f"A record of metrics has an integer step, got {dict(record)!r}.")
-    self._file.write(_line(record))
+    line = _line(record)
+    if not isinstance(json.loads(line).get("step"), int):
+      raise ValueError(f"A record of metrics has a whole number under 'step', got {line.strip()}.")
+    self._file.write(line)
     self._file.flush()
 
   def close(self) -> None:
@@ -79,9 +92,10 @@ def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
   for number, line in enumerate(lines, start=1):
     try:
       record = json.loads(line)
-      record["step"] + 0  # noqa: B018  # a record is an object with a number of steps
-    except (ValueError, KeyError, TypeError) as error:
-      raise ValueError(f"{path}, line {number}: not a record of metrics: {line!r}.") from error
+    except ValueError as error:
+      raise ValueError(f"{path}, line {number}: not JSON: {line!r}.") from error
+    if not isinstance(record, dict) or not isinstance(record.get("step"), int):
+      raise ValueError(f"{path}, line {number}: no whole number under 'step': {line!r}.")
     records.append(record)
   return records
 
@@ -99,9 +113,7 @@ def _plain(value: Any) -> Any:
 class Progress:
   """Steps done, loss, tokens/s and time left: a bar on a terminal, else a line every `seconds`."""
 
-  def __init__(
-    self, total_steps: int, *, first_step: int = 0, seconds: float = 10.0, stream: TextIO | None = None
-  ):
+  def __init__(self, total_steps: int, *, first_step: int = 0, seconds: float = 10.0, stream: TextIO | None = None):
     self._stream = stream or sys.stderr
     self._total, self._first, self._step, self._seconds = total_steps, first_step, first_step, seconds
     self._began = self._said = time.monotonic()
@@ -173,7 +185,7 @@ def plot_losses(
   teacher_nll: float | None = None,
   title: str = "",
 ) -> None:
-  """Draws training loss and held-out loss against tokens, and the teacher's held-out loss as a line.
+  """Draws training and held-out loss against tokens, and the teacher's held-out loss as a line.
 
   Args:
     metrics_path: what MetricsWriter wrote.
@@ -188,24 +200,76 @@ def plot_losses(
   train, heldout = _points(records, "loss"), _points(records, "heldout_nll")
   if not len(train) and not len(heldout):
     raise ValueError(f"{metrics_path}: no loss to draw.")
-  figure = Figure(figsize=(7.2, 4.0), dpi=200, facecolor="white", layout="constrained")
+  # Not pyplot, which would keep the figure in global state.
+  figure = Figure(figsize=(7.2, 4.0), dpi=200, layout="constrained")
   FigureCanvasAgg(figure)
   axes = figure.add_subplot()
   _draw_frame(axes, title)
-  last = max(points[-1, 0] for points in (train, heldout) if len(points))
-  labels: list[tuple[float, str, str]] = []
+  ends: list[tuple[float, str, str]] = []
   if len(train):
-    axes.plot(*train.T, color=TRAIN, alpha=0.45, linewidth=0.8)
     smooth = _smooth(train[:, 1])
-    axes.plot(train[:, 0], smooth, color=TRAIN, linewidth=2)
-    labels.append((smooth[-1], f"training {smooth[-1]:.2f}", "#5a86b5"))
+    axes.plot(train[:, 0], train[:, 1], color=TRAIN, alpha=0.25, linewidth=0.7)
+    axes.plot(train[:, 0], smooth, color=TRAIN, linewidth=1.8)
+    ends.append((smooth[-1], "training", TRAIN))
   if len(heldout):
-    axes.plot(*heldout.T, color=HELDOUT, linewidth=1.2, marker="o", markersize=4)
-    labels.append((heldout[-1, 1], f"held out {heldout[-1, 1]:.2f}", HELDOUT))
+    axes.plot(heldout[:, 0], heldout[:, 1], color=HELDOUT, **_DOTS)
+    ends.append((heldout[-1, 1], "held out", HELDOUT))
   if teacher_nll is not None:
     axes.axhline(teacher_nll, color=INK, linewidth=1, dashes=(5, 3))
-    labels.append((teacher_nll, f"teacher {teacher_nll:.2f}", INK))
-  axes.set_xlim(0, last if last > 0 else 1)
-  _set_heights(axes, [points[:, 1] for points in (train, heldout) if len(points)], teacher_nll)
-  _label_ends(axes, labels)
+    ends.append((teacher_nll, "teacher", INK))
+  axes.set_xlim(0, max(points[:, 0].max() for points in (train, heldout) if len(points)) or 1)
+  _label_ends(axes, ends)
   figure.savefig(output_png)
+
+
+def _points(records: Sequence[Record], name: str) -> np.ndarray:
+  """[n, 2]: tokens and the finite values under `name`."""
+  pairs = [(record["tokens"], record[name]) for record in records if record.get(name) is not None]
+  return np.array(pairs, dtype=float).reshape(-1, 2)
+
+
+def _smooth(values: np.ndarray) -> np.ndarray:
+  """The mean of each value and its sqrt(n) neighbours to either side."""
+  sums, number = np.concatenate([[0.0], np.cumsum(values)]), len(values)
+  at = np.arange(number)
+  # As far back as forward at the start, where the curve falls too fast for a lopsided mean.
+  back = np.minimum(at, math.isqrt(number))
+  forward = np.minimum(back, number - 1 - at)
+  return (sums[at + forward + 1] - sums[at - back]) / (back + forward + 1)
+
+
+def _draw_frame(axes: Axes, title: str) -> None:
+  axes.spines[["top", "right"]].set_visible(False)
+  axes.spines[["left", "bottom"]].set_color(GREY)
+  axes.tick_params(colors=GREY, labelcolor=INK, labelsize=10, length=3)
+  axes.grid(axis="y", color="#eeeeee", linewidth=0.8)
+  axes.set_axisbelow(True)
+  axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _short(value)))
+  axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
+  axes.set_xlabel("tokens", color=INK, fontsize=10.5)
+  # A loss starts far above where it spends its life; a logarithmic axis leaves that part room.
+  axes.set_yscale("log")
+  axes.yaxis.set_major_locator(MaxNLocator(8, steps=[1, 2, 5, 10]))
+  axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+  axes.yaxis.set_minor_locator(NullLocator())
+  axes.set_title("loss, nats per token, logarithmic", loc="left", color=INK, fontsize=10.5)
+  if title:
+    axes.figure.suptitle(title, x=0.01, ha="left", color=INK, fontsize=12.5, fontweight="bold")
+
+
+def _label_ends(axes: Axes, ends: Sequence[tuple[float, str, str]]) -> None:
+  """Writes each curve's name and last value right of it, moved apart where they would touch."""
+  to_axes = axes.transData + axes.transAxes.inverted()
+  at = -math.inf
+  for value, name, colour in sorted(ends):
+    at = max(to_axes.transform((1, value))[1], at + 0.075)
+    axes.annotate(
+      f"{name} {value:.2f}",
+      xy=(1, at),
+      xycoords="axes fraction",
+      xytext=(10, 0),
+      textcoords="offset points",
+      va="center",
+      color=colour,
+      fontsize=10.5,
+    )

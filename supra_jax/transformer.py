@@ -42,6 +42,9 @@ class DecodeState:
     return next((layer.k.shape[1] for layer in self.layers if isinstance(layer, KVCache)), None)
 
 
+_FRESH = {"cached": 0, "position": 0, "segment": -1}  # the counters of a DecodeState before any token
+
+
 class Block(nn.Module):
   """`x + mixer(norm x)`, then `x + SwiGLU(norm x)`."""
 
@@ -133,8 +136,9 @@ class Transformer(nn.Module):
   def init_state(self, batch: int, capacity: int = 0) -> DecodeState:
     """The state before any token; `capacity` tokens fit into the caches of softmax layers, others need none."""
     layers = tuple(MIXERS[m](self.config, self.dtype).init_state(batch, capacity) for m in self.config.mixers)
-    zeros = jnp.zeros(batch, jnp.int32)
-    return DecodeState(layers, cached=zeros, position=zeros, segment=zeros - 1)
+    # Three arrays, not one thrice: a state is given away, and no buffer can be given twice.
+    counters = {name: jnp.full(batch, value, jnp.int32) for name, value in _FRESH.items()}
+    return DecodeState(layers, **counters)
 
   def __call__(
     self,
@@ -218,9 +222,8 @@ class Transformer(nn.Module):
     """Where each token stands, and the state's counters after the last real one (layers are still to come)."""
     batch, time = tokens_BT.shape
     step = jnp.broadcast_to(jnp.arange(time), (batch, time))
-    zeros = jnp.zeros(batch, jnp.int32)
     cached, position, segment = (
-      (zeros, zeros, zeros - 1) if state is None else (state.cached, state.position, state.segment)
+      jnp.full(batch, fresh, jnp.int32) if state is None else getattr(state, name) for name, fresh in _FRESH.items()
     )
     count = jnp.full(batch, time, jnp.int32) if lengths is None else lengths.astype(jnp.int32)
     if state is not None and state.capacity is not None:

@@ -1,0 +1,33 @@
+"""The demo: SmolLM2-135M-Instruct becomes an RNN, 50 thousand tokens on two CPU cores.
+
+    make demo
+
+Its schedule is its own: the paper's 1000 steps of warmup would move nothing in so few tokens.
+"""
+
+import ml_collections
+
+
+def get_config() -> ml_collections.ConfigDict:
+  config = ml_collections.ConfigDict()
+  config.init_checkpoint = "runs/demo/linearized"
+  config.batch_size = 2
+  config.num_steps = 100
+  config.dtype = "float32"
+  config.remat = "none"
+  config.seed = 0
+  config.log_every = 1
+  config.evaluate_every = 25
+  config.save_every = 0
+
+  config.data = ml_collections.ConfigDict()
+  config.data.input = "pydoc:topics"
+  config.data.sequence_length = 256
+  config.data.heldout_every = 10
+  config.data.heldout_rows = 24
+
+  config.optimizer = ml_collections.ConfigDict()
+  config.optimizer.learning_rate = 1e-3
+  config.optimizer.end_learning_rate = 1e-5
+  config.optimizer.warmup_steps = 5
+  return config

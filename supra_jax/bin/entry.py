@@ -1,0 +1,29 @@
+"""How every binary starts: quiet libraries, and errors that are for people."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
+from absl import app, flags, logging
+
+
+def run(main: Callable[[], None]) -> None:
+  """Parses flags and calls `main`.
+
+  Bad input (ValueError, OSError) ends the program with its message on stderr and exit status 1; any other exception is
+  a defect and keeps its traceback.
+  """
+
+  def absl_main(argv: list[str]) -> None:
+    if argv[1:]:
+      raise app.UsageError(f"Unknown arguments: {' '.join(argv[1:])}")
+    if not flags.FLAGS["verbosity"].present:
+      logging.set_verbosity(logging.ERROR)  # jax and orbax say much that is no news to a user
+    try:
+      main()
+    except (ValueError, OSError) as error:
+      print(f"error: {error}", file=sys.stderr)
+      sys.exit(1)
+
+  app.run(absl_main)

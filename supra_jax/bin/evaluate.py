@@ -1,0 +1,34 @@
+"""Loss and perplexity of a model on text: `python -m supra_jax.bin.evaluate --checkpoint=DIR --input=GLOB`."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+from absl import flags
+
+import supra_jax
+from supra_jax.bin.entry import run
+from supra_jax.data import read_documents
+from supra_jax.evaluate import text_nll
+
+_CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Model directory.", required=True)
+_INPUT = flags.DEFINE_string("input", None, ".txt or .jsonl[.gz|.zst] files, or pydoc:topics.", required=True)
+_TEXT_KEY = flags.DEFINE_string("text_key", "text", "Key of a JSON line that holds the text.")
+_WINDOW = flags.DEFINE_integer("window", 1024, "Tokens a window; windows do not see each other.", lower_bound=2)
+_MAX_TOKENS = flags.DEFINE_integer("max_tokens", 0, "Read at most so many tokens; 0 means all.", lower_bound=0)
+_DTYPE = flags.DEFINE_string("dtype", None, "float32 or bfloat16. Default: as stored.")
+
+
+def main() -> None:
+  lm = supra_jax.load(_CHECKPOINT.value, _DTYPE.value)
+  if lm.tokenizer is None:
+    raise ValueError(f"{_CHECKPOINT.value} has no tokenizer.")
+  documents = (lm.tokenizer.encode(text, bos=False) for text in read_documents(_INPUT.value, _TEXT_KEY.value))
+  tokens = list(itertools.islice(itertools.chain.from_iterable(documents), _MAX_TOKENS.value or None))
+  nll, targets = text_nll(lm, tokens, window=_WINDOW.value)
+  print(f"loss {nll:.4f} nats a token, perplexity {math.exp(nll):.3f}, {targets} tokens, windows of {_WINDOW.value}")
+
+
+if __name__ == "__main__":
+  run(main)

@@ -1,0 +1,36 @@
+"""Streams text from a model: `python -m supra_jax.bin.generate --checkpoint=DIR --prompt=TEXT`."""
+
+from __future__ import annotations
+
+from absl import flags
+
+import supra_jax
+from supra_jax.bin.entry import run
+
+_CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Model directory.", required=True)
+_PROMPT = flags.DEFINE_string("prompt", None, "Text to go on from.", required=True)
+_MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 100, "At most so many.", lower_bound=0)
+_TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "0 takes the likeliest token each time.", lower_bound=0)
+_TOP_K = flags.DEFINE_integer("top_k", 0, "Draw from the k likeliest tokens; 0 means all.", lower_bound=0)
+_TOP_P = flags.DEFINE_float("top_p", 1.0, "Draw from the likeliest tokens that together reach this probability.")
+_SEED = flags.DEFINE_integer("seed", 0, "Of the draws.")
+_DTYPE = flags.DEFINE_string("dtype", None, "float32 or bfloat16. Default: as stored.")
+
+
+def main() -> None:
+  lm = supra_jax.load(_CHECKPOINT.value, _DTYPE.value)
+  print(_PROMPT.value, end="", flush=True)
+  for text in lm.stream(
+    _PROMPT.value,
+    max_new_tokens=_MAX_NEW_TOKENS.value,
+    temperature=_TEMPERATURE.value,
+    top_k=_TOP_K.value,
+    top_p=_TOP_P.value,
+    seed=_SEED.value,
+  ):
+    print(text, end="", flush=True)
+  print()
+
+
+if __name__ == "__main__":
+  run(main)

@@ -1,0 +1,188 @@
+"""The door for users: a model, its parameters and its tokenizer in one object."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from supra_jax import checkpoint, generate
+from supra_jax.attention import KVCache
+from supra_jax.config import ModelConfig
+from supra_jax.generate import Sampling
+from supra_jax.tokenizer import Tokenizer
+from supra_jax.transformer import DecodeState, Padding, Transformer
+
+
+def load(directory: str | os.PathLike[str], dtype: Any = None) -> LM:
+  """Loads a model directory.
+
+  Args:
+    directory: made by `convert_weights.hf_to_orbax`, `supra_jax.bin.linearize` or `supra_jax.bin.train`.
+    dtype: of the parameters and of the computation, e.g. `"bfloat16"`; None means as stored.
+
+  Raises:
+    FileNotFoundError: the directory is no model, or a part of it is missing.
+  """
+  stored = checkpoint.load_model(directory, None if dtype is None else jnp.dtype(dtype))
+  return LM(stored.config, stored.params, Tokenizer.from_files(stored.tokenizer_files, stored.config))
+
+
+class LM:
+  """A language model ready to use.
+
+  Attributes:
+    config: what the model is.
+    params: nested dict of arrays, one subtree a layer.
+    tokenizer: None where the checkpoint has none.
+    model: the Flax module; `model.apply({"params": params}, ...)` for all that is not here.
+  """
+
+  def __init__(self, config: ModelConfig, params: Mapping[str, Any], tokenizer: Tokenizer | None = None):
+    self.config = config
+    self.params = params
+    self.tokenizer = tokenizer
+    self.model = Transformer(config, dtype=params["embed_tokens"]["embedding"].dtype)
+
+  def __call__(
+    self,
+    tokens: jax.typing.ArrayLike,
+    state: DecodeState | None = None,
+    *,
+    lengths: jax.typing.ArrayLike | None = None,
+    segment_ids: jax.typing.ArrayLike | None = None,
+    padding: Padding = "right",
+  ) -> tuple[jax.Array, DecodeState]:
+    """Logits of every position, and the state to go on from.
+
+    Args:
+      tokens: int [B, T], T >= 1. Padding may hold any value.
+      state: what an earlier call returned; None starts afresh. Key/value caches grow as they must, outside jit.
+      lengths: int [B], how many tokens of each row are real; None means all.
+      segment_ids: int [B, T], document ids; see `Transformer.__call__`.
+      padding: the side that the padding is on, "right" or "left".
+
+    Returns:
+      (logits float32 [B, T, vocabulary], state). Logits of padding are of no use.
+
+    Raises:
+      ValueError: shapes do not fit each other, or a real token is not in the vocabulary.
+    """
+    inputs = dict(tokens=tokens, lengths=lengths, segment_ids=segment_ids)
+    if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((inputs, state))):
+      arrays = {name: None if x is None else jnp.asarray(x) for name, x in inputs.items()}
+      return self._apply_traced(arrays.pop("tokens"), state, padding=padding, **arrays)
+    arrays = {name: None if x is None else np.asarray(x) for name, x in inputs.items()}
+    return self._apply_concrete(arrays.pop("tokens"), state, padding=padding, **arrays)
+
+  def generate(self, prompt: str, **kwargs: Any) -> str:
+    """The text that follows `prompt`; takes what `stream` takes."""
+    return "".join(self.stream(prompt, **kwargs))
+
+  def stream(
+    self,
+    prompt: str,
+    *,
+    max_new_tokens: int = 100,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    seed: int = 0,
+  ) -> Iterator[str]:
+    """Yields the text that follows `prompt`, piece by piece, until an end-of-text token.
+
+    Args:
+      prompt: may be empty where the model has a token that starts or ends a text.
+      max_new_tokens: at most so many.
+      temperature: 0 takes the likeliest token each time.
+      top_k: draws from the k likeliest tokens; 0 means all.
+      top_p: draws from the likeliest tokens that together reach this probability; 1 means all.
+      seed: of the draws.
+
+    Raises:
+      ValueError: the checkpoint has no tokenizer, or an argument is out of range.
+    """
+    if self.tokenizer is None:
+      raise ValueError("This checkpoint has no tokenizer: use generate.generate_tokens with token ids.")
+    prompt_ids = self.tokenizer.encode(prompt)
+    if not prompt_ids:
+      start = [self.config.bos_token_id, *self.config.eos_token_ids]
+      prompt_ids = [i for i in start if i is not None][:1]
+    decoder = self.tokenizer.stream_decoder()
+    tokens = generate.generate_tokens(
+      self.model,
+      self.params,
+      prompt_ids,
+      max_new_tokens=max_new_tokens,
+      sampling=Sampling(temperature, top_k, top_p),
+      seed=seed,
+      stop_ids=self.config.eos_token_ids,
+    )
+    for token in tokens:
+      if text := decoder.push(token):
+        yield text
+    if text := decoder.flush():
+      yield text
+
+  def _apply_concrete(self, tokens, state, *, lengths, segment_ids, padding):
+    if tokens.ndim != 2 or not np.issubdtype(tokens.dtype, np.integer) or tokens.shape[1] < 1:
+      raise ValueError(f"tokens are {tokens.dtype} {list(tokens.shape)}: wanted integers [B, T] with T >= 1.")
+    batch, time = tokens.shape
+    for name, array, shape in (("lengths", lengths, (batch,)), ("segment_ids", segment_ids, (batch, time))):
+      if array is not None and array.shape != shape:
+        raise ValueError(f"{name} have shape {list(array.shape)}: wanted {list(shape)}.")
+    count = np.full(batch, time) if lengths is None else lengths
+    if count.min() < 0 or count.max() > time:
+      raise ValueError(f"lengths are {count.tolist()}: wanted 0 to {time}.")
+    step = np.arange(time)
+    real = step < count[:, None] if padding == "right" else step >= time - count[:, None]
+    outside = tokens[real & ((tokens < 0) | (tokens >= self.config.vocab_size))]
+    if outside.size:
+      raise ValueError(f"Token {outside[0]} is not in the vocabulary, 0 to {self.config.vocab_size - 1}.")
+
+    if "softmax" in self.config.mixers:
+      held = np.zeros(batch, np.int64) if state is None else np.asarray(state.cached)
+      state = _with_capacity(self.model, state, batch, int((held + count).max()))
+    # Compiled programs are kept by shape: rounding T up bounds their number, and padding changes nothing.
+    fill = generate.round_up_length(time) - time
+    if fill and lengths is None:
+      lengths = count
+    sides = (0, fill) if padding == "right" else (fill, 0)
+    tokens = np.pad(tokens, ((0, 0), sides))
+    segment_ids = None if segment_ids is None else np.pad(segment_ids, ((0, 0), sides))
+    logits, state = self._apply(tokens.astype(np.int32), state, lengths, segment_ids, padding)
+    return logits[:, sides[0] : sides[0] + time], state
+
+  def _apply_traced(self, tokens, state, **kwargs):
+    return self.model.apply({"params": self.params}, tokens, state, method="logits", **kwargs)
+
+  def _apply(self, tokens, state, lengths, segment_ids, padding):
+    return _jit_logits(self.model, self.params, tokens, state, lengths, segment_ids, padding)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 6))
+def _jit_logits(model, params, tokens, state, lengths, segment_ids, padding):
+  return model.apply(
+    {"params": params}, tokens, state, lengths=lengths, segment_ids=segment_ids, padding=padding, method="logits"
+  )
+
+
+def _with_capacity(model: Transformer, state: DecodeState | None, batch: int, wanted: int) -> DecodeState:
+  """A state whose caches hold `wanted` tokens: capacities are powers of two, so that few shapes are compiled."""
+  capacity = 1 << max(wanted - 1, 0).bit_length()
+  if state is None:
+    return model.init_state(batch, capacity)
+  if state.capacity >= wanted:
+    return state
+
+  def grow(layer):
+    if not isinstance(layer, KVCache):
+      return layer
+    return jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, capacity - x.shape[1]), (0, 0), (0, 0))), layer)
+
+  return state.replace(layers=tuple(grow(layer) for layer in state.layers))
