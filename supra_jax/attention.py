@@ -186,7 +186,8 @@ class LinearAttention(_Projections):
       q, k = self._qk_norm(q, k)
     q, k = (apply_rope(x, context.cos, context.sin) for x in (q, k))
 
-    slopes, scale = head_slopes(self.config.supra, self.config.num_heads), self.config.head_dim**-0.5
+    slopes = jnp.asarray(head_slopes(self.config.supra, self.config.num_heads))
+    scale = self.config.head_dim**-0.5
     initial = None if state is None else state.s
     if initial is not None and context.continues is not None:
       initial = jnp.where(context.continues[:, None, None, None], initial, 0)

@@ -61,9 +61,10 @@ def sample(logits_BV: jax.Array, key: jax.Array, sampling: Sampling) -> jax.Arra
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=3)
 def _prefill(model: Transformer, params, tokens_BT, state: DecodeState, lengths_B) -> tuple[jax.Array, DecodeState]:
   """Logits [B, V] of each row's last real token, and the state after it."""
-  hidden_BTD, state = model.apply({"params": params}, tokens_BT, state, lengths=lengths_B)
+  bound = model.bind({"params": params})
+  hidden_BTD, state = bound(tokens_BT, state, lengths=lengths_B)
   last = jnp.take_along_axis(hidden_BTD, jnp.maximum(lengths_B - 1, 0)[:, None, None], axis=1)
-  return model.apply({"params": params}, last, method="unembed")[:, 0], state
+  return bound.unembed(last)[:, 0], state
 
 
 def prefill(model: Transformer, params: Mapping[str, Any], tokens_BT: np.ndarray, state: DecodeState):
@@ -93,7 +94,7 @@ def _decode(model: Transformer, sampling: Sampling, steps: int, params, token_B,
   def step(carry, _):
     token, state, key = carry
     key, draw = jax.random.split(key)
-    logits, state = model.apply({"params": params}, token[:, None], state, method="logits")
+    logits, state = model.bind({"params": params}).logits(token[:, None], state)
     token = sample(logits[:, 0], draw, sampling)
     return (token, state, key), token
 

@@ -104,13 +104,12 @@ def rope_table(rope: RopeConfig, head_dim: int, positions_BT: jax.Array) -> tupl
   Returns:
     (cos, sin), float32 [B, T, K/2].
   """
-  cos, sin, shift = None, None, 0
+  factors, shift = [], 0
   for bits, (cos_table, sin_table) in zip(_DIGIT_BITS, _rope_digits(rope, head_dim), strict=True):
     digit = (positions_BT >> shift) & (2**bits - 1)
-    c, s = jnp.asarray(cos_table)[digit], jnp.asarray(sin_table)[digit]
-    cos, sin = (c, s) if cos is None else (cos * c - sin * s, sin * c + cos * s)
+    factors.append((jnp.asarray(cos_table)[digit], jnp.asarray(sin_table)[digit]))
     shift += bits
-  return cos, sin
+  return functools.reduce(lambda a, b: (a[0] * b[0] - a[1] * b[1], a[1] * b[0] + a[0] * b[1]), factors)
 
 
 def apply_rope(x_BTHK: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:

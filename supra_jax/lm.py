@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -73,12 +74,12 @@ class LM:
     Raises:
       ValueError: shapes do not fit each other, or a real token is not in the vocabulary.
     """
-    inputs = dict(tokens=tokens, lengths=lengths, segment_ids=segment_ids)
-    if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((inputs, state))):
-      arrays = {name: None if x is None else jnp.asarray(x) for name, x in inputs.items()}
-      return self._apply_traced(arrays.pop("tokens"), state, padding=padding, **arrays)
-    arrays = {name: None if x is None else np.asarray(x) for name, x in inputs.items()}
-    return self._apply_concrete(arrays.pop("tokens"), state, padding=padding, **arrays)
+    inputs: dict[str, Any] = {"tokens": tokens, "lengths": lengths, "segment_ids": segment_ids}
+    traced = any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((inputs, state)))
+    to_array: Callable[[Any], Any] = jnp.asarray if traced else np.asarray
+    inputs = {name: None if x is None else to_array(x) for name, x in inputs.items()}
+    run = self._apply if traced else self._apply_concrete
+    return run(inputs.pop("tokens"), state, padding=padding, **inputs)
 
   def generate(self, prompt: str, **kwargs: Any) -> str:
     """The text that follows `prompt`; takes what `stream` takes."""
@@ -155,21 +156,18 @@ class LM:
     sides = (0, fill) if padding == "right" else (fill, 0)
     tokens = np.pad(tokens, ((0, 0), sides))
     segment_ids = None if segment_ids is None else np.pad(segment_ids, ((0, 0), sides))
-    logits, state = self._apply(tokens.astype(np.int32), state, lengths, segment_ids, padding)
+    logits, state = self._apply(
+      tokens.astype(np.int32), state, lengths=lengths, segment_ids=segment_ids, padding=padding
+    )
     return logits[:, sides[0] : sides[0] + time], state
 
-  def _apply_traced(self, tokens, state, **kwargs):
-    return self.model.apply({"params": self.params}, tokens, state, method="logits", **kwargs)
-
-  def _apply(self, tokens, state, lengths, segment_ids, padding):
-    return _jit_logits(self.model, self.params, tokens, state, lengths, segment_ids, padding)
+  def _apply(self, tokens, state, **kwargs):
+    return _logits(self.model, self.params, tokens, state, **kwargs)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 6))
-def _jit_logits(model, params, tokens, state, lengths, segment_ids, padding):
-  return model.apply(
-    {"params": params}, tokens, state, lengths=lengths, segment_ids=segment_ids, padding=padding, method="logits"
-  )
+@functools.partial(jax.jit, static_argnums=0, static_argnames="padding")
+def _logits(model, params, tokens, state, **kwargs):
+  return model.apply({"params": params}, tokens, state, method="logits", **kwargs)
 
 
 def _with_capacity(model: Transformer, state: DecodeState | None, batch: int, wanted: int) -> DecodeState:
@@ -177,7 +175,7 @@ def _with_capacity(model: Transformer, state: DecodeState | None, batch: int, wa
   capacity = 1 << max(wanted - 1, 0).bit_length()
   if state is None:
     return model.init_state(batch, capacity)
-  if state.capacity >= wanted:
+  if state.capacity is not None and state.capacity >= wanted:
     return state
 
   def grow(layer):
@@ -185,4 +183,4 @@ def _with_capacity(model: Transformer, state: DecodeState | None, batch: int, wa
       return layer
     return jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, capacity - x.shape[1]), (0, 0), (0, 0))), layer)
 
-  return state.replace(layers=tuple(grow(layer) for layer in state.layers))
+  return dataclasses.replace(state, layers=tuple(grow(layer) for layer in state.layers))

@@ -94,10 +94,12 @@ def next_token_loss(
 
 
 def _chunk_sums(unembed, z_loss, params, hidden_ND, targets_N, weights_N):
+  # A padded position may hold NaN, and 0 * NaN is NaN, in the gradients too: hence a selection, before any product.
+  hidden_ND = jnp.where(weights_N[:, None] > 0, hidden_ND, jnp.zeros((), hidden_ND.dtype))
   logits = unembed(params, hidden_ND)
   logsumexp = jax.nn.logsumexp(logits, axis=-1)
   nll = logsumexp - jnp.take_along_axis(logits, targets_N[:, None], axis=-1)[:, 0]
-  # where, not a product alone: a padded target must not spread a NaN.
+  # The same for a target outside the vocabulary.
   nll, square = (jnp.where(weights_N > 0, x * weights_N, 0).sum() for x in (nll, jnp.square(logsumexp)))
   return nll + z_loss * square, nll
 

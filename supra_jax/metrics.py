@@ -27,7 +27,6 @@ Record = Mapping[str, Any]
 
 INK, GREY, TRAIN, HELDOUT = "#2b2b2b", "#8a8a8a", "#4f86c0", "#c1442e"
 
-
 _DOTS: dict[str, Any] = {
   "linestyle": "none",
   "marker": "o",

@@ -1,8 +1,8 @@
 """Text to token ids and back, over a tokenizer.json or a SentencePiece tokenizer.model.
 
-Special tokens. A special token written out in a text (`<|im_end|>`, `</s>`) becomes its one id, as in transformers. The
-only id ever added is the one that begins a text; nothing is added at its end. Decoding drops special tokens unless asked
-to keep them.
+Special tokens: one that is written out in a text (`<|im_end|>`, `</s>`) becomes its one id, as in transformers. The
+only id ever added is the one that begins a text; nothing is added at its end. Decoding drops special tokens unless
+asked to keep them.
 
 Decoding joins the bytes of the tokens and reads them as UTF-8, U+FFFD for what is no UTF-8; a decoder that streams does
 the same work piece by piece. Where transformers decodes a text that the tokens spell in valid UTF-8, this is its text,
@@ -208,10 +208,11 @@ class _JsonBackend:
     self._tokenizer.no_padding()
     added = self._tokenizer.get_added_tokens_decoder()
     self._added = {i: token.content for i, token in added.items()}
-    self.special = {i: token.content for i, token in added.items() if token.special}
+    self.special: Mapping[int, str] = {i: token.content for i, token in added.items() if token.special}
     self.vocab_size = max(self._tokenizer.get_vocab().values(), default=-1) + 1
     self.prefix = self._default_prefix()
-    self.bos_id = self.eos_id = None
+    self.bos_id: int | None = None
+    self.eos_id: int | None = None
     self._decoder = _PieceDecoder(description.get("decoder"))
     self.leading_spaces = self._decoder.leading_spaces
 
@@ -291,10 +292,11 @@ class _SentencePieceBackend:
     self._bare_model = _open_sentencepiece(contents + _NO_DUMMY_PREFIX)
     model = self._model
     self.vocab_size = model.get_piece_size()
-    self.special = {
+    self.special: Mapping[int, str] = {
       i: model.id_to_piece(i) for i in range(self.vocab_size) if model.is_control(i) or model.is_unknown(i)
     }
-    self.bos_id, self.eos_id = (i if i >= 0 else None for i in (model.bos_id(), model.eos_id()))
+    self.bos_id = _id_or_none(model.bos_id())
+    self.eos_id = _id_or_none(model.eos_id())
     # Llama's tokenizer begins every text so, unless tokenizer_config.json says otherwise.
     self.prefix = [] if self.bos_id is None else [self.bos_id]
     pieces = model.encode("a", out_type=str)
@@ -342,6 +344,10 @@ def _open_sentencepiece(contents: bytes) -> sentencepiece.SentencePieceProcessor
   raise ValueError("tokenizer.model cannot be read.")
 
 
+def _id_or_none(token_id: int) -> int | None:
+  return token_id if token_id >= 0 else None
+
+
 def _byte_alphabet() -> dict[str, int]:
   """GPT-2's alphabet: printable bytes stand for themselves, the others for code points from 256 on."""
   printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
@@ -373,11 +379,9 @@ def _named_token(backend: _Backend, settings: Mapping[str, Any], name: str) -> i
 
 
 def _check_added_tokens(backend: _Backend, settings: Mapping[str, Any]) -> None:
-  wrong = [
-    f"{i} {entry.get('content')!r}"
-    for i, entry in (settings.get("added_tokens_decoder") or {}).items()
-    if backend.token(int(i)) != entry.get("content")
-  ]
+  added = {int(i): entry for i, entry in (settings.get("added_tokens_decoder") or {}).items()}
+  contents = {i: entry.get("content") if isinstance(entry, dict) else entry for i, entry in added.items()}
+  wrong = [f"{i} {content!r}" for i, content in contents.items() if backend.token(i) != content]
   if wrong:
     raise ValueError(
       f"tokenizer_config.json adds tokens that the tokenizer file does not have: {', '.join(wrong[:20])}."

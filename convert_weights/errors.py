@@ -1,0 +1,42 @@
+"""The one error of this package, and how its messages list names."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+MAX_LISTED = 20
+
+
+class ConversionError(ValueError):
+  """A source that cannot be converted exactly; the message names everything that stands in the way."""
+
+
+def listing(title: str, items: Iterable[str]) -> list[str]:
+  """Lines `title:` and up to MAX_LISTED items below it; none when there is nothing to list."""
+  items = list(items)
+  if not items:
+    return []
+  lines = [f"{title} ({len(items)}):", *(f"  {item}" for item in items[:MAX_LISTED])]
+  if len(items) > MAX_LISTED:
+    lines.append(f"  ... and {len(items) - MAX_LISTED} more")
+  return lines
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+  """Reads a JSON object.
+
+  Raises:
+    ConversionError: the file is missing, unreadable, no JSON, or no object.
+  """
+  try:
+    value = json.loads(path.read_bytes())
+  except OSError as error:
+    raise ConversionError(f"{path}: cannot be read: {error.strerror}.") from error
+  except (ValueError, RecursionError) as error:
+    raise ConversionError(f"{path}: not valid JSON: {error}.") from error
+  if not isinstance(value, dict):
+    raise ConversionError(f"{path}: wanted a JSON object, got {type(value).__name__}.")
+  return value

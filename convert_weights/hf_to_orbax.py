@@ -1,0 +1,204 @@
+r"""Converts a pretrained Llama or Mistral into a supra_jax model directory.
+
+python -m convert_weights.hf_to_orbax --source=DIR_OR_GGUF --output=DIR [--dtype=float32|bfloat16]
+
+The source is a Hugging Face directory with safetensors, a .gguf file of the llama architecture, or a directory that
+holds exactly one .gguf and no config.json. What cannot be converted exactly is refused by name before anything is
+written.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from absl import app, flags, logging
+from tqdm import tqdm
+
+from convert_weights import names
+from convert_weights.errors import ConversionError
+from convert_weights.gguf_source import open_gguf_source, unpermute
+from convert_weights.hf_source import open_huggingface
+from convert_weights.source import BFLOAT16, Source, StoredTensor
+from supra_jax import checkpoint
+from supra_jax.tokenizer import Tokenizer
+
+DTYPES = {"float32": np.dtype(np.float32), "bfloat16": BFLOAT16}
+_CHUNK_BYTES = 1 << 24
+
+
+def convert(
+  source: str | os.PathLike[str], output: str | os.PathLike[str], dtype: str | None = None, *, progress: bool = False
+) -> None:
+  """Converts a checkpoint.
+
+  Args:
+    source: a Hugging Face directory, a .gguf file, or a directory with exactly one .gguf and no config.json.
+    output: the model directory to write; must not exist yet, or be empty.
+    dtype: `float32` or `bfloat16`; None keeps the source's: the one type that holds all its tensors exactly, where
+      float64 becomes float32, as do quantised tensors.
+    progress: show bytes and time left on stderr.
+
+  Raises:
+    ConversionError: the source cannot be converted exactly, or `output` holds something; nothing was written.
+  """
+  if dtype is not None and dtype not in DTYPES:
+    raise ConversionError(f"dtype={dtype!r}: wanted one of {', '.join(DTYPES)}.")
+  final = Path(output)
+  if final.exists() and (not final.is_dir() or any(final.iterdir())):
+    raise ConversionError(f"{output} already exists. Remove it or choose another output directory.")
+  opened = open_source(Path(source))
+  _check_tokenizer(opened)
+  target = DTYPES[dtype] if dtype else _common_dtype(opened)
+  with tqdm(
+    total=2 * sum(path.stat().st_size for path in opened.weight_files),
+    desc="Reading", unit="B", unit_scale=True, unit_divisor=1024, disable=not progress, file=sys.stderr,
+  ) as bar:  # fmt: skip
+    files = [_describe(path, bar) for path in opened.weight_files]
+    params = _read_parameters(opened, target, bar)
+    bar.update(bar.total - bar.n)
+  if progress:
+    print(f"Writing {output} ...", file=sys.stderr)
+  checkpoint.save_model(
+    final,
+    config=opened.config,
+    params=params,
+    tokenizer_files=opened.tokenizer_files,
+    source={
+      "kind": opened.kind,
+      "name": opened.path.absolute().name,
+      "files": files,
+      "stored_types": sorted({tensor.type_name for tensor in opened.tensors.values()}),
+      "dtype": target.name,
+      "supra_jax": _version(),
+      "config": opened.original_config,
+    },
+  )
+
+
+def open_source(path: Path) -> Source:
+  """Finds out what a source is and opens it.
+
+  Raises:
+    ConversionError: it is nothing we know, or it cannot be converted.
+  """
+  if path.is_file() and path.suffix == ".gguf":
+    return open_gguf_source(path)
+  if path.is_dir() and (path / "config.json").exists():
+    return open_huggingface(path)
+  if path.is_dir():
+    ggufs = sorted(path.glob("*.gguf"))
+    if len(ggufs) == 1:
+      return open_gguf_source(ggufs[0])
+    raise ConversionError(f"{path}: has no config.json and {len(ggufs)} .gguf files: wanted one or the other.")
+  if not path.exists():
+    raise ConversionError(f"{path} does not exist. Give a directory or a .gguf file on this machine.")
+  raise ConversionError(f"{path}: wanted a directory or a .gguf file.")
+
+
+def _check_tokenizer(source: Source) -> None:
+  try:
+    Tokenizer.from_files(source.tokenizer_files, source.config)
+  except ValueError as error:
+    raise ConversionError(f"{source.path}: the tokenizer cannot be used: {error}") from error
+
+
+def _common_dtype(source: Source) -> np.dtype:
+  dtypes = {tensor.dtype for tensor in source.tensors.values()}
+  only = dtypes.pop() if len(dtypes) == 1 else None
+  return only if only in (np.dtype(np.float16), BFLOAT16) else DTYPES["float32"]
+
+
+def _read_parameters(source: Source, dtype: np.dtype, bar: tqdm) -> dict[str, Any]:
+  params: dict[str, Any] = {}
+  for parameter in names.parameters(source.config):
+    name = parameter.gguf if source.kind == "gguf" else parameter.hf
+    stored = source.tensors[name]
+    array = stored.read()
+    bar.update(stored.num_bytes)
+    if source.kind == "gguf" and parameter.rotary_heads:
+      array = unpermute(array, parameter.rotary_heads)
+    if parameter.path[0] == "embed_tokens" and source.config.tie_embeddings:
+      _check_tied(source, name, array, bar)
+    array = _rounded(array.T if parameter.transposed else array, dtype, f"{source.path}: {name}")
+    *parents, leaf = parameter.path
+    node = params
+    for parent in parents:
+      node = node.setdefault(parent, {})
+    node[leaf] = array
+  return params
+
+
+def _check_tied(source: Source, name: str, embedding: np.ndarray, bar: tqdm) -> None:
+  unembedding: StoredTensor | None = source.tensors.get(names.HF_UNEMBEDDING)
+  if unembedding is None:
+    return
+  if not np.array_equal(unembedding.read(), embedding):
+    raise ConversionError(
+      f"{source.path}: tie_word_embeddings is true, but {names.HF_UNEMBEDDING} differs from {name}."
+    )
+  bar.update(unembedding.num_bytes)
+
+
+def _rounded(array: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
+  if not np.isfinite(array).all():
+    raise ConversionError(f"{name} holds numbers that are not finite.")
+  if array.dtype != dtype:
+    with np.errstate(over="ignore"):
+      array = array.astype(np.float32).astype(dtype, copy=False)
+    if not np.isfinite(array).all():
+      raise ConversionError(f"{name} holds numbers too large for {dtype.name}.")
+  return np.ascontiguousarray(array)
+
+
+def _describe(path: Path, bar: tqdm) -> dict[str, Any]:
+  """Name, size and sha256 of a whole file: the digest that model hubs show."""
+  digest = hashlib.sha256()
+  for chunk in _chunks(path):
+    digest.update(chunk)
+    bar.update(len(chunk))
+  return {"name": path.name, "bytes": path.stat().st_size, "sha256": digest.hexdigest()}
+
+
+def _chunks(path: Path) -> Iterator[bytes]:
+  with path.open("rb") as file:
+    while chunk := file.read(_CHUNK_BYTES):
+      yield chunk
+
+
+def _version() -> str | None:
+  try:
+    return importlib.metadata.version("supra_jax")
+  except importlib.metadata.PackageNotFoundError:
+    return None
+
+
+def _define_flags() -> None:
+  flags.DEFINE_string(
+    "source", None, "Hugging Face directory, or a .gguf file of the llama architecture.", required=True
+  )
+  flags.DEFINE_string("output", None, "Model directory to write; must not exist yet.", required=True)
+  flags.DEFINE_enum("dtype", None, list(DTYPES), "Type of the parameters; unset keeps the source's.")
+
+
+def main(argv: list[str]) -> None:
+  if len(argv) > 1:
+    raise app.UsageError(f"Unexpected arguments {argv[1:]}: give --source and --output.")
+  # Orbax reports every step of a save at the level of information.
+  logging.set_verbosity(logging.WARNING)
+  try:
+    convert(flags.FLAGS.source, flags.FLAGS.output, flags.FLAGS.dtype, progress=True)
+  except (ConversionError, OSError) as error:
+    print(f"hf_to_orbax: {error}", file=sys.stderr)
+    sys.exit(1)
+
+
+if __name__ == "__main__":
+  _define_flags()
+  app.run(main)

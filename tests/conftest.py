@@ -1,0 +1,33 @@
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from supra_jax.transformer import Transformer
+
+# Accelerators multiply float32 with fewer bits unless told otherwise; here float32 means float32.
+jax.config.update("jax_default_matmul_precision", "highest")
+
+
+def _random_params(config, seed=0):
+  shapes = jax.eval_shape(
+    functools.partial(Transformer(config).init, method="logits"), jax.random.key(0), jnp.zeros((1, 1), jnp.int32)
+  )["params"]
+  rng = np.random.default_rng(seed)
+
+  def draw(path, leaf):
+    x = rng.standard_normal(leaf.shape, np.float32)
+    name = path[-1].key
+    if name == "kernel":
+      return jnp.asarray(x / np.sqrt(leaf.shape[-2]).astype(np.float32))
+    return jnp.asarray({"embedding": x, "weight": 1 + 0.3 * x, "bias": 0.3 * x}[name])
+
+  return jax.tree_util.tree_map_with_path(draw, shapes)
+
+
+@pytest.fixture(scope="session")
+def random_params():
+  """(config, seed) -> parameters in which no gain is 1 and no bias is 0, so that each one counts."""
+  return _random_params

@@ -1,0 +1,222 @@
+"""The reference's own outputs, and those of transformers, stored under golden/."""
+
+import json
+import shutil
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import supra_jax
+from convert_weights import hf_to_orbax
+from supra_jax import attention
+from supra_jax.losses import language_model_loss
+from supra_jax.optimizer import OptimizerConfig, make_optimizer, make_schedule
+from supra_jax.transformer import Transformer
+from tests import openlm
+
+CASES = ["mha_decay", "gqa_8_2", "no_decay"]
+RELEASED = "released_form_bin"
+HF = Path(__file__).parent / "golden" / "hf"
+
+
+@pytest.fixture(scope="module", params=[*CASES, RELEASED])
+def any_case(request):
+  """(model, params, golden)"""
+  config, golden = openlm.load_config(request.param), openlm.load_golden(request.param)
+  if request.param != RELEASED:
+    return Transformer(config), openlm.load_params(request.param, config), golden
+  torch = pytest.importorskip("torch")
+  tensors = torch.load(openlm.GOLDEN / RELEASED / "pytorch_model.bin", weights_only=True)
+  params = openlm.to_params({name.removeprefix("model."): t.numpy() for name, t in tensors.items()}, config)
+  return Transformer(config), params, golden
+
+
+@pytest.fixture(scope="module", params=CASES)
+def case(request):
+  config = openlm.load_config(request.param)
+  return Transformer(config), openlm.load_params(request.param, config), openlm.load_golden(request.param)
+
+
+def _close(got, want, tol=1e-4):
+  assert got.shape == want.shape
+  np.testing.assert_allclose(got, want, rtol=0, atol=tol)
+
+
+def _states_close(state, golden, model):
+  # Theirs are decayed once more after the last token, and hold k / sqrt(K).
+  slopes = attention.head_slopes(model.config.supra, model.config.num_heads)
+  ours = np.stack([layer.s for layer in state.layers])
+  scale = np.exp(-slopes)[:, None, None] * model.config.head_dim**-0.5
+  _close(scale * ours, golden["states"], 1e-4 * np.abs(golden["states"]).max())
+
+
+def test_logits_and_states_parallel(any_case):
+  model, params, golden = any_case
+  run = jax.jit(lambda tokens: model.apply({"params": params}, tokens, method="logits"))
+  logits, state = run(golden["input_ids"])
+  _close(logits, golden["logits_parallel"])
+  _states_close(state, golden, model)
+
+
+def test_logits_and_states_recurrent(any_case):
+  model, params, golden = any_case
+  step = jax.jit(lambda token, state: model.apply({"params": params}, token, state, method="logits"))
+  tokens, logits = golden["input_ids"], []
+  state = model.init_state(tokens.shape[0])
+  for t in range(tokens.shape[1]):
+    out, state = step(tokens[:, t : t + 1], state)
+    logits.append(out)
+  _close(np.concatenate(logits, 1), golden["logits_recurrent"])
+  _states_close(state, golden, model)
+
+
+def test_slopes(case):
+  model, _, golden = case
+  np.testing.assert_array_equal(attention.head_slopes(model.config.supra, model.config.num_heads), golden["slopes"])
+
+
+def test_inside_the_layers(case, monkeypatch):
+  model, params, golden = case
+  op, norm, seen = attention.linear_attention, attention.group_norm, []
+
+  def spy_op(q, k, v, *args, **kwargs):
+    out, state = op(q, k, v, *args, **kwargs)
+    seen.append([q, k, v, out])
+    return out, state
+
+  def spy_norm(x):
+    seen[-1].append(norm(x))
+    return seen[-1][-1]
+
+  monkeypatch.setattr(attention, "linear_attention", spy_op)
+  monkeypatch.setattr(attention, "group_norm", spy_norm)
+
+  @jax.jit
+  def run(tokens):
+    _, variables = model.apply(
+      {"params": params}, tokens, capture_intermediates=lambda module, _: type(module).__name__ == "Block"
+    )
+    blocks = variables["intermediates"]
+    return seen[0], [blocks[f"layers_{i}"]["__call__"][0][0] for i in range(model.config.num_layers)]
+
+  # The golden arrays hold the first 16 tokens of row 0, heads before time, keys and values once a query head.
+  (q, k, v, out, normed), hidden = run(golden["input_ids"])
+  repeat = model.config.num_heads // model.config.num_kv_heads
+  for name, x_BTHK in (("l0_q", q), ("l0_k", np.repeat(k, repeat, 2)), ("l0_v", np.repeat(v, repeat, 2)), ("l0_attn", out)):
+    _close(np.swapaxes(x_BTHK[:1, :16], 1, 2), golden[name])
+  _close(normed[:1, :16].reshape(1, 16, -1), golden["l0_gn"])
+  _close(np.stack(hidden)[:, :1, :16], golden["hidden_after_layer"])
+
+
+def _to_reference(tree, config):
+  """Our parameters, or their gradients, under the reference's names: the inverse of `openlm.to_params`."""
+  named = {
+    "tok_embeddings.weight": tree["embed_tokens"]["embedding"],
+    "norm.weight": tree["norm"]["weight"],
+    "output.weight": tree["lm_head"]["kernel"].T,
+  }
+  for i in range(config.num_layers):
+    layer = tree[f"layers_{i}"]
+    at, ffn = layer["self_attn"], layer["mlp"]
+    names = {
+      "attention_norm.weight": layer["input_layernorm"]["weight"],
+      "ffn_norm.weight": layer["post_attention_layernorm"]["weight"],
+      "attention.in_proj.weight": np.concatenate([at[p]["kernel"].T for p in ("q_proj", "k_proj", "v_proj")]),
+      "attention.out_proj.weight": at["o_proj"]["kernel"].T,
+      "feed_forward.w12.weight": np.concatenate([ffn[p]["kernel"].T for p in ("gate_proj", "up_proj")]),
+      "feed_forward.w3.weight": ffn["down_proj"]["kernel"].T,
+    }
+    for ours, theirs in (("feature_map", "_totrain_embed"), ("feature_map_kv", "_totrain_embed_kv")):
+      if ours in at:
+        names[f"attention.{theirs}.weight"] = at[ours]["kernel"].T
+        names[f"attention.{theirs}.bias"] = at[ours]["bias"]
+    named |= {f"layers.{i}.{name}": leaf for name, leaf in names.items()}
+  return {name: np.asarray(leaf) for name, leaf in named.items()}
+
+
+def _mean_loss(model, tokens, z_loss):
+  def loss(params):
+    sums = language_model_loss(model, params, {"tokens": tokens}, z_loss=z_loss)
+    return sums.loss / sums.weight, sums.nll / sums.weight
+
+  return loss
+
+
+def test_loss_and_gradients(case):
+  model, params, golden = case
+  run = jax.jit(jax.value_and_grad(_mean_loss(model, golden["input_ids"], 1e-4), has_aux=True))
+  (loss, nll), grads = run(params)
+  np.testing.assert_allclose(nll, golden["loss_ce"], rtol=1e-5)
+  np.testing.assert_allclose(loss, golden["loss_ce_zloss1e4"], rtol=1e-5)
+  grads = _to_reference(grads, model.config)
+  assert set(grads) == set(golden["grad_names"])
+  norms = np.stack([np.linalg.norm(grads[name]) for name in golden["grad_names"]])
+  np.testing.assert_allclose(norms, golden["grad_norms"], rtol=1e-4)
+  want = golden["grad_l0_totrain_embed"]
+  _close(grads["layers.0.attention._totrain_embed.weight"], want, 1e-4 * np.abs(want).max())
+
+
+def test_eight_optimizer_steps():
+  config = openlm.load_config("mha_decay")
+  model, params = Transformer(config), jax.tree.map(jnp.asarray, openlm.load_params("mha_decay", config))
+  tokens, golden = openlm.load_golden("mha_decay")["input_ids"], openlm.load_golden("mha_decay", "golden_train.npz")
+  recipe = OptimizerConfig(
+    learning_rate=1e-3,
+    end_learning_rate=1e-5,
+    warmup_steps=3,
+    beta1=0.9,
+    beta2=0.95,
+    eps=1e-8,
+    weight_decay=0.1,
+    decay_what="all",
+    clip_norm=1.0,
+    z_loss=1e-4,
+  )
+  tx, schedule = make_optimizer(recipe, 8), make_schedule(recipe, 8)
+  loss_and_grads = jax.value_and_grad(_mean_loss(model, tokens, recipe.z_loss), has_aux=True)
+
+  @jax.jit
+  def step(params, opt_state):
+    (loss, _), grads = loss_and_grads(params)
+    updates, opt_state = tx.update(grads, opt_state, params)
+    return optax.apply_updates(params, updates), opt_state, loss, optax.tree.norm(grads)
+
+  opt_state, losses, norms = jax.jit(tx.init)(params), [], []
+  for _ in range(8):
+    params, opt_state, loss, norm = step(params, opt_state)
+    losses.append(loss)
+    norms.append(norm)
+  np.testing.assert_allclose([schedule(i) for i in range(8)], golden["lrs"], rtol=1e-5)
+  np.testing.assert_allclose(losses, golden["losses"], rtol=1e-5)
+  # A relu so close to 0 that rounding picks its side moves one norm by 1e-4; beta2 = 0.98 instead moves it by 3e-3.
+  np.testing.assert_allclose(norms, golden["grad_norms_preclip"], rtol=3e-4)
+  params = _to_reference(params, config)
+  norms_after = [np.linalg.norm(params[name]) for name in golden["param_names"]]
+  np.testing.assert_allclose(norms_after, golden["param_norms_after"], rtol=1e-5)
+  rows = params["layers.0.attention._totrain_embed.weight"][:8]
+  _close(rows, golden["final_l0_totrain_embed_weight_rows0_8"], 2e-5)
+
+
+@pytest.mark.parametrize("spelling", ["config.json", "config_legacy.json"])
+@pytest.mark.parametrize("name", sorted(path.name for path in HF.iterdir() if path.is_dir()))
+def test_transformers(name, spelling, tmp_path):
+  source = tmp_path / "source"
+  source.mkdir()
+  for file in ("model.safetensors", "generation_config.json"):
+    shutil.copy(HF / name / file, source)
+  shutil.copy(HF / name / spelling, source / "config.json")
+  hf_to_orbax.convert(source, tmp_path / "model")
+  lm = supra_jax.load(tmp_path / "model")
+  with np.load(HF / name / "golden.npz") as golden:
+    tokens, want = golden["input_ids"], golden["logits"]
+  logits, _ = lm(tokens)
+  _close(logits, want)
+  if name == "mistral_sw16":
+    assert lm.config.sliding_window == json.loads((HF / name / spelling).read_text())["sliding_window"] == 16
+    first, state = lm(tokens[:, :20])  # the second piece's windows begin in the first
+    second, _ = lm(tokens[:, 20:], state)
+    _close(np.concatenate([first, second], 1), want)

@@ -1,0 +1,1 @@
+"""The real model: SmolLM2-135M-Instruct, converted from the GGUF that a package carries."""

@@ -1,0 +1,50 @@
+"""A tiny model directory with a real tokenizer, and text to train it on."""
+
+from __future__ import annotations
+
+import functools
+import json
+from pathlib import Path
+from pydoc_data.topics import topics
+
+import jax
+import jax.numpy as jnp
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from supra_jax import config
+from supra_jax.checkpoint import save_model
+from supra_jax.transformer import Transformer
+
+VOCAB = 320
+END = "<|endoftext|>"
+
+
+@functools.cache
+def tokenizer_json() -> bytes:
+  tokenizer = Tokenizer(models.BPE())
+  tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+  tokenizer.decoder = decoders.ByteLevel()
+  alphabet = pre_tokenizers.ByteLevel.alphabet()
+  trainer = trainers.BpeTrainer(vocab_size=VOCAB, special_tokens=[END], initial_alphabet=alphabet, show_progress=False)
+  tokenizer.train_from_iterator([topics[name] for name in sorted(topics)[:20]], trainer)
+  return tokenizer.to_str().encode()
+
+
+def tiny_config(mixer: config.Mixer) -> config.ModelConfig:
+  return config.tiny(mixer).replace(vocab_size=VOCAB, bos_token_id=None, eos_token_ids=(0,))
+
+
+def write_checkpoint(directory: Path, mixer: config.Mixer, seed: int = 0, **changes) -> Path:
+  """A randomly initialised model with a tokenizer."""
+  made = tiny_config(mixer).replace(**changes)
+  tokens = jnp.zeros((1, 1), jnp.int32)
+  params = Transformer(made).init(jax.random.key(seed), tokens, method="logits")["params"]
+  files = {"tokenizer.json": tokenizer_json()}
+  save_model(directory, config=made, params=params, tokenizer_files=files, source={"made_by": "tests"})
+  return directory
+
+
+def write_text(path: Path) -> Path:
+  """A few topics of the standard library's documentation, one JSON line each."""
+  path.write_text("".join(json.dumps({"text": topics[name]}) + "\n" for name in sorted(topics)[:24]))
+  return path
