@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from absl import app, flags, logging
+from absl import flags
 from tqdm import tqdm
 
 from convert_weights import names
@@ -27,6 +27,7 @@ from convert_weights.gguf_source import open_gguf_source, unpermute
 from convert_weights.hf_source import open_huggingface
 from convert_weights.source import BFLOAT16, Source, StoredTensor
 from supra_jax import checkpoint
+from supra_jax.bin.entry import run
 from supra_jax.tokenizer import Tokenizer
 
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": BFLOAT16}
@@ -179,26 +180,14 @@ def _version() -> str | None:
     return None
 
 
-def _define_flags() -> None:
-  flags.DEFINE_string(
-    "source", None, "Hugging Face directory, or a .gguf file of the llama architecture.", required=True
-  )
-  flags.DEFINE_string("output", None, "Model directory to write; must not exist yet.", required=True)
-  flags.DEFINE_enum("dtype", None, list(DTYPES), "Type of the parameters; unset keeps the source's.")
-
-
-def main(argv: list[str]) -> None:
-  if len(argv) > 1:
-    raise app.UsageError(f"Unexpected arguments {argv[1:]}: give --source and --output.")
-  # Orbax reports every step of a save at the level of information.
-  logging.set_verbosity(logging.WARNING)
-  try:
-    convert(flags.FLAGS.source, flags.FLAGS.output, flags.FLAGS.dtype, progress=True)
-  except (ConversionError, OSError) as error:
-    print(f"hf_to_orbax: {error}", file=sys.stderr)
-    sys.exit(1)
+def main() -> None:
+  convert(_SOURCE.value, _OUTPUT.value, _DTYPE.value, progress=True)
 
 
 if __name__ == "__main__":
-  _define_flags()
-  app.run(main)
+  _SOURCE = flags.DEFINE_string(
+    "source", None, "Hugging Face directory, or a .gguf file of the llama architecture.", required=True
+  )
+  _OUTPUT = flags.DEFINE_string("output", None, "Model directory to write; must not exist yet.", required=True)
+  _DTYPE = flags.DEFINE_enum("dtype", None, list(DTYPES), "Type of the parameters; unset keeps the source's.")
+  run(main)

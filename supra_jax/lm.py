@@ -114,7 +114,7 @@ class LM:
     if not prompt_ids:
       start = [self.config.bos_token_id, *self.config.eos_token_ids]
       prompt_ids = [i for i in start if i is not None][:1]
-    decoder = self.tokenizer.stream_decoder()
+    decoder = self.tokenizer.stream_decoder(continues=True)
     tokens = generate.generate_tokens(
       self.model,
       self.params,

@@ -37,8 +37,8 @@ def tiny_config(mixer: config.Mixer) -> config.ModelConfig:
 def write_checkpoint(directory: Path, mixer: config.Mixer, seed: int = 0, **changes) -> Path:
   """A randomly initialised model with a tokenizer."""
   made = tiny_config(mixer).replace(**changes)
-  tokens = jnp.zeros((1, 1), jnp.int32)
-  params = Transformer(made).init(jax.random.key(seed), tokens, method="logits")["params"]
+  init = jax.jit(lambda key: Transformer(made).init(key, jnp.zeros((1, 1), jnp.int32), method="logits"))
+  params = init(jax.random.key(seed))["params"]
   files = {"tokenizer.json": tokenizer_json()}
   save_model(directory, config=made, params=params, tokenizer_files=files, source={"made_by": "tests"})
   return directory
