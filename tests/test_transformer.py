@@ -274,8 +274,8 @@ def test_parallel_is_recurrent(case):
 
 def test_cut_anywhere(hybrid):
   args = _whole_documents()
-  want = case.run(one_by_one, *args)
-  _assert_close(case.run(in_pieces, *args, cuts=(6, 7), grad=False)["out"], want["out"])
+  want = hybrid.run(one_by_one, *args)
+  _assert_close(hybrid.run(in_pieces, *args, cuts=(6, 7), grad=False)["out"], want["out"])
 
 
 def test_packed_and_padded_is_alone(case):
@@ -301,3 +301,128 @@ def test_stacked_is_unstacked(random_params):
   case = _make_case("hybrid_ungrouped", random_params)
   model = case.model.clone(stacked=True, remat="block")
   _check_rows(case, _fixed_layout(), paddings=("left", "right"), segments=True, model=model, grad=True)
+
+
+def test_remat_changes_nothing(random_params):
+  case, args = _make_case("one_group", random_params), _whole_documents()
+  model = case.model.clone(remat="block")
+  _assert_close(case.run(in_pieces, *args, model=model, cuts=()), case.run(one_by_one, *args))
+
+
+def test_counters_of_the_state(random_params):
+  """Tokens cached, position and document after each call, worked out by hand from the layout."""
+  case, layout = _make_case("plain", random_params), _fixed_layout()
+  state, got = case.model.init_state(ROWS), []
+  apply = jax.jit(functools.partial(case.model.apply, padding="left"))
+  for tokens, segment_ids, lengths in layout.calls(("left", "left")):
+    _, state = apply({"params": case.params}, tokens, state, lengths=lengths, segment_ids=segment_ids)
+    got.append([np.asarray(x).tolist() for x in (state.cached, state.position, state.segment)])
+  assert got == [[[8, 0, 5], [5, 0, 1], [9, -1, 5]], [[13, 8, 5], [3, 2, 1], [4, 0, 5]]]
+
+
+def test_implementations_agree(random_params):
+  """Over several chunks, padding in one row and documents in all."""
+  case = _make_case("one_group", random_params)
+  rng, time = np.random.default_rng(0), 150
+  tokens = rng.integers(0, TINY.vocab_size, (2, time), np.int32)
+  segment_ids = np.repeat(np.array([[3, 1, 1], [0, 2, 0]], np.int32), time // 3, axis=1)
+  lengths = np.array([time, 110], np.int32)
+
+  def run(implementation):
+    model = case.model.clone(implementation=implementation)
+    apply = functools.partial(model.apply, method="logits", padding="left")
+    logits, state = jax.jit(apply)({"params": case.params}, tokens, lengths=lengths, segment_ids=segment_ids)
+    return jnp.where((np.arange(time) >= time - lengths[:, None])[..., None], logits, 0), _linear(state)
+
+  want = run("recurrent")
+  for implementation in ("reference", "chunked_xla"):
+    _assert_close(run(implementation), want)
+  with pytest.raises(ValueError, match="no_such_thing"):
+    run("no_such_thing")
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_unstack_undoes_stack_runs(name, random_params):
+  c = CASES[name].replace(mixers=("supra", "supra", "softmax", "supra", "softmax", "softmax"))
+  params = random_params(c)
+  stacked = stack_runs(params, c)
+  assert runs(c.mixers) == [(0, 2), (2, 1), (3, 1), (4, 2)]
+  assert {key for key in stacked if key.startswith("run_")} == {"run_0", "run_2", "run_3", "run_4"}
+  tokens = jnp.zeros((1, 1), jnp.int32)
+  made = jax.eval_shape(functools.partial(Transformer(c, stacked=True).init, method="logits"), jax.random.key(0), tokens)
+  assert jax.tree.map(jnp.shape, stacked) == jax.tree.map(lambda leaf: leaf.shape, made["params"])
+  back = unstack(stacked, c)
+  assert jax.tree.structure(back) == jax.tree.structure(params)
+  jax.tree.map(np.testing.assert_array_equal, back, params)
+
+
+def test_full_cache_is_refused(random_params):
+  case = _make_case("hybrid_grouped", random_params)
+  tokens, variables = np.zeros((3, 4), np.int32), {"params": case.params}
+  with pytest.raises(ValueError, match=r"hold 3 tokens and 4 are wanted.*capacity=4"):
+    case.model.apply(variables, tokens, case.model.init_state(3, 3))
+  run = jax.jit(case.model.apply)
+  state = case.model.init_state(3, 6)
+  hidden, state = run(variables, tokens, state, lengths=np.array([4, 2, 0], np.int32))
+  assert np.isfinite(hidden).all()
+  hidden, state = run(variables, tokens, state, lengths=np.array([3, 4, 4], np.int32))
+  assert np.isnan(hidden[0]).all() and np.isfinite(hidden[1:]).all()
+  hidden, state = run(variables, tokens[:, :1], state, lengths=np.array([0, 1, 1], np.int32))
+  assert np.isnan(hidden[:2]).all() and np.isfinite(hidden[2]).all()  # what was lost stays lost
+  with pytest.raises(ValueError, match="hold 6 tokens and 8 are wanted"):
+    case.model.apply(variables, tokens[:, :1], state)
+
+
+def test_no_cache_no_capacity(random_params):
+  case = _make_case("plain", random_params)
+  assert case.model.init_state(2).capacity is None
+  assert _make_case("teacher", random_params).model.init_state(2, 5).capacity == 5
+
+
+def test_unknown_padding(random_params):
+  case = _make_case("plain", random_params)
+  with pytest.raises(ValueError, match="padding='centre'"):
+    case.model.apply({"params": case.params}, np.zeros((1, 2), np.int32), padding="centre")
+
+
+@pytest.mark.parametrize("params_dtype", ["float32", "bfloat16"])
+def test_bfloat16(params_dtype, random_params):
+  """bfloat16 throughout, but for logits and linear states, and not far from float32."""
+  case = _make_case("hybrid_ungrouped", random_params)
+  model = case.model.clone(dtype=jnp.bfloat16)
+  params = jax.tree.map(lambda x: x.astype(params_dtype), case.params)
+  tokens = np.random.default_rng(0).integers(0, TINY.vocab_size, (4, TIME), np.int32)
+
+  def run(model, params):
+    def read(params, state, tokens):
+      return model.apply({"params": params}, tokens, state, method="logits")
+
+    logits, state = jax.jit(read)(params, model.init_state(4, TIME), tokens[:, :-1])
+    last, state = jax.jit(read)(params, state, tokens[:, -1:])
+    return jnp.concatenate([logits, last], 1), state
+
+  logits, state = run(model, params)
+  assert logits.dtype == jnp.float32
+  for layer in state.layers:
+    wanted = jnp.bfloat16 if isinstance(layer, KVCache) else jnp.float32
+    assert all(x.dtype == wanted for x in jax.tree.leaves(layer))
+  want, _ = run(case.model, case.params)
+  error = jnp.sqrt(jnp.square(logits - want).mean() / jnp.square(want).mean())
+  assert 1e-4 < error < 0.05
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_dtypes_never_mix_by_accident(case, dtype, monkeypatch):
+  """Under strict promotion; the op, which multiplies by masks, is left out."""
+  for name in ("linear_attention", "linear_attention_step"):
+    monkeypatch.setattr(attention, name, jax.numpy_dtype_promotion("standard")(getattr(attention, name)))
+  model = case.model.clone(dtype=dtype)
+  tokens = np.zeros((ROWS, WIDTH), np.int32)
+  lengths = np.full(ROWS, WIDTH, np.int32)
+  with jax.numpy_dtype_promotion("strict"):
+    for args in ({}, {"lengths": lengths, "segment_ids": tokens, "padding": "left"}):
+      run = functools.partial(model.apply, {"params": case.params}, method="logits", **args)
+      jax.eval_shape(run, tokens)
+      jax.eval_shape(run, tokens, model.init_state(ROWS, WIDTH))
+      if not args:
+        jax.eval_shape(run, tokens[:, :1], model.init_state(ROWS, WIDTH))

@@ -1,0 +1,46 @@
+"""SmolLM2-135M uptrained as an RNN on your own text, with the paper's recipe scaled to a small model.
+
+    python -m supra_jax.bin.train --config=configs/smollm2_supra.py --workdir=runs/smollm2 \\
+      --config.init_checkpoint=models/linearized --config.data.input='text/*.jsonl.zst'
+
+The paper's recipe for 1B parameters: AdamW, 3e-4 to 1e-5 on a cosine after 1000 steps of warmup, rows of 2048 tokens, a
+float32 master copy under bfloat16. Its batch is 2M tokens; here it is 64 rows, 131 thousand tokens, which one
+accelerator holds, so that 10,000 steps are 1.3 billion tokens. On two CPU cores a step of this size takes minutes: use
+configs/demo.py there.
+"""
+
+import ml_collections
+
+
+def get_config() -> ml_collections.ConfigDict:
+  config = ml_collections.ConfigDict()
+  config.init_checkpoint = ""
+  config.batch_size = 64
+  config.num_steps = 10_000
+  config.dtype = "bfloat16"
+  config.remat = "block"
+  config.seed = 0
+  config.log_every = 10
+  config.evaluate_every = 500
+  config.save_every = 500
+  config.keep_checkpoints = 2
+
+  config.data = ml_collections.ConfigDict()
+  config.data.input = ""
+  config.data.text_key = "text"
+  config.data.sequence_length = 2048
+  config.data.documents = "join"
+  config.data.bos = False
+  config.data.heldout_every = 100
+  config.data.heldout_rows = 256
+
+  config.optimizer = ml_collections.ConfigDict()
+  config.optimizer.learning_rate = 3e-4
+  config.optimizer.end_learning_rate = 1e-5
+  config.optimizer.warmup_steps = 1000
+  config.optimizer.beta1 = 0.9
+  config.optimizer.beta2 = 0.95
+  config.optimizer.weight_decay = 0.1
+  config.optimizer.clip_norm = 1.0
+  config.optimizer.z_loss = 1e-4
+  return config
