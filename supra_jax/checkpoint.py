@@ -115,6 +115,7 @@ def load_model(directory: str | os.PathLike[str], dtype: Any = None) -> ModelChe
 
   Raises:
     FileNotFoundError: the directory is no model checkpoint, or a part of it is missing.
+    ValueError: its config.json does not describe a model.
   """
   path = Path(directory).absolute()
   for name in (CONFIG_FILE, PARAMS_DIRECTORY):
@@ -123,7 +124,10 @@ def load_model(directory: str | os.PathLike[str], dtype: Any = None) -> ModelChe
         f"{directory} is not a supra_jax model: {name} is missing. Convert one with "
         "`python -m convert_weights.hf_to_orbax --source=... --output=...`."
       )
-  config = ModelConfig.from_json((path / CONFIG_FILE).read_text())
+  try:
+    config = ModelConfig.from_json((path / CONFIG_FILE).read_text())
+  except ValueError as error:
+    raise ValueError(f"{path / CONFIG_FILE}: {error}") from error
   source = json.loads((path / SOURCE_FILE).read_text()) if (path / SOURCE_FILE).exists() else {}
   tokenizer_files = {n: (path / n).read_bytes() for n in TOKENIZER_FILES if (path / n).exists()}
   return ModelCheckpoint(config, _restore(path / PARAMS_DIRECTORY, dtype), tokenizer_files, source)

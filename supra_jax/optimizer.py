@@ -16,7 +16,7 @@ class OptimizerConfig:
 
   Attributes:
     learning_rate: reached at the end of the warmup.
-    end_learning_rate: reached at the last step.
+    end_learning_rate: where the cosine ends, one step after the last, as in the reference.
     warmup_steps: of linear growth; step n of them (from 0) takes (n + 1) / warmup_steps of the rate.
     beta1, beta2, eps, weight_decay: of AdamW.
     decay_what: `matrices` leaves norms and biases alone; `all` decays every parameter.
@@ -44,7 +44,7 @@ class OptimizerConfig:
 
 
 def make_schedule(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
-  """Learning rate of step 0, 1, ...: linear warmup, then half a cosine down to the last step."""
+  """Learning rate of step 0, 1, ...: linear warmup, then half a cosine."""
 
   def schedule(step):
     step = jnp.asarray(step, jnp.float32)

@@ -5,13 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from supra_jax.transformer import Transformer
-
 # Accelerators multiply float32 with fewer bits unless told otherwise; here float32 means float32.
 jax.config.update("jax_default_matmul_precision", "highest")
 
 
 def _random_params(config, seed=0):
+  from supra_jax.transformer import Transformer  # here, so that tests of lower floors do not need it
+
   shapes = jax.eval_shape(
     functools.partial(Transformer(config).init, method="logits"), jax.random.key(0), jnp.zeros((1, 1), jnp.int32)
   )["params"]
@@ -33,3 +33,11 @@ def _random_params(config, seed=0):
 def random_params():
   """(config, seed) -> parameters in which no gain is 1 and no bias is 0, so that each one counts."""
   return _random_params
+
+
+@pytest.fixture(scope="module")
+def quick_compilation():
+  """For tests of programs that run once or twice: nearly all of their time is compilation."""
+  jax.config.update("jax_disable_most_optimizations", True)
+  yield
+  jax.config.update("jax_disable_most_optimizations", False)

@@ -1,8 +1,7 @@
-import numpy as np
-import pytest
-
 import jax
 import jax.numpy as jnp
+import numpy as np
+import pytest
 
 from supra_jax import attention, feature_maps
 from supra_jax.attention import head_slopes

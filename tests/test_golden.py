@@ -18,6 +18,8 @@ from supra_jax.optimizer import OptimizerConfig, make_optimizer, make_schedule
 from supra_jax.transformer import Transformer
 from tests import openlm
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 CASES = ["mha_decay", "gqa_8_2", "no_decay"]
 RELEASED = "released_form_bin"
 HF = Path(__file__).parent / "golden" / "hf"
@@ -106,7 +108,12 @@ def test_inside_the_layers(case, monkeypatch):
   # The golden arrays hold the first 16 tokens of row 0, heads before time, keys and values once a query head.
   (q, k, v, out, normed), hidden = run(golden["input_ids"])
   repeat = model.config.num_heads // model.config.num_kv_heads
-  for name, x_BTHK in (("l0_q", q), ("l0_k", np.repeat(k, repeat, 2)), ("l0_v", np.repeat(v, repeat, 2)), ("l0_attn", out)):
+  for name, x_BTHK in (
+    ("l0_q", q),
+    ("l0_k", np.repeat(k, repeat, 2)),
+    ("l0_v", np.repeat(v, repeat, 2)),
+    ("l0_attn", out),
+  ):
     _close(np.swapaxes(x_BTHK[:1, :16], 1, 2), golden[name])
   _close(normed[:1, :16].reshape(1, 16, -1), golden["l0_gn"])
   _close(np.stack(hidden)[:, :1, :16], golden["hidden_after_layer"])

@@ -143,7 +143,11 @@ def test_norms_are_torchs():
   for kind, want, params in (
     ("rms_norm", torch.nn.functional.rms_norm(tensors[0], (24,), tensors[1], 1e-3), {"weight": weight}),
     ("layer_norm_gain", torch.nn.functional.layer_norm(tensors[0], (24,), tensors[1], None, 1e-3), {"weight": weight}),
-    ("layer_norm", torch.nn.functional.layer_norm(tensors[0], (24,), *tensors[1:], 1e-3), {"weight": weight, "bias": bias}),
+    (
+      "layer_norm",
+      torch.nn.functional.layer_norm(tensors[0], (24,), *tensors[1:], 1e-3),
+      {"weight": weight, "bias": bias},
+    ),
   ):
     np.testing.assert_allclose(layers.Norm(kind, 1e-3).apply({"params": params}, x), want.numpy(), atol=1e-5)
 

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import itertools
+import json
+import subprocess
+import sys
+from pathlib import Path
 from pydoc_data.topics import topics
 
 import jax
@@ -112,3 +116,27 @@ def test_the_chunked_scan_is_as_exact_as_the_token_recurrence(teacher, text_ids)
 
   assert error(chunked) < 2 * error(token)
   assert abs(chunked_loss - exact_loss) < 1e-5
+
+
+def test_the_demo_leaves_what_it_promises(tmp_path):
+  """`make demo` with two steps in place of a hundred, and once more: a second run needs nothing that the first had."""
+  command = [sys.executable, "-m", "supra_jax.bin.demo", f"--workdir={tmp_path / 'demo'}", "--max_new_tokens=5"]
+  short = ["--config.num_steps=2", "--config.data.heldout_rows=1", "--config.data.sequence_length=64"]
+  root = Path(__file__).parent.parent
+  first = subprocess.run(command + short, cwd=root, capture_output=True, text=True, check=True)
+  assert "Converting" in first.stdout
+  made = {path.name for path in (tmp_path / "demo").iterdir()}
+  assert {"checkpoint", "metrics.jsonl", "loss.png", "report.json"} <= made
+  report = json.loads((tmp_path / "demo" / "report.json").read_text())
+  keys = {"teacher_nll", "nll_before", "nll_after", "tokens_trained", "tokens_per_second", "prompt", "text"}
+  assert set(report) == keys and report["tokens_trained"] == 2 * 2 * 64
+  assert 2 < report["teacher_nll"] < 5 < report["nll_before"] and report["nll_after"] < report["nll_before"]
+  assert report["prompt"] + report["text"] in first.stdout
+  assert supra_jax.load(tmp_path / "demo" / "checkpoint").config.mixers == ("supra",) * 30
+
+  again = subprocess.run(command + short, cwd=root, capture_output=True, text=True, check=True)
+  assert "Converting" not in again.stdout
+  second = json.loads((tmp_path / "demo" / "report.json").read_text())
+  assert {k: v for k, v in second.items() if k != "tokens_per_second"} == {
+    k: v for k, v in report.items() if k != "tokens_per_second"
+  }

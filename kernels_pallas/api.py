@@ -1,0 +1,207 @@
+"""The two public functions: what they compute, the checks at their door, and the choice of an implementation."""
+
+import functools
+from typing import Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kernels_pallas import chunked_xla, decay, reference
+
+
+class Implementation(Protocol):
+  """What a way to run the op looks like. It is called with checked and prepared arguments only.
+
+  q [B, T, H, K], k [B, T, Gk, K], v [B, T, Gv, V] in the caller's dtypes; slopes [H] and initial_state [B, H, K, V] in
+  the dtype of the accumulation; segment_ids [B, T] int32 counting documents from 0, or None for one document;
+  lengths [B] int32 in [0, T], or None for full rows.
+  """
+
+  def __call__(
+    self,
+    q_BTHK: jax.Array,
+    k_BTGK: jax.Array,
+    v_BTGV: jax.Array,
+    slopes_H: jax.Array,
+    initial_state_BHKV: jax.Array,
+    segment_ids_BT: jax.Array | None,
+    lengths_B: jax.Array | None,
+    *,
+    scale: float,
+  ) -> tuple[jax.Array, jax.Array]: ...
+
+
+IMPLEMENTATIONS: dict[str, Implementation] = {
+  "reference": reference.quadratic,
+  "recurrent": reference.recurrent,
+  "chunked_xla": chunked_xla.chunked,
+}
+
+
+def linear_attention(
+  q_BTHK: jax.Array,
+  k_BTGK: jax.Array,
+  v_BTGV: jax.Array,
+  slopes_H: jax.Array,
+  *,
+  scale: float,
+  initial_state: jax.Array | None = None,
+  segment_ids: jax.Array | None = None,
+  lengths: jax.Array | None = None,
+  implementation: str = "auto",
+) -> tuple[jax.Array, jax.Array]:
+  """Causal linear attention with a fixed decay per head, gamma_h = exp(-slopes_h).
+
+  o_i = scale * (sum_{j<=i} gamma^(i-j) (q_i . k_j) v_j + gamma^(i+1) q_i S_in)
+  S   = sum_j gamma^(T-1-j) k_j v_j^T + gamma^T S_in
+
+  This is SUPRA's attention (arXiv 2405.06640, equations 9 and 10) before its normalisation. The state holds the last
+  token undecayed and k as given. Sums are taken in float32 (float64 if q, k or v is float64).
+
+  Args:
+    q_BTHK: [B, T, H, K] float, queries.
+    k_BTGK: [B, T, Gk, K] float, keys; Gk divides H and head h reads group h // (H / Gk).
+    v_BTGV: [B, T, Gv, V] float, values; Gv divides H, independently of Gk.
+    slopes_H: [H] float, at least 0. Constants: differentiating with respect to them raises a TypeError.
+    scale: factor of the output, not of the state; K**-0.5 as a rule.
+    initial_state: [B, H, K, V] float, S_in; zero if None. It belongs to token 0's document.
+    segment_ids: [B, T] integer document ids; wherever the id changes the state starts from zero, also where an earlier
+      id comes back. None: each row is one document.
+    lengths: [B] integer; tokens at t >= lengths[b] are padding: they may hold anything (NaN too), their output is 0,
+      they take no gradient, and they neither add to nor decay the state. None: no padding.
+    implementation: "auto", or a key of `IMPLEMENTATIONS`, which is then used as named or fails.
+
+  Returns:
+    The output [B, T, H, V] in v's dtype and the final state [B, H, K, V] in float32 (float64 if an input is float64).
+
+  Raises:
+    ValueError: if shapes or dtypes do not fit together, or the implementation is unknown.
+    TypeError: if the slopes carry a tangent.
+  """
+  _check_operands(q_BTHK, k_BTGK, v_BTGV, slopes_H, "BT")
+  batch, num_tokens, num_heads, key_width = q_BTHK.shape
+  state_shape = (batch, num_heads, key_width, v_BTGV.shape[-1])
+  if initial_state is not None:
+    _check("initial_state", initial_state, "[B, H, K, V]", state_shape, jnp.floating)
+  if segment_ids is not None:
+    _check("segment_ids", segment_ids, "[B, T]", (batch, num_tokens), jnp.integer)
+  if lengths is not None:
+    _check("lengths", lengths, "[B]", (batch,), jnp.integer)
+  name = choose_implementation(implementation)
+  return _run(name, float(scale), q_BTHK, k_BTGK, v_BTGV, slopes_H, initial_state, segment_ids, lengths)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _run(name, scale, q_BTHK, k_BTGK, v_BTGV, slopes_H, initial_state_BHKV, segment_ids_BT, lengths_B):
+  """Prepares checked arguments as `Implementation` wants them. Compiled, for callers who are not."""
+  dtype = _accumulation_dtype(q_BTHK, k_BTGK, v_BTGV)
+  if initial_state_BHKV is None:
+    initial_state_BHKV = jnp.zeros((q_BTHK.shape[0], *q_BTHK.shape[2:], v_BTGV.shape[-1]))
+  return IMPLEMENTATIONS[name](
+    q_BTHK,
+    k_BTGK,
+    v_BTGV,
+    _constant(slopes_H).astype(dtype),
+    initial_state_BHKV.astype(dtype),
+    None if segment_ids_BT is None else decay.canonical_segments(segment_ids_BT),
+    None if lengths_B is None else jnp.clip(lengths_B, 0, q_BTHK.shape[1]).astype(jnp.int32),
+    scale=scale,
+  )
+
+
+def linear_attention_step(
+  q_BHK: jax.Array,
+  k_BGK: jax.Array,
+  v_BGV: jax.Array,
+  slopes_H: jax.Array,
+  state_BHKV: jax.Array,
+  *,
+  scale: float,
+) -> tuple[jax.Array, jax.Array]:
+  """One token of `linear_attention`, for decoding: S <- gamma S + k v^T; o = scale * q S.
+
+  Args:
+    q_BHK: [B, H, K] float.
+    k_BGK: [B, Gk, K] float.
+    v_BGV: [B, Gv, V] float.
+    slopes_H: [H] float, at least 0, constants.
+    state_BHKV: [B, H, K, V] float, the state after the token before; zeros at the start of a document.
+    scale: factor of the output.
+
+  Returns:
+    The output [B, H, V] in v's dtype and the new state [B, H, K, V] in float32 (float64 if q, k or v is float64).
+
+  Raises:
+    ValueError: if shapes or dtypes do not fit together.
+    TypeError: if the slopes carry a tangent.
+  """
+  _check_operands(q_BHK, k_BGK, v_BGV, slopes_H, "B")
+  state_shape = (*q_BHK.shape, v_BGV.shape[-1])
+  _check("state", state_BHKV, "[B, H, K, V]", state_shape, jnp.floating)
+  dtype = _accumulation_dtype(q_BHK, k_BGK, v_BGV)
+  slopes_H = _constant(jnp.asarray(slopes_H)).astype(dtype)
+  state_BHKV = jnp.asarray(state_BHKV).astype(dtype)
+  q_BHK, k_BGK, v_BGV = map(jnp.asarray, (q_BHK, k_BGK, v_BGV))
+  return reference.step(q_BHK, k_BGK, v_BGV, slopes_H, state_BHKV, scale=float(scale))
+
+
+def choose_implementation(implementation: str) -> str:
+  """The name of the implementation that runs; "auto" takes the fastest one there is for the device."""
+  if implementation == "auto":
+    return "chunked_xla"
+  if implementation not in IMPLEMENTATIONS:
+    raise ValueError(f"implementation {implementation!r} is none of {['auto', *IMPLEMENTATIONS]}")
+  return implementation
+
+
+def _accumulation_dtype(*operands: jax.Array) -> jnp.dtype:
+  return jnp.dtype(jnp.float64 if any(x.dtype == jnp.float64 for x in operands) else jnp.float32)
+
+
+@jax.custom_jvp
+def _constant(slopes_H: jax.Array) -> jax.Array:
+  """The identity, which cannot be differentiated. Its rule is asked only where the slopes carry a tangent."""
+  return slopes_H
+
+
+@_constant.defjvp
+def _constant_jvp(primals, tangents):
+  raise TypeError(
+    "linear_attention was differentiated with respect to its slopes, which are constants: there is no gradient for"
+    " them, and a zero would be silently wrong. Leave them out of the differentiated arguments, or use"
+    " jax.lax.stop_gradient(slopes)."
+  )
+
+
+def _check(name: str, x: jax.Array, axes: str, shape: tuple[int, ...], kind) -> None:
+  if tuple(x.shape) != shape:
+    raise ValueError(f"{name} has shape {tuple(x.shape)}, wanted {axes} = {shape}")
+  if not jnp.issubdtype(x.dtype, kind):
+    raise ValueError(f"{name} has dtype {x.dtype}, wanted one of kind {kind.__name__}")
+
+
+def _check_operands(q: jax.Array, k: jax.Array, v: jax.Array, slopes: jax.Array, leading: str) -> None:
+  """Checks q, k, v and the slopes; `leading` names the axes before the heads."""
+  for name, x, axes in (("q", q, "HK"), ("k", k, "GK"), ("v", v, "GV")):
+    if x.ndim != len(leading) + 2:
+      raise ValueError(
+        f"{name} has shape {tuple(x.shape)}, wanted {len(leading) + 2} axes [{', '.join(leading + axes)}]"
+      )
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+      raise ValueError(f"{name} has dtype {x.dtype}, wanted a floating one")
+    if x.shape[: len(leading)] != q.shape[: len(leading)]:
+      raise ValueError(
+        f"{name} has shape {tuple(x.shape)}, wanted the leading [{', '.join(leading)}] of q, {tuple(q.shape)}"
+      )
+    if 0 in x.shape:
+      raise ValueError(f"{name} has shape {tuple(x.shape)}, wanted at least one element along every axis")
+  if k.shape[-1] != q.shape[-1]:
+    raise ValueError(f"k has width {k.shape[-1]}, wanted the width of q, {q.shape[-1]}")
+  num_heads = q.shape[-2]
+  for name, x in (("k", k), ("v", v)):
+    if num_heads % x.shape[-2]:
+      raise ValueError(f"{name} has {x.shape[-2]} heads, wanted a divisor of q's {num_heads}")
+  _check("slopes", slopes, "[H]", (num_heads,), jnp.floating)
+  if not isinstance(slopes, jax.core.Tracer) and not (np.asarray(slopes, np.float32) >= 0).all():
+    raise ValueError(f"slopes are {np.asarray(slopes)}, wanted none below 0: gamma = exp(-slope) must not exceed 1")

@@ -1,0 +1,122 @@
+"""Decay weights, document ids and padding masks, shared by every implementation of the op.
+
+Distances are never negative and nothing is divided by a power of gamma, so no slope can overflow.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+
+class ChunkWeights(NamedTuple):
+  """What the tokens of M consecutive chunks of C tokens weigh for each other and for the state.
+
+  Token a of a chunk sees token b of the same chunk with weight `intra[a, b]` and the state before the chunk with weight
+  `row[a]`; the state after the chunk is `carry` times the state before plus the sum over b of `column[b] k_b v_b^T`.
+  B and M are 1 where all rows or chunks agree.
+  """
+
+  intra_BMHCC: jax.Array
+  row_BMHC: jax.Array
+  column_BMHC: jax.Array
+  carry_BMH: jax.Array
+
+
+def canonical_segments(segment_ids_BT: jax.Array) -> jax.Array:
+  """Numbers documents 0, 1, 2, ... in order of appearance, so that a re-used id is a new document.
+
+  Args:
+    segment_ids_BT: [B, T] integer, any ids; a document ends where the id changes.
+
+  Returns:
+    [B, T] int32, never decreasing along T, 0 for the first token's document.
+  """
+  changes_BT = segment_ids_BT[:, 1:] != segment_ids_BT[:, :-1]
+  return jnp.pad(jnp.cumsum(changes_BT, axis=1, dtype=jnp.int32), ((0, 0), (1, 0)))
+
+
+def valid_tokens(lengths_B: jax.Array, start: int | jax.Array, num_tokens: int) -> jax.Array:
+  """[B, num_tokens] bool: True for the tokens t = start, start + 1, ... with t < lengths[b]."""
+  return start + jnp.arange(num_tokens) < lengths_B[:, None]
+
+
+def keep(mask_BT: jax.Array | None, x_BTHD: jax.Array) -> jax.Array:
+  """`x` with the tokens outside the mask set to zero; None keeps all.
+
+  Padding may hold NaN, and 0 * NaN is NaN: hence a selection, before any product.
+  """
+  if mask_BT is None:
+    return x_BTHD
+  return jnp.where(mask_BT[:, :, None, None], x_BTHD, jnp.zeros((), x_BTHD.dtype))
+
+
+def powers(slopes_H: jax.Array, distance: jax.Array) -> jax.Array:
+  """gamma_h^distance = exp(-s_h * distance), of shape [H, *distance.shape], in the dtype of the slopes.
+
+  Args:
+    slopes_H: [H] float, at least 0.
+    distance: integers of any shape; negative ones count as 0 and are to be masked by the caller.
+  """
+  distance = jnp.maximum(distance, 0).astype(slopes_H.dtype)
+  return jnp.exp(-slopes_H.reshape(-1, *(1,) * distance.ndim) * distance)
+
+
+def causal_powers(slopes_H: jax.Array, num_tokens: int) -> jax.Array:
+  """[H, T, T]: gamma_h^(i-j) where j <= i, 0 above the diagonal."""
+  distance_TT = jnp.arange(num_tokens)[:, None] - jnp.arange(num_tokens)
+  return jnp.where(distance_TT >= 0, powers(slopes_H, distance_TT), 0)
+
+
+def chunk_weights(
+  slopes_H: jax.Array,
+  segment_ids_BT: jax.Array | None,
+  lengths_B: jax.Array | None,
+  *,
+  start: int | jax.Array,
+  num_chunks: int,
+  chunk: int,
+  scale: float,
+) -> ChunkWeights:
+  """The weights of the `num_chunks` chunks of `chunk` tokens that begin at token `start`.
+
+  Args:
+    slopes_H: [H] float; the weights take its dtype.
+    segment_ids_BT: [B, T] int32, canonical, of the whole row; None: one document.
+    lengths_B: [B] int32; None: no padding.
+    start: first token of the first chunk. The chunks may reach beyond T only by tokens that `lengths` excludes.
+    num_chunks: M.
+    chunk: C.
+    scale: multiplies what outputs see, `intra` and `row`, not what enters the state.
+  """
+  position_C = jnp.arange(chunk)
+  intra_BMHCC = scale * causal_powers(slopes_H, chunk)[None, None]
+  row_BMHC = scale * powers(slopes_H, position_C + 1)[None, None]
+  if segment_ids_BT is None and lengths_B is None:
+    column_BMHC = powers(slopes_H, chunk - 1 - position_C)[None, None]
+    return ChunkWeights(intra_BMHCC, row_BMHC, column_BMHC, powers(slopes_H, jnp.asarray(chunk))[None, None])
+
+  starts_M = start + chunk * jnp.arange(num_chunks)
+  if lengths_B is None:
+    lengths_B = jnp.full((1,), start + num_chunks * chunk, jnp.int32)
+  count_BM = jnp.clip(lengths_B[:, None] - starts_M, 0, chunk)
+  column_BMHC = jnp.moveaxis(powers(slopes_H, count_BM[:, :, None] - 1 - position_C), 0, 2)
+  column_BMHC *= (position_C < count_BM[:, :, None])[:, :, None]
+  carry_BMH = jnp.moveaxis(powers(slopes_H, count_BM), 0, 2)
+  if segment_ids_BT is None:
+    return ChunkWeights(intra_BMHCC, row_BMHC, column_BMHC, carry_BMH)
+
+  lengths_B = jnp.broadcast_to(lengths_B, segment_ids_BT.shape[:1])
+  # The state's document is that of the last valid token before; without one it is token 0's, as the initial state's is.
+  ends_M = jnp.append(starts_M, starts_M[-1] + chunk)
+  last_BM = jnp.maximum(jnp.minimum(ends_M, lengths_B[:, None]) - 1, 0)
+  state_document_BM = jnp.take_along_axis(segment_ids_BT, last_BM, axis=1)
+  before_BM, after_BM = state_document_BM[:, :-1], state_document_BM[:, 1:]
+  tokens_MC = jnp.minimum(starts_M[:, None] + position_C, segment_ids_BT.shape[1] - 1)
+  document_BMC = segment_ids_BT[:, tokens_MC]
+  return ChunkWeights(
+    intra_BMHCC * (document_BMC[:, :, None, :, None] == document_BMC[:, :, None, None, :]),
+    row_BMHC * (document_BMC == before_BM[:, :, None])[:, :, None],
+    column_BMHC * (document_BMC == after_BM[:, :, None])[:, :, None],
+    carry_BMH * (before_BM == after_BM)[:, :, None],
+  )

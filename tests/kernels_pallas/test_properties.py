@@ -1,0 +1,283 @@
+"""What must hold whatever the numbers are: splitting, packing, padding, constants, checks, memory."""
+
+import functools
+
+import hypothesis
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kernels_pallas import chunked_xla, decay, linear_attention, linear_attention_step
+from kernels_pallas.api import IMPLEMENTATIONS
+from tests.kernels_pallas import truth
+
+OPS = {name: functools.partial(linear_attention, implementation=name) for name in IMPLEMENTATIONS}
+
+
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+@pytest.mark.parametrize("first", [1, 37, 64, 99])
+def test_split_anywhere_is_the_whole(name, first):
+  case = truth.make_case(100, 2, 3, ("initial_state",))
+  case["lengths"] = np.array([100, 40], np.int32)
+
+  def in_two(q, k, v, slopes, *, scale, initial_state, lengths):
+    part = functools.partial(OPS[name], scale=scale)
+    head, tail = ([x[:, :first] for x in (q, k, v)], [x[:, first:] for x in (q, k, v)])
+    output, state = part(*head, slopes, initial_state=initial_state, lengths=lengths)
+    rest, state = part(*tail, slopes, initial_state=state, lengths=lengths - first)
+    return jnp.concatenate([output, rest], axis=1), state
+
+  truth.assert_close(truth.run(in_two, case), truth.by_recurrence(case), 1e-5)
+
+
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+def test_packed_documents_are_separate_ones(name):
+  ends, ids = [17, 81, 86, 100], [7, 2, 7, 7 - 9]
+  case = truth.make_case(100, 2, 6, ("initial_state",), batch=1)
+  starts = [0, *ends[:-1]]
+  case["segment_ids"] = np.repeat(ids, np.diff([0, *ends]))[None].astype(np.int32)
+
+  def apart(q, k, v, slopes, *, scale, initial_state, segment_ids):
+    del segment_ids
+    outputs = []
+    for start, end in zip(starts, ends, strict=True):
+      state = None if start else initial_state
+      parts = (x[:, start:end] for x in (q, k, v))
+      output, state = OPS["recurrent"](*parts, slopes, scale=scale, initial_state=state)
+      outputs.append(output)
+    return jnp.concatenate(outputs, axis=1), state
+
+  truth.assert_close(truth.run(OPS[name], case), {k: np.asarray(x) for k, x in truth.run(apart, case).items()}, 1e-5)
+
+
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+@pytest.mark.parametrize("poison", [np.nan, np.inf])
+def test_padding_does_not_leak(name, poison):
+  case = truth.make_case(100, 2, 3, ("initial_state", "segment_ids"))
+  case["lengths"] = np.array([70, 0], np.int32)
+  padding = np.arange(100) >= case["lengths"][:, None]
+  for x in "qkv":
+    case[x][padding] = poison
+  # The cotangent of an output that is constant may be anything too.
+  d_output, d_state = truth.cotangents(case)
+  d_output[padding] = poison
+  differentiable, options = truth.arrays(case, jnp.float32)
+  output, state, gradients = truth._value_and_gradients(
+    OPS[name], differentiable, case["slopes"], options, d_output, d_state
+  )
+  assert not np.any(np.asarray(output)[padding])
+  assert all(not np.any(np.asarray(gradients[x])[padding]) for x in "qkv")
+  assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves((output, state, gradients)))
+  np.testing.assert_array_equal(state[1], case["initial_state"][1])
+
+
+@pytest.mark.parametrize("lengths", [[-3, 4], [0, 9]])
+def test_lengths_are_clipped_to_the_row(lengths):
+  case = truth.make_case(4, 6, 6, ())
+  run = functools.partial(OPS["chunked_xla"], case["q"], case["k"], case["v"], case["slopes"], scale=1.0)
+  actual, expected = run(lengths=np.array(lengths)), run(lengths=np.array([0, 4]))
+  jax.tree.map(np.testing.assert_array_equal, actual, expected)
+
+
+TOKENS, CHUNK, CHUNKS = 45, 4, 2
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _small_chunks(chunked, q, k, v, slopes, state, segment_ids, lengths):
+  def loss(q, k, v, state):
+    if chunked:
+      pieces = chunked_xla.cut(TOKENS, CHUNK, CHUNKS)
+      ids = decay.canonical_segments(segment_ids)
+      output, last = chunked_xla._attend(pieces, 0.3, q, k, v, state, slopes, ids, lengths)
+    else:
+      options = {"initial_state": state, "segment_ids": segment_ids, "lengths": lengths}
+      output, last = OPS["recurrent"](q, k, v, slopes, scale=0.3, **options)
+    return jnp.sum(output**2) + jnp.sum(last**2), {"output": output, "state": last}
+
+  gradients, result = jax.grad(loss, argnums=(0, 1, 2, 3), has_aux=True)(q, k, v, state)
+  return result | dict(zip(("d_q", "d_k", "d_v", "d_initial_state"), gradients, strict=True))
+
+
+@hypothesis.settings(max_examples=60, deadline=None, derandomize=True)
+@hypothesis.given(
+  ids=st.lists(st.integers(-1, 2), min_size=2 * TOKENS, max_size=2 * TOKENS),
+  repeat=st.integers(1, 20),
+  lengths=st.tuples(st.integers(0, TOKENS), st.integers(0, TOKENS)),
+  slopes=st.lists(st.floats(0, 14, width=32), min_size=4, max_size=4),
+  seed=st.integers(0, 100),
+)
+def test_any_segments_and_lengths(ids, repeat, lengths, slopes, seed):
+  rng = np.random.default_rng(seed)
+  q, k, v = (rng.standard_normal((2, TOKENS, heads, 3)).astype(np.float32) for heads in (4, 2, 1))
+  state = rng.standard_normal((2, 4, 3, 3)).astype(np.float32)
+  segment_ids = np.repeat(np.reshape(ids, (2, TOKENS)), repeat, axis=1)[:, :TOKENS]
+  arguments = (q, k, v, np.array(slopes, np.float32), state, segment_ids, np.array(lengths))
+  truth.assert_close(_small_chunks(True, *arguments), _small_chunks(False, *arguments), 1e-5)
+
+
+def _call(slopes, name="chunked_xla", q=None):
+  q = jnp.ones((1, 6, 2, 3)) if q is None else q
+  return linear_attention(q, q, q, slopes, scale=1.0, implementation=name)[0].sum()
+
+
+def _scanned(slopes, name):
+  return jax.lax.scan(lambda carry, _: (carry + _call(slopes, name), None), 0.0, None, length=2)[0]
+
+
+SLOPES = jnp.array([0.1, 0.2])
+WAYS = {
+  "grad": lambda name: jax.grad(functools.partial(_call, name=name)),
+  "jit of grad": lambda name: jax.jit(jax.grad(functools.partial(_call, name=name))),
+  "jvp": lambda name: lambda slopes: jax.jvp(functools.partial(_call, name=name), (slopes,), (slopes,)),
+  "scan": lambda name: jax.grad(functools.partial(_scanned, name=name)),
+  "remat": lambda name: jax.grad(jax.checkpoint(functools.partial(_call, name=name))),
+  "remat of scan": lambda name: jax.jit(jax.grad(jax.checkpoint(functools.partial(_scanned, name=name)))),
+}
+
+
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+@pytest.mark.parametrize("way", WAYS)
+def test_slopes_cannot_be_differentiated(way, name):
+  with pytest.raises(TypeError, match="slopes, which are constants"):
+    WAYS[way](name)(SLOPES)
+
+
+def test_slopes_of_a_step_cannot_be_differentiated():
+  x, state = jnp.ones((1, 2, 3)), jnp.zeros((1, 2, 3, 3))
+  with pytest.raises(TypeError, match="slopes, which are constants"):
+    jax.grad(lambda slopes: linear_attention_step(x, x, x, slopes, state, scale=1.0)[0].sum())(SLOPES)
+
+
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+def test_slopes_may_be_traced_or_closed_over(name):
+  q = jnp.arange(36.0).reshape(1, 6, 2, 3) / 36
+  traced = jax.jit(lambda q, slopes: jax.grad(lambda q: _call(slopes, name, q))(q))(q, SLOPES)
+  closed = jax.grad(lambda q: _call(SLOPES, name, q))(q)
+  stopped = jax.grad(lambda q, s: _call(jax.lax.stop_gradient(s), name, q), argnums=(0, 1))(q, SLOPES)
+  remat = jax.jit(jax.grad(jax.checkpoint(lambda q: _scanned(SLOPES, name) + _call(SLOPES, name, q))))(q)
+  for gradient in (closed, stopped[0], remat):
+    np.testing.assert_allclose(gradient, traced, rtol=1e-6)
+  assert not np.any(stopped[1])
+
+
+def test_a_gradient_can_be_differentiated():
+  case = truth.make_case(100, 2, 3, (), batch=1)
+
+  def curvature(name):
+    def loss(q, k, v):
+      output, state = OPS[name](q, k, v, case["slopes"], scale=truth.SCALE)
+      return jnp.sum(output**2) + jnp.sum(state**2)
+
+    def size_of_gradient(q, k, v):
+      return sum(jnp.sum(x**2) for x in jax.grad(loss, argnums=(0, 1, 2))(q, k, v))
+
+    gradients = jax.jit(jax.grad(size_of_gradient, argnums=(0, 1, 2)))(case["q"], case["k"], case["v"])
+    return dict(zip("qkv", gradients, strict=True))
+
+  truth.assert_close(curvature("chunked_xla"), curvature("reference"), 1e-5)
+
+
+def test_vmap_is_another_batch():
+  case = truth.make_case(20, 2, 3, ())
+  q, k, v = (jnp.asarray(case[x]) for x in "qkv")
+  run = functools.partial(OPS["chunked_xla"], slopes_H=case["slopes"], scale=1.0)
+  output, state = jax.vmap(lambda q, k, v: run(q[None], k[None], v[None]))(q, k, v)
+  expected = run(q, k, v)
+  truth.assert_close({"o": output[:, 0], "s": state[:, 0]}, dict(zip("os", expected, strict=True)), 1e-6)
+
+
+def _good(**changes):
+  arguments = {
+    "q": np.ones((2, 5, 6, 4), np.float32),
+    "k": np.ones((2, 5, 3, 4), np.float32),
+    "v": np.ones((2, 5, 2, 7), np.float32),
+    "slopes": np.ones(6, np.float32),
+    "initial_state": np.zeros((2, 6, 4, 7), np.float32),
+    "segment_ids": np.zeros((2, 5), np.int32),
+    "lengths": np.array([5, 5]),
+    "implementation": "auto",
+  }
+  return arguments | changes
+
+
+BAD = {
+  "rank": (dict(q=np.ones((2, 5, 6), np.float32)), r"q has shape \(2, 5, 6\), wanted 4 axes \[B, T, H, K\]"),
+  "batch": (dict(k=np.ones((1, 5, 3, 4), np.float32)), r"k has shape \(1, 5, 3, 4\), wanted the leading \[B, T\]"),
+  "width": (dict(k=np.ones((2, 5, 3, 5), np.float32)), "k has width 5, wanted the width of q, 4"),
+  "groups": (dict(v=np.ones((2, 5, 4, 7), np.float32)), "v has 4 heads, wanted a divisor of q's 6"),
+  "integer": (dict(q=np.ones((2, 5, 6, 4), np.int32)), "q has dtype int32, wanted a floating one"),
+  "empty": (dict(q=np.ones((2, 0, 6, 4), np.float32)), "at least one element"),
+  "slopes": (dict(slopes=np.ones(3, np.float32)), r"slopes has shape \(3,\), wanted \[H\] = \(6,\)"),
+  "negative slopes": (dict(slopes=-np.ones(6, np.float32)), "wanted none below 0"),
+  "state": (dict(initial_state=np.zeros((2, 3, 4, 7), np.float32)), r"wanted \[B, H, K, V\] = \(2, 6, 4, 7\)"),
+  "ids": (dict(segment_ids=np.zeros((2, 5), np.float32)), "segment_ids has dtype float32, wanted one of kind integer"),
+  "lengths": (dict(lengths=np.array([5])), r"lengths has shape \(1,\), wanted \[B\] = \(2,\)"),
+  "name": (dict(implementation="fastest"), "'fastest' is none of .*'auto', 'reference', 'recurrent', 'chunked_xla'"),
+}
+
+
+def _at_the_door(q, k, v, slopes, **rest):
+  return linear_attention(q, k, v, slopes, scale=1.0, **rest)
+
+
+@pytest.mark.parametrize("what", BAD)
+def test_what_does_not_fit_is_refused(what):
+  changes, message = BAD[what]
+  with pytest.raises(ValueError, match=message):
+    _at_the_door(**_good(**changes))
+
+
+def test_what_fits_is_let_in():
+  output, state = _at_the_door(**_good())
+  assert (output.shape, output.dtype) == ((2, 5, 6, 7), jnp.float32)
+  assert (state.shape, state.dtype) == ((2, 6, 4, 7), jnp.float32)
+
+
+def test_a_step_is_checked_too():
+  x = np.ones((2, 6, 4), np.float32)
+  with pytest.raises(ValueError, match=r"state has shape \(2, 6, 4\), wanted \[B, H, K, V\] = \(2, 6, 4, 4\)"):
+    linear_attention_step(x, x, x, np.ones(6, np.float32), x, scale=1.0)
+
+
+def _compiled(name, backward):
+  tokens, heads, width = 2003, 16, 32
+  operand = lambda heads: jax.ShapeDtypeStruct((1, tokens, heads, width), jnp.float32)  # noqa: E731
+  slopes = jnp.full(heads, 0.1)
+
+  def run(q, k, v):
+    return OPS[name](q, k, v, slopes, scale=1.0)
+
+  def gradients(q, k, v, d_output):
+    return jax.vjp(lambda *x: run(*x)[0], q, k, v)[1](d_output)
+
+  operands = [operand(heads), operand(1), operand(1)]
+  traced = jax.jit(gradients).trace(*operands, operand(heads)) if backward else jax.jit(run).trace(*operands)
+  return traced, tokens, tokens * heads * width * 4
+
+
+def _shapes(jaxpr):
+  for equation in jaxpr.eqns:
+    yield from (variable.aval.shape for variable in equation.outvars)
+    for parameter in jax.tree.leaves(equation.params, is_leaf=lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr")):
+      if inner := getattr(parameter, "jaxpr", parameter if hasattr(parameter, "eqns") else None):
+        yield from _shapes(inner)
+
+
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+@pytest.mark.parametrize("name, frugal", [("chunked_xla", True), ("reference", False)])
+def test_no_square_of_the_length(name, frugal, backward):
+  traced, tokens, _ = _compiled(name, backward)
+  shapes = list(_shapes(traced.jaxpr.jaxpr))
+  assert any(tokens in shape for shape in shapes)
+  assert frugal == all(shape.count(tokens) < 2 for shape in shapes)
+
+
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+@pytest.mark.parametrize("name, frugal", [("chunked_xla", True), ("reference", False)])
+def test_keys_are_not_repeated_over_heads(name, frugal, backward):
+  # What the compiled program needs beyond operands and results: chunks and, backward, a state each 64 tokens, half the
+  # size of the repeated keys; not the repeated keys or values themselves.
+  traced, _, repeated = _compiled(name, backward)
+  assert frugal == (traced.lower().compile().memory_analysis().temp_size_in_bytes < repeated)

@@ -1,0 +1,115 @@
+"""What the op is, in float64: a loop over tokens in numpy, and the gradients of a loop over tokens by autodiff in x64.
+
+A case is a dict of numpy arrays: q, k, v, slopes, and where present initial_state, segment_ids and lengths. `given`
+says which of the optional ones it has.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kernels_pallas import linear_attention
+
+SCALE = 0.3
+SLOPES = (0.0, 0.01, 0.2, 1.0, 4.0, 14.0)
+ARRAYS = ("q", "k", "v", "initial_state")
+OPTIONS = ("segment_ids", "lengths")
+
+
+def make_case(num_tokens, key_groups, value_groups, given, *, batch=2, heads=6, key_width=8, value_width=5, seed=0):
+  rng = np.random.default_rng(seed)
+  case = {
+    "q": rng.standard_normal((batch, num_tokens, heads, key_width)),
+    "k": rng.standard_normal((batch, num_tokens, key_groups, key_width)),
+    "v": rng.standard_normal((batch, num_tokens, value_groups, value_width)),
+    "slopes": np.array(SLOPES[:heads]),
+  }
+  case = {name: x.astype(np.float32) for name, x in case.items()}
+  if "initial_state" in given:
+    case["initial_state"] = rng.standard_normal((batch, heads, key_width, value_width)).astype(np.float32)
+  if "segment_ids" in given:  # ids out of {3, 5}: each comes back again and again
+    changes = rng.random((batch, num_tokens)) < 0.08
+    case["segment_ids"] = np.where(np.cumsum(changes, axis=1) % 2, 5, 3).astype(np.int32)
+  if "lengths" in given:  # one row has padding, at times nothing else
+    case["lengths"] = np.array([num_tokens, num_tokens * 3 // 4][:batch], np.int32)
+    for name in ("q", "k", "v"):
+      case[name][1, case["lengths"][1] :] = np.nan
+  return case
+
+
+def cotangents(case, seed=1):
+  """Random factors of (output, state): the gradient of their sums with these is what the tests compare."""
+  rng = np.random.default_rng(seed)
+  batch, num_tokens, heads, key_width = case["q"].shape
+  value_width = case["v"].shape[-1]
+  shapes = (batch, num_tokens, heads, value_width), (batch, heads, key_width, value_width)
+  return tuple(rng.standard_normal(shape).astype(np.float32) for shape in shapes)
+
+
+def by_loop(case):
+  """(output, state) of the definition, in numpy and float64."""
+  q, k, v, slopes = (case[name].astype(np.float64) for name in ("q", "k", "v", "slopes"))
+  batch, num_tokens, heads, key_width = q.shape
+  output = np.zeros((batch, num_tokens, heads, v.shape[-1]))
+  states = np.zeros((batch, heads, key_width, v.shape[-1])) + case.get("initial_state", 0.0)
+  segment_ids = case.get("segment_ids", np.zeros((batch, num_tokens)))
+  lengths = case.get("lengths", np.full(batch, num_tokens))
+  for b in range(batch):
+    for h in range(heads):
+      state = states[b, h]
+      for t in range(lengths[b]):
+        if t and segment_ids[b, t] != segment_ids[b, t - 1]:
+          state = np.zeros_like(state)
+        key, value = k[b, t, h // (heads // k.shape[2])], v[b, t, h // (heads // v.shape[2])]
+        state = np.exp(-slopes[h]) * state + np.outer(key, value)
+        output[b, t, h] = SCALE * q[b, t, h] @ state
+      states[b, h] = state
+  return output, states
+
+
+def arrays(case, dtype):
+  """The differentiable arguments, as a dict, and the rest."""
+  differentiable = {name: jnp.asarray(case[name]).astype(dtype) for name in ARRAYS if name in case}
+  if "initial_state" in differentiable and dtype == jnp.bfloat16:
+    differentiable["initial_state"] = jnp.asarray(case["initial_state"])
+  return differentiable, {name: jnp.asarray(case[name]) for name in OPTIONS if name in case}
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _value_and_gradients(op, differentiable, slopes, options, d_output, d_state):
+  def call(x):
+    return op(x["q"], x["k"], x["v"], slopes, scale=SCALE, initial_state=x.get("initial_state"), **options)
+
+  (output, state), pullback = jax.vjp(call, differentiable)
+  return output, state, pullback((d_output.astype(output.dtype), d_state.astype(state.dtype)))[0]
+
+
+def run(op, case, dtype=jnp.float32):
+  """{"output", "state", "d_q", ...} of an op with the signature of `linear_attention`."""
+  differentiable, options = arrays(case, dtype)
+  slopes = jnp.asarray(case["slopes"])
+  output, state, gradients = _value_and_gradients(op, differentiable, slopes, options, *cotangents(case))
+  return {"output": output, "state": state} | {f"d_{name}": x for name, x in gradients.items()}
+
+
+_recurrent = functools.partial(linear_attention, implementation="recurrent")
+
+
+def by_recurrence(case):
+  """As `run`, in float64."""
+  with jax.enable_x64(True):
+    return {name: np.asarray(x) for name, x in run(_recurrent, case, jnp.float64).items()}
+
+
+def relative_error(actual, expected):
+  actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
+  return np.max(np.abs(actual - expected)) / max(np.max(np.abs(expected)), 1e-30)
+
+
+def assert_close(actual, expected, tolerance):
+  assert actual.keys() == expected.keys()
+  errors = {name: relative_error(actual[name], expected[name]) for name in expected}
+  wrong = {name: error for name, error in errors.items() if not error <= tolerance}  # NaN counts as wrong
+  assert not wrong, wrong
