@@ -21,7 +21,7 @@ demo: $(VENV)/.demo
 	$(BIN)/python -m supra_jax.bin.demo --workdir=$(WORKDIR)
 
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses=auto --dist=loadfile
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -10,6 +10,7 @@ import flax
 import jax
 import jax.numpy as jnp
 
+from supra_jax.layers import at_least_float32
 from supra_jax.transformer import Transformer
 
 Unembed = Callable[[Any, jax.Array], jax.Array]
@@ -123,9 +124,9 @@ def _sums_forward(unembed, z_loss, params, hidden, targets, weights):
     return ((loss + chunk_loss, nll + chunk_nll), jax.tree.map(jnp.add, grads, chunk_grads)), hidden_grad
 
   zero = jnp.zeros((), jnp.promote_types(hidden.dtype, jnp.float32))
-  start = ((zero, zero), jax.tree.map(jnp.zeros_like, params))
+  start = ((zero, zero), jax.tree.map(lambda x: at_least_float32(jnp.zeros_like(x)), params))
   (sums, grads), hidden_grads = jax.lax.scan(step, start, (hidden, targets, weights))
-  return sums, (grads, hidden_grads)
+  return sums, (jax.tree.map(lambda grad, param: grad.astype(param.dtype), grads, params), hidden_grads)
 
 
 def _sums_backward(unembed, z_loss, residuals, cotangents):

@@ -6,6 +6,9 @@ import pytest
 from supra_jax import attention, feature_maps
 from supra_jax.attention import head_slopes
 from supra_jax.config import SupraConfig, tiny
+from supra_jax.layers import rope_table
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 def _alibi(n):
@@ -113,3 +116,67 @@ def test_feature_maps(kind, heads, groups, random_params):
       want = np.stack([x[:, :, h] @ kernel[h * maps // x_heads] + bias[h * maps // x_heads] for h in range(x_heads)], 2)
     got = module.apply({"params": params[name]}, x)
     np.testing.assert_allclose(got, np.maximum(want, 0), atol=1e-5)
+
+
+def _linear_attention_layer(config, params, x_TD):
+  """The paper's steps in float64, a head and a token at a time."""
+  p = jax.tree.map(np.float64, params)
+  H, G, K, V = config.num_heads, config.num_kv_heads, config.head_dim, config.value_width
+  kind, time = config.supra.feature_map, len(x_TD)
+
+  def dense(name, x):
+    return x @ p[name]["kernel"] + p[name].get("bias", 0)
+
+  def phi(x_TNK, name, groups):
+    maps = p[name if name in p else "feature_map"]
+    if kind == "dense":
+      y = x_TNK.reshape(time, -1) @ maps["kernel"] + maps["bias"]
+      return np.maximum(y, 0).reshape(x_TNK.shape)
+    per_map = x_TNK.shape[1] // groups
+    y = [x_TNK[:, h] @ maps["kernel"][h // per_map] + maps["bias"][h // per_map] for h in range(x_TNK.shape[1])]
+    return np.maximum(np.stack(y, 1), 0)
+
+  def norm(x_THK, name):  # RMSNorm over all heads together
+    x = x_THK.reshape(time, -1)
+    return (x / np.sqrt((x**2).mean(-1, keepdims=True) + config.norm_eps) * p[name]["weight"]).reshape(x_THK.shape)
+
+  q = phi(dense("q_proj", x_TD).reshape(time, H, K), "feature_map", H if kind == "per_head_separate" else G)
+  k = phi(dense("k_proj", x_TD).reshape(time, G, K), "feature_map_kv", G)
+  v = dense("v_proj", x_TD).reshape(time, G, V)
+  k, v = (np.stack([x[:, h * G // H] for h in range(H)], 1) for x in (k, v))
+  if config.supra.qk_norm:
+    q, k = norm(q, "q_norm"), norm(k, "k_norm")
+  turn = np.exp(1j * np.outer(np.arange(time), config.rope.base ** (-np.arange(0, K, 2) / K)))[:, None]
+  q, k = ((x[..., : K // 2] + 1j * x[..., K // 2 :]) * turn for x in (q, k))
+
+  gamma, out = np.exp(-np.float64(head_slopes(config.supra, H))), np.zeros((time, H, V))
+  state = np.zeros((H, K // 2, V), complex)
+  for t, h in np.ndindex(time, H):
+    state[h] = gamma[h] * state[h] + np.outer(k[t, h].conj(), v[t, h])
+    o = (q[t, h] @ state[h]).real / np.sqrt(K)
+    out[t, h] = (o - o.mean()) / np.sqrt(o.var() + 1e-5)
+  return dense("o_proj", out.reshape(time, -1)), np.concatenate([state.real, -state.imag], 1)
+
+
+@pytest.mark.parametrize("qk_norm", [False, True])
+@pytest.mark.parametrize("kind", ["dense", "per_head", "per_head_separate"])
+@pytest.mark.parametrize(("groups", "value_width", "decay"), [(2, 8, "lightning"), (6, 12, "retnet"), (3, 4, "none")])
+def test_linear_attention_layer(groups, value_width, decay, kind, qk_norm, random_params):
+  config = tiny().replace(
+    num_kv_heads=groups,
+    value_head_dim=value_width,
+    qkv_bias=True,
+    output_bias=True,
+    supra=SupraConfig(feature_map=kind, decay=decay, qk_norm=qk_norm),
+  )
+  params = random_params(config)["layers_0"]["self_attn"]
+  x = np.random.default_rng(0).standard_normal((2, 13, config.hidden_size), np.float32)
+  place = jnp.broadcast_to(jnp.arange(13), (2, 13))
+  cos, sin = rope_table(config.rope, config.head_dim, place)
+  context = attention.Context(cos, sin, index=place, first=0 * place, lengths=None, segment_ids=None, continues=None)
+  layer = attention.LinearAttention(config)
+  got, state = jax.jit(lambda params, x: layer.apply({"params": params}, x, None, context))(params, x)
+  for row in range(2):
+    want, want_state = _linear_attention_layer(config, params, x[row])
+    np.testing.assert_allclose(got[row], want, atol=1e-4)
+    np.testing.assert_allclose(state.s[row], want_state, atol=1e-5 * np.abs(want_state).max())

@@ -14,18 +14,22 @@ from tests.kernels_pallas import truth
 
 GROUPS = {"G=H": (6, 6), "G<H": (2, 2), "Gk=H>Gv": (6, 3), "Gk<Gv": (1, 2)}
 OPTIONAL = ("initial_state", "segment_ids", "lengths")
-ALL_GIVEN = [given for n in range(4) for given in itertools.combinations(OPTIONAL, n)]
-# All combinations at one length with two chunks and an odd end; at other lengths the groups with all options and none.
-CASES = [(100, groups, given) for groups in list(GROUPS)[:3] for given in ALL_GIVEN]
-CASES += [(tokens, groups, given) for tokens in (1, 5, 64, 257) for groups in GROUPS for given in ((), OPTIONAL)]
+GIVEN = [given for n in range(4) for given in itertools.combinations(OPTIONAL, n)]
+TOKENS = (1, 257, 5, 100, 64)
+# All pairs of groups and options while the lengths go round, then what that leaves out.
+CASES = [
+  (TOKENS[(i + 2 * j) % 5], groups, given) for i, given in enumerate(GIVEN) for j, groups in enumerate(list(GROUPS)[:3])
+]
+CASES += [(257, "Gk<Gv", OPTIONAL), (257, "Gk=H>Gv", ()), (1, "G<H", OPTIONAL), (5, "G<H", OPTIONAL)]
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 OPS = {name: functools.partial(linear_attention, implementation=name) for name in IMPLEMENTATIONS}
 
 
 @functools.cache
 def case_and_truth(tokens, groups, given):
   case = truth.make_case(tokens, *GROUPS[groups], given)
-  return case, truth.by_recurrence(case)
+  return case, truth.by_loop(case)
 
 
 def case_id(case):
@@ -39,7 +43,7 @@ def test_float32(name, case):
   truth.assert_close(truth.run(OPS[name], case), expected, 1e-5)
 
 
-@pytest.mark.parametrize("groups", GROUPS)
+@pytest.mark.parametrize("groups", ["G<H", "Gk=H>Gv"])
 @pytest.mark.parametrize("name", IMPLEMENTATIONS)
 def test_bfloat16(name, groups):
   case, _ = case_and_truth(100, groups, OPTIONAL)
@@ -51,29 +55,34 @@ def test_bfloat16(name, groups):
     "d_k": jnp.bfloat16,
     "d_initial_state": jnp.float32,
   }
-  truth.assert_close(actual, truth.by_recurrence(case), 1e-2)
+  truth.assert_close(actual, truth.by_loop(case), 1e-2)
 
 
-@pytest.mark.parametrize("given", [(), OPTIONAL], ids=["plain", "all"])
-def test_the_truth_is_the_definition(given):
-  case, expected = case_and_truth(100, "Gk=H>Gv", given)
-  output, state = truth.by_loop(case)
-  truth.assert_close({"output": expected["output"], "state": expected["state"]}, {"output": output, "state": state}, 1e-12)
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+def test_float64(name):
+  case, expected = case_and_truth(100, "Gk=H>Gv", OPTIONAL)
+  with jax.enable_x64(True):
+    actual = truth.run(OPS[name], case, jnp.float64)
+    assert {x.dtype for x in actual.values()} == {jnp.dtype(jnp.float64)}
+    truth.assert_close(actual, expected, 1e-12)
 
+
+def test_the_gradients_of_the_truth_are_its_slopes():
+  case, expected = case_and_truth(100, "Gk=H>Gv", OPTIONAL)
   d_output, d_state = truth.cotangents(case)
   rng = np.random.default_rng(2)
-  moved = [name for name in truth.ARRAYS if name in case]
-  direction = {name: rng.standard_normal(case[name].shape) for name in moved}
+  direction = {name: rng.standard_normal(case[name].shape) for name in truth.ARRAYS}
 
   def along(step):
-    output, state = truth.by_loop(case | {name: case[name] + step * direction[name] for name in moved})
-    return np.sum(output * d_output) + np.sum(state * d_state)
+    moved = truth.by_loop(case | {name: case[name] + step * direction[name] for name in truth.ARRAYS})
+    return np.sum(moved["output"] * d_output) + np.sum(moved["state"] * d_state)
 
-  slope = (along(1e-3) - along(-1e-3)) / 2e-3  # of a cubic: the error is that of 1e-6 times its third derivative
-  np.testing.assert_allclose(slope, sum(np.sum(expected[f"d_{name}"] * direction[name]) for name in moved), rtol=1e-4)
+  # Padding is NaN and has no gradient.
+  gradient = sum(np.nansum(expected[f"d_{name}"] * direction[name]) for name in truth.ARRAYS)
+  np.testing.assert_allclose((along(1e-3) - along(-1e-3)) / 2e-3, gradient, rtol=1e-5)
 
 
-@pytest.mark.parametrize("chunk, num_chunks", [(1, 1), (4, 1), (8, 2), (8, 4), (16, 3), (128, 1)])
+@pytest.mark.parametrize("chunk, num_chunks", [(1, 1), (8, 1), (16, 3), (128, 1)])
 def test_every_cut_agrees(monkeypatch, chunk, num_chunks):
   monkeypatch.setattr(chunked_xla, "_CHUNK", chunk)
   monkeypatch.setattr(chunked_xla, "choose_num_chunks", lambda elements: num_chunks)
@@ -97,34 +106,16 @@ def test_a_cut_covers_each_token_once(num_tokens):
 
 @pytest.mark.parametrize("given", [(), ("initial_state",)], ids=["plain", "state"])
 def test_steps_are_the_recurrence(given):
-  case, expected = case_and_truth(100, "Gk=H>Gv", given)
-  state = jnp.asarray(case.get("initial_state", np.zeros_like(expected["state"], np.float32)))
+  case = truth.make_case(100, *GROUPS["Gk=H>Gv"], given)
+  expected = truth.by_loop(case)
+  state = jnp.asarray(case.get("initial_state", np.zeros(expected["state"].shape, np.float32)))
   step = jax.jit(functools.partial(linear_attention_step, scale=truth.SCALE))
   outputs = []
   for t in range(100):
     output, state = step(*(case[name][:, t] for name in "qkv"), case["slopes"], state)
     outputs.append(output)
-  output, whole_state = OPS["recurrent"](
-    *(case[name] for name in "qkv"), case["slopes"], scale=truth.SCALE, initial_state=case.get("initial_state")
-  )
-  truth.assert_close({"o": jnp.stack(outputs, 1), "s": state}, {"o": output, "s": whole_state}, 1e-6)
-
-
-def test_error_is_that_of_the_token_recurrence():
-  rng = np.random.default_rng(0)
-  shapes = {"q": (1, 2048, 9, 64), "k": (1, 2048, 3, 64), "v": (1, 2048, 3, 64)}
-  case = {name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
-  case |= {"q": np.maximum(case["q"], 0), "k": np.maximum(case["k"], 0), "slopes": np.float32(2.0) ** -np.arange(9)}
-
-  def both(implementation, dtype):
-    x = [jnp.asarray(case[name], dtype) for name in ("q", "k", "v", "slopes")]
-    return linear_attention(*x, scale=64**-0.5, implementation=implementation)
-
-  with jax.enable_x64(True):
-    expected = [np.asarray(x) for x in both("recurrent", jnp.float64)]
-  chunked, recurrent = both("chunked_xla", jnp.float32), both("recurrent", jnp.float32)
-  for actual, baseline, exact in zip(chunked, recurrent, expected, strict=True):
-    rms = [np.sqrt(np.mean((np.asarray(x) - exact) ** 2)) for x in (actual, baseline)]
-    assert rms[0] <= 2 * rms[1], rms
-    worst = [np.max(np.abs(np.asarray(x) - exact)) for x in (actual, baseline)]
-    assert worst[0] <= 2 * worst[1], worst
+  operands = (case[name] for name in ("q", "k", "v", "slopes"))
+  whole = OPS["recurrent"](*operands, scale=truth.SCALE, initial_state=case.get("initial_state"))
+  steps = {"output": jnp.stack(outputs, axis=1), "state": state}
+  truth.assert_close(steps, dict(zip(("output", "state"), whole, strict=True)), 1e-6)
+  truth.assert_close(steps, {name: expected[name] for name in steps}, 1e-5)

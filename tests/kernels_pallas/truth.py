@@ -1,4 +1,4 @@
-"""What the op is, in float64: a loop over tokens in numpy, and the gradients of a loop over tokens by autodiff in x64.
+"""What the op and its gradients are: a loop over tokens in float64 numpy, which shares no code with the package.
 
 A case is a dict of numpy arrays: q, k, v, slopes, and where present initial_state, segment_ids and lengths. `given`
 says which of the optional ones it has.
@@ -9,8 +9,6 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-
-from kernels_pallas import linear_attention
 
 SCALE = 0.3
 SLOPES = (0.0, 0.01, 0.2, 1.0, 4.0, 14.0)
@@ -48,25 +46,38 @@ def cotangents(case, seed=1):
   return tuple(rng.standard_normal(shape).astype(np.float32) for shape in shapes)
 
 
-def by_loop(case):
-  """(output, state) of the definition, in numpy and float64."""
-  q, k, v, slopes = (case[name].astype(np.float64) for name in ("q", "k", "v", "slopes"))
-  batch, num_tokens, heads, key_width = q.shape
-  output = np.zeros((batch, num_tokens, heads, v.shape[-1]))
-  states = np.zeros((batch, heads, key_width, v.shape[-1])) + case.get("initial_state", 0.0)
+def by_loop(case, given_cotangents=None):
+  """{"output", "state", "d_q", ...} of the definition and of its transpose, token by token in float64 numpy."""
+  q, k, v, gamma = (case[name].astype(np.float64) for name in ("q", "k", "v", "slopes"))
+  gamma = np.exp(-gamma)
+  d_output, d_state = (x.astype(np.float64) for x in given_cotangents or cotangents(case))
+  batch, num_tokens, heads, _ = q.shape
   segment_ids = case.get("segment_ids", np.zeros((batch, num_tokens)))
   lengths = case.get("lengths", np.full(batch, num_tokens))
-  for b in range(batch):
-    for h in range(heads):
-      state = states[b, h]
-      for t in range(lengths[b]):
-        if t and segment_ids[b, t] != segment_ids[b, t - 1]:
-          state = np.zeros_like(state)
-        key, value = k[b, t, h // (heads // k.shape[2])], v[b, t, h // (heads // v.shape[2])]
-        state = np.exp(-slopes[h]) * state + np.outer(key, value)
-        output[b, t, h] = SCALE * q[b, t, h] @ state
-      states[b, h] = state
-  return output, states
+  before = case.get("initial_state", np.zeros(d_state.shape)).astype(np.float64)
+
+  out = {"output": np.zeros(d_output.shape), "state": np.zeros(d_state.shape)}
+  out |= {"d_q": np.zeros(q.shape), "d_k": np.zeros(k.shape), "d_v": np.zeros(v.shape), "d_initial_state": 0 * before}
+  for b, h in np.ndindex(batch, heads):
+    gk, gv = h // (heads // k.shape[2]), h // (heads // v.shape[2])
+    seam = np.append(False, segment_ids[b, 1:] != segment_ids[b, :-1])
+    states = [before[b, h]]
+    for t in range(lengths[b]):
+      states.append((0 if seam[t] else gamma[h]) * states[-1] + np.outer(k[b, t, gk], v[b, t, gv]))
+      out["output"][b, t, h] = SCALE * q[b, t, h] @ states[-1]
+    out["state"][b, h] = states[-1]
+
+    d_after = d_state[b, h]
+    for t in reversed(range(lengths[b])):
+      out["d_q"][b, t, h] = SCALE * states[t + 1] @ d_output[b, t, h]
+      d_after = d_after + SCALE * np.outer(q[b, t, h], d_output[b, t, h])
+      out["d_k"][b, t, gk] += d_after @ v[b, t, gv]
+      out["d_v"][b, t, gv] += k[b, t, gk] @ d_after
+      d_after = (0 if seam[t] else gamma[h]) * d_after
+    out["d_initial_state"][b, h] = d_after
+  if "initial_state" not in case:
+    del out["d_initial_state"]
+  return out
 
 
 def arrays(case, dtype):
@@ -78,7 +89,7 @@ def arrays(case, dtype):
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _value_and_gradients(op, differentiable, slopes, options, d_output, d_state):
+def value_and_gradients(op, differentiable, slopes, options, d_output, d_state):
   def call(x):
     return op(x["q"], x["k"], x["v"], slopes, scale=SCALE, initial_state=x.get("initial_state"), **options)
 
@@ -90,17 +101,8 @@ def run(op, case, dtype=jnp.float32):
   """{"output", "state", "d_q", ...} of an op with the signature of `linear_attention`."""
   differentiable, options = arrays(case, dtype)
   slopes = jnp.asarray(case["slopes"])
-  output, state, gradients = _value_and_gradients(op, differentiable, slopes, options, *cotangents(case))
+  output, state, gradients = value_and_gradients(op, differentiable, slopes, options, *cotangents(case))
   return {"output": output, "state": state} | {f"d_{name}": x for name, x in gradients.items()}
-
-
-_recurrent = functools.partial(linear_attention, implementation="recurrent")
-
-
-def by_recurrence(case):
-  """As `run`, in float64."""
-  with jax.enable_x64(True):
-    return {name: np.asarray(x) for name, x in run(_recurrent, case, jnp.float64).items()}
 
 
 def relative_error(actual, expected):
