@@ -17,8 +17,9 @@ help:
 	@echo "make clean   remove environments and caches, keep runs/"
 	@echo "PYTHON=python3.12 and VENV=.venv-3.12 choose the interpreter and the environment."
 
+# Huge pages spare the CPU most of the page faults of a step's large temporaries; other C libraries pass over the wish.
 demo: $(VENV)/.demo
-	$(BIN)/python -m supra_jax.bin.demo --workdir=$(WORKDIR)
+	GLIBC_TUNABLES=glibc.malloc.hugetlb=1 $(BIN)/python -m supra_jax.bin.demo --workdir=$(WORKDIR)
 
 test: lint
 	$(BIN)/python -m pytest --numprocesses=auto --dist=loadfile

@@ -2,7 +2,8 @@
 
     make demo
 
-Its schedule is its own: the paper's 1000 steps of warmup would move nothing in so few tokens.
+Its schedule is its own: the paper's 1000 steps of warmup would move nothing in so few tokens. Many small steps were
+better than fewer large ones: see BUILD_NOTES.md.
 """
 
 import ml_collections
@@ -11,13 +12,13 @@ import ml_collections
 def get_config() -> ml_collections.ConfigDict:
   config = ml_collections.ConfigDict()
   config.init_checkpoint = "runs/demo/linearized"
-  config.batch_size = 2
-  config.num_steps = 100
+  config.batch_size = 1
+  config.num_steps = 200
   config.dtype = "float32"
   config.remat = "none"
   config.seed = 0
   config.log_every = 1
-  config.evaluate_every = 25
+  config.evaluate_every = 50
   config.save_every = 0
 
   config.data = ml_collections.ConfigDict()
@@ -27,7 +28,7 @@ def get_config() -> ml_collections.ConfigDict:
   config.data.heldout_rows = 24
 
   config.optimizer = ml_collections.ConfigDict()
-  config.optimizer.learning_rate = 1e-3
+  config.optimizer.learning_rate = 2e-3
   config.optimizer.end_learning_rate = 1e-5
-  config.optimizer.warmup_steps = 5
+  config.optimizer.warmup_steps = 10
   return config

@@ -40,10 +40,10 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
 
 
 def linear_attention(
-  q_BTHK: jax.Array,
-  k_BTGK: jax.Array,
-  v_BTGV: jax.Array,
-  slopes_H: jax.Array,
+  q: jax.Array,
+  k: jax.Array,
+  v: jax.Array,
+  slopes: jax.Array,
   *,
   scale: float,
   initial_state: jax.Array | None = None,
@@ -60,10 +60,10 @@ def linear_attention(
   token undecayed and k as given. Sums are taken in float32 (float64 if q, k or v is float64).
 
   Args:
-    q_BTHK: [B, T, H, K] float, queries.
-    k_BTGK: [B, T, Gk, K] float, keys; Gk divides H and head h reads group h // (H / Gk).
-    v_BTGV: [B, T, Gv, V] float, values; Gv divides H, independently of Gk.
-    slopes_H: [H] float, at least 0. Constants: differentiating with respect to them raises a TypeError.
+    q: [B, T, H, K] float, queries.
+    k: [B, T, Gk, K] float, keys; Gk divides H and head h reads group h // (H / Gk).
+    v: [B, T, Gv, V] float, values; Gv divides H, independently of Gk.
+    slopes: [H] float, at least 0. Constants: differentiating with respect to them raises a TypeError.
     scale: factor of the output, not of the state; K**-0.5 as a rule.
     initial_state: [B, H, K, V] float, S_in; zero if None. It belongs to token 0's document.
     segment_ids: [B, T] integer document ids; wherever the id changes the state starts from zero, also where an earlier
@@ -79,9 +79,9 @@ def linear_attention(
     ValueError: if shapes or dtypes do not fit together, or the implementation is unknown.
     TypeError: if the slopes carry a tangent.
   """
-  _check_operands(q_BTHK, k_BTGK, v_BTGV, slopes_H, "BT")
-  batch, num_tokens, num_heads, key_width = q_BTHK.shape
-  state_shape = (batch, num_heads, key_width, v_BTGV.shape[-1])
+  _check_operands(q, k, v, slopes, "BT")
+  batch, num_tokens, num_heads, key_width = q.shape
+  state_shape = (batch, num_heads, key_width, v.shape[-1])
   if initial_state is not None:
     _check("initial_state", initial_state, "[B, H, K, V]", state_shape, jnp.floating)
   if segment_ids is not None:
@@ -89,44 +89,44 @@ def linear_attention(
   if lengths is not None:
     _check("lengths", lengths, "[B]", (batch,), jnp.integer)
   name = choose_implementation(implementation)
-  return _run(name, float(scale), q_BTHK, k_BTGK, v_BTGV, slopes_H, initial_state, segment_ids, lengths)
+  return _run(name, float(scale), q, k, v, slopes, initial_state, segment_ids, lengths)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _run(name, scale, q_BTHK, k_BTGK, v_BTGV, slopes_H, initial_state_BHKV, segment_ids_BT, lengths_B):
+def _run(name, scale, q, k, v, slopes, initial_state_BHKV, segment_ids_BT, lengths_B):
   """Prepares checked arguments as `Implementation` wants them. Compiled, for callers who are not."""
-  dtype = _accumulation_dtype(q_BTHK, k_BTGK, v_BTGV)
+  dtype = _accumulation_dtype(q, k, v)
   if initial_state_BHKV is None:
-    initial_state_BHKV = jnp.zeros((q_BTHK.shape[0], *q_BTHK.shape[2:], v_BTGV.shape[-1]))
+    initial_state_BHKV = jnp.zeros((q.shape[0], *q.shape[2:], v.shape[-1]))
   return IMPLEMENTATIONS[name](
-    q_BTHK,
-    k_BTGK,
-    v_BTGV,
-    _constant(slopes_H).astype(dtype),
+    q,
+    k,
+    v,
+    _constant(slopes).astype(dtype),
     initial_state_BHKV.astype(dtype),
     None if segment_ids_BT is None else decay.canonical_segments(segment_ids_BT),
-    None if lengths_B is None else jnp.clip(lengths_B, 0, q_BTHK.shape[1]).astype(jnp.int32),
+    None if lengths_B is None else jnp.clip(lengths_B, 0, q.shape[1]).astype(jnp.int32),
     scale=scale,
   )
 
 
 def linear_attention_step(
-  q_BHK: jax.Array,
-  k_BGK: jax.Array,
-  v_BGV: jax.Array,
-  slopes_H: jax.Array,
-  state_BHKV: jax.Array,
+  q: jax.Array,
+  k: jax.Array,
+  v: jax.Array,
+  slopes: jax.Array,
+  state: jax.Array,
   *,
   scale: float,
 ) -> tuple[jax.Array, jax.Array]:
   """One token of `linear_attention`, for decoding: S <- gamma S + k v^T; o = scale * q S.
 
   Args:
-    q_BHK: [B, H, K] float.
-    k_BGK: [B, Gk, K] float.
-    v_BGV: [B, Gv, V] float.
-    slopes_H: [H] float, at least 0, constants.
-    state_BHKV: [B, H, K, V] float, the state after the token before; zeros at the start of a document.
+    q: [B, H, K] float.
+    k: [B, Gk, K] float.
+    v: [B, Gv, V] float.
+    slopes: [H] float, at least 0, constants.
+    state: [B, H, K, V] float, the state after the token before; zeros at the start of a document.
     scale: factor of the output.
 
   Returns:
@@ -136,14 +136,14 @@ def linear_attention_step(
     ValueError: if shapes or dtypes do not fit together.
     TypeError: if the slopes carry a tangent.
   """
-  _check_operands(q_BHK, k_BGK, v_BGV, slopes_H, "B")
-  state_shape = (*q_BHK.shape, v_BGV.shape[-1])
-  _check("state", state_BHKV, "[B, H, K, V]", state_shape, jnp.floating)
-  dtype = _accumulation_dtype(q_BHK, k_BGK, v_BGV)
-  slopes_H = _constant(jnp.asarray(slopes_H)).astype(dtype)
-  state_BHKV = jnp.asarray(state_BHKV).astype(dtype)
-  q_BHK, k_BGK, v_BGV = map(jnp.asarray, (q_BHK, k_BGK, v_BGV))
-  return reference.step(q_BHK, k_BGK, v_BGV, slopes_H, state_BHKV, scale=float(scale))
+  _check_operands(q, k, v, slopes, "B")
+  state_shape = (*q.shape, v.shape[-1])
+  _check("state", state, "[B, H, K, V]", state_shape, jnp.floating)
+  dtype = _accumulation_dtype(q, k, v)
+  slopes = _constant(jnp.asarray(slopes)).astype(dtype)
+  state = jnp.asarray(state).astype(dtype)
+  q, k, v = map(jnp.asarray, (q, k, v))
+  return reference.step(q, k, v, slopes, state, scale=float(scale))
 
 
 def choose_implementation(implementation: str) -> str:

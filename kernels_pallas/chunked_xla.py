@@ -18,8 +18,8 @@ from kernels_pallas import decay
 from kernels_pallas.decay import ChunkWeights
 
 _CHUNK = 64
-# Products smaller than about this many elements an operand run on one core only.
-_BLOCK_ELEMENTS = 2**16
+# XLA runs products of smaller operands than about this on one core only.
+_BLOCK_ELEMENTS = 2**17
 _MAX_CHUNKS = 4
 
 
@@ -71,7 +71,7 @@ def chunked(
 ) -> tuple[jax.Array, jax.Array]:
   """An implementation, as `kernels_pallas.api.Implementation` describes it.
 
-  Its gradient keeps the state before each chunk, T / C * K * V float32 numbers a head, besides the operands.
+  Besides the operands its gradient keeps the state before each block, T / (M C) * K * V float32 numbers a head.
   """
   batch, num_tokens, num_heads, key_width = q_BTHK.shape
   width = max(key_width, v_BTGV.shape[-1])
@@ -125,39 +125,41 @@ def _weigher(pieces: Cut, scale: float, slopes_H, segment_ids_BT, lengths_B):
 
 
 def _forward(pieces: Cut, weigh, q_BTHK, k_BTGK, v_BTGV, state_BHKV, lengths_B):
-  """Returns the output, the final state and, for the gradient, the states before the chunks of blocks and tail."""
+  """Returns the output, the final state and, for the gradient, the states before the blocks and before the tail."""
 
   def block(carry, span: Span):
-    state_BHKV, output_BTHV = carry
-    q, k, v = (_split(x, span, lengths_B, state_BHKV.dtype) for x in (q_BTHK, k_BTGK, v_BTGV))
-    output_BMHCV, states_BMHKV, state_BHKV = _forward_block(q, k, v, state_BHKV, weigh(span))
-    return (state_BHKV, _write(output_BTHV, output_BMHCV, span)), states_BMHKV
+    before_BHKV, output_BTHV = carry
+    q, k, v = (_split(x, span, lengths_B, before_BHKV.dtype) for x in (q_BTHK, k_BTGK, v_BTGV))
+    output_BMHCV, after_BHKV = _forward_block(q, k, v, before_BHKV, weigh(span))
+    return (after_BHKV, _write(output_BTHV, output_BMHCV, span)), before_BHKV
 
   carry = state_BHKV, jnp.zeros((*q_BTHK.shape[:3], v_BTGV.shape[-1]), v_BTGV.dtype)
-  block_states = tail_states = None
+  block_states = tail_state = None
   if pieces.num_blocks:
     starts = pieces.block.tokens * jnp.arange(pieces.num_blocks)
     carry, block_states = jax.lax.scan(lambda c, start: block(c, pieces.block._replace(start=start)), carry, starts)
   if pieces.tail:
-    carry, tail_states = block(carry, pieces.tail)
-  return carry[1], carry[0], (block_states, tail_states)
+    carry, tail_state = block(carry, pieces.tail)
+  return carry[1], carry[0], (block_states, tail_state)
 
 
 def _backward(pieces: Cut, weigh, q_BTHK, k_BTGK, v_BTGV, d_output_BTHV, d_state_BHKV, states, lengths_B):
   """Returns the gradients of q, k, v and the initial state: the blocks of `_forward`, last one first."""
 
-  def block(carry, span: Span, states_BMHKV):
+  def block(carry, span: Span, state_BHKV):
     d_state_BHKV, written = carry
     operands = (q_BTHK, k_BTGK, v_BTGV, d_output_BTHV)
     q, k, v, d_output = (_split(x, span, lengths_B, d_state_BHKV.dtype) for x in operands)
-    *gradients, d_state_BHKV = _backward_block(q, k, v, d_output, states_BMHKV, d_state_BHKV, weigh(span))
+    *gradients, d_state_BHKV = _backward_block(q, k, v, d_output, state_BHKV, d_state_BHKV, weigh(span))
     written = tuple(_write(x, dx, span) for x, dx in zip(written, gradients, strict=True))
     return (d_state_BHKV, written), None
 
-  block_states, tail_states = states
-  carry = d_state_BHKV, tuple(map(jnp.zeros_like, (q_BTHK, k_BTGK, v_BTGV)))
+  block_states, tail_state = states
+  # Every token is written, so that any buffers will do, and copies come cheaper than zeros: XLA makes one array of
+  # zeros for all of them and then copies that.
+  carry = d_state_BHKV, (q_BTHK, k_BTGK, v_BTGV)
   if pieces.tail:
-    carry, _ = block(carry, pieces.tail, tail_states)
+    carry, _ = block(carry, pieces.tail, tail_state)
   if pieces.num_blocks:
     starts = pieces.block.tokens * jnp.arange(pieces.num_blocks)
     carry, _ = jax.lax.scan(
@@ -168,19 +170,18 @@ def _backward(pieces: Cut, weigh, q_BTHK, k_BTGK, v_BTGV, d_output_BTHV, d_state
 
 
 def _forward_block(q_BMHCK, k_BMGCK, v_BMGCV, state_BHKV, weights: ChunkWeights):
-  """Of each chunk o = (q k^T * intra) v + row * (q S). Returns o, the state before each chunk and after the last."""
+  """Of each chunk o = (q k^T * intra) v + row * (q S). Returns o and the state after the last chunk."""
   key_groups, value_groups = k_BMGCK.shape[2], v_BMGCV.shape[2]
-  added = jnp.einsum("bmgrc,bmgcv->bmgrv", _weighted_columns(k_BMGCK, weights.column_BMHC, value_groups), v_BMGCV)
-  states_BMHKV, state_BHKV = _pass_on(state_BHKV, added, weights.carry_BMH)
+  states_BMHKV, state_BHKV = _states(k_BMGCK, v_BMGCV, state_BHKV, weights)
 
   scores = jnp.einsum("bmgik,bmgjk->bmgij", _rows(q_BMHCK, key_groups), k_BMGCK)
   scores_BMHCC = _heads(scores, q_BMHCK.shape[2]) * weights.intra_BMHCC
   output = jnp.einsum("bmgij,bmgjv->bmgiv", _rows(scores_BMHCC, value_groups), v_BMGCV)
   carried_BMHCV = jnp.einsum("bmhik,bmhkv->bmhiv", q_BMHCK, states_BMHKV) * weights.row_BMHC[..., None]
-  return _heads(output, q_BMHCK.shape[2]) + carried_BMHCV, states_BMHKV, state_BHKV
+  return _heads(output, q_BMHCK.shape[2]) + carried_BMHCV, state_BHKV
 
 
-def _backward_block(q_BMHCK, k_BMGCK, v_BMGCV, d_output_BMHCV, states_BMHKV, d_state_BHKV, weights: ChunkWeights):
+def _backward_block(q_BMHCK, k_BMGCK, v_BMGCV, d_output_BMHCV, state_BHKV, d_state_BHKV, weights: ChunkWeights):
   """Gradients of `_forward_block`: q, k, v of the block and the state before it, given that of the state after it.
 
   The fast products of XLA's CPU backend want the left factor's summed axis last. Hence k q^T is computed as such, and
@@ -191,6 +192,11 @@ def _backward_block(q_BMHCK, k_BMGCK, v_BMGCV, d_output_BMHCV, states_BMHKV, d_s
   intra_BMHCC, row_BMHC1 = weights.intra_BMHCC, weights.row_BMHC[..., None]
   intra_transposed_BMHCC = jnp.swapaxes(intra_BMHCC, 3, 4)
 
+  states_BMHKV = state_BHKV[:, None]
+  if k_BMGCK.shape[1] > 1:
+    but_last = ChunkWeights(intra_BMHCC, row_BMHC1, weights.column_BMHC[:, :-1], weights.carry_BMH[:, :-1])
+    states_BMHKV, last_BHKV = _states(k_BMGCK[:, :-1], v_BMGCV[:, :-1], state_BHKV, but_last)
+    states_BMHKV = jnp.concatenate([states_BMHKV, last_BHKV[:, None]], axis=1)
   q_columns = jnp.swapaxes(q_BMHCK, 3, 4) * jnp.swapaxes(row_BMHC1, 3, 4)
   added = jnp.einsum("bmhki,bmhiv->bmhkv", q_columns, d_output_BMHCV)
   d_states_BMHKV, d_state_BHKV = _pass_on(d_state_BHKV, added, weights.carry_BMH, reverse=True)
@@ -218,13 +224,18 @@ def _backward_block(q_BMHCK, k_BMGCK, v_BMGCV, d_output_BMHCV, states_BMHKV, d_s
   return _heads(dq, num_heads) + dq_carried, dk, dv, d_state_BHKV
 
 
+def _states(k_BMGCK, v_BMGCV, state_BHKV, weights: ChunkWeights):
+  """The states before each chunk of a block, and after the last."""
+  columns = _weighted_columns(k_BMGCK, weights.column_BMHC, v_BMGCV.shape[2])
+  added = jnp.einsum("bmgrc,bmgcv->bmgrv", columns, v_BMGCV)
+  return _pass_on(state_BHKV, added, weights.carry_BMH)
+
+
 def _pass_on(state_BHKV, added, carry_BMH, *, reverse: bool = False):
   """S <- carry S + added over the chunks of a block; returns S before each chunk ([B, M, H, K, V]) and at the end."""
   added_BMHKV = added.reshape(*added.shape[:2], *state_BHKV.shape[1:])
-  num_chunks = added_BMHKV.shape[1]
-  carry_BMH = jnp.broadcast_to(carry_BMH, (carry_BMH.shape[0], num_chunks, carry_BMH.shape[2]))
   before = []
-  for m in reversed(range(num_chunks)) if reverse else range(num_chunks):
+  for m in reversed(range(added.shape[1])) if reverse else range(added.shape[1]):
     before.append(state_BHKV)
     state_BHKV = carry_BMH[:, m, :, None, None] * state_BHKV + added_BMHKV[:, m]
   return jnp.stack(before[::-1] if reverse else before, axis=1), state_BHKV

@@ -14,7 +14,7 @@ class ChunkWeights(NamedTuple):
 
   Token a of a chunk sees token b of the same chunk with weight `intra[a, b]` and the state before the chunk with weight
   `row[a]`; the state after the chunk is `carry` times the state before plus the sum over b of `column[b] k_b v_b^T`.
-  B and M are 1 where all rows or chunks agree.
+  B is 1 where all rows agree, and so is M of `intra` and `row` where all chunks do.
   """
 
   intra_BMHCC: jax.Array
@@ -93,8 +93,9 @@ def chunk_weights(
   intra_BMHCC = scale * causal_powers(slopes_H, chunk)[None, None]
   row_BMHC = scale * powers(slopes_H, position_C + 1)[None, None]
   if segment_ids_BT is None and lengths_B is None:
-    column_BMHC = powers(slopes_H, chunk - 1 - position_C)[None, None]
-    return ChunkWeights(intra_BMHCC, row_BMHC, column_BMHC, powers(slopes_H, jnp.asarray(chunk))[None, None])
+    column_HC, carry_H = powers(slopes_H, chunk - 1 - position_C), powers(slopes_H, jnp.asarray(chunk))
+    column_BMHC, carry_BMH = (jnp.broadcast_to(x, (1, num_chunks, *x.shape)) for x in (column_HC, carry_H))
+    return ChunkWeights(intra_BMHCC, row_BMHC, column_BMHC, carry_BMH)
 
   starts_M = start + chunk * jnp.arange(num_chunks)
   if lengths_B is None:

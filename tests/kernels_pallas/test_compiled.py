@@ -42,7 +42,7 @@ def test_error_is_at_most_twice_that_of_the_token_recurrence():
 
 
 def _traced(name, backward):
-  tokens, heads, width = 8009, 16, 32
+  tokens, heads, width = 16001, 16, 32
   operand = lambda heads: jax.ShapeDtypeStruct((1, tokens, heads, width), jnp.float32)  # noqa: E731
   slopes = jnp.full(heads, 0.1)
 

@@ -187,7 +187,7 @@ def test_a_gradient_can_be_differentiated():
 def test_vmap_is_another_batch():
   case = truth.make_case(20, 2, 3, ())
   q, k, v = (jnp.asarray(case[x]) for x in "qkv")
-  run = functools.partial(OPS["chunked_xla"], slopes_H=case["slopes"], scale=1.0)
+  run = functools.partial(OPS["chunked_xla"], slopes=case["slopes"], scale=1.0)
   output, state = jax.vmap(lambda q, k, v: run(q[None], k[None], v[None]))(q, k, v)
   expected = run(q, k, v)
   truth.assert_close({"o": output[:, 0], "s": state[:, 0]}, dict(zip("os", expected, strict=True)), 1e-6)
