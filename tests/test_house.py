@@ -27,7 +27,7 @@ FLOORS = {
 ORDER = [f"supra_jax.{name}" for floor in FLOORS.values() for name in floor]
 
 # Modules of supra_jax that convert_weights may use, and those of supra_jax that may use convert_weights.
-OPEN_TO_CONVERTERS = {"supra_jax.config", "supra_jax.checkpoint", "supra_jax.tokenizer"}
+OPEN_TO_CONVERTERS = {"supra_jax.bin.entry", "supra_jax.config", "supra_jax.checkpoint", "supra_jax.tokenizer"}
 USES_CONVERTERS = {"supra_jax.demo", "supra_jax.bin.demo"}
 
 # Packages that only some modules may import.
