@@ -19,7 +19,7 @@ from convert_weights.source import BFLOAT16, StoredTensor
 # The format's own limit; a larger length is a corrupt file, not a reason to read gigabytes.
 MAX_HEADER_BYTES = 100_000_000
 
-_FLOAT_TYPES = {
+_FLOAT_TYPES: dict[str, np.dtype] = {
   "F64": np.dtype("<f8"),
   "F32": np.dtype("<f4"),
   "F16": np.dtype("<f2"),
