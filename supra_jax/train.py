@@ -132,15 +132,20 @@ def prepare_data(config: DataConfig, tokenizer: Tokenizer, vocab_size: int, dire
       )
       continue
     documents = data.read_documents(config.input, config.text_key)
-    data.pack(
-      data.split_documents(documents, every=config.heldout_every, part=part),
-      tokenizer,
-      path,
-      vocab_size=vocab_size,
-      sequence_length=config.sequence_length,
-      join=config.documents,
-      bos=config.bos,
-    )
+    try:
+      data.pack(
+        data.split_documents(documents, every=config.heldout_every, part=part),
+        tokenizer,
+        path,
+        vocab_size=vocab_size,
+        sequence_length=config.sequence_length,
+        join=config.documents,
+        bos=config.bos,
+      )
+    except ValueError as error:
+      raise ValueError(
+        f"The {part} part of {config.input}, with every {config.heldout_every}th document held out: {error}"
+      ) from error
   return directory / "train", directory / "heldout"
 
 
@@ -235,7 +240,10 @@ def _claim(config: TrainConfig, workdir: Path) -> None:
       for name in sorted(before.keys() | now.keys())
       if before.get(name) != now.get(name) and name not in MAY_CHANGE_ON_RESUME
     ]
-    if differ:
+    if differ and not (workdir / METRICS_FILE).exists():
+      # The run before never began, for bad input perhaps; rows packed for it are of no use to this one.
+      shutil.rmtree(workdir / "data", ignore_errors=True)
+    elif differ:
       raise ValueError(f"{workdir} belongs to a run with another config; choose another workdir. " + "; ".join(differ))
   path.write_text(json.dumps(values, indent=2) + "\n")
 

@@ -133,6 +133,7 @@ def test_overrides_and_errors_of_the_binary(start, text, tmp_path):
     "--config.init_checkpoint=" + str(tmp_path / "nowhere"): "nowhere",
     "--config.data.input=" + str(tmp_path / "no*.txt"): "no*.txt",
     "--config.num_steps=0": "num_steps",
+    "--config.data.heldout_every=100": "heldout part",  # of 24 documents
   }
   for flag, named in cases.items():
     process = run_train(config, tmp_path / "b", recipe, flag)

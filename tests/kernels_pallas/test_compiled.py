@@ -78,7 +78,7 @@ def test_no_square_of_the_length(name, frugal, backward):
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
 @pytest.mark.parametrize("name, frugal", [("chunked_xla", True), ("reference", False)])
 def test_keys_are_not_repeated_over_heads(name, frugal, backward):
-  # What the compiled program needs beyond operands and results: chunks and, backward, a state each 64 tokens, half the
-  # size of the repeated keys; not the repeated keys or values themselves.
+  # What the compiled program needs beyond operands and results: chunks and, backward, a state for each block, less than
+  # half the size of the repeated keys; not the repeated keys or values themselves.
   traced, _, repeated = _traced(name, backward)
   assert frugal == (traced.lower().compile().memory_analysis().temp_size_in_bytes < repeated)
