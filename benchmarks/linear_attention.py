@@ -148,9 +148,14 @@ def check_same_op(heads: int, width: int) -> float:
   return difference
 
 
-def once(run: Run) -> tuple[float, float]:
-  """(wall, process) seconds. The pause lets the worker threads of the other library go to sleep."""
+def once(run: Run, *, settle: bool = True) -> tuple[float, float]:
+  """(wall, process) seconds. The pause lets the worker threads of the other library go to sleep.
+
+  An untimed run before it lets caches and allocator settle after the other contestants' turns.
+  """
   time.sleep(0.005)
+  if settle:
+    run()
   wall, process = time.perf_counter(), time.process_time()
   run()
   return time.perf_counter() - wall, time.process_time() - process
@@ -160,8 +165,8 @@ def best_block(inputs: list[np.ndarray], mode: str) -> int:
   times = {}
   for size in BLOCK_SIZES:
     run = minimax_runs(*inputs, size)[mode]
-    first = once(run)[0]  # warms up, and is all the longest lengths can afford
-    times[size] = min([first, *(once(run)[0] for _ in range(2))]) if first < 1 else first
+    first = once(run, settle=False)[0]  # all that the longest lengths can afford
+    times[size] = min(once(run)[0] for _ in range(3)) if first < 1 else first
   return min(times, key=times.get)
 
 
@@ -180,11 +185,12 @@ def time_cell(tokens: int, heads: int, width: int, mode: str, expected: dict[str
       runs[name] = our_runs(*inputs, slopes_of(heads, width))[mode]
   times = {name: [] for name in entrants}
   for name in entrants:
-    once(runs[name])
+    runs[name]()
+  settle = {name: once(runs[name], settle=False)[0] < 1 for name in entrants}
   for i in range(MAX_RUNS):
     for name in entrants:
       if i < MIN_RUNS or sum(wall for wall, _ in times[name]) < _BUDGET.value:
-        times[name].append(once(runs[name]))
+        times[name].append(once(runs[name], settle=settle[name]))
   for name in entrants:
     wall, process = np.median(times[name], axis=0)
     cell[name] |= {"seconds": wall, "process_seconds": process, "runs": len(times[name])}

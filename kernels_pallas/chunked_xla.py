@@ -248,8 +248,7 @@ def _split(x_BTHD, span: Span, lengths_B, dtype):
     x_BTHD = decay.keep(decay.valid_tokens(lengths_B, span.start, span.tokens), x_BTHD)
   x_BTHD = jnp.pad(x_BTHD, ((0, 0), (0, span.num_chunks * span.chunk - span.tokens), (0, 0), (0, 0)))
   x_BMCHD = x_BTHD.reshape(x_BTHD.shape[0], span.num_chunks, span.chunk, *x_BTHD.shape[2:])
-  # The barrier keeps later transpositions from reading the operand itself, where they would stride over all heads.
-  return jax.lax.optimization_barrier(jnp.swapaxes(x_BMCHD, 2, 3).astype(dtype))
+  return jnp.swapaxes(x_BMCHD, 2, 3).astype(dtype)
 
 
 def _write(whole_BTHD, x_BMHCD, span: Span):
