@@ -228,9 +228,13 @@ def _plot(rows: list[dict], path: Path, title: str) -> None:
 
 
 def _device() -> str:
-  """The CPU's name, where the system tells it."""
+  """The CPU's name and, where the system tells them, family and model: rented CPUs often hide the rest."""
   try:
-    return re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text()).group(1)
+    info = Path("/proc/cpuinfo").read_text()
+    name, family, model = (
+      re.search(rf"^{key}\s*: (.*)", info, re.MULTILINE).group(1) for key in ("model name", "cpu family", "model")
+    )
+    return f"{name} (family {family}, model {model})"
   except (OSError, AttributeError):
     return platform.processor() or platform.machine()
 

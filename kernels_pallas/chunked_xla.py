@@ -18,7 +18,7 @@ from kernels_pallas import decay
 from kernels_pallas.decay import ChunkWeights
 
 _CHUNK = 64
-# XLA runs products of smaller operands than about this on one core only.
+# Smaller products than about this are too small for all cores, larger ones fall out of the cache.
 _BLOCK_ELEMENTS = 2**17
 _MAX_CHUNKS = 4
 
