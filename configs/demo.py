@@ -1,4 +1,4 @@
-"""The demo: SmolLM2-135M-Instruct becomes an RNN, 50 thousand tokens on two CPU cores.
+"""The demo: SmolLM2-135M-Instruct becomes an RNN, 35,840 tokens on two CPU cores in ten minutes.
 
     make demo
 
@@ -13,19 +13,19 @@ def get_config() -> ml_collections.ConfigDict:
   config = ml_collections.ConfigDict()
   config.init_checkpoint = "runs/demo/linearized"
   config.batch_size = 1
-  config.num_steps = 200
+  config.num_steps = 140
   config.dtype = "float32"
   config.remat = "none"
   config.seed = 0
   config.log_every = 1
-  config.evaluate_every = 50
+  config.evaluate_every = 70
   config.save_every = 0
 
   config.data = ml_collections.ConfigDict()
   config.data.input = "pydoc:topics"
   config.data.sequence_length = 256
   config.data.heldout_every = 10
-  config.data.heldout_rows = 24
+  config.data.heldout_rows = 12
 
   config.optimizer = ml_collections.ConfigDict()
   config.optimizer.learning_rate = 2e-3
