@@ -22,8 +22,8 @@ def _random_params(config, seed=0):
     name = path[-1].key
     if name == "kernel":
       return jnp.asarray(x / np.sqrt(leaf.shape[-2]).astype(np.float32))
-    # phi's biases are positive: were its features all but 0, GroupNorm would blow rounding up.
-    offset = 0.5 if path[-2].key.startswith("feature_map") else 0.0
+    # Positive biases keep q.k of a document's first token away from 0, where GroupNorm would blow rounding up.
+    offset = {"feature_map": 0.5, "feature_map_kv": 0.5, "q_norm": 1.5, "k_norm": 1.5}.get(path[-2].key, 0.0)
     return jnp.asarray({"embedding": x, "weight": 1 + 0.3 * x, "bias": 0.3 * x + np.float32(offset)}[name])
 
   return jax.tree_util.tree_map_with_path(draw, shapes)

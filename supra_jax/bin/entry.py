@@ -26,4 +26,16 @@ def run(main: Callable[[], None]) -> None:
       print(f"error: {error}", file=sys.stderr)
       sys.exit(1)
 
-  app.run(absl_main)
+  app.run(absl_main, flags_parser=_parse_flags)
+
+
+def _parse_flags(argv: list[str]) -> list[str]:
+  try:
+    return app.parse_flags_with_usage(argv)
+  except (AttributeError, KeyError, TypeError, ValueError, OSError) as error:
+    # How ml_collections refuses an override or a config file; it wraps a KeyError, which quotes its message.
+    cause: object = error
+    while isinstance(cause, BaseException) and not isinstance(cause, OSError) and cause.args:
+      cause = cause.args[0]
+    print(f"error: {cause}", file=sys.stderr)
+    sys.exit(1)
