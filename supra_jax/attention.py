@@ -15,9 +15,13 @@ import numpy as np
 from kernels_pallas import linear_attention, linear_attention_step
 from supra_jax.config import ModelConfig, SupraConfig
 from supra_jax.feature_maps import make_feature_maps
-from supra_jax.layers import Norm, apply_rope, group_norm
+from supra_jax.layers import Dense, Norm, apply_rope, group_norm
+from supra_jax.sharding import constrain, per_device
 
 RETNET_FIRST_EXPONENT = 5
+# Dimensions of q, k, v and of the state, for the mesh.
+HEADS = ("batch", "time", "heads", None)
+STATE = ("batch", "heads", None, None)
 
 
 @flax.struct.dataclass
@@ -104,20 +108,22 @@ class _Projections(nn.Module):
 
   def setup(self):
     c = self.config
-    qkv = functools.partial(nn.Dense, use_bias=c.qkv_bias, dtype=self.dtype)
+    qkv = functools.partial(Dense, use_bias=c.qkv_bias, dtype=self.dtype)
     self.q_proj = qkv(c.num_heads * c.head_dim)
     self.k_proj = qkv(c.num_kv_heads * c.head_dim)
     self.v_proj = qkv(c.num_kv_heads * c.value_width)
-    self.o_proj = nn.Dense(c.hidden_size, use_bias=c.output_bias, dtype=self.dtype)
+    self.o_proj = Dense(c.hidden_size, use_bias=c.output_bias, dtype=self.dtype)
 
   def project(self, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Q [B, T, H, K], k [B, T, G, K], v [B, T, G, V]."""
     c, lead = self.config, x_BTD.shape[:2]
-    return (
+    heads = (
       self.q_proj(x_BTD).reshape(*lead, c.num_heads, c.head_dim),
       self.k_proj(x_BTD).reshape(*lead, c.num_kv_heads, c.head_dim),
       self.v_proj(x_BTD).reshape(*lead, c.num_kv_heads, c.value_width),
     )
+    q, k, v = (constrain(x, *HEADS) for x in heads)
+    return q, k, v
 
   def merge(self, out_BTHV: jax.Array) -> jax.Array:
     return self.o_proj(out_BTHV.reshape(*out_BTHV.shape[:2], -1))
@@ -151,6 +157,20 @@ class SoftmaxAttention(_Projections):
       slots = jnp.where(padded, capacity, slots)  # out of range: dropped
     rows = jnp.arange(slots.shape[0])[:, None]
     return KVCache(state.k.at[rows, slots].set(k, mode="drop"), state.v.at[rows, slots].set(v, mode="drop"))
+
+
+def _sequence(q, k, v, slopes, initial_state, segment_ids, lengths, *, scale, implementation):
+  return linear_attention(
+    q,
+    k,
+    v,
+    slopes,
+    scale=scale,
+    initial_state=initial_state,
+    segment_ids=segment_ids,
+    lengths=lengths,
+    implementation=implementation,
+  )
 
 
 class LinearAttention(_Projections):
@@ -195,17 +215,9 @@ class LinearAttention(_Projections):
       out, s = linear_attention_step(q[:, 0], k[:, 0], v[:, 0], slopes, initial, scale=scale)
       out = out[:, None]
     else:
-      out, s = linear_attention(
-        q,
-        k,
-        v,
-        slopes,
-        scale=scale,
-        initial_state=initial,
-        segment_ids=context.segment_ids,
-        lengths=context.lengths,
-        implementation=self.implementation,
-      )
+      sequence = functools.partial(_sequence, scale=scale, implementation=self.implementation)
+      op = per_device(sequence, (HEADS, HEADS, HEADS, ("heads",), STATE, ("batch", "time"), ("batch",)), (HEADS, STATE))
+      out, s = op(q, k, v, slopes, initial, context.segment_ids, context.lengths)
     return self.merge(group_norm(out)), LinearState(s)
 
   def _qk_norm(self, q_BTHK: jax.Array, k_BTGK: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -10,18 +10,21 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 
 from supra_jax.config import ModelConfig
 
@@ -30,6 +33,8 @@ Params = Mapping[str, Any]
 CONFIG_FILE = "config.json"
 SOURCE_FILE = "source.json"
 PARAMS_DIRECTORY = "params"
+MANIFEST_FILE = "digests.json"
+UNSIGNED_FILES = (MANIFEST_FILE, "_CHECKPOINT_METADATA")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
 
 
@@ -61,7 +66,7 @@ def new_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
   if final.exists() and (not final.is_dir() or any(final.iterdir())):
     raise FileExistsError(f"{path} already exists. Remove it or choose another output directory.")
   final.parent.mkdir(parents=True, exist_ok=True)
-  partial = final.with_name(f"{final.name}.partial-{os.getpid()}")
+  partial = _partial(final, os.getpid())
   shutil.rmtree(partial, ignore_errors=True)
   partial.mkdir()
   try:
@@ -74,6 +79,31 @@ def new_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
     raise
 
 
+def _partial(final: Path, owner: int) -> Path:
+  return final.with_name(f"{final.name}.partial-{owner}")
+
+
+def together(what: str) -> None:
+  """Waits until all processes have come here."""
+  if jax.process_count() > 1:
+    multihost_utils.sync_global_devices(what)
+
+
+@contextlib.contextmanager
+def _new_shared_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
+  """`new_directory` for all processes together: the first makes it and renames it."""
+  owner = os.getpid()
+  if jax.process_count() > 1:
+    owner = int(multihost_utils.broadcast_one_to_all(np.int32(owner)))
+  with contextlib.ExitStack() as stack:
+    if jax.process_index() == 0:
+      stack.enter_context(new_directory(path))
+    together("directory made")
+    yield _partial(Path(path).absolute(), owner)
+    together("directory written")
+  together("directory renamed")
+
+
 def save_model(
   directory: str | os.PathLike[str],
   *,
@@ -82,7 +112,7 @@ def save_model(
   tokenizer_files: Mapping[str, bytes],
   source: Mapping[str, Any],
 ) -> None:
-  """Writes a model directory, whole or not at all.
+  """Writes a model directory, whole or not at all; all processes together, each its own shards.
 
   Args:
     directory: must not exist yet, or be empty.
@@ -97,26 +127,37 @@ def save_model(
   unknown = sorted(set(tokenizer_files) - set(TOKENIZER_FILES))
   if unknown:
     raise ValueError(f"Tokenizer files {unknown}: wanted a subset of {list(TOKENIZER_FILES)}.")
-  with new_directory(directory) as partial:
+  with _new_shared_directory(directory) as partial:
     with ocp.PyTreeCheckpointer() as checkpointer:
       checkpointer.save(partial / PARAMS_DIRECTORY, params)
-    (partial / CONFIG_FILE).write_text(config.to_json())
-    (partial / SOURCE_FILE).write_text(json.dumps(dict(source), indent=2) + "\n")
-    for name, contents in tokenizer_files.items():
-      (partial / name).write_bytes(contents)
+    if jax.process_index() == 0:
+      (partial / CONFIG_FILE).write_text(config.to_json())
+      (partial / SOURCE_FILE).write_text(json.dumps(dict(source), indent=2) + "\n")
+      for name, contents in tokenizer_files.items():
+        (partial / name).write_bytes(contents)
 
 
-def load_model(directory: str | os.PathLike[str], dtype: Any = None) -> ModelCheckpoint:
+def load_model(
+  directory: str | os.PathLike[str], dtype: Any = None, *, shardings: Callable[[Params], Params] | None = None
+) -> ModelCheckpoint:
   """Reads a model directory.
 
   Args:
     directory: what `save_model` wrote.
     dtype: floating-point parameters are converted to it on load; None keeps what is stored.
+    shardings: of a tree of shapes; each device then reads its own shards only. None: all to the first device.
 
   Raises:
     FileNotFoundError: the directory is no model checkpoint, or a part of it is missing.
     ValueError: its config.json does not describe a model.
   """
+  model = load_model_without_params(directory)
+  params = _restore(Path(directory).absolute() / PARAMS_DIRECTORY, dtype, shardings)
+  return dataclasses.replace(model, params=params)
+
+
+def load_model_without_params(directory: str | os.PathLike[str]) -> ModelCheckpoint:
+  """`load_model` of all but the parameters, which are an empty dict."""
   path = Path(directory).absolute()
   for name in (CONFIG_FILE, PARAMS_DIRECTORY):
     if not (path / name).exists():
@@ -130,11 +171,14 @@ def load_model(directory: str | os.PathLike[str], dtype: Any = None) -> ModelChe
     raise ValueError(f"{path / CONFIG_FILE}: {error}") from error
   source = json.loads((path / SOURCE_FILE).read_text()) if (path / SOURCE_FILE).exists() else {}
   tokenizer_files = {n: (path / n).read_bytes() for n in TOKENIZER_FILES if (path / n).exists()}
-  return ModelCheckpoint(config, _restore(path / PARAMS_DIRECTORY, dtype), tokenizer_files, source)
+  return ModelCheckpoint(config, {}, tokenizer_files, source)
 
 
 class TrainingCheckpoints:
   """What a run needs to go on: the train state and the position in the data, a directory a step.
+
+  Each directory has a manifest of the sha256 of its files, written before it gets its final name: Orbax's arrays carry
+  no checksum, and a flipped bit would be trained on.
 
   Attributes:
     directory: of the run's checkpoints.
@@ -142,43 +186,130 @@ class TrainingCheckpoints:
 
   def __init__(self, directory: str | os.PathLike[str], *, keep: int):
     self.directory = Path(directory).absolute()
-    options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
-    self._manager = ocp.CheckpointManager(self.directory, options=options)
+    asynchronous = ocp.AsyncOptions(post_finalization_callback=self._write_manifest)
+    options = ocp.CheckpointManagerOptions(
+      max_to_keep=keep, create=True, cleanup_tmp_directories=True, async_options=asynchronous
+    )
+    names = {"state": ocp.StandardCheckpointHandler(), "position": ocp.JsonCheckpointHandler()}
+    self._manager = ocp.CheckpointManager(self.directory, options=options, item_handlers=names)
 
   def latest_step(self) -> int | None:
     return self._manager.latest_step()
 
-  def save(self, step: int, state: Any, data: grain.DatasetIterator) -> None:
-    """Starts to write; the arrays may be donated as soon as it returns."""
-    args = ocp.args.Composite(state=ocp.args.StandardSave(state), data=grain.checkpoint.CheckpointSave(data))
-    self._manager.save(step, args=args)
+  def save(self, step: int, state: Any, position: Mapping[str, Any]) -> None:
+    """Starts to write; the arrays may be donated as soon as it returns.
 
-  def restore(self, step: int, like: Any, data: grain.DatasetIterator) -> Any:
-    """Returns the state of a step and moves `data` to where it was.
+    Raises:
+      OSError: this save, or the one before, which was still being written, could not be. Older ones are as they were.
+    """
+    args = ocp.args.Composite(state=ocp.args.StandardSave(state), position=ocp.args.JsonSave(dict(position)))
+    with self._as_os_error():
+      self._manager.save(step, args=args)
+
+  def restore(self, like: Any) -> tuple[int, Any, dict[str, Any]] | None:
+    """(step, state, position) of the newest whole checkpoint; None where there is none.
+
+    One that is damaged is named on stderr and moved aside, into `damaged` beside the directory.
 
     Args:
-      step: one that was saved.
       like: jax.ShapeDtypeStruct, with shardings, of every array of the state.
-      data: an iterator over the same dataset.
     """
-    args = ocp.args.Composite(state=ocp.args.StandardRestore(like), data=grain.checkpoint.CheckpointRestore(data))
-    return self._manager.restore(step, args=args)["state"]
+    step = self._newest_whole_step()
+    if step is None:
+      return None
+    args = ocp.args.Composite(state=ocp.args.StandardRestore(like), position=ocp.args.JsonRestore())
+    restored = self._manager.restore(step, args=args)
+    return step, restored["state"], restored["position"]
+
+  def wait(self) -> None:
+    """Waits for what is being written; raises OSError as `save` does."""
+    with self._as_os_error():
+      self._manager.wait_until_finished()
 
   def close(self) -> None:
-    """Waits for what is being written."""
-    self._manager.wait_until_finished()
     self._manager.close()
 
+  @contextlib.contextmanager
+  def _as_os_error(self) -> Iterator[None]:
+    try:
+      yield
+    except Exception as error:
+      # A full disk comes as OSError, tensorstore's ValueError or Orbax's own; what it left only fills the disk further.
+      for partial in self.directory.glob("*.orbax-checkpoint-tmp*"):
+        shutil.rmtree(partial, ignore_errors=True)
+      raise OSError(f"a checkpoint could not be written to {self.directory}: {_first_line(error)}") from error
 
-def _restore(path: Path, dtype: Any) -> Params:
-  sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  def _write_manifest(self) -> None:
+    # Orbax calls this when all files of a step are written and its directory is about to get its name.
+    if jax.process_index() == 0:
+      (partial,) = self.directory.glob("*.orbax-checkpoint-tmp*")
+      (partial / MANIFEST_FILE).write_text(json.dumps(_digests(partial), indent=0) + "\n")
+
+  def _newest_whole_step(self) -> int | None:
+    chosen = -1
+    if jax.process_index() == 0:
+      for step in sorted(self._manager.all_steps(), reverse=True):
+        damage = _damage(self.directory / str(step))
+        if not damage:
+          chosen = step
+          break
+        aside = self.directory.with_name("damaged") / f"{step}-{os.getpid()}"
+        print(
+          f"Checkpoint {self.directory / str(step)} is damaged: {damage}. It was moved to {aside}.", file=sys.stderr
+        )
+        aside.parent.mkdir(exist_ok=True)
+        os.rename(self.directory / str(step), aside)
+    if jax.process_count() > 1:
+      chosen = int(multihost_utils.broadcast_one_to_all(np.int32(chosen)))
+    self._manager.reload()
+    return None if chosen < 0 else chosen
+
+
+def _digests(directory: Path) -> dict[str, str]:
+  """Relative path -> sha256 of every file below, but for the manifest and Orbax's own note of the step."""
+
+  def digest(path: Path) -> str:
+    with path.open("rb") as file:
+      return hashlib.file_digest(file, "sha256").hexdigest()
+
+  paths = sorted(path for path in directory.rglob("*") if path.is_file() and path.name not in UNSIGNED_FILES)
+  with ThreadPoolExecutor() as pool:
+    return dict(zip((str(path.relative_to(directory)) for path in paths), pool.map(digest, paths), strict=True))
+
+
+def _damage(directory: Path) -> str:
+  """What is wrong with a checkpoint, naming a file; empty if nothing is."""
+  try:
+    wanted = json.loads((directory / MANIFEST_FILE).read_text())
+  except (OSError, ValueError) as error:
+    return f"{MANIFEST_FILE} cannot be read ({_first_line(error)})"
+  found = _digests(directory)
+  for name, digest in wanted.items():
+    if name not in found:
+      return f"{name} is missing"
+    if found[name] != digest:
+      return f"{name} is not what was written"
+  return ""
+
+
+def _first_line(error: Exception) -> str:
+  return (str(error).strip() or repr(error)).splitlines()[0]
+
+
+def _restore(path: Path, dtype: Any, shardings: Callable[[Params], Params] | None) -> Params:
   with ocp.PyTreeCheckpointer() as checkpointer:
     metadata = checkpointer.metadata(path).item_metadata.tree
+    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), metadata)
+    if shardings is None:
+      first = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+      places = jax.tree.map(lambda _: first, shapes)
+    else:
+      places = shardings(shapes)
 
-    def restore_args(leaf):
+    def restore_args(leaf, sharding):
       wanted = np.dtype(leaf.dtype)
       if dtype is not None and jnp.issubdtype(wanted, jnp.floating):
         wanted = np.dtype(dtype)
-      return ocp.ArrayRestoreArgs(sharding=sharding, dtype=wanted)
+      return ocp.ArrayRestoreArgs(sharding=sharding, dtype=wanted, global_shape=leaf.shape)
 
-    return checkpointer.restore(path, restore_args=jax.tree.map(restore_args, metadata))
+    return checkpointer.restore(path, restore_args=jax.tree.map(restore_args, shapes, places))

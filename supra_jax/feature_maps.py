@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from supra_jax.config import ModelConfig
+from supra_jax.layers import add_bias, matmul, product
 
 
 def _uniform_fan_in(fan_in: int) -> nn.initializers.Initializer:
@@ -31,10 +32,10 @@ class DenseFeatureMap(nn.Module):
   def __call__(self, x_BTNK: jax.Array) -> jax.Array:
     *lead, heads, width = x_BTNK.shape
     init = _uniform_fan_in(heads * width)
-    kernel = self.param("kernel", init, (heads * width, heads * width)).astype(self.dtype)
-    bias = self.param("bias", init, (heads * width,)).astype(self.dtype)
-    x = x_BTNK.astype(self.dtype).reshape(*lead, heads * width)
-    return nn.relu(x @ kernel + bias).reshape(x_BTNK.shape)
+    kernel = self.param("kernel", init, (heads * width, heads * width))
+    bias = self.param("bias", init, (heads * width,))
+    x = x_BTNK.reshape(*lead, heads * width)
+    return nn.relu(add_bias(matmul(x, kernel, self.dtype), bias)).reshape(x_BTNK.shape)
 
 
 class PerHeadFeatureMap(nn.Module):
@@ -47,12 +48,12 @@ class PerHeadFeatureMap(nn.Module):
   @nn.compact
   def __call__(self, x_BTNK: jax.Array) -> jax.Array:
     init = _uniform_fan_in(self.width)
-    kernel = self.param("kernel", init, (self.maps, self.width, self.width)).astype(self.dtype)
-    bias = self.param("bias", init, (self.maps, self.width)).astype(self.dtype)
-    *lead, heads, width = x_BTNK.shape
-    x = x_BTNK.astype(self.dtype).reshape(*lead, self.maps, heads // self.maps, width)
-    y = nn.relu(jnp.einsum("...mrk,mkj->...mrj", x, kernel) + bias[:, None])
-    return y.reshape(x_BTNK.shape)
+    kernel = self.param("kernel", init, (self.maps, self.width, self.width))
+    bias = self.param("bias", init, (self.maps, self.width))
+    batch, time, heads, width = x_BTNK.shape
+    x = x_BTNK.reshape(batch, time, self.maps, heads // self.maps, width)
+    y = product("btmrk,mkj->btmrj", self.dtype, self.dtype, x, kernel)
+    return nn.relu(add_bias(y, bias[:, None])).reshape(x_BTNK.shape)
 
 
 def make_feature_maps(config: ModelConfig, dtype: Any) -> tuple[nn.Module, nn.Module | None]:

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from supra_jax.config import ModelConfig, NormKind, RopeConfig
+from supra_jax.sharding import constrain
 
 GROUP_NORM_EPS = 1e-5  # the reference's GroupNorm keeps torch's default, whatever the model's norm_eps is
 
@@ -22,6 +23,106 @@ GROUP_NORM_EPS = 1e-5  # the reference's GroupNorm keeps torch's default, whatev
 def at_least_float32(x: jax.Array) -> jax.Array:
   """X in float32, or as it is where it is wider."""
   return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def product(equation: str, dtype: Any, out_dtype: Any, x: jax.Array, kernel: jax.Array) -> jax.Array:
+  """An einsum of activations and a parameter, whose gradient reaches the parameter in float32 at least.
+
+  Left to itself, autodiff rounds a kernel's gradient to the dtype of the computation before it is summed over
+  microbatches and devices; here products of bfloat16 are summed, and leave, as float32.
+
+  Args:
+    equation: "...,...->..." without ellipses.
+    dtype: both factors are cast to it.
+    out_dtype: of the result.
+    x: activations.
+    kernel: the parameter, in the dtype that it is stored in.
+  """
+  return jnp.einsum(equation, x.astype(dtype), kernel.astype(dtype), preferred_element_type=out_dtype)
+
+
+def _product_forward(equation, dtype, out_dtype, x, kernel):
+  # Cast once: the backward pass, and what it recomputes, then share one copy of a kernel that is gathered from shards.
+  cast = kernel.astype(dtype)
+  return product(equation, dtype, out_dtype, x, cast), (x, cast, kernel)
+
+
+def _product_backward(equation, dtype, out_dtype, residuals, grad):
+  del out_dtype
+  x, cast, kernel = residuals
+  inputs, output = equation.split("->")
+  of_x, of_kernel = inputs.split(",")
+  grad = grad.astype(dtype)
+  x_grad = jnp.einsum(f"{output},{of_kernel}->{of_x}", grad, cast).astype(x.dtype)
+  wide = jnp.promote_types(dtype, jnp.float32)
+  kernel_grad = jnp.einsum(f"{of_x},{output}->{of_kernel}", x.astype(dtype), grad, preferred_element_type=wide)
+  return x_grad, kernel_grad.astype(kernel.dtype)
+
+
+product.defvjp(_product_forward, _product_backward)
+
+
+def matmul(x: jax.Array, kernel: jax.Array, dtype: Any, out_dtype: Any = None) -> jax.Array:
+  """`x @ kernel` over the last axis of x [..., I] and the first of the kernel [I, O], by `product`."""
+  lead = "abcdefgh"[: x.ndim - 1]
+  return product(f"{lead}i,io->{lead}o", dtype, out_dtype or dtype, x, kernel)
+
+
+def add_bias(x: jax.Array, bias: jax.Array) -> jax.Array:
+  """`x + bias` in x's dtype; the bias's gradient is summed in its own."""
+  return (x.astype(jnp.promote_types(x.dtype, bias.dtype)) + bias).astype(x.dtype)
+
+
+class Dense(nn.Module):
+  """`x W + b`; flax's, but for the gradient that `product` has.
+
+  Attributes:
+    features: width of the result.
+    use_bias: whether there is a b.
+    dtype: of the computation and the result.
+    out_dtype: of the result, where it is another.
+  """
+
+  features: int
+  use_bias: bool = False
+  dtype: Any = jnp.float32
+  out_dtype: Any = None
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    kernel = self.param("kernel", nn.initializers.lecun_normal(), (x.shape[-1], self.features))
+    y = matmul(x, kernel, self.dtype, self.out_dtype)
+    return add_bias(y, self.param("bias", nn.initializers.zeros, (self.features,))) if self.use_bias else y
+
+
+class Embed(nn.Module):
+  """A table of one row a token id, and its transpose as unembedding.
+
+  Attributes:
+    rows: vocabulary.
+    features: D.
+    dtype: of the computation.
+  """
+
+  rows: int
+  features: int
+  dtype: Any = jnp.float32
+
+  def setup(self):
+    init = nn.initializers.variance_scaling(1.0, "fan_in", "normal", out_axis=0)
+    self.embedding = self.param("embedding", init, (self.rows, self.features))
+
+  def __call__(self, ids: jax.Array) -> jax.Array:
+    # Cast after the lookup, so that its gradient, a sum over all places of a token, is float32. The table is gathered
+    # whole as other parameters are; else the compiler moves activations instead.
+    return constrain(jnp.asarray(self.embedding), "vocabulary", None)[ids].astype(self.dtype)
+
+  def attend(self, x: jax.Array) -> jax.Array:
+    """Logits [..., rows], float32 at least, of x [..., D]."""
+    lead = "abcdefgh"[: x.ndim - 1]
+    wide = jnp.promote_types(self.dtype, jnp.float32)
+    return product(f"{lead}i,oi->{lead}o", self.dtype, wide, x, self.embedding)
 
 
 class Norm(nn.Module):
@@ -127,7 +228,8 @@ class SwiGLU(nn.Module):
 
   @nn.compact
   def __call__(self, x_BTD: jax.Array) -> jax.Array:
-    dense = functools.partial(nn.Dense, use_bias=self.config.mlp_bias, dtype=self.dtype)
+    dense = functools.partial(Dense, use_bias=self.config.mlp_bias, dtype=self.dtype)
     gate = dense(self.config.intermediate_size, name="gate_proj")(x_BTD)
     up = dense(self.config.intermediate_size, name="up_proj")(x_BTD)
-    return dense(self.config.hidden_size, name="down_proj")(nn.silu(gate) * up)
+    hidden = constrain(nn.silu(gate) * up, "batch", "time", "ffn")
+    return dense(self.config.hidden_size, name="down_proj")(hidden)

@@ -11,10 +11,11 @@ import jax
 import jax.numpy as jnp
 
 from supra_jax.layers import at_least_float32
+from supra_jax.sharding import sum_over_rows
 from supra_jax.transformer import Transformer
 
 Unembed = Callable[[Any, jax.Array], jax.Array]
-CHUNK_TOKENS = 512
+CHUNK_TOKENS = 512  # of one device
 
 
 @flax.struct.dataclass
@@ -41,21 +42,35 @@ def language_model_loss(
     model: what reads them.
     params: the model's.
     batch: `tokens` int32 [B, T + 1]: T inputs and, one later, their targets. With `segment_ids` of the same shape,
-      state and position start afresh at seams, and a document's first token is no target.
+      state and position start afresh at seams, and a document's first token is no target. With `row_weights` float32
+      [B], a row counts so much.
     z_loss: weight of the squared logsumexp.
   """
   tokens, segment_ids = batch["tokens"], batch.get("segment_ids")
-  weights = None
-  if segment_ids is not None:
-    weights = segment_ids[:, 1:] == segment_ids[:, :-1]
-    segment_ids = segment_ids[:, :-1]
+  weights = _target_weights(batch)
+  segment_ids = None if segment_ids is None else segment_ids[:, :-1]
   hidden_BTD, _ = model.apply({"params": params}, tokens[:, :-1], segment_ids=segment_ids)
   table = "embed_tokens" if model.config.tie_embeddings else "lm_head"
 
-  def unembed(table_params, hidden_ND):
-    return model.apply({"params": {table: table_params}}, hidden_ND, method="unembed")
+  def unembed(table_params, hidden):
+    return model.apply({"params": {table: table_params}}, hidden, method="unembed")
 
   return next_token_loss(unembed, params[table], hidden_BTD, tokens[:, 1:], weights, z_loss=z_loss)
+
+
+def _target_weights(batch: Mapping[str, jax.Array]) -> jax.Array:
+  """[..., T]: 1 where a row's next token is a target, times the row's weight."""
+  weights = jnp.ones(batch["tokens"][..., 1:].shape, jnp.float32)
+  if (segment_ids := batch.get("segment_ids")) is not None:
+    weights *= segment_ids[..., 1:] == segment_ids[..., :-1]
+  if (row_weights := batch.get("row_weights")) is not None:
+    weights *= row_weights[..., None]
+  return weights
+
+
+def count_targets(batch: Mapping[str, jax.Array]) -> jax.Array:
+  """The weight of all targets of a batch [..., T + 1], at least 1; known before any is predicted."""
+  return jnp.maximum(_target_weights(batch).sum(), 1.0)
 
 
 def next_token_loss(
@@ -68,69 +83,78 @@ def next_token_loss(
   z_loss: float = 0.0,
   chunk: int = CHUNK_TOKENS,
 ) -> LossSums:
-  """`sum_t w_t (nll_t + z_loss * logsumexp_t^2)`, over `chunk` tokens at a time.
+  """`sum_t w_t (nll_t + z_loss * logsumexp_t^2)`, over some positions of a device's rows at a time.
 
   The gradient is made on the way forward, where a chunk's logits exist anyway: a chunk costs three products with the
   unembedding, not the four of rematerialisation, and holds no more.
 
   Args:
-    unembed: (params, hidden [N, D]) -> logits [N, vocabulary], float32.
+    unembed: (params, hidden [B, C, D]) -> logits [B, C, vocabulary], float32.
     params: what `unembed` reads; all of its leaves get gradients.
     hidden_BTD: the model's, after the last norm.
     targets_BT: int, the token that follows each position.
     weights_BT: float, 0 where a target does not count; None means 1 everywhere.
     z_loss: weight of the squared logsumexp, 1e-4 in the paper's recipe.
-    chunk: tokens a chunk.
+    chunk: tokens a chunk and device.
   """
-  count = targets_BT.size
-  weights = jnp.ones(count, jnp.float32) if weights_BT is None else weights_BT.reshape(-1).astype(jnp.float32)
-  chunk = min(chunk, count)
-
-  def chunks(x):
-    return jnp.pad(x, [(0, -count % chunk)] + [(0, 0)] * (x.ndim - 1)).reshape(-1, chunk, *x.shape[1:])
-
-  batch = (chunks(hidden_BTD.reshape(count, -1)), chunks(targets_BT.reshape(-1)), chunks(weights))
-  loss, nll = _sums(unembed, z_loss, params, *batch)
+  weights = jnp.ones(targets_BT.shape, jnp.float32) if weights_BT is None else weights_BT.astype(jnp.float32)
+  loss, nll = _sums(unembed, z_loss, chunk, params, hidden_BTD, targets_BT, weights)
   return LossSums(loss, nll, weights.sum())
 
 
-def _chunk_sums(unembed, z_loss, params, hidden_ND, targets_N, weights_N):
+def _chunks(x_BT: jax.Array, tokens: int) -> jax.Array:
+  """[B, T, ...] -> [chunks, B, positions, ...], the last chunk padded with zeros."""
+  batch, time = x_BT.shape[:2]
+  positions = min(max(tokens // batch, 1), time)
+  x = jnp.pad(x_BT, [(0, 0), (0, -time % positions)] + [(0, 0)] * (x_BT.ndim - 2))
+  return jnp.moveaxis(x.reshape(batch, -1, positions, *x.shape[2:]), 1, 0)
+
+
+def _chunk_sums(unembed, z_loss, params, hidden_BCD, targets_BC, weights_BC):
   # A padded position may hold NaN, and 0 * NaN is NaN, in the gradients too: hence a selection, before any product.
-  hidden_ND = jnp.where(weights_N[:, None] > 0, hidden_ND, jnp.zeros((), hidden_ND.dtype))
-  logits = unembed(params, hidden_ND)
+  hidden_BCD = jnp.where(weights_BC[..., None] > 0, hidden_BCD, jnp.zeros((), hidden_BCD.dtype))
+  logits = unembed(params, hidden_BCD)
   logsumexp = jax.nn.logsumexp(logits, axis=-1)
-  nll = logsumexp - jnp.take_along_axis(logits, targets_N[:, None], axis=-1)[:, 0]
+  nll = logsumexp - jnp.take_along_axis(logits, targets_BC[..., None], axis=-1)[..., 0]
   # The same for a target outside the vocabulary.
-  nll, square = (jnp.where(weights_N > 0, x * weights_N, 0).sum() for x in (nll, jnp.square(logsumexp)))
+  nll, square = (jnp.where(weights_BC > 0, x * weights_BC, 0).sum() for x in (nll, jnp.square(logsumexp)))
   return nll + z_loss * square, nll
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _sums(unembed, z_loss, params, hidden, targets, weights):
-  def step(total, chunk):
-    return jax.tree.map(jnp.add, total, _chunk_sums(unembed, z_loss, params, *chunk)), None
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _sums(unembed, z_loss, chunk, params, hidden, targets, weights):
+  def scan(params, *rows):
+    def step(total, part):
+      return jax.tree.map(jnp.add, total, _chunk_sums(unembed, z_loss, params, *part)), None
 
-  zero = jnp.zeros((), jnp.promote_types(hidden.dtype, jnp.float32))
-  return jax.lax.scan(step, (zero, zero), (hidden, targets, weights))[0]
+    zero = jnp.zeros((), jnp.promote_types(hidden.dtype, jnp.float32))
+    return jax.lax.scan(step, (zero, zero), tuple(_chunks(x, chunk) for x in rows))
+
+  return sum_over_rows(scan)(params, hidden, targets, weights)[0]
 
 
-def _sums_forward(unembed, z_loss, params, hidden, targets, weights):
+def _sums_forward(unembed, z_loss, chunk, params, hidden, targets, weights):
   chunk_sums = functools.partial(_chunk_sums, unembed, z_loss)
   value_and_grad = jax.value_and_grad(chunk_sums, argnums=(0, 1), has_aux=True)
 
-  def step(carry, chunk):
-    (loss, nll), grads = carry
-    (chunk_loss, chunk_nll), (chunk_grads, hidden_grad) = value_and_grad(params, *chunk)
-    return ((loss + chunk_loss, nll + chunk_nll), jax.tree.map(jnp.add, grads, chunk_grads)), hidden_grad
+  def scan(params, *rows):
+    def step(carry, part):
+      (loss, nll), grads = carry
+      (part_loss, part_nll), (part_grads, hidden_grad) = value_and_grad(params, *part)
+      return ((loss + part_loss, nll + part_nll), jax.tree.map(jnp.add, grads, part_grads)), hidden_grad
 
-  zero = jnp.zeros((), jnp.promote_types(hidden.dtype, jnp.float32))
-  start = ((zero, zero), jax.tree.map(lambda x: at_least_float32(jnp.zeros_like(x)), params))
-  (sums, grads), hidden_grads = jax.lax.scan(step, start, (hidden, targets, weights))
+    zero = jnp.zeros((), jnp.promote_types(hidden.dtype, jnp.float32))
+    start = ((zero, zero), jax.tree.map(lambda x: at_least_float32(jnp.zeros_like(x)), params))
+    sums, hidden_grads = jax.lax.scan(step, start, tuple(_chunks(x, chunk) for x in rows))
+    batch, time, width = rows[0].shape
+    return sums, jnp.moveaxis(hidden_grads, 0, 1).reshape(batch, -1, width)[:, :time]
+
+  (sums, grads), hidden_grads = sum_over_rows(scan)(params, hidden, targets, weights)
   return sums, (jax.tree.map(lambda grad, param: grad.astype(param.dtype), grads, params), hidden_grads)
 
 
-def _sums_backward(unembed, z_loss, residuals, cotangents):
-  del unembed, z_loss
+def _sums_backward(unembed, z_loss, chunk, residuals, cotangents):
+  del unembed, z_loss, chunk
   scale = cotangents[0]  # nll is reported, not differentiated
   params_grad, hidden_grad = jax.tree.map(lambda g: (g * scale).astype(g.dtype), residuals)
   return params_grad, hidden_grad, None, None

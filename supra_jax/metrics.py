@@ -1,7 +1,9 @@
-"""What a run says of itself: a file of JSON lines, progress on the terminal, a picture of the losses.
+"""What a run says of itself: a file of JSON lines, the same in TensorBoard, progress on the terminal.
 
-A record of training has step, tokens, loss, grad_norm, learning_rate and tokens_per_second; one of an evaluation has
-step, tokens and heldout_nll.
+A record of training has step, tokens, loss, grad_norm, learning_rate, tokens_per_second,
+tokens_per_second_per_device, mfu (null where the device's peak is unknown), data_wait (mean seconds a step waited for
+data since the record before) and skipped (batches skipped so far); one of an evaluation has step, tokens, heldout_nll
+and heldout_perplexity.
 """
 
 from __future__ import annotations
@@ -11,44 +13,49 @@ import math
 import os
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
 
-import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.proto.summary_pb2 import Summary
 from tqdm import tqdm
 
 Record = Mapping[str, Any]
 
-INK, GREY, TRAIN, HELDOUT = "#2b2b2b", "#8a8a8a", "#4f86c0", "#c1442e"
-
-_DOTS: dict[str, Any] = {
-  "linestyle": "none",
-  "marker": "o",
-  "markersize": 5,
-  "markeredgecolor": "white",
-  "markeredgewidth": 0.8,
-  "clip_on": False,
-  "zorder": 4,
-}
+_HELDOUT = "heldout_"
 
 
 class MetricsWriter:
-  """Appends records to a file, one JSON object a line, each on disk when `write` returns."""
+  """Appends records to a file, one JSON object a line, and to TensorBoard; each is on disk when `write` returns.
 
-  def __init__(self, path: str | os.PathLike[str], restored_step: int | None = None):
+  TensorBoard has each number under `heldout/...` or `train/...`, against the step. It lacks nulls, and `tokens`, which
+  is the step times a constant.
+  """
+
+  def __init__(
+    self,
+    path: str | os.PathLike[str],
+    restored_step: int | None = None,
+    *,
+    tensorboard: str | os.PathLike[str] | None = None,
+    enabled: bool = True,
+  ):
     """Opens the file.
 
     Args:
       path: created with its directories if it does not exist.
       restored_step: the step of the checkpoint a run resumes from; records of later steps, which it will write again,
-        are taken out. None is a run from the start: the file is emptied.
+        are taken out, and TensorBoard hides them. None is a run from the start: the file is emptied.
+      tensorboard: directory of event files, created if it does not exist; None writes none.
+      enabled: whether anything is touched or written. Of several processes one is to be enabled, no matter which.
     """
+    self._file: TextIO | None = None
+    self._board: _Board | None = None
+    if not enabled:
+      return
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     kept = []
@@ -59,17 +66,30 @@ class MetricsWriter:
     partial.write_text("".join(_line(record) for record in kept))
     os.replace(partial, path)
     self._file = path.open("a")
+    if tensorboard is not None:
+      self._board = _Board(Path(tensorboard), 0 if restored_step is None else restored_step + 1)
 
   def write(self, record: Record) -> None:
-    """Appends a record, which has a step; nan and infinities become null."""
+    """Appends a record, which has a step; nan and infinities become null.
+
+    Raises:
+      ValueError: the record has no whole number under `step`.
+    """
     line = _line(record)
-    if not isinstance(json.loads(line).get("step"), int):
+    values = json.loads(line)
+    if not isinstance(values.get("step"), int):
       raise ValueError(f"A record of metrics has a whole number under 'step', got {line.strip()}.")
-    self._file.write(line)
-    self._file.flush()
+    if self._file is not None:
+      self._file.write(line)
+      self._file.flush()
+    if self._board is not None:
+      self._board.write(values)
 
   def close(self) -> None:
-    self._file.close()
+    if self._file is not None:
+      self._file.close()
+    if self._board is not None:
+      self._board.close()
 
   def __enter__(self) -> MetricsWriter:
     return self
@@ -109,33 +129,101 @@ def _plain(value: Any) -> Any:
   return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-class Progress:
-  """Steps done, loss, tokens/s and time left: a bar on a terminal, else a line every `seconds`."""
+class _Board:
+  """A file of TensorBoard's events.
 
-  def __init__(self, total_steps: int, *, first_step: int = 0, seconds: float = 10.0, stream: TextIO | None = None):
+  Not tensorboardX's SummaryWriter: that writes in a thread, and once the thread has died, of a full disk say, its
+  caller waits for ever.
+  """
+
+  def __init__(self, directory: Path, first_step: int):
+    """Opens a new file in the directory; from first_step on, what other files have is hidden."""
+    directory.mkdir(parents=True, exist_ok=True)
+    # The writer's own name tells seconds, and a file of the same name would be overwritten.
+    self._events = EventsWriter(str(directory / "events"), f".{time.time_ns()}")
+    self._add(first_step, session_log=SessionLog(status=SessionLog.START))
+
+  def write(self, record: Record) -> None:
+    numbers = {
+      name: value for name, value in record.items() if name not in ("step", "tokens") and isinstance(value, int | float)
+    }
+    values = [Summary.Value(tag=_tag(name), simple_value=value) for name, value in numbers.items()]
+    self._add(record["step"], summary=Summary(value=values))
+
+  def _add(self, step: int, **what: Any) -> None:
+    self._events.write_event(Event(wall_time=time.time(), step=step, **what))
+    self._events.flush()
+
+  def close(self) -> None:
+    self._events.close()
+
+
+def _tag(name: str) -> str:
+  return f"heldout/{name.removeprefix(_HELDOUT)}" if name.startswith(_HELDOUT) else f"train/{name}"
+
+
+def short_number(number: float) -> str:
+  """12345 -> 12.3k."""
+  for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+    if abs(number) >= size:
+      return f"{number / size:.3g}{letter}"
+  return f"{number:.3g}"
+
+
+# What Progress shows of a record, in this order; an empty text is left out.
+SHOWN: Mapping[str, Callable[[float], str]] = {
+  "loss": lambda value: f"loss {value:.4f}",
+  "tokens_per_second": lambda value: f"{short_number(value)} tokens/s",
+  "mfu": lambda value: f"MFU {value:.1%}",
+  "skipped": lambda value: f"{value} skipped" if value else "",
+}
+
+
+class Progress:
+  """Steps done, what SHOWN names and time left: a bar on a terminal, else a line every `seconds`."""
+
+  def __init__(
+    self,
+    total_steps: int,
+    *,
+    first_step: int = 0,
+    seconds: float = 10.0,
+    stream: TextIO | None = None,
+    enabled: bool = True,
+  ):
+    """Begins.
+
+    Args:
+      total_steps: of the whole run.
+      first_step: steps done before.
+      seconds: between two lines where there is no terminal.
+      stream: None is stderr.
+      enabled: whether anything is said.
+    """
     self._stream = stream or sys.stderr
+    self._enabled = enabled
     self._total, self._first, self._step, self._seconds = total_steps, first_step, first_step, seconds
     self._began = self._said = time.monotonic()
     self._said_step: int | None = None
-    self._text = ""
-    terminal = self._stream.isatty()
+    self._shown: dict[str, str] = {}
     form = "{n_fmt}/{total_fmt} {bar} {postfix}, {remaining} left"
     self._bar = (
       tqdm(total=total_steps, initial=first_step, file=self._stream, bar_format=form, dynamic_ncols=True)
-      if terminal
+      if enabled and self._stream.isatty()
       else None
     )
 
-  def update(self, step: int, *, loss: float | None = None, tokens_per_second: float | None = None) -> None:
-    """Says that `step` steps are done; what is None is shown as it was last."""
-    parts = []
-    if loss is not None:
-      parts.append(f"loss {loss:.4f}")
-    if tokens_per_second is not None:
-      parts.append(f"{_short(tokens_per_second)} tokens/s")
-    self._text = ", ".join(parts) or self._text
+  def update(self, step: int, /, **values: Any) -> None:
+    """Says that `step` steps are done.
+
+    Args:
+      step: steps done.
+      **values: a record of training, or some of it. What is not there or None is shown as it was last, and names that
+        SHOWN lacks are not shown.
+    """
+    self._shown |= {name: form(values[name]) for name, form in SHOWN.items() if values.get(name) is not None}
     if self._bar is not None:
-      self._bar.set_postfix_str(self._text, refresh=False)
+      self._bar.set_postfix_str(self._text(), refresh=False)
       self._bar.update(step - self._step)
     self._step = step
     if self._bar is None and time.monotonic() - self._said >= self._seconds:
@@ -146,7 +234,7 @@ class Progress:
     if self._bar is not None:
       tqdm.write(text, file=self._stream)
     else:
-      print(text, file=self._stream, flush=True)
+      self._print(text)
 
   def close(self) -> None:
     if self._bar is not None:
@@ -162,113 +250,15 @@ class Progress:
   ) -> None:
     self.close()
 
+  def _text(self) -> str:
+    return ", ".join(text for name in SHOWN if (text := self._shown.get(name)))
+
   def _say(self) -> None:
     self._said, self._said_step = time.monotonic(), self._step
     rate = (self._step - self._first) / max(self._said - self._began, 1e-9)
     left = tqdm.format_interval((self._total - self._step) / rate) if rate else "?"
-    text = f"{self._text}, " if self._text else ""
-    print(f"step {self._step}/{self._total}, {text}{left} left", file=self._stream, flush=True)
+    self._print(", ".join(filter(None, (f"step {self._step}/{self._total}", self._text(), f"{left} left"))))
 
-
-def _short(number: float) -> str:
-  for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
-    if abs(number) >= size:
-      return f"{number / size:.3g}{letter}"
-  return f"{number:.3g}"
-
-
-def plot_losses(
-  metrics_path: str | os.PathLike[str],
-  output_png: str | os.PathLike[str],
-  *,
-  teacher_nll: float | None = None,
-  title: str = "",
-) -> None:
-  """Draws training and held-out loss against tokens, and the teacher's held-out loss as a line.
-
-  Args:
-    metrics_path: what MetricsWriter wrote.
-    output_png: where the picture goes.
-    teacher_nll: nats per token of the transformer that the student came from, on the same held-out text.
-    title: one line above.
-
-  Raises:
-    ValueError: the file holds no loss.
-  """
-  records = read_metrics(metrics_path)
-  train, heldout = _points(records, "loss"), _points(records, "heldout_nll")
-  if not len(train) and not len(heldout):
-    raise ValueError(f"{metrics_path}: no loss to draw.")
-  # Not pyplot, which would keep the figure in global state.
-  figure = Figure(figsize=(7.2, 4.0), dpi=200, layout="constrained")
-  FigureCanvasAgg(figure)
-  axes = figure.add_subplot()
-  _draw_frame(axes, title)
-  ends: list[tuple[float, str, str]] = []
-  if len(train):
-    smooth = _smooth(train[:, 1])
-    axes.plot(train[:, 0], train[:, 1], color=TRAIN, alpha=0.25, linewidth=0.7)
-    axes.plot(train[:, 0], smooth, color=TRAIN, linewidth=1.8)
-    ends.append((smooth[-1], "training", TRAIN))
-  if len(heldout):
-    axes.plot(heldout[:, 0], heldout[:, 1], color=HELDOUT, **_DOTS)
-    ends.append((heldout[-1, 1], "held out", HELDOUT))
-  if teacher_nll is not None:
-    axes.axhline(teacher_nll, color=INK, linewidth=1, dashes=(5, 3))
-    ends.append((teacher_nll, "teacher", INK))
-  axes.set_xlim(0, max(points[:, 0].max() for points in (train, heldout) if len(points)) or 1)
-  _label_ends(axes, ends)
-  figure.savefig(output_png)
-
-
-def _points(records: Sequence[Record], name: str) -> np.ndarray:
-  """[n, 2]: tokens and the finite values under `name`."""
-  pairs = [(record["tokens"], record[name]) for record in records if record.get(name) is not None]
-  return np.array(pairs, dtype=float).reshape(-1, 2)
-
-
-def _smooth(values: np.ndarray) -> np.ndarray:
-  """The mean of each value and its sqrt(n) neighbours to either side."""
-  sums, number = np.concatenate([[0.0], np.cumsum(values)]), len(values)
-  at = np.arange(number)
-  # As far back as forward at the start, where the curve falls too fast for a lopsided mean.
-  back = np.minimum(at, math.isqrt(number))
-  forward = np.minimum(back, number - 1 - at)
-  return (sums[at + forward + 1] - sums[at - back]) / (back + forward + 1)
-
-
-def _draw_frame(axes: Axes, title: str) -> None:
-  axes.spines[["top", "right"]].set_visible(False)
-  axes.spines[["left", "bottom"]].set_color(GREY)
-  axes.tick_params(colors=GREY, labelcolor=INK, labelsize=10, length=3)
-  axes.grid(axis="y", color="#eeeeee", linewidth=0.8)
-  axes.set_axisbelow(True)
-  axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _short(value)))
-  axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
-  axes.set_xlabel("tokens", color=INK, fontsize=10.5)
-  # A loss starts far above where it spends its life; a logarithmic axis leaves that part room.
-  axes.set_yscale("log")
-  axes.yaxis.set_major_locator(MaxNLocator(8, steps=[1, 2, 5, 10]))
-  axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-  axes.yaxis.set_minor_locator(NullLocator())
-  axes.set_title("loss, nats per token, logarithmic", loc="left", color=INK, fontsize=10.5)
-  if title:
-    axes.figure.suptitle(title, x=0.01, ha="left", color=INK, fontsize=12.5, fontweight="bold")
-
-
-def _label_ends(axes: Axes, ends: Sequence[tuple[float, str, str]]) -> None:
-  """Writes each curve's name and last value right of it, moved apart where they would touch."""
-  to_axes = axes.transData + axes.transAxes.inverted()
-  at = -math.inf
-  for value, name, colour in sorted(ends):
-    at = max(to_axes.transform((1, value))[1], at + 0.075)
-    axes.annotate(
-      f"{name} {value:.2f}",
-      xy=(1, at),
-      xycoords="axes fraction",
-      xytext=(10, 0),
-      textcoords="offset points",
-      va="center",
-      color=colour,
-      fontsize=10.5,
-    )
+  def _print(self, text: str) -> None:
+    if self._enabled:
+      print(text, file=self._stream, flush=True)

@@ -1,4 +1,7 @@
-"""The paper's recipe: AdamW, clipped, on a warmup and a cosine (arXiv 2405.06640, section 7)."""
+"""The paper's recipe: AdamW, clipped, on a warmup and a cosine (arXiv 2405.06640, section 7), or less memory.
+
+Clipping and the learning rate are apart from the moments, since a run may train groups of parameters in stages.
+"""
 
 from __future__ import annotations
 
@@ -12,18 +15,25 @@ import optax
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-  """AdamW and its schedule.
+  """An optimizer and its schedule.
 
   Attributes:
+    kind: `adamw` keeps two moments a parameter; `adafactor` the row and column means of the squares (Shazeer and Stern
+      2018), with updates clipped to a root mean square of 1, and neither momentum nor scaling by the parameter.
+    moment_dtype: of AdamW's first moment; bfloat16 saves 2 bytes a parameter. The second is always float32: small
+      increments would be lost on bfloat16.
     learning_rate: reached at the end of the warmup.
     end_learning_rate: where the cosine ends, one step after the last, as in the reference.
     warmup_steps: of linear growth; step n of them (from 0) takes (n + 1) / warmup_steps of the rate.
-    beta1, beta2, eps, weight_decay: of AdamW.
+    beta1, beta2, eps: of AdamW.
+    weight_decay: times the learning rate.
     decay_what: `matrices` leaves norms and biases alone; `all` decays every parameter.
     clip_norm: of the whole gradient; 0 means no clipping.
     z_loss: weight of mean(logsumexp^2) in the loss.
   """
 
+  kind: Literal["adamw", "adafactor"] = "adamw"
+  moment_dtype: Literal["float32", "bfloat16"] = "float32"
   learning_rate: float = 3e-5
   end_learning_rate: float = 1e-5
   warmup_steps: int = 1000
@@ -36,8 +46,14 @@ class OptimizerConfig:
   z_loss: float = 1e-4
 
   def __post_init__(self):
-    if self.decay_what not in ("matrices", "all"):
-      raise ValueError(f"optimizer.decay_what={self.decay_what!r}: wanted 'matrices' or 'all'.")
+    choices = {
+      "kind": ("adamw", "adafactor"),
+      "moment_dtype": ("float32", "bfloat16"),
+      "decay_what": ("matrices", "all"),
+    }
+    for name, wanted in choices.items():
+      if getattr(self, name) not in wanted:
+        raise ValueError(f"optimizer.{name}={getattr(self, name)!r}: wanted {' or '.join(map(repr, wanted))}.")
     for name in ("learning_rate", "end_learning_rate", "warmup_steps", "weight_decay", "clip_norm", "z_loss"):
       if getattr(self, name) < 0:
         raise ValueError(f"optimizer.{name}={getattr(self, name)}: wanted 0 or more.")
@@ -62,16 +78,18 @@ def _decay_mask(params: Any) -> Any:
   return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key in ("kernel", "embedding"), params)
 
 
-def make_optimizer(config: OptimizerConfig, num_steps: int) -> optax.GradientTransformation:
-  """Clip, then AdamW on `make_schedule`."""
-  return optax.chain(
-    optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity(),
-    optax.adamw(
-      make_schedule(config, num_steps),
-      b1=config.beta1,
-      b2=config.beta2,
-      eps=config.eps,
-      weight_decay=config.weight_decay,
-      mask=_decay_mask if config.decay_what == "matrices" else None,
-    ),
-  )
+def clip(grads: Any, max_norm: float) -> tuple[Any, jax.Array]:
+  """(gradients of norm `max_norm` at most, their norm before); 0 leaves them as they are."""
+  norm = optax.tree.norm(grads)
+  factor = max_norm / jnp.maximum(norm, max_norm) if max_norm else jnp.ones(())
+  return jax.tree.map(lambda g: g * factor.astype(g.dtype), grads), norm
+
+
+def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
+  """Clipped gradients -> what times the learning rate is taken from the parameters."""
+  if config.kind == "adafactor":
+    moments = optax.chain(optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0))
+  else:
+    moments = optax.scale_by_adam(config.beta1, config.beta2, config.eps, mu_dtype=jnp.dtype(config.moment_dtype))
+  mask = _decay_mask if config.decay_what == "matrices" else None
+  return optax.chain(moments, optax.add_decayed_weights(config.weight_decay, mask))

@@ -1,4 +1,4 @@
-"""Uptraining: one process, one device; exact resume, metrics, progress and a picture."""
+"""Uptraining on one device or many hosts: exact, watched, and able to go on from where it was stopped."""
 
 from __future__ import annotations
 
@@ -8,103 +8,50 @@ import functools
 import json
 import math
 import shutil
+import signal
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import flax
 import jax
 import jax.numpy as jnp
-import optax
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
 
 from supra_jax import data
-from supra_jax.checkpoint import ModelCheckpoint, TrainingCheckpoints, load_model, save_model
-from supra_jax.config import from_mapping
-from supra_jax.evaluate import mean_nll
-from supra_jax.losses import language_model_loss
-from supra_jax.metrics import MetricsWriter, Progress, plot_losses, read_metrics
-from supra_jax.optimizer import OptimizerConfig, make_optimizer, make_schedule
+from supra_jax.checkpoint import (
+  ModelCheckpoint,
+  TrainingCheckpoints,
+  load_model,
+  load_model_without_params,
+  save_model,
+  together,
+)
+from supra_jax.metrics import MetricsWriter, Progress, read_metrics
+from supra_jax.picture import plot_losses
+from supra_jax.reporter import Reporter
+from supra_jax.run_record import write_run_record
+from supra_jax.sharding import make_mesh, param_shardings, process_shard, put_batch
 from supra_jax.tokenizer import Tokenizer
-from supra_jax.transformer import Remat, Transformer, stack_runs, unstack
+from supra_jax.train_config import TrainConfig
+from supra_jax.train_setup import check_batch, heldout_nll, make_train_step, prepare_data, state_shapes
+from supra_jax.train_step import TrainState, TrainStep
+from supra_jax.transformer import stack_runs, unstack
 
 METRICS_FILE, PICTURE_FILE, CONFIG_FILE = "metrics.jsonl", "loss.png", "train_config.json"
-MAY_CHANGE_ON_RESUME = ("log_every", "evaluate_every", "save_every", "keep_checkpoints")
-
-
-@dataclasses.dataclass(frozen=True)
-class DataConfig:
-  """Text, and how it is packed.
-
-  Attributes:
-    input: what `data.read_documents` reads.
-    text_key: of JSON lines.
-    sequence_length: T, tokens a row.
-    documents: `join` runs them together as the paper does; `separate` resets state and position at seams.
-    bos: start each document with the begin-of-text id.
-    heldout_every: every so many documents one is held out.
-    heldout_rows: at most so many held-out rows are evaluated; 0 means all.
-  """
-
-  input: str
-  text_key: str = "text"
-  sequence_length: int = 2048
-  documents: data.Join = "join"
-  bos: bool = False
-  heldout_every: int = 20
-  heldout_rows: int = 0
-
-
-@dataclasses.dataclass(frozen=True)
-class TrainConfig:
-  """A run.
-
-  Attributes:
-    init_checkpoint: the model directory to start from.
-    data, optimizer: see their classes.
-    batch_size: rows a step.
-    num_steps: of the whole run; the schedule ends there.
-    dtype: of the computation. Master weights, their moments and all reductions are float32.
-    remat: `block` recomputes a layer's activations in the backward pass.
-    seed: of the order of the data.
-    log_every, evaluate_every, save_every: in steps; 0 evaluates only before and after, and saves no training state.
-    keep_checkpoints: so many of the newest training states.
-  """
-
-  init_checkpoint: str
-  data: DataConfig
-  batch_size: int
-  num_steps: int
-  optimizer: OptimizerConfig = OptimizerConfig()
-  dtype: Literal["float32", "bfloat16"] = "float32"
-  remat: Remat = "block"
-  seed: int = 0
-  log_every: int = 10
-  evaluate_every: int = 0
-  save_every: int = 1000
-  keep_checkpoints: int = 2
-
-  def __post_init__(self):
-    for name in ("batch_size", "num_steps", "log_every", "keep_checkpoints"):
-      if getattr(self, name) < 1:
-        raise ValueError(f"{name}={getattr(self, name)}: wanted at least 1.")
-    if self.dtype not in ("float32", "bfloat16") or self.remat not in ("none", "block"):
-      raise ValueError(f"dtype={self.dtype!r}, remat={self.remat!r}: wanted float32 or bfloat16, and none or block.")
-
-  @classmethod
-  def from_mapping(cls, values: Mapping[str, Any]) -> TrainConfig:
-    """Reads a ConfigDict's `to_dict()`."""
-    return from_mapping(cls, values, "train config")
-
-
-@flax.struct.dataclass
-class TrainState:
-  """What a step reads and writes: float32 parameters in stacked runs, AdamW's state, steps done."""
-
-  params: Any
-  opt_state: Any
-  step: jax.Array
+# What changes neither the data nor, but for rounding, the mathematics.
+MAY_CHANGE_ON_RESUME = (
+  "log_every",
+  "evaluate_every",
+  "save_every",
+  "keep_checkpoints",
+  "max_skipped",
+  "mesh",
+  "microbatches",
+  "remat",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,104 +64,44 @@ class TrainSummary:
   tokens_per_second: float
 
 
-def prepare_data(config: DataConfig, tokenizer: Tokenizer, vocab_size: int, directory: Path) -> tuple[Path, Path]:
-  """Packs the text into directory/train and directory/heldout, unless they are there and fit; returns the two."""
-  for part in data.PARTS:
-    path = directory / part
-    if path.exists():
-      data.check_packed(
-        path,
-        sequence_length=config.sequence_length,
-        vocab_size=vocab_size,
-        tokenizer=tokenizer,
-        join=config.documents,
-        bos=config.bos,
-      )
-      continue
-    documents = data.read_documents(config.input, config.text_key)
-    try:
-      data.pack(
-        data.split_documents(documents, every=config.heldout_every, part=part),
-        tokenizer,
-        path,
-        vocab_size=vocab_size,
-        sequence_length=config.sequence_length,
-        join=config.documents,
-        bos=config.bos,
-      )
-    except ValueError as error:
-      raise ValueError(
-        f"The {part} part of {config.input}, with every {config.heldout_every}th document held out: {error}"
-      ) from error
-  return directory / "train", directory / "heldout"
+class Preempted(Exception):
+  """SIGTERM came; the state is saved and the same command goes on from it."""
 
 
-def heldout_nll(model: Transformer, params: Any, path: Path, config: TrainConfig) -> float:
-  """Mean nats a token of the held-out rows."""
-  rows = data.load_info(path).rows
-  if config.data.heldout_rows:
-    rows = min(rows, config.data.heldout_rows)
-  loader = data.make_loader(path, batch_size=1, seed=0, shuffle=False, num_epochs=1)
-  return mean_nll(model, params, (batch for batch, _ in zip(loader, range(rows), strict=False)))
-
-
-def make_step(model: Transformer, optimizer: OptimizerConfig, num_steps: int):
-  """(state, batch) -> (state, metrics); the state is given away."""
-  tx, schedule = make_optimizer(optimizer, num_steps), make_schedule(optimizer, num_steps)
-
-  def loss_fn(params, batch):
-    sums = language_model_loss(model, params, batch, z_loss=optimizer.z_loss)
-    return sums.loss / sums.weight, sums.nll / sums.weight
-
-  @functools.partial(jax.jit, donate_argnums=0)
-  def step(state: TrainState, batch) -> tuple[TrainState, dict[str, jax.Array]]:
-    (_, nll), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params, batch)
-    updates, opt_state = tx.update(grads, state.opt_state, state.params)
-    metrics = {
-      "loss": nll,
-      "grad_norm": optax.tree.norm(grads),
-      "learning_rate": schedule(state.step),
-    }
-    return TrainState(optax.apply_updates(state.params, updates), opt_state, state.step + 1), metrics
-
-  return tx, step
-
-
-def train(config: TrainConfig, workdir: str | Path, *, teacher_nll: float | None = None) -> TrainSummary:
+def train(
+  config: TrainConfig, workdir: str | Path, *, teacher_nll: float | None = None, profile_steps: int = 0
+) -> TrainSummary:
   """Trains, or goes on where an earlier call in the same workdir stopped.
 
-  Leaves in `workdir`: `checkpoint/` (the model, for `supra_jax.load`), `metrics.jsonl`, `loss.png`, `training/` (states
-  to resume from), `data/` (packed rows) and `train_config.json`.
+  Leaves in `workdir`: `checkpoint/` (the model, for `supra_jax.load`), `metrics.jsonl`, `tensorboard/`, `loss.png`,
+  `training/` (states to resume from), `data/` (packed rows), `train_config.json` and `runs.jsonl` (what made it).
+  With several processes each calls it, on a file system they share.
 
   Args:
     config: the run.
     workdir: a directory of its own.
     teacher_nll: drawn as a line in the picture.
+    profile_steps: so many steps are traced into `profile/`, after those that compile.
 
   Raises:
-    ValueError: the workdir is of a run with another config, or data or model do not fit.
+    ValueError: the workdir is of a run with another config, data, model or mesh do not fit, or max_skipped batches in a
+      row were not finite.
+    OSError: a file cannot be read or written.
+    Preempted: SIGTERM ended it.
   """
   workdir = Path(workdir)
   workdir.mkdir(parents=True, exist_ok=True)
+  mesh = make_mesh(config.mesh)
+  check_batch(config, mesh)
   _claim(config, workdir)
-  start = load_model(config.init_checkpoint)
-  tokenizer = Tokenizer.from_files(start.tokenizer_files, start.config)
-  if tokenizer is None:
-    raise ValueError(f"{config.init_checkpoint} has no tokenizer to read {config.data.input} with.")
-  train_path, heldout_path = prepare_data(config.data, tokenizer, start.config.vocab_size, workdir / "data")
-  model = Transformer(start.config, dtype=jnp.dtype(config.dtype), stacked=True, remat=config.remat)
-  tx, step_fn = make_step(model, config.optimizer, config.num_steps)
-  batches = iter(data.make_loader(train_path, batch_size=config.batch_size, seed=config.seed))
-
-  checkpoints = TrainingCheckpoints(workdir / "training", keep=config.keep_checkpoints)
-  state, first = _start_state(start, tx, checkpoints, batches)
-  # Only what the export needs: the parameters live on in `state`.
-  start = dataclasses.replace(start, params={})
-  run = _Run(model, step_fn, batches, heldout_path, checkpoints)
-  state = _loop(config, workdir, run, state, first)
-  _export(workdir / "checkpoint", start, state.params, config)
-  checkpoints.close()
-  plot_losses(workdir / METRICS_FILE, workdir / PICTURE_FILE, teacher_nll=teacher_nll)
+  with jax.set_mesh(mesh):
+    run, state, first = _start(config, workdir, mesh)
+    state = _loop(run, state, first, profile_steps)
+    _export(workdir / "checkpoint", run.start, state.params, config)
+    run.checkpoints.close()
+  if jax.process_index() == 0:
+    plot_losses(workdir / METRICS_FILE, workdir / PICTURE_FILE, teacher_nll=teacher_nll)
+  together("run done")
   return _summary(config, workdir / METRICS_FILE)
 
 
@@ -222,8 +109,13 @@ def train(config: TrainConfig, workdir: str | Path, *, teacher_nll: float | None
 class _Run:
   """The parts of a run that its loop works with."""
 
-  model: Transformer
-  step: Callable[[TrainState, Any], tuple[TrainState, dict[str, jax.Array]]]
+  config: TrainConfig
+  workdir: Path
+  mesh: Mesh
+  start: ModelCheckpoint  # without parameters
+  step: TrainStep
+  shapes: TrainState
+  sources: Sequence[data.Source]
   batches: data.Batches
   heldout: Path
   checkpoints: TrainingCheckpoints
@@ -240,12 +132,17 @@ def _claim(config: TrainConfig, workdir: Path) -> None:
       for name in sorted(before.keys() | now.keys())
       if before.get(name) != now.get(name) and name not in MAY_CHANGE_ON_RESUME
     ]
-    if differ and not (workdir / METRICS_FILE).exists():
-      # The run before never began, for bad input perhaps; rows packed for it are of no use to this one.
-      shutil.rmtree(workdir / "data", ignore_errors=True)
-    elif differ:
+    if differ and (workdir / METRICS_FILE).exists():
       raise ValueError(f"{workdir} belongs to a run with another config; choose another workdir. " + "; ".join(differ))
-  path.write_text(json.dumps(values, indent=2) + "\n")
+    if differ and jax.process_index() == 0:
+      # The run before never began, for bad input perhaps; rows packed for it are of no use to this one.
+      for leftover in ("data", "data.partial"):
+        shutil.rmtree(workdir / leftover, ignore_errors=True)
+  together("config read")
+  if jax.process_index() == 0:
+    path.write_text(json.dumps(values, indent=2) + "\n")
+    write_run_record(workdir, values)
+  together("config written")
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -255,82 +152,125 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
   return flat
 
 
-def _start_state(
-  start: ModelCheckpoint, tx: optax.GradientTransformation, checkpoints: TrainingCheckpoints, batches
-) -> tuple[TrainState, int]:
-  """A new state of the model's parameters, or the newest one that was saved."""
-
-  @jax.jit
-  def make(params):
-    params = jax.tree.map(lambda x: x.astype(jnp.float32), stack_runs(params, start.config))
-    return TrainState(params, tx.init(params), jnp.zeros((), jnp.int32))
-
-  step = checkpoints.latest_step()
-  if step is None:
-    return make(start.params), 0
-  device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-  like = jax.tree.map(
-    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), jax.eval_shape(make, start.params)
+def _start(config: TrainConfig, workdir: Path, mesh: Mesh) -> tuple[_Run, TrainState, int]:
+  """The run, its state and the steps done: the newest that was saved, or new ones."""
+  start = load_model_without_params(config.init_checkpoint)
+  tokenizer = Tokenizer.from_files(start.tokenizer_files, start.config)
+  step = make_train_step(config, start.config)
+  shapes = state_shapes(step, mesh)
+  sources, heldout = prepare_data(config.data, tokenizer, start.config.vocab_size, workdir / "data")
+  index, count = process_shard(mesh)
+  batches = data.make_loader(
+    sources, batch_size=config.batch_size, seed=config.seed, shard_index=index, shard_count=count
   )
-  return checkpoints.restore(step, like, batches), step
+  checkpoints = TrainingCheckpoints(workdir / "training", keep=config.keep_checkpoints)
+  run = _Run(config, workdir, mesh, start, step, shapes, sources, batches, heldout, checkpoints)
+  restored = checkpoints.restore(shapes)
+  if restored is not None:
+    first, state, position = restored
+    batches.set_state(position)
+    return run, state, first
+  make = jax.jit(
+    lambda params: step.init(stack_runs(params, start.config)),
+    out_shardings=jax.tree.map(lambda x: x.sharding, shapes),
+  )
+  params = load_model(
+    config.init_checkpoint, jnp.float32, shardings=lambda stored: param_shardings(stored, mesh)
+  ).params
+  return run, make(params), 0
 
 
-class _Clock:
-  """Tokens a second of the steps alone: the first, which compiles, and pauses are left out."""
-
-  def __init__(self):
-    self._since: float | None = None
-
-  def lap(self, tokens: int) -> float | None:
-    """Tokens a second since the last lap or pause; None for the first lap."""
-    now, since = time.monotonic(), self._since
-    self._since = now
-    return None if since is None else tokens / (now - since)
-
-  @contextlib.contextmanager
-  def paused(self):
-    began = time.monotonic()
-    yield
-    if self._since is not None:
-      self._since += time.monotonic() - began
+@contextlib.contextmanager
+def _preemption() -> Iterator[Any]:
+  """Yields a function of the step that says whether SIGTERM came; all processes agree on the step."""
+  if jax.process_count() > 1:
+    # jax.distributed has its own handler, and a protocol to find a step that no process is past.
+    yield multihost_utils.reached_preemption_sync_point
+    return
+  came: list[int] = []
+  before = signal.signal(signal.SIGTERM, lambda number, _: came.append(number))
+  try:
+    yield lambda step: bool(came)
+  finally:
+    signal.signal(signal.SIGTERM, before)
 
 
-def _loop(config: TrainConfig, workdir: Path, run: _Run, state: TrainState, first: int) -> TrainState:
-  tokens_a_step = config.batch_size * config.data.sequence_length
+def _loop(run: _Run, state: TrainState, first: int, profile_steps: int) -> TrainState:
+  config, workdir = run.config, run.workdir
+  shardings = jax.tree.map(lambda x: x.sharding, run.shapes)
+  program = functools.cache(lambda active: run.step.compiled(shardings, active))
+  speaks = jax.process_index() == 0
   with (
-    MetricsWriter(workdir / METRICS_FILE, first or None) as metrics,
-    Progress(config.num_steps, first_step=first) as progress,
+    MetricsWriter(
+      workdir / METRICS_FILE, first or None, tensorboard=workdir / "tensorboard", enabled=speaks
+    ) as metrics,
+    Progress(config.num_steps, first_step=first, enabled=speaks) as progress,
+    _preemption() as preempted,
+    _profile(workdir / "profile") as profile,
   ):
+    reporter = Reporter(config, run.start.config, run.sources, metrics, progress, first)
 
     def evaluate(step: int) -> None:
-      nll = heldout_nll(run.model, state.params, run.heldout, config)
-      metrics.write({"step": step, "tokens": step * tokens_a_step, "heldout_nll": nll})
-      progress.message(f"step {step}: held-out loss {nll:.4f} nats a token")
+      reporter.evaluated(step, heldout_nll(run.step.model, state.params, run.heldout, config, run.mesh))
 
     if first == 0:
       evaluate(0)
-    clock, logged = _Clock(), first
     for step in range(first + 1, config.num_steps + 1):
-      state, values = run.step(state, next(run.batches))
+      began = time.monotonic()
+      batch = next(run.batches)
+      waited = time.monotonic() - began
+      profile(step - first, profile_steps)
+      state, values = program(config.active_groups(step))(state, put_batch(batch, run.mesh, config.microbatches))
+      reporter.add(step, values, waited)
       last = step == config.num_steps
-      # The first step is waited for, so that its compilation is in no figure.
-      if last or step == first + 1 or step % config.log_every == 0:
-        numbers = {name: float(value) for name, value in values.items()}
-        speed, logged = clock.lap((step - logged) * tokens_a_step), step
-        metrics.write({"step": step, "tokens": step * tokens_a_step, **numbers, "tokens_per_second": speed})
-        progress.update(step, loss=numbers["loss"], tokens_per_second=speed)
-      with clock.paused():
-        if last or (config.evaluate_every and step % config.evaluate_every == 0):
+      stop = preempted(step) and not last
+      evaluates = last or _every(config.evaluate_every, step)
+      saves = stop or (config.save_every > 0 and (last or _every(config.save_every, step)))
+      if evaluates or saves:
+        reporter.drain()
+      with reporter.clock.paused():
+        if evaluates and not stop:
           evaluate(step)
-        if config.save_every and (last or step % config.save_every == 0):
-          run.checkpoints.save(step, state, run.batches)
+        if saves:
+          try:
+            run.checkpoints.save(step, state, run.batches.get_state())
+          except OSError as error:
+            reporter.say(f"step {step}: {error}. Training goes on; older checkpoints are kept.")
+      if stop:
+        run.checkpoints.wait()
+        raise Preempted(f"SIGTERM: saved after step {step} of {config.num_steps}. The same command goes on from there.")
+    run.checkpoints.wait()
   return state
+
+
+def _every(steps: int, step: int) -> bool:
+  return steps > 0 and step % steps == 0
+
+
+@contextlib.contextmanager
+def _profile(directory: Path) -> Iterator[Any]:
+  """Yields a function of (step of this process, steps wanted) that traces steps 3 to 2 + wanted."""
+  on = False
+
+  def at(step: int, wanted: int) -> None:
+    nonlocal on
+    if wanted and step == 3:
+      jax.profiler.start_trace(str(directory))
+      on = True
+    elif on and step == 3 + wanted:
+      jax.profiler.stop_trace()
+      on = False
+
+  yield at
+  if on:
+    jax.profiler.stop_trace()
 
 
 def _export(directory: Path, start: ModelCheckpoint, params: Any, config: TrainConfig) -> None:
   """Writes the trained model, one subtree a layer, beside the run; an earlier export gives way."""
-  if directory.exists():
+  if jax.process_index() == 0 and directory.exists():
     shutil.rmtree(directory)
+  together("earlier export removed")
   save_model(
     directory,
     config=start.config,
@@ -347,6 +287,6 @@ def _summary(config: TrainConfig, metrics_path: Path) -> TrainSummary:
   return TrainSummary(
     nll_before=heldout[0],
     nll_after=heldout[-1],
-    tokens_trained=config.num_steps * config.batch_size * config.data.sequence_length,
+    tokens_trained=config.num_steps * config.tokens_a_step,
     tokens_per_second=statistics.median(speeds) if speeds else math.nan,
   )

@@ -14,11 +14,17 @@ import jax.numpy as jnp
 
 from supra_jax.attention import MIXERS, Context, KVCache, LinearState
 from supra_jax.config import Mixer, ModelConfig
-from supra_jax.layers import Norm, SwiGLU, at_least_float32, rope_table
+from supra_jax.layers import Dense, Embed, Norm, SwiGLU, rope_table
+from supra_jax.sharding import constrain
 
 LayerState = KVCache | LinearState
 Padding = Literal["right", "left"]
-Remat = Literal["none", "block"]
+Remat = Literal["none", "matmuls", "block"]
+# What a layer's backward pass finds saved where it recomputes: products with parameters, or nothing.
+REMAT_POLICIES: dict[str, Any] = {
+  "matmuls": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+  "block": None,
+}
 
 
 @flax.struct.dataclass
@@ -61,7 +67,7 @@ class Block(nn.Module):
     mixed, state = mixer(Norm(c.norm, c.norm_eps, self.dtype, name="input_layernorm")(x_BTD), state, context)
     x_BTD = x_BTD + mixed
     normed = Norm(c.norm, c.norm_eps, self.dtype, name="post_attention_layernorm")(x_BTD)
-    return x_BTD + SwiGLU(c, self.dtype, name="mlp")(normed), state
+    return constrain(x_BTD + SwiGLU(c, self.dtype, name="mlp")(normed), "batch", "time", None), state
 
 
 def runs(mixers: tuple[Mixer, ...]) -> list[tuple[int, int]]:
@@ -101,7 +107,7 @@ class Transformer(nn.Module):
       logits are float32 at least.
     implementation: of the linear attention op (`kernels_pallas.linear_attention`).
     stacked: parameters are as `stack_runs` leaves them and each run is one scan: quick to compile, made for training.
-    remat: `block` recomputes a layer's activations in the backward pass.
+    remat: what the backward pass recomputes: `none`; `matmuls`, all but products with parameters; `block`, each layer.
   """
 
   config: ModelConfig
@@ -112,8 +118,10 @@ class Transformer(nn.Module):
 
   def setup(self):
     c = self.config
-    self.embed_tokens = nn.Embed(c.vocab_size, c.hidden_size, dtype=self.dtype)
-    block = nn.remat(Block, prevent_cse=not self.stacked) if self.remat == "block" else Block
+    self.embed_tokens = Embed(c.vocab_size, c.hidden_size, self.dtype)
+    block: Any = Block
+    if self.remat != "none":
+      block = nn.remat(Block, prevent_cse=not self.stacked, policy=REMAT_POLICIES[self.remat])
     if self.stacked:
       self.blocks = [
         nn.scan(
@@ -131,7 +139,8 @@ class Transformer(nn.Module):
       ]
     self.norm = Norm(c.norm, c.norm_eps, self.dtype)
     if not c.tie_embeddings:
-      self.lm_head = nn.Dense(c.vocab_size, use_bias=False, dtype=self.dtype)
+      wide = jnp.promote_types(self.dtype, jnp.float32)
+      self.lm_head = Dense(c.vocab_size, dtype=self.dtype, out_dtype=wide)
 
   @nn.nowrap
   def init_state(self, batch: int, capacity: int = 0) -> DecodeState:
@@ -181,6 +190,7 @@ class Transformer(nn.Module):
 
     context, end = self._place(tokens_BT, state, lengths, segment_ids)
     x_BTD = self.embed_tokens(jnp.clip(tokens_BT, 0, self.config.vocab_size - 1))
+    x_BTD = constrain(x_BTD, "batch", "time", None)
     layer_states = (None,) * len(self.config.mixers) if state is None else state.layers
     new_states: list[LayerState] = []
     if self.stacked:
@@ -201,11 +211,8 @@ class Transformer(nn.Module):
 
   def unembed(self, hidden_BTD: jax.Array) -> jax.Array:
     """Logits over the vocabulary, float32 [B, T, vocabulary]."""
-    if self.config.tie_embeddings:
-      hidden, embedding = hidden_BTD.astype(self.dtype), self.embed_tokens.embedding.astype(self.dtype)
-      wide = jnp.promote_types(self.dtype, jnp.float32)
-      return jnp.einsum("...d,vd->...v", hidden, embedding, preferred_element_type=wide)
-    return at_least_float32(self.lm_head(hidden_BTD))
+    logits = self.embed_tokens.attend(hidden_BTD) if self.config.tie_embeddings else self.lm_head(hidden_BTD)
+    return constrain(logits, "batch", *["time"] * (logits.ndim - 2), "vocabulary")
 
   def logits(self, tokens_BT: jax.Array, state: DecodeState | None = None, **kwargs) -> tuple[jax.Array, DecodeState]:
     """`unembed` of every position, for scoring; also what `init` runs to make all parameters."""

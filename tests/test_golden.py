@@ -7,14 +7,15 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 
 import supra_jax
 from convert_weights import hf_to_orbax
 from supra_jax import attention
 from supra_jax.losses import language_model_loss
-from supra_jax.optimizer import OptimizerConfig, make_optimizer, make_schedule
+from supra_jax.optimizer import OptimizerConfig, make_schedule
+from supra_jax.sharding import make_mesh
+from supra_jax.train_step import TrainStep
 from supra_jax.transformer import Transformer
 from tests import openlm
 
@@ -183,20 +184,15 @@ def test_eight_optimizer_steps():
     clip_norm=1.0,
     z_loss=1e-4,
   )
-  tx, schedule = make_optimizer(recipe, 8), make_schedule(recipe, 8)
-  loss_and_grads = jax.value_and_grad(_mean_loss(model, tokens, recipe.z_loss), has_aux=True)
-
-  @jax.jit
-  def step(params, opt_state):
-    (loss, _), grads = loss_and_grads(params)
-    updates, opt_state = tx.update(grads, opt_state, params)
-    return optax.apply_updates(params, updates), opt_state, loss, optax.tree.norm(grads)
-
-  opt_state, losses, norms = jax.jit(tx.init)(params), [], []
+  schedule, mesh = make_schedule(recipe, 8), make_mesh("", jax.devices()[:1])
+  train_step, loss = TrainStep(model, recipe, 8), jax.jit(_mean_loss(model, tokens, recipe.z_loss))
+  state = train_step.init(params)
+  step, losses, norms = train_step.compiled(train_step.shardings(state, mesh)), [], []
   for _ in range(8):
-    params, opt_state, loss, norm = step(params, opt_state)
-    losses.append(loss)
-    norms.append(norm)
+    losses.append(loss(state.params)[0])  # z-loss included
+    state, metrics = step(state, {"tokens": jnp.asarray(tokens)[None]})
+    norms.append(metrics["grad_norm"])
+  params = state.params
   np.testing.assert_allclose([schedule(i) for i in range(8)], golden["lrs"], rtol=1e-5)
   np.testing.assert_allclose(losses, golden["losses"], rtol=1e-5)
   # A relu so close to 0 that rounding picks its side moves one norm by 1e-4; beta2 = 0.98 instead moves it by 3e-3.

@@ -20,8 +20,24 @@ PACKAGES = ("kernels_pallas", "supra_jax", "convert_weights")
 FLOORS = {
   "F1": ("config", "sharding"),
   "F2": ("layers", "feature_maps", "attention", "transformer"),
-  "F3": ("checkpoint", "tokenizer", "data", "losses", "optimizer", "metrics", "linearize"),
-  "F4": ("generate", "lm", "evaluate", "train"),
+  "F3": (
+    "checkpoint",
+    "tokenizer",
+    "text",
+    "packed",
+    "encoding",
+    "packing",
+    "data",
+    "losses",
+    "optimizer",
+    "metrics",
+    "picture",
+    "flops",
+    "run_record",
+    "compiled",
+    "linearize",
+  ),
+  "F4": ("generate", "lm", "evaluate", "train_config", "train_step", "train_setup", "plan", "reporter", "train"),
   "F5": ("__init__", "demo", "bin.entry", "bin.*"),
 }
 ORDER = [f"supra_jax.{name}" for floor in FLOORS.values() for name in floor]
@@ -34,6 +50,8 @@ USES_CONVERTERS = {"supra_jax.demo", "supra_jax.bin.demo"}
 RESERVED = {
   "orbax": r"supra_jax\.checkpoint",
   "grain": r"supra_jax\.(data|checkpoint)",
+  "tensorboardX": r"supra_jax\.metrics",
+  "matplotlib": r"supra_jax\.picture",
   "absl": r"supra_jax\.bin\..*|convert_weights\..*",
   "torch": "nowhere: golden data and tests compare with it",
   "transformers": "nowhere: golden data and tests compare with it",

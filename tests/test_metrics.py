@@ -1,12 +1,12 @@
 import io
 import json
 import math
+import struct
 
 import jax.numpy as jnp
-import matplotlib.image
 import numpy as np
 import pytest
-from matplotlib import pyplot
+from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from supra_jax import metrics
 
@@ -19,7 +19,29 @@ def train_record(step, loss=3.0):
     "grad_norm": 1.0,
     "learning_rate": 1e-4,
     "tokens_per_second": 5.0,
+    "mfu": None,
   }
+
+
+def board(directory):
+  """{tag: {step: value}} as TensorBoard shows it: a start of a session hides what came before from its step on."""
+  events = []
+  for path in sorted(directory.iterdir()):
+    content, at = path.read_bytes(), 0
+    while at < len(content):
+      (length,) = struct.unpack_from("<Q", content, at)
+      event = Event.FromString(content[at + 12 : at + 12 + length])
+      at += length + 16
+      if event.session_log.status == SessionLog.START:
+        events = [earlier for earlier in events if earlier.step < event.step]
+      events.append(event)
+  shown = {}
+  for event in events:
+    for value in event.summary.value:
+      points = shown.setdefault(value.tag, {})
+      assert event.step not in points, f"{value.tag} has step {event.step} twice"
+      points[event.step] = value.simple_value
+  return shown
 
 
 class TestWriter:
@@ -63,6 +85,37 @@ class TestWriter:
         writer.write(train_record(1))
     assert metrics.read_metrics(path) == [train_record(1)]
 
+  def test_tensorboard(self, tmp_path):
+    with metrics.MetricsWriter(tmp_path / "metrics.jsonl", tensorboard=tmp_path / "board") as writer:
+      writer.write({"step": 0, "tokens": 0, "heldout_nll": 4.0, "heldout_perplexity": 54.5})
+      writer.write(train_record(1, loss=math.nan) | {"skipped": 1})
+      writer.write(train_record(2, loss=2.5))
+      shown = board(tmp_path / "board")  # all of it is there before the file is closed
+    assert shown["train/loss"] == {2: 2.5}
+    assert shown["train/grad_norm"] == {1: 1.0, 2: 1.0}
+    assert shown["train/skipped"] == {1: 1.0}
+    assert (shown["heldout/nll"], shown["heldout/perplexity"]) == ({0: 4.0}, {0: 54.5})
+    assert not {"train/step", "train/tokens", "train/mfu"} & shown.keys()
+
+  def test_tensorboard_after_a_resume_and_a_new_start(self, tmp_path):
+    def run(steps, loss, restored=None):
+      path = tmp_path / "metrics.jsonl"
+      with metrics.MetricsWriter(path, restored, tensorboard=tmp_path / "board") as writer:
+        for step in steps:
+          writer.write(train_record(step, loss))
+      recorded = {record["step"]: record["loss"] for record in metrics.read_metrics(path)}
+      assert board(tmp_path / "board")["train/loss"] == recorded
+      return recorded
+
+    run(range(1, 8), 3.0)
+    assert run(range(6, 9), 2.0, restored=5) == dict.fromkeys(range(1, 6), 3.0) | dict.fromkeys(range(6, 9), 2.0)
+    assert run(range(1, 3), 1.0) == {1: 1.0, 2: 1.0}
+
+  def test_other_processes_touch_nothing(self, tmp_path):
+    with metrics.MetricsWriter(tmp_path / "run" / "m.jsonl", tensorboard=tmp_path / "board", enabled=False) as writer:
+      writer.write(train_record(1))
+    assert list(tmp_path.iterdir()) == []
+
   @pytest.mark.parametrize("record", [{}, {"step": 1.5}, {"step": None}])
   def test_record_without_step(self, tmp_path, record):
     with (
@@ -96,6 +149,26 @@ class TestProgress:
     assert saved == "saved"
     assert last == "step 20/20, loss 3.2500, 12.3k tokens/s, 00:00 left"
 
+  def test_shows_what_it_knows_of_a_record(self):
+    stream = io.StringIO()
+    with metrics.Progress(20, seconds=0, stream=stream) as progress:
+      progress.update(1, **train_record(1))
+      progress.update(3, mfu=0.4567, skipped=0)
+      progress.update(4, loss=2.0, skipped=2)
+    lines = [line.rpartition(", ")[0] for line in stream.getvalue().splitlines()]
+    assert lines == [
+      "step 1/20, loss 3.0000, 5 tokens/s",
+      "step 3/20, loss 3.0000, 5 tokens/s, MFU 45.7%",
+      "step 4/20, loss 2.0000, 5 tokens/s, MFU 45.7%, 2 skipped",
+    ]
+
+  @pytest.mark.parametrize("stream", [io.StringIO(), Terminal()])
+  def test_other_processes_say_nothing(self, stream):
+    with metrics.Progress(4, seconds=0, stream=stream, enabled=False) as progress:
+      progress.update(1, loss=2.0)
+      progress.message("saved")
+    assert stream.getvalue() == ""
+
   def test_seldom_but_always_the_last(self):
     stream = io.StringIO()
     with metrics.Progress(1000, stream=stream) as progress:
@@ -112,35 +185,3 @@ class TestProgress:
     assert "4/4" in stream.getvalue()
     assert "loss 2.0000, 1M tokens/s" in stream.getvalue()
     assert "saved\n" in stream.getvalue()
-
-
-class TestPlot:
-  def test_picture(self, tmp_path):
-    path, png = tmp_path / "metrics.jsonl", tmp_path / "loss.png"
-    with metrics.MetricsWriter(path) as writer:
-      for step in range(1, 60):
-        writer.write(train_record(step, loss=math.nan if step == 9 else 3 + 5 / step))
-        if step % 20 == 0:
-          writer.write({"step": step, "tokens": step * 100, "heldout_nll": 3.2 + 5 / step})
-    metrics.plot_losses(path, png, teacher_nll=2.9, title="A title")
-    picture = matplotlib.image.imread(png)
-    assert picture.shape == (800, 1440, 4)
-    # White paper, with something drawn in the colour of each series.
-    assert (picture[..., :3] == 1).all(-1).mean() > 0.8
-    for colour in (metrics.TRAIN, metrics.HELDOUT, metrics.INK):
-      wanted = np.array([int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)])
-      assert (np.abs(picture[..., :3] - wanted) < 0.01).all(-1).sum() > 100, colour
-    assert pyplot.get_fignums() == []
-
-  @pytest.mark.parametrize("record", [train_record(1), {"step": 0, "tokens": 0, "heldout_nll": 4.0}])
-  def test_one_point(self, tmp_path, record):
-    with metrics.MetricsWriter(tmp_path / "m.jsonl") as writer:
-      writer.write(record)
-    metrics.plot_losses(tmp_path / "m.jsonl", tmp_path / "loss.png")
-    assert (tmp_path / "loss.png").stat().st_size > 1000
-
-  def test_nothing_to_draw(self, tmp_path):
-    with metrics.MetricsWriter(tmp_path / "m.jsonl") as writer:
-      writer.write({"step": 1, "tokens": 2})
-    with pytest.raises(ValueError, match=r"m\.jsonl: no loss"):
-      metrics.plot_losses(tmp_path / "m.jsonl", tmp_path / "loss.png")

@@ -12,7 +12,8 @@ import supra_jax
 from convert_weights.hf_to_orbax import convert
 from supra_jax.bin.entry import run
 from supra_jax.linearize import linearize_checkpoint
-from supra_jax.train import TrainConfig, heldout_nll, prepare_data, train
+from supra_jax.train import TrainConfig, train
+from supra_jax.train_setup import heldout_nll, prepare_data
 
 _CONFIG = config_flags.DEFINE_config_file("config", "configs/demo.py", "The recipe.", lock_config=True)
 _WORKDIR = flags.DEFINE_string("workdir", "runs/demo", "Where everything goes.")
@@ -36,7 +37,6 @@ def main() -> None:
     print("Converting SmolLM2-135M-Instruct (4-bit GGUF) to float32 Orbax.")
     convert(smollm2_gguf(), teacher, progress=True)
   lm = supra_jax.load(teacher)
-  assert lm.tokenizer is not None
   _, heldout = prepare_data(config.data, lm.tokenizer, lm.config.vocab_size, workdir / "data")
   teacher_nll = heldout_nll(lm.model, lm.params, heldout, config)
   print(f"Teacher, a transformer: held-out loss {teacher_nll:.4f} nats a token.")
@@ -45,8 +45,8 @@ def main() -> None:
   print("Linearised: no softmax is left, phi is random. Uptraining, on the demo's own schedule, not the paper's.")
   del lm
   summary = train(config, workdir, teacher_nll=teacher_nll)
-  print(f"The RNN: held-out loss {summary.nll_before:.4f} before, {summary.nll_after:.4f} after. It writes:\n")
-  print(_PROMPT.value, end="", flush=True)
+  print(f"The RNN: held-out loss {summary.nll_before:.4f} before, {summary.nll_after:.4f} after. It writes:")
+  print(f"\n{_PROMPT.value}", end="", flush=True)
   text, rnn = "", supra_jax.load(workdir / "checkpoint")
   for piece in rnn.stream(_PROMPT.value, max_new_tokens=_MAX_NEW_TOKENS.value, temperature=0.7, top_p=0.9):
     print(piece, end="", flush=True)

@@ -9,11 +9,11 @@ from absl import flags
 
 import supra_jax
 from supra_jax.bin.entry import run
-from supra_jax.data import read_documents
 from supra_jax.evaluate import text_nll
+from supra_jax.text import read_documents
 
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Model directory.", required=True)
-_INPUT = flags.DEFINE_string("input", None, ".txt or .jsonl[.gz|.zst] files, or pydoc:topics.", required=True)
+_INPUT = flags.DEFINE_string("input", None, ".txt, .jsonl[.gz|.zst] or .parquet files, or pydoc:topics.", required=True)
 _TEXT_KEY = flags.DEFINE_string("text_key", "text", "Key of a JSON line that holds the text.")
 _WINDOW = flags.DEFINE_integer("window", 1024, "Tokens a window; windows do not see each other.", lower_bound=2)
 _MAX_TOKENS = flags.DEFINE_integer("max_tokens", 0, "Read at most so many tokens; 0 means all.", lower_bound=0)

@@ -2,23 +2,37 @@
 
 from __future__ import annotations
 
+import jax
 from absl import flags
 from ml_collections import config_flags
 
 from supra_jax.bin.entry import run
-from supra_jax.train import TrainConfig, train
+from supra_jax.train import Preempted, TrainConfig, train
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The recipe.", lock_config=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run; goes on where it stopped.", required=True)
+_PROFILE_STEPS = flags.DEFINE_integer("profile_steps", 0, "Trace so many steps into WORKDIR/profile.", lower_bound=0)
+_DISTRIBUTED = flags.DEFINE_bool("distributed", False, "One process of several: detected, or as named by:")
+_COORDINATOR = flags.DEFINE_string("coordinator_address", None, "HOST:PORT of process 0.")
+_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many there are.", lower_bound=1)
+_PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.", lower_bound=0)
 flags.mark_flag_as_required("config")
 
 
 def main() -> None:
-  summary = train(TrainConfig.from_mapping(_CONFIG.value.to_dict()), _WORKDIR.value)
-  print(
-    f"Held-out loss {summary.nll_before:.4f} -> {summary.nll_after:.4f} nats a token, {summary.tokens_trained} tokens, "
-    f"{summary.tokens_per_second:.0f} tokens/s. The model is in {_WORKDIR.value}/checkpoint."
-  )
+  config = TrainConfig.from_mapping(_CONFIG.value.to_dict())
+  if _DISTRIBUTED.value:
+    jax.distributed.initialize(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
+  try:
+    summary = train(config, _WORKDIR.value, profile_steps=_PROFILE_STEPS.value)
+  except Preempted as preempted:
+    print(preempted)
+    return
+  if jax.process_index() == 0:
+    print(
+      f"Held-out loss {summary.nll_before:.4f} -> {summary.nll_after:.4f} nats a token, {summary.tokens_trained} "
+      f"tokens, {summary.tokens_per_second:.0f} tokens/s. The model is in {_WORKDIR.value}/checkpoint."
+    )
 
 
 if __name__ == "__main__":

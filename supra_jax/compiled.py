@@ -1,0 +1,217 @@
+"""What a compiled program will do: bytes that its collectives move, and memory that it takes.
+
+compiled = jax.jit(step).lower(state, batch).compile()
+collectives(compiled.as_text()), memory(compiled)
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+
+_COMPUTATION = re.compile(r"^(?P<entry>ENTRY )?%(?P<name>[\w.\-]+) .*\{$")
+# The shape ends at the first ` opcode(`: no shape has a word between a space and a parenthesis.
+_INSTRUCTION = re.compile(
+  r"^\s+(?P<root>ROOT )?%(?P<name>[\w.\-]+) = (?P<shape>.*?) (?P<opcode>[a-z][\w\-]*)\((?P<rest>.*)$"
+)
+_NAME = re.compile(r"%([\w.\-]+)")
+_ARRAY = re.compile(r"([a-z]\w*)\[([\d,]*)\]")
+_CALLED = re.compile(
+  r"\b(?:body|condition|to_apply|calls|(?:branch|called)_computations|(?:true|false)_computation)=(%[\w.\-]+|\{[^}]*\})"
+)
+_TRIP_COUNT = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
+
+
+@dataclasses.dataclass(frozen=True)
+class Traffic:
+  """What the collectives of one kind do in one run of a program, on each device.
+
+  Attributes:
+    count: how many run.
+    bytes: by XLA's element type, `bf16` say.
+    exact: False where XLA does not say how often some of them run: in a loop without `known_trip_count`, or in a
+      branch of a conditional, which is counted as taken.
+  """
+
+  count: int
+  bytes: Mapping[str, int]
+  exact: bool
+
+  @property
+  def total_bytes(self) -> int:
+    return sum(self.bytes.values())
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+  """Bytes that a program takes on each device.
+
+  Attributes:
+    arguments, outputs: all of them.
+    aliased: outputs that lie where a donated argument lay.
+    temporaries: everything else that the program allocates.
+  """
+
+  arguments: int
+  outputs: int
+  aliased: int
+  temporaries: int
+
+  @property
+  def peak(self) -> int:
+    """An estimate from above: XLA's own peak can be lower, where not all is alive at once."""
+    return self.arguments + self.outputs - self.aliased + self.temporaries
+
+
+def memory(compiled: Any) -> Memory | None:
+  """Reads `jax.stages.Compiled.memory_analysis()`; None where the backend has none."""
+  stats = compiled.memory_analysis()
+  if stats is None:
+    return None
+  return Memory(
+    arguments=stats.argument_size_in_bytes,
+    outputs=stats.output_size_in_bytes,
+    aliased=stats.alias_size_in_bytes,
+    temporaries=stats.temp_size_in_bytes,
+  )
+
+
+def collectives(hlo_text: str) -> dict[str, Traffic]:
+  """The collectives that a program runs, each as often as the loops around it turn.
+
+  The bytes of a collective are those of the whole array that one device has before or after it: of the result of an
+  all-gather, of the operands of all others. A ring sends (n - 1)/n of them over each link for an all-gather or a
+  reduce-scatter over n devices, and twice that for an all-reduce. XLA's CPU backend moves bfloat16 as float32.
+
+  A loop turns as often as XLA's `known_trip_count` says. Without one it is taken to count from 0 by 1, as
+  `jax.lax.scan` does, up to the constant in its condition, and to turn once where there is no constant.
+
+  Args:
+    hlo_text: `jax.stages.Compiled.as_text()`, in which shapes are those of one device.
+
+  Returns:
+    Kind, as in KINDS -> its traffic; kinds that do not occur are not there. Asynchronous pairs count once.
+
+  Raises:
+    ValueError: the text has no entry computation.
+  """
+  computations, entry = _parse(hlo_text)
+  count: collections.Counter[str] = collections.Counter()
+  moved: dict[str, collections.Counter[str]] = {kind: collections.Counter() for kind in KINDS}
+  inexact = set()
+
+  def visit(name: str, times: int, exact: bool) -> None:
+    scope = computations[name]
+    for instruction in scope.values():
+      kind = instruction.opcode.removesuffix("-start")
+      if kind in KINDS:
+        count[kind] += times
+        for dtype, size in _payload(instruction, scope).items():
+          moved[kind][dtype] += times * size
+        if not exact:
+          inexact.add(kind)
+      turns, known = _turns(instruction, computations)
+      for called in instruction.called():
+        visit(called, times * turns, exact and known)
+
+  visit(entry, 1, True)
+  return {kind: Traffic(count[kind], dict(moved[kind]), kind not in inexact) for kind in KINDS if count[kind]}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Instruction:
+  """One line: its shape, its opcode, and the rest after the opening parenthesis."""
+
+  shape: str
+  opcode: str
+  rest: str
+  is_root: bool
+
+  @property
+  def arguments(self) -> str:
+    return self.rest.partition(")")[0]
+
+  def operands(self) -> list[str]:
+    return _NAME.findall(self.arguments)
+
+  def attribute(self, name: str) -> str:
+    found = re.search(rf"\b{name}=%?([\w.\-]+)", self.rest)
+    return found[1] if found else ""
+
+  def called(self) -> list[str]:
+    """The computations that it runs."""
+    if self.opcode in ("async-update", "async-done"):
+      return []  # they name what their async-start has run
+    return [name for names in _CALLED.findall(self.rest) for name in _NAME.findall(names)]
+
+
+_Computation = dict[str, _Instruction]
+
+
+def _parse(hlo_text: str) -> tuple[dict[str, _Computation], str]:
+  """({computation: {name: instruction}}, name of the entry)."""
+  computations: dict[str, _Computation] = {}
+  entry, current = None, None
+  for line in hlo_text.splitlines():
+    if head := _COMPUTATION.match(line):
+      current = computations[head["name"]] = {}
+      entry = head["name"] if head["entry"] else entry
+    elif current is not None and (found := _INSTRUCTION.match(line)):
+      current[found["name"]] = _Instruction(found["shape"], found["opcode"], found["rest"], bool(found["root"]))
+  if entry is None:
+    raise ValueError(
+      f"No ENTRY computation in the text; wanted what Compiled.as_text() returns, got {hlo_text[:80]!r}."
+    )
+  return computations, entry
+
+
+def _turns(instruction: _Instruction, computations: dict[str, _Computation]) -> tuple[int, bool]:
+  """How often an instruction runs the computations that it calls, and whether XLA says so."""
+  if instruction.opcode != "while":
+    return 1, instruction.opcode != "conditional"
+  if found := _TRIP_COUNT.search(instruction.rest):
+    return int(found[1]), True
+  scope = computations[instruction.attribute("condition")]
+  compare, given = _root(scope), []
+  if compare.opcode == "fusion":
+    given = [scope[name] for name in compare.operands()]
+    scope = computations[compare.attribute("calls")]
+    compare = _root(scope)
+  if compare.opcode != "compare" or compare.attribute("direction") != "LT":
+    return 1, False
+  limit = scope[compare.operands()[1]]
+  if limit.opcode == "parameter" and given:
+    limit = given[int(limit.arguments)]
+  is_count = limit.opcode == "constant" and limit.shape[0] in "su" and limit.arguments.isdigit()
+  return int(limit.arguments) if is_count else 1, False
+
+
+def _root(computation: _Computation) -> _Instruction:
+  return next(instruction for instruction in computation.values() if instruction.is_root)
+
+
+def _payload(instruction: _Instruction, scope: _Computation) -> collections.Counter[str]:
+  """Bytes by element type of the larger side of a collective."""
+  operands = _bytes(" ".join(scope[name].shape for name in instruction.operands()))
+  if not instruction.opcode.startswith("all-gather"):
+    return operands
+  result = _bytes(instruction.shape)
+  # The first half of an asynchronous pair has its operands and its results for shape.
+  return result - operands if instruction.opcode.endswith("-start") else result
+
+
+def _bytes(shape: str) -> collections.Counter[str]:
+  """Bytes by element type of all arrays in a shape: `(f32[6,64]{1,0}, s32[])` -> f32: 1536, s32: 4."""
+  sizes: collections.Counter[str] = collections.Counter()
+  for dtype, dimensions in _ARRAY.findall(shape):
+    # The first number in a type's name is its bits: bf16, f8e4m3fn, s4, c64; pred has a byte, a token nothing.
+    bits = re.search(r"\d+", dtype)
+    width = int(bits[0]) if bits else 8 * (dtype == "pred")
+    sizes[dtype] += math.ceil(width * math.prod(int(size) for size in dimensions.split(",") if size) / 8)
+  return sizes

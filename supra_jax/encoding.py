@@ -1,0 +1,186 @@
+"""Text to tokens on all cores, in order, in bounded memory; and how far it is."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from typing import Any, NamedTuple, TextIO
+
+import numpy as np
+from tqdm import tqdm
+
+from supra_jax.packed import TextEncoder
+from supra_jax.text import InputFile, Piece, parse, read_pieces
+
+# Of files so small in all, packing in one process is done before others have started.
+SMALL_INPUT = 2**21
+
+
+class Encoded(NamedTuple):
+  """Documents as tokens: ids [n] one after the other, and lengths [documents], 0 for one that gave no token."""
+
+  ids: np.ndarray
+  lengths: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Encoder:
+  """A piece of text to tokens; all that a worker knows."""
+
+  tokenizer: TextEncoder
+  text_key: str
+  bos: bool
+  vocab_size: int
+  dtype: str
+
+  def __call__(self, piece: Piece) -> Encoded:
+    documents = [self._encode(where, text) for where, text in parse(piece, self.text_key)]
+    ids = np.concatenate([np.zeros(0, self.dtype), *documents])
+    return Encoded(ids, np.array([len(document) for document in documents], np.int64))
+
+  def _encode(self, where: str, text: str) -> np.ndarray:
+    try:
+      ids = self.tokenizer.encode(text, bos=self.bos)
+    except ValueError as error:
+      raise ValueError(f"{where}: {error}") from error
+    document = np.array([*ids, self.tokenizer.eos_ids[0]] if len(ids) > self.bos else [], np.int64)
+    if len(document) and (document.min() < 0 or document.max() >= self.vocab_size):
+      raise ValueError(
+        f"{where}: the tokenizer gives ids from {document.min()} to {document.max()}; vocab_size is {self.vocab_size}."
+      )
+    return document.astype(self.dtype)
+
+
+Place = tuple[int, int]  # in the input: number of a file, and of its items that are done
+
+
+def pieces_from(files: list[InputFile], text_key: str, at: Place) -> Iterator[tuple[tuple[Place, int], Piece]]:
+  """Yields ((place after it, bytes read up to there), piece), from a place on."""
+  before = sum(file.size for file in files[: at[0]])
+  for number, file in enumerate(files[at[0] :], start=at[0]):
+    done = at[1] if number == at[0] else 0
+    for piece in read_pieces(file.path, text_key, skip=done):
+      done += len(piece.items)
+      yield ((number, done), before + piece.bytes_read), piece
+    before += file.size
+
+
+def worker_count(workers: int | None, files: list[InputFile]) -> int:
+  if workers is not None:
+    return workers
+  cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+  return 0 if cores == 1 or sum(file.size for file in files) < SMALL_INPUT else cores
+
+
+def encode_in_order(
+  pieces: Iterable[tuple[Any, Piece]], encode: Callable[[Piece], Encoded], workers: int
+) -> Iterator[tuple[Any, Encoded]]:
+  """Yields (label, encoded piece) in the order of the pieces; few are under way at once, so memory is bounded."""
+  if not workers:
+    for label, piece in pieces:
+      yield label, encode(piece)
+    return
+  # Spawned, since a fork of a process with threads, as one with jax has, may never come to life.
+  context = multiprocessing.get_context("spawn")
+  pool = ProcessPoolExecutor(workers, context, _start_worker, (encode,))
+  waiting: collections.deque[tuple[Any, Any]] = collections.deque()
+  try:
+    for label, piece in pieces:
+      waiting.append((label, pool.submit(_work, piece)))
+      if len(waiting) > 2 * workers:
+        label, future = waiting.popleft()
+        yield label, future.result()
+    for label, future in waiting:
+      yield label, future.result()
+  except BrokenProcessPool as error:
+    raise ChildProcessError(
+      "A process that packs ended early, for want of memory perhaps; or the calling script lacks "
+      "`if __name__ == '__main__':`. The same command again goes on; try fewer workers."
+    ) from error
+  finally:
+    pool.shutdown(cancel_futures=True)
+
+
+_encode: Callable[[Piece], Encoded]
+
+
+def _start_worker(encode: Callable[[Piece], Encoded]) -> None:
+  global _encode
+  _encode = encode
+  # Ctrl-C reaches all processes; the parent alone answers it.
+  signal.signal(signal.SIGINT, signal.SIG_IGN)
+  threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+  """A parent that is killed tells nobody; without this its workers would wait for ever."""
+  parent = multiprocessing.parent_process()
+  if parent is not None:
+    parent.join()
+  os._exit(1)
+
+
+def _work(piece: Piece) -> Encoded:
+  return _encode(piece)
+
+
+class PackingProgress:
+  """Tokens done, share of the input, tokens/s and time left: a bar on a terminal, else a line every `seconds`.
+
+  Attributes:
+    tokens: that were packed since the start, which is not that of the input where a run goes on.
+  """
+
+  def __init__(self, total_bytes: int, first_byte: int = 0, *, seconds: float = 10.0, stream: TextIO | None = None):
+    self._stream = stream or sys.stderr
+    self._total, self._first, self._byte, self._seconds = total_bytes, first_byte, first_byte, seconds
+    self._began = self._said = time.monotonic()
+    self.tokens = 0
+    self._bar = (
+      tqdm(
+        total=total_bytes,
+        initial=first_byte,
+        file=self._stream,
+        bar_format="{percentage:3.0f}% {bar} {postfix}, {remaining} left",
+        dynamic_ncols=True,
+      )
+      if self._stream.isatty()
+      else None
+    )
+
+  @property
+  def tokens_per_second(self) -> float:
+    return self.tokens / max(time.monotonic() - self._began, 1e-9)
+
+  def update(self, tokens: int, byte: int) -> None:
+    """Says that so many tokens more are packed, and that the input is read up to `byte`."""
+    self.tokens += tokens
+    if self._bar is not None:
+      self._bar.set_postfix_str(self._text(), refresh=False)
+      self._bar.update(byte - self._byte)
+    self._byte = byte
+    if self._bar is None and time.monotonic() - self._said >= self._seconds:
+      self._said = time.monotonic()
+      rate = (byte - self._first) / (self._said - self._began)
+      left = tqdm.format_interval((self._total - byte) / rate) if rate else "?"
+      share = byte / max(self._total, 1)
+      print(f"packing, {share:.0%} of the input, {self._text()}, {left} left", file=self._stream, flush=True)
+
+  def _text(self) -> str:
+    return f"{tqdm.format_sizeof(self.tokens)} tokens, {tqdm.format_sizeof(self.tokens_per_second)} tokens/s"
+
+  def __enter__(self) -> PackingProgress:
+    return self
+
+  def __exit__(self, *error: object) -> None:
+    if self._bar is not None:
+      self._bar.close()

@@ -1,0 +1,297 @@
+"""Text to packed rows, on all cores. What is cut off goes on from its last finished file and ends with the same bytes.
+
+OUTPUT/source.json    the arguments and the input files
+OUTPUT/train/         a packed directory, see `supra_jax.packed`
+OUTPUT/heldout/       another, of every `heldout_every`-th document; absent where none are held out
+
+Until it is whole it is called OUTPUT.partial; journal.npz there says what the finished files of rows hold.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import datetime
+import fcntl
+import json
+import os
+import shutil
+import zipfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from supra_jax.encoding import Encoded, Encoder, PackingProgress, Place, encode_in_order, pieces_from, worker_count
+from supra_jax.packed import (
+  TEMPORARY,
+  Join,
+  PackedInfo,
+  RowsWriter,
+  Shard,
+  TextEncoder,
+  into_place,
+  load_info,
+  tokenizer_fingerprint,
+)
+from supra_jax.text import InputFile, find_files
+
+Part = Literal["train", "heldout"]
+
+SOURCE_FILE, JOURNAL_FILE = "source.json", "journal.npz"
+SHARD_BYTES = 2**26
+# What a half-finished output may hold beside its journal.
+_OURS = ("train", "heldout", SOURCE_FILE)
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+  """What `prepare` leaves, and how many tokens a second it packed; None where all was there before."""
+
+  train: PackedInfo
+  heldout: PackedInfo | None
+  tokens_per_second: float | None
+
+
+def prepare(
+  input: str,
+  tokenizer: TextEncoder,
+  output: str | os.PathLike[str],
+  *,
+  vocab_size: int,
+  sequence_length: int,
+  text_key: str = "text",
+  documents: Join = "join",
+  bos: bool = False,
+  heldout_every: int = 0,
+  workers: int | None = None,
+  shard_bytes: int = SHARD_BYTES,
+) -> Prepared:
+  """Packs text into rows of sequence_length + 1 tokens, unless that is done; goes on where an earlier call was cut off.
+
+  Each document is followed by the first of the tokenizer's end-of-text ids; documents that give no token are passed
+  over. Rows overlap by one token, so every token of a part but its very first is a target once. The bytes written
+  depend on nothing but the text, the tokenizer and the arguments; `workers` is no such argument.
+
+  With workers, a script that calls this needs `if __name__ == "__main__":` around what it does.
+
+  Args:
+    input: files, as `text.find_files` takes them.
+    tokenizer: what encodes them; pickled for the workers.
+    output: the directory to make.
+    vocab_size: rows of the embedding that will read the ids.
+    sequence_length: T.
+    text_key: the key of JSON lines, or the column of parquet files, that holds the text.
+    documents: `separate` stores, beside each token, the number of its document in the row, from 1.
+    bos: start each document with the begin-of-text id.
+    heldout_every: each so-manieth document is held out; 0 holds none out.
+    workers: processes that encode; 0 does it in this one. None is one a core, or 0 where the input is small.
+    shard_bytes: a file of rows holds about so many bytes before compression.
+
+  Raises:
+    FileExistsError: `output` holds something else.
+    FileNotFoundError: no file matches `input`.
+    ValueError: bad input, by file and line; too little of it; a tokenizer that does not fit; or another text or other
+      arguments than those that `output`, or its half-finished OUTPUT.partial, was made with.
+  """
+  if sequence_length < 1 or documents not in ("join", "separate"):
+    raise ValueError(
+      f"sequence_length={sequence_length}, documents={documents!r}: wanted a positive number, 'join' or 'separate'."
+    )
+  if heldout_every < 0 or heldout_every == 1:
+    raise ValueError(f"heldout_every={heldout_every}: wanted 0, or at least 2 so that documents are left to train on.")
+  if shard_bytes < 1 or (workers is not None and workers < 0):
+    raise ValueError(f"shard_bytes={shard_bytes}, workers={workers}: wanted a positive number, and at least 0 or None.")
+  if not tokenizer.eos_ids:
+    raise ValueError("The tokenizer has no end-of-text id to put between documents.")
+  if bos and tokenizer.bos_id is None:
+    raise ValueError("bos=True, but the tokenizer has no begin-of-text id.")
+  arguments = {
+    "input": input,
+    "text_key": text_key,
+    "sequence_length": sequence_length,
+    "documents": documents,
+    "bos": bos,
+    "heldout_every": heldout_every,
+    "vocab_size": vocab_size,
+    "tokenizer_sha256": tokenizer_fingerprint(tokenizer),
+    "shard_bytes": shard_bytes,
+  }
+  output = Path(output).absolute()
+  if output.exists() and (not output.is_dir() or any(output.iterdir())):
+    return _already_there(output, arguments)
+
+  files = find_files(input)
+  partial = output.with_name(f"{output.name}.partial")
+  with _locked(partial):
+    job = _Job(partial, arguments, files)
+    first = job.bytes_read
+    encode = Encoder(tokenizer, text_key, bos, vocab_size, job.dtype)
+    pieces = pieces_from(files, text_key, job.at)
+    with PackingProgress(sum(file.size for file in files), first) as progress:
+      for (at, bytes_read), encoded in encode_in_order(pieces, encode, worker_count(workers, files)):
+        job.take(encoded, at, bytes_read)
+        progress.update(len(encoded.ids), bytes_read)
+    infos = job.finish()
+    if output.exists():
+      output.rmdir()
+    os.rename(partial, output)
+  (output / JOURNAL_FILE).unlink(missing_ok=True)
+  return Prepared(infos["train"], infos.get("heldout"), progress.tokens_per_second)
+
+
+def _already_there(output: Path, arguments: Mapping[str, Any]) -> Prepared:
+  if not (output / SOURCE_FILE).is_file():
+    raise FileExistsError(f"{output} holds something that is no packed text. Remove it or choose another output.")
+  made = json.loads((output / SOURCE_FILE).read_text())
+  differ = _differences(made["arguments"], arguments)
+  # The text may be gone, or copied to another place and time; but text of another size is another text.
+  with contextlib.suppress(FileNotFoundError):
+    now = {file.path: file.size for file in find_files(arguments["input"])}
+    differ += _differences({path: size for path, size, _ in made["files"]}, now)
+  if differ:
+    raise ValueError(f"{output} is of other text or arguments; remove it or choose another output. {'; '.join(differ)}")
+  # Left where a run was cut off between its last two steps.
+  (output / JOURNAL_FILE).unlink(missing_ok=True)
+  return Prepared(
+    load_info(output / "train"), load_info(output / "heldout") if arguments["heldout_every"] else None, None
+  )
+
+
+def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+  names = [name for name in dict.fromkeys([*before, *now]) if before.get(name) != now.get(name)]
+  said = [f"{name}: {before.get(name, 'absent')} before, {now.get(name, 'absent')} now" for name in names]
+  return said[:10] + ([f"and {len(said) - 10} more"] if said[10:] else [])
+
+
+@contextlib.contextmanager
+def _locked(directory: Path) -> Iterator[None]:
+  """Makes a directory if need be, and keeps other processes from writing into it."""
+  directory.mkdir(parents=True, exist_ok=True)
+  handle = os.open(directory, os.O_RDONLY)
+  try:
+    try:
+      fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+      raise ValueError(f"{directory} is being written by another process.") from error
+    except OSError:
+      pass  # some network file systems have no locks
+    yield
+  finally:
+    os.close(handle)
+
+
+class _Job:
+  """A half-finished output.
+
+  Attributes:
+    dtype: how tokens are stored.
+    at, bytes_read: how much of the input its rows and pending tokens hold.
+  """
+
+  def __init__(self, partial: Path, arguments: Mapping[str, Any], files: list[InputFile]):
+    self._partial, self._arguments = partial, arguments
+    self._files = [dataclasses.astuple(file) for file in files]
+    self.at: Place = (0, 0)
+    self.bytes_read = self._documents = 0
+    largest = max(arguments["vocab_size"] - 1, arguments["sequence_length"] + 1)
+    self.dtype = "<u2" if largest < 2**16 else "<i4"
+    names: tuple[Part, ...] = ("train", "heldout") if arguments["heldout_every"] else ("train",)
+    self._parts = {
+      name: RowsWriter(
+        partial / name,
+        sequence_length=arguments["sequence_length"],
+        join=arguments["documents"],
+        dtype=self.dtype,
+        shard_bytes=arguments["shard_bytes"],
+      )
+      for name in names
+    }
+    journal = partial / JOURNAL_FILE
+    if journal.exists():
+      self._resume(journal)
+    else:
+      strangers = {path.name.removesuffix(TEMPORARY) for path in partial.iterdir()} - {*_OURS, JOURNAL_FILE}
+      if strangers:
+        raise ValueError(f"{partial} holds {', '.join(sorted(strangers))}, which is not of this program; remove it.")
+      # Nothing was finished, so nothing is lost.
+      for name in ("train", "heldout"):
+        shutil.rmtree(partial / name, ignore_errors=True)
+    for temporary in partial.rglob(f"*{TEMPORARY}"):
+      temporary.unlink()
+    for name in names:
+      (partial / name).mkdir(exist_ok=True)
+
+  def take(self, encoded: Encoded, at: Place, bytes_read: int) -> None:
+    """Adds the documents of a piece, and writes the rows that fill a file."""
+    numbers = self._documents + 1 + np.arange(len(encoded.lengths))
+    every = self._arguments["heldout_every"]
+    heldout = numbers % every == 0 if every else np.zeros(len(numbers), bool)
+    self.at, self.bytes_read, self._documents = at, bytes_read, self._documents + len(numbers)
+    for name, part in self._parts.items():
+      chosen = heldout if name == "heldout" else ~heldout
+      part.add(encoded.ids[np.repeat(chosen, encoded.lengths)], encoded.lengths[chosen])
+    written = [part.write_full() for part in self._parts.values()]
+    if any(written):
+      self._save()
+
+  def finish(self) -> dict[Part, PackedInfo]:
+    """Writes what is left, and what there is to know of it."""
+    arguments = self._arguments
+    for name, part in self._parts.items():
+      try:
+        part.finish(
+          bos=arguments["bos"], vocab_size=arguments["vocab_size"], tokenizer_sha256=arguments["tokenizer_sha256"]
+        )
+      except ValueError as error:
+        # Nothing that could go on: these arguments make no output of this text.
+        shutil.rmtree(self._partial)
+        raise ValueError(
+          f"The {name} part of {arguments['input']}, heldout_every={arguments['heldout_every']}: {error}"
+        ) from error
+    with into_place(self._partial / SOURCE_FILE) as temporary:
+      temporary.write_text(json.dumps({"arguments": arguments, "files": self._files}, indent=2) + "\n")
+    return {name: load_info(self._partial / name) for name in self._parts}
+
+  def _save(self) -> None:
+    state = {
+      "arguments": self._arguments,
+      "files": self._files,
+      "at": self.at,
+      "bytes_read": self.bytes_read,
+      "documents": self._documents,
+    }
+    arrays = {}
+    for name, part in self._parts.items():
+      state[name] = {"documents": part.documents, "shards": [dataclasses.asdict(shard) for shard in part.shards]}
+      arrays[f"{name}_ids"], arrays[f"{name}_starts"] = part.pending
+    arrays["state"] = np.array(json.dumps(state))
+    with into_place(self._partial / JOURNAL_FILE) as temporary, open(temporary, "wb") as file:
+      np.savez(file, allow_pickle=False, **arrays)
+
+  def _resume(self, journal: Path) -> None:
+    try:
+      with np.load(journal) as saved:
+        arrays = {name: saved[name] for name in saved.files}
+      state = json.loads(str(arrays["state"]))
+    except (ValueError, KeyError, EOFError, OSError, zipfile.BadZipFile) as error:
+      raise ValueError(f"{journal} cannot be read: {error}. Remove {self._partial} to start over.") from error
+    differ = _differences(state["arguments"], self._arguments)
+    differ += _differences(_described(state["files"]), _described(self._files))
+    if differ:
+      raise ValueError(
+        f"{self._partial} is half-finished, of other arguments or files; remove it to start over. {'; '.join(differ)}"
+      )
+    self.at, self.bytes_read, self._documents = tuple(state["at"]), state["bytes_read"], state["documents"]
+    for name, part in self._parts.items():
+      shards = [Shard(**shard) for shard in state[name]["shards"]]
+      part.restore(state[name]["documents"], shards, arrays[f"{name}_ids"], arrays[f"{name}_starts"])
+
+
+def _described(files: Iterable[Sequence[Any]]) -> dict[str, str]:
+  described = {}
+  for path, size, changed in files:
+    date = datetime.datetime.fromtimestamp(changed // 10**9)
+    described[path] = f"{size} bytes of {date}.{changed % 10**9:09}"
+  return described

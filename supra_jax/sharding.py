@@ -1,0 +1,278 @@
+"""Where arrays live: the mesh, which axis of a parameter is cut along which axis of the mesh, and constraints inside.
+
+Mesh axes, outermost first:
+  data    replicas of the parameters, each with rows of its own
+  fsdp    rows of its own too, and a shard of every parameter (fully sharded data parallelism)
+  tensor  heads, ffn and vocabulary (Megatron)
+
+All programs run under `jax.set_mesh(make_mesh(...))`, on one device too. Outside a mesh constraints do nothing.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+AXES = ("data", "fsdp", "tensor")
+
+# What a dimension holds -> the mesh axes that cut it. A sequence axis (`context`) has its place in "time".
+DIMENSIONS: dict[str | None, str | tuple[str, ...] | None] = {
+  "batch": ("data", "fsdp"),
+  "time": None,
+  "heads": "tensor",
+  "ffn": "tensor",
+  "vocabulary": "tensor",
+  None: None,
+}
+
+# Parameter path below its layer or run -> {rank: spec}. The first rule that matches the whole path holds. Every model
+# has something for each rule to match, so that one that has nothing is a slip.
+PARAM_RULES: tuple[tuple[str, Mapping[int, PartitionSpec]], ...] = (
+  (
+    r"((.*/)?(q_proj|k_proj|v_proj|gate_proj|up_proj|feature_map|feature_map_kv)|lm_head)/kernel",
+    {2: PartitionSpec("fsdp", "tensor"), 3: PartitionSpec("tensor", "fsdp", None)},
+  ),
+  (r".*/(o_proj|down_proj)/kernel", {2: PartitionSpec("tensor", "fsdp")}),
+  (r"embed_tokens/embedding", {2: PartitionSpec("tensor", "fsdp")}),
+  # Gains and biases: a thousandth of the parameters, and every device wants them whole.
+  (r"(.*/)?(weight|bias)", {1: PartitionSpec(), 2: PartitionSpec()}),
+)
+
+_LAYER = re.compile(r"^(layers|run)_\d+/")
+
+
+def parse_mesh(text: str, devices: int) -> dict[str, int]:
+  """`fsdp:4,tensor:2` -> {"data": 1, "fsdp": 4, "tensor": 2}; an empty text puts all devices on `fsdp`.
+
+  Raises:
+    ValueError: an axis is unknown, named twice or no positive number, or the product is not the number of devices.
+  """
+  sizes: dict[str, int] = {}
+  for part in text.split(",") if text else [f"fsdp:{devices}"]:
+    name, _, size = part.strip().partition(":")
+    if name not in AXES or name in sizes or not size.isdigit() or int(size) < 1:
+      raise ValueError(f"mesh={text!r}: wanted some of {', '.join(AXES)}, each once and with a size: fsdp:4,tensor:2.")
+    sizes[name] = int(size)
+  if math.prod(sizes.values()) != devices:
+    raise ValueError(f"mesh={text!r} is for {math.prod(sizes.values())} devices; there are {devices}.")
+  return {axis: sizes.get(axis, 1) for axis in AXES}
+
+
+def make_mesh(text: str = "", devices: Sequence[jax.Device] | None = None) -> Mesh:
+  """The mesh that `parse_mesh` describes, over all devices of all processes."""
+  devices = jax.devices() if devices is None else devices
+  sizes = parse_mesh(text, len(devices))
+  return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+
+
+def param_specs(params: Any, mesh: Mesh, rules: Sequence[tuple[str, Mapping[int, PartitionSpec]]] = PARAM_RULES) -> Any:
+  """The PartitionSpec of every parameter.
+
+  Args:
+    params: a tree of arrays or shapes, one subtree a layer, or one a run with a leading axis that is never cut.
+    mesh: what the specs are for.
+    rules: (regex, {rank: spec}), the first that matches holds.
+
+  Raises:
+    ValueError: a parameter matches no rule, a rule no parameter, or a dimension cannot be cut evenly.
+  """
+  used = set()
+
+  def spec_of(path, leaf) -> PartitionSpec:
+    name = "/".join(key.key for key in path)
+    stacked = name.startswith("run_")
+    short, rank = _LAYER.sub("", name), leaf.ndim - stacked
+    for number, (pattern, specs) in enumerate(rules):
+      if re.fullmatch(pattern, short) and rank in specs:
+        used.add(number)
+        spec = PartitionSpec(*([None] * stacked), *specs[rank])
+        _check_cuts(name, leaf.shape, spec, mesh)
+        return spec
+    raise ValueError(f"No sharding rule for the parameter {name} {tuple(leaf.shape)}; add one to PARAM_RULES.")
+
+  specs = jax.tree_util.tree_map_with_path(spec_of, params)
+  unused = [pattern for number, (pattern, _) in enumerate(rules) if number not in used]
+  if unused:
+    raise ValueError(f"Sharding rules that match no parameter: {', '.join(unused)}.")
+  return specs
+
+
+def _check_cuts(name: str, shape: Sequence[int], spec: PartitionSpec, mesh: Mesh) -> None:
+  for size, axis in zip(shape, spec, strict=False):
+    if axis is not None and size % mesh.shape[axis]:
+      raise ValueError(
+        f"{name} {tuple(shape)}: {axis}:{mesh.shape[axis]} does not divide {size}. Choose another mesh for this model."
+      )
+
+
+def check_heads(num_heads: int, num_kv_heads: int, mesh: Mesh) -> None:
+  """Raises ValueError where `tensor` would cut a head in two."""
+  size = mesh.shape["tensor"]
+  if num_heads % size or num_kv_heads % size:
+    raise ValueError(
+      f"tensor:{size} does not divide {num_heads} heads and {num_kv_heads} key/value heads. Choose another mesh."
+    )
+
+
+def param_shardings(params: Any, mesh: Mesh) -> Any:
+  """`param_specs` as NamedShardings."""
+  return jax.tree.map(lambda spec: NamedSharding(mesh, spec), param_specs(params, mesh), is_leaf=_is_spec)
+
+
+def like_params(tree: Any, params: Any, mesh: Mesh) -> Any:
+  """Shardings of a tree that holds copies of `params` (moments, say): theirs where path's end and shape agree.
+
+  Everything else, counters and Adafactor's row and column means, is on every device whole.
+  """
+  shardings = {
+    tuple(_key(key) for key in path): (leaf.shape, sharding)
+    for (path, leaf), sharding in zip(
+      jax.tree_util.tree_leaves_with_path(params), jax.tree.leaves(param_shardings(params, mesh)), strict=True
+    )
+  }
+  whole = NamedSharding(mesh, PartitionSpec())
+
+  def find(path, leaf):
+    names = tuple(_key(key) for key in path)
+    for start in range(len(names)):
+      shape, sharding = shardings.get(names[start:], (None, whole))
+      if shape == leaf.shape:
+        return sharding
+    return whole
+
+  return jax.tree_util.tree_map_with_path(find, tree)
+
+
+def _key(key: Any) -> Any:
+  return getattr(key, "key", getattr(key, "name", getattr(key, "idx", None)))
+
+
+def _is_spec(x: Any) -> bool:
+  return isinstance(x, PartitionSpec)
+
+
+def dimensions_spec(*dimensions: str | None) -> PartitionSpec:
+  """The spec of an array whose dimensions hold these, by name in DIMENSIONS."""
+  return PartitionSpec(*(DIMENSIONS[name] for name in dimensions))
+
+
+def _alone(mesh: jax.sharding.AbstractMesh) -> bool:
+  return mesh.empty or mesh.size == 1
+
+
+def constrain(x: jax.Array, *dimensions: str | None) -> jax.Array:
+  """X, cut along the mesh as its dimensions say; x itself where there is one device."""
+  mesh = jax.sharding.get_abstract_mesh()
+  if _alone(mesh):
+    return x
+  spec = dimensions_spec(*dimensions)
+  if mesh.manual_axes:  # inside `sum_over_rows`, where each part of a batch is alone with its rows
+    spec = PartitionSpec(*(None if name == "batch" else axes for name, axes in zip(dimensions, spec, strict=True)))
+  return jax.lax.with_sharding_constraint(x, spec)
+
+
+def sum_over_rows(function: Callable[..., tuple[Any, Any]]) -> Callable[..., tuple[Any, Any]]:
+  """`function`, run on each device's own rows of a batch, its sums added up over the devices at the end.
+
+  Left to itself, the compiler adds up over the devices wherever a sum over rows is made: in a loop at every turn.
+
+  Args:
+    function: (whole, *arrays [rows, ...]) -> (sums over the rows, arrays [rows, ...]), all of them trees.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  if _alone(mesh):
+    return function
+  axes = DIMENSIONS["batch"]
+
+  def on_own_rows(whole: Any, *arrays: Any) -> tuple[Any, Any]:
+    sums, own = function(whole, *arrays)
+    return jax.lax.psum(sums, axes), own
+
+  def run(whole: Any, *arrays: Any) -> tuple[Any, Any]:
+    rows = PartitionSpec(axes)
+    in_specs = (PartitionSpec(), *(rows for _ in arrays))
+    mapped = jax.shard_map(
+      on_own_rows, in_specs=in_specs, out_specs=(PartitionSpec(), rows), axis_names=set(axes), check_vma=False
+    )
+    return mapped(whole, *arrays)
+
+  return run
+
+
+def per_device(function: Callable[..., Any], in_dimensions: Any, out_dimensions: Any) -> Callable[..., Any]:
+  """`function` run by each device on its own shard, without communication; `function` itself where there is one.
+
+  Args:
+    function: of positional arrays, any of which may be None.
+    in_dimensions: for each argument, the names of its dimensions.
+    out_dimensions: the same for each result.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  if _alone(mesh):
+    return function
+
+  def run(*args):
+    given = [arg is not None for arg in args]
+    in_specs = tuple(dimensions_spec(*names) for names, is_given in zip(in_dimensions, given, strict=True) if is_given)
+
+    def shard(*some):
+      left = iter(some)
+      return function(*(next(left) if is_given else None for is_given in given))
+
+    out_specs = tuple(dimensions_spec(*names) for names in out_dimensions)
+    mapped = jax.shard_map(shard, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+    return mapped(*(arg for arg in args if arg is not None))
+
+  return run
+
+
+def batch_shards(mesh: Mesh) -> int:
+  """How many parts the rows of a batch are cut into."""
+  return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
+def current_batch_shards() -> int:
+  """`batch_shards` of the mesh that is set; 1 outside a mesh."""
+  mesh = jax.sharding.get_abstract_mesh()
+  return 1 if mesh.empty else mesh.shape["data"] * mesh.shape["fsdp"]
+
+
+def batch_sharding(mesh: Mesh, *, leading: int = 0) -> NamedSharding:
+  """Of arrays [*leading axes, rows, ...]."""
+  return NamedSharding(mesh, PartitionSpec(*([None] * leading), DIMENSIONS["batch"]))
+
+
+def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh, microbatches: int = 1) -> dict[str, jax.Array]:
+  """A process's rows [R, ...] of a batch -> arrays [microbatches, rows, ...] over all processes."""
+  sharding, (_, count) = batch_sharding(mesh, leading=1), process_shard(mesh)
+
+  def put(local):
+    local = local.reshape(microbatches, -1, *local.shape[1:])
+    shape = (microbatches, local.shape[1] * count, *local.shape[2:])
+    return jax.make_array_from_process_local_data(sharding, local, shape)
+
+  return {name: put(local) for name, local in batch.items()}
+
+
+def process_shard(mesh: Mesh) -> tuple[int, int]:
+  """(index, count): which part of each batch this process reads. Processes that share rows have the same index.
+
+  Raises:
+    ValueError: processes share rows in part, so that no even cut gives each what its devices need.
+  """
+  shards = batch_shards(mesh)
+  held: dict[int, set[int]] = {}
+  rows = np.arange(shards).reshape(mesh.shape["data"], mesh.shape["fsdp"], 1)
+  for device, row in zip(mesh.devices.flat, np.broadcast_to(rows, mesh.devices.shape).flat, strict=True):
+    held.setdefault(device.process_index, set()).add(int(row))
+  size = len(held[jax.process_index()])
+  parts = sorted({tuple(sorted(part)) for part in held.values()})
+  if [row for part in parts for row in part] != list(range(shards)) or any(len(part) != size for part in parts):
+    raise ValueError(f"The mesh {dict(mesh.shape)} gives processes rows that overlap in part: {parts}.")
+  return parts.index(tuple(sorted(held[jax.process_index()]))), len(parts)

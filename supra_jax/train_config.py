@@ -1,0 +1,125 @@
+"""What a run is: frozen dataclasses, read from a recipe in `configs/`."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from supra_jax.config import from_mapping
+from supra_jax.optimizer import OptimizerConfig
+from supra_jax.packed import Join
+from supra_jax.transformer import REMAT_POLICIES, Remat
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+  """What a run reads: text that it packs itself, or what `supra_jax.bin.prepare_data` packed.
+
+  Attributes:
+    input: what `text.read_documents` reads; packed into the workdir. For little text.
+    text_key: of JSON lines and parquet.
+    documents: `join` runs them together as the paper does; `separate` resets state and position at seams.
+    bos: start each document with the begin-of-text id.
+    heldout_every: every so many documents one is held out.
+    sources: packed directories with weights, "data/web/train:0.7,data/code/train:0.3"; then all of the above is theirs.
+    heldout: a packed directory to evaluate on, where there are sources.
+    heldout_rows: at most so many held-out rows are evaluated; 0 means all.
+    sequence_length: T, tokens a row.
+  """
+
+  input: str = ""
+  text_key: str = "text"
+  documents: Join = "join"
+  bos: bool = False
+  heldout_every: int = 20
+  sources: str = ""
+  heldout: str = ""
+  heldout_rows: int = 0
+  sequence_length: int = 2048
+
+  def __post_init__(self):
+    if bool(self.input) == bool(self.sources):
+      raise ValueError(
+        f"data.input={self.input!r}, data.sources={self.sources!r}: wanted text to pack, or directories that "
+        "`python -m supra_jax.bin.prepare_data` packed; one of the two."
+      )
+    if self.sources and not self.heldout:
+      raise ValueError("data.heldout is empty: wanted a packed directory to evaluate on, beside data.sources.")
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+  """A run.
+
+  Attributes:
+    init_checkpoint: the model directory to start from.
+    data, optimizer: see their classes.
+    batch_size: rows a step, over all devices.
+    num_steps: of the whole run; the schedule ends there.
+    microbatches: parts that a batch is cut into, one after another; their gradients are summed in float32.
+    mesh: sizes of axes of `supra_jax.sharding`, "data:2,fsdp:4,tensor:2"; empty puts all devices on fsdp.
+    dtype: of the computation. Master weights, their moments and all reductions are float32.
+    remat: what the backward pass recomputes, see `Transformer`.
+    trainable: regex; parameters whose path it is found in train, others stay as they are and have no moments.
+    new_weights, new_weights_steps: for so many steps only those of them train that this regex is found in.
+    max_skipped: a batch whose loss or gradient is not finite is skipped; so many in a row end the run.
+    seed: of the order of the data.
+    log_every, evaluate_every, save_every: in steps; 0 evaluates only before and after, and saves no training state.
+    keep_checkpoints: so many of the newest training states.
+  """
+
+  init_checkpoint: str
+  data: DataConfig
+  batch_size: int
+  num_steps: int
+  optimizer: OptimizerConfig = OptimizerConfig()
+  microbatches: int = 1
+  mesh: str = ""
+  dtype: Literal["float32", "bfloat16"] = "float32"
+  remat: Remat = "block"
+  trainable: str = ".*"
+  new_weights: str = "feature_map|[qk]_norm"
+  new_weights_steps: int = 0
+  max_skipped: int = 10
+  seed: int = 0
+  log_every: int = 10
+  evaluate_every: int = 0
+  save_every: int = 1000
+  keep_checkpoints: int = 2
+
+  def __post_init__(self):
+    for name in ("batch_size", "num_steps", "microbatches", "max_skipped", "log_every", "keep_checkpoints"):
+      if getattr(self, name) < 1:
+        raise ValueError(f"{name}={getattr(self, name)}: wanted at least 1.")
+    for name in ("new_weights_steps", "evaluate_every", "save_every"):
+      if getattr(self, name) < 0:
+        raise ValueError(f"{name}={getattr(self, name)}: wanted 0 or more.")
+    if self.dtype not in ("float32", "bfloat16"):
+      raise ValueError(f"dtype={self.dtype!r}: wanted float32 or bfloat16.")
+    if self.remat not in ("none", *REMAT_POLICIES):
+      raise ValueError(f"remat={self.remat!r}: wanted one of none, {', '.join(REMAT_POLICIES)}.")
+    if self.batch_size % self.microbatches:
+      raise ValueError(f"batch_size={self.batch_size} cannot be cut into microbatches={self.microbatches} equal parts.")
+
+  @classmethod
+  def from_mapping(cls, values: Mapping[str, Any]) -> TrainConfig:
+    """Reads a ConfigDict's `to_dict()`."""
+    return from_mapping(cls, values, "train config")
+
+  @property
+  def tokens_a_step(self) -> int:
+    return self.batch_size * self.data.sequence_length
+
+  @property
+  def groups(self) -> tuple[tuple[str, str], ...]:
+    """(name, regex) of the groups of parameters that train, for `TrainStep`."""
+    if not self.new_weights_steps:
+      return (("all", self.trainable),)
+    # Lookaheads from the start of the path: in both regexes, wherever.
+    return (("new", f"^(?=.*({self.trainable}))(?=.*({self.new_weights}))"), ("kept", self.trainable))
+
+  def active_groups(self, step: int) -> tuple[str, ...]:
+    """Which groups step number `step`, from 1, trains."""
+    names = tuple(name for name, _ in self.groups)
+    return names[:1] if step <= self.new_weights_steps else names

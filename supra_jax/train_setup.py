@@ -1,0 +1,102 @@
+"""What a recipe becomes before the first step: data, the step, the shapes and places of its state."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from supra_jax import data
+from supra_jax.checkpoint import together
+from supra_jax.config import ModelConfig
+from supra_jax.evaluate import mean_nll
+from supra_jax.packed import check_packed
+from supra_jax.packing import prepare
+from supra_jax.sharding import batch_shards, check_heads, current_batch_shards, process_shard, put_batch
+from supra_jax.tokenizer import Tokenizer
+from supra_jax.train_config import DataConfig, TrainConfig
+from supra_jax.train_step import TrainState, TrainStep
+from supra_jax.transformer import Transformer, stack_runs
+
+
+def prepare_data(
+  config: DataConfig, tokenizer: Tokenizer | None, vocab_size: int, directory: Path
+) -> tuple[Sequence[data.Source], Path]:
+  """(sources to train on, held-out directory); packs text into `directory` unless it is there and fits.
+
+  Raises:
+    ValueError: packed data or text do not fit the model or the config; or there is text and no tokenizer.
+  """
+  if config.sources:
+    sources, heldout = data.parse_sources(config.sources), Path(config.heldout)
+    for path in [*(Path(path) for path, _ in sources), heldout]:
+      check_packed(path, sequence_length=config.sequence_length, vocab_size=vocab_size, tokenizer=tokenizer)
+    return sources, heldout
+  if tokenizer is None:
+    raise ValueError(f"The model has no tokenizer to read {config.input} with.")
+  if jax.process_index() == 0:
+    prepare(
+      config.input,
+      tokenizer,
+      directory,
+      text_key=config.text_key,
+      vocab_size=vocab_size,
+      sequence_length=config.sequence_length,
+      documents=config.documents,
+      bos=config.bos,
+      heldout_every=config.heldout_every,
+    )
+  together("data packed")
+  return ((str(directory / "train"), 1.0),), directory / "heldout"
+
+
+def heldout_nll(model: Transformer, params: Any, path: Path, config: TrainConfig, mesh: Mesh | None = None) -> float:
+  """Mean nats a token of the held-out rows; without a mesh on one device."""
+  rows = config.batch_size // config.microbatches
+  index, count = (0, 1) if mesh is None else process_shard(mesh)
+  batches = data.heldout_batches(
+    path, batch_size=rows, max_rows=config.data.heldout_rows, shard_index=index, shard_count=count
+  )
+  if mesh is not None:
+    batches = (jax.tree.map(lambda x: x[0], put_batch(batch, mesh)) for batch in batches)
+  return mean_nll(model, params, batches)
+
+
+def model_shapes(config: ModelConfig) -> Any:
+  """jax.ShapeDtypeStruct of every parameter, one subtree a layer, float32."""
+
+  def init() -> Any:
+    tokens = jnp.zeros((current_batch_shards(), 1), jnp.int32)
+    return Transformer(config).init(jax.random.key(0), tokens, method="logits")["params"]
+
+  return jax.eval_shape(init)  # key and tokens too: a mesh may be of devices that are not here
+
+
+def make_train_step(config: TrainConfig, model: ModelConfig) -> TrainStep:
+  """The step that a recipe describes."""
+  transformer = Transformer(model, dtype=jnp.dtype(config.dtype), stacked=True, remat=config.remat)
+  return TrainStep(transformer, config.optimizer, config.num_steps, config.groups)
+
+
+def state_shapes(step: TrainStep, mesh: Mesh) -> TrainState:
+  """jax.ShapeDtypeStruct, with its sharding, of every array of a run's state."""
+  model = step.model.config
+  check_heads(model.num_heads, model.num_kv_heads, mesh)
+  shapes = jax.eval_shape(lambda params: step.init(stack_runs(params, model)), model_shapes(model))
+  return jax.tree.map(
+    lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes, step.shardings(shapes, mesh)
+  )
+
+
+def check_batch(config: TrainConfig, mesh: Mesh) -> None:
+  """Raises ValueError where a microbatch cannot be cut evenly over the mesh."""
+  rows = config.batch_size // config.microbatches
+  if rows % batch_shards(mesh):
+    raise ValueError(
+      f"batch_size={config.batch_size} in microbatches={config.microbatches} parts of {rows} rows cannot be cut over "
+      f"the {batch_shards(mesh)} shards of the mesh {dict(mesh.shape)}. Choose other sizes."
+    )
