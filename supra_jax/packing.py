@@ -41,8 +41,7 @@ Part = Literal["train", "heldout"]
 
 SOURCE_FILE, JOURNAL_FILE = "source.json", "journal.npz"
 SHARD_BYTES = 2**26
-# What a half-finished output may hold beside its journal.
-_OURS = ("train", "heldout", SOURCE_FILE)
+_OURS = {"train", "heldout", SOURCE_FILE, JOURNAL_FILE}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +84,7 @@ def prepare(
     text_key: the key of JSON lines, or the column of parquet files, that holds the text.
     documents: `separate` stores, beside each token, the number of its document in the row, from 1.
     bos: start each document with the begin-of-text id.
-    heldout_every: each so-manieth document is held out; 0 holds none out.
+    heldout_every: every N-th document is held out; 0 holds none out.
     workers: processes that encode; 0 does it in this one. None is one a core, or 0 where the input is small.
     shard_bytes: a file of rows holds about so many bytes before compression.
 
@@ -212,14 +211,13 @@ class _Job:
     if journal.exists():
       self._resume(journal)
     else:
-      strangers = {path.name.removesuffix(TEMPORARY) for path in partial.iterdir()} - {*_OURS, JOURNAL_FILE}
+      paths = list(partial.iterdir())
+      strangers = sorted({path.name.removesuffix(TEMPORARY) for path in paths} - _OURS)
       if strangers:
-        raise ValueError(f"{partial} holds {', '.join(sorted(strangers))}, which is not of this program; remove it.")
-      # Nothing was finished, so nothing is lost.
-      for name in ("train", "heldout"):
-        shutil.rmtree(partial / name, ignore_errors=True)
-    for temporary in partial.rglob(f"*{TEMPORARY}"):
-      temporary.unlink()
+        raise ValueError(f"{partial} holds {', '.join(strangers)}, which is not of this program; remove it.")
+      # No file of rows was finished for good, so nothing is lost; arguments may be others now.
+      for path in paths:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
     for name in names:
       (partial / name).mkdir(exist_ok=True)
 

@@ -114,7 +114,7 @@ class TestRows:
       if join == "separate":
         assert row["segment_ids"].tolist() == [number - segments[at][0] + 1 for number in segments[at]]
 
-  def test_every_so_manieth_document_is_held_out(self, tmp_path):
+  def test_every_nth_document_is_held_out(self, tmp_path):
     documents = [f"document {i}" if i % 5 else "" for i in range(1, 30)]
     made = prepare(write_lines(tmp_path / "a.jsonl", documents), tmp_path / "out", heldout_every=4, sequence_length=1)
     # Empty documents count as documents here.
@@ -143,6 +143,7 @@ def test_same_bytes_whatever_the_workers(tmp_path, text, small_pieces):
   alone = prepare(text, tmp_path / "alone", **OPTIONS)
   prepare(text, tmp_path / "two", workers=2, **OPTIONS)
   assert contents(tmp_path / "alone") == contents(tmp_path / "two")
+  assert {path.split("/")[0] for path in contents(tmp_path / "alone")} == {"source.json", "train", "heldout"}
   assert len(alone.train.shards) > 10
   assert alone.tokens_per_second > 0
 
@@ -185,7 +186,7 @@ def run_and_kill(text, output, *, shards, workers=0):
     assert process.poll() is None and time.monotonic() < deadline, process.communicate()
     time.sleep(0.001)
   process.kill()
-  process.communicate()
+  process.communicate(timeout=60)
   with pytest.raises(ProcessLookupError):
     # Its workers, of the same group, end by themselves.
     while time.monotonic() < deadline:
@@ -284,6 +285,7 @@ class TestResume:
     (text.with_name("2.jsonl")).write_text("{\n")
     with pytest.raises(ValueError, match=r"line 1: not JSON"):
       prepare(text, tmp_path / "out", heldout_every=2)
+    (tmp_path / "out.partial/journal.npz.tmp").write_bytes(b"cut off")
     write_lines(text.with_name("2.jsonl"), ["mended"])
     assert prepare(text, tmp_path / "out").heldout is None
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["source.json", "train"]

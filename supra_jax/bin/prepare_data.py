@@ -20,7 +20,7 @@ _LENGTH = flags.DEFINE_integer("sequence_length", 2048, "Tokens a row.", lower_b
 _TEXT_KEY = flags.DEFINE_string("text_key", "text", "Key of a JSON line, or column, that holds the text.")
 _DOCUMENTS = flags.DEFINE_enum("documents", "join", ["join", "separate"], "Run documents together, or keep them apart.")
 _BOS = flags.DEFINE_bool("bos", False, "Start each document with the begin-of-text id.")
-_HELDOUT = flags.DEFINE_integer("heldout_every", 0, "Hold out each so-manieth document; 0 none.", lower_bound=0)
+_HELDOUT = flags.DEFINE_integer("heldout_every", 0, "Hold out every N-th document; 0: none.", lower_bound=0)
 _WORKERS = flags.DEFINE_integer(
   "workers", None, "Processes that encode; 0 for none. Default: one a core.", lower_bound=0
 )
