@@ -192,27 +192,33 @@ class TrainingCheckpoints:
     )
     names = {"state": ocp.StandardCheckpointHandler(), "position": ocp.JsonCheckpointHandler()}
     self._manager = ocp.CheckpointManager(self.directory, options=options, item_handlers=names)
+    self._saving = -1
 
   def latest_step(self) -> int | None:
     return self._manager.latest_step()
 
   def save(self, step: int, state: Any, position: Mapping[str, Any]) -> None:
-    """Starts to write; the arrays may be donated as soon as it returns.
+    """Starts to write; the arrays may be donated as soon as it returns. Call `wait` first.
 
     Raises:
-      OSError: this save, or the one before, which was still being written, could not be. Older ones are as they were.
+      OSError: it could not be written. Older ones are as they were.
     """
     args = ocp.args.Composite(state=ocp.args.StandardSave(state), position=ocp.args.JsonSave(dict(position)))
+    self._saving = step
     with self._as_os_error():
+      self._check_space(state)
       self._manager.save(step, args=args)
 
   def restore(self, like: Any) -> tuple[int, Any, dict[str, Any]] | None:
-    """(step, state, position) of the newest whole checkpoint; None where there is none.
+    """(step, state, position) of the newest whole checkpoint; None where none was saved yet.
 
-    One that is damaged is named on stderr and moved aside, into `damaged` beside the directory.
+    Newer ones that are damaged are named on stderr and moved aside, into `damaged` beside the directory.
 
     Args:
       like: jax.ShapeDtypeStruct, with shardings, of every array of the state.
+
+    Raises:
+      ValueError: all are damaged.
     """
     step = self._newest_whole_step()
     if step is None:
@@ -222,12 +228,21 @@ class TrainingCheckpoints:
     return step, restored["state"], restored["position"]
 
   def wait(self) -> None:
-    """Waits for what is being written; raises OSError as `save` does."""
+    """Waits for what `save` writes, if anything; raises OSError as it does."""
     with self._as_os_error():
       self._manager.wait_until_finished()
 
   def close(self) -> None:
+    """Waits as `wait` does, and gives its threads back."""
+    self.wait()
     self._manager.close()
+
+  def _check_space(self, state: Any) -> None:
+    # Orbax fails on a full disk too, but with hundreds of lines on stderr, and meanwhile no metrics can be written.
+    needed, disk = sum(leaf.nbytes for leaf in jax.tree.leaves(state)), shutil.disk_usage(self.directory)
+    # Some network file systems say that they have 0 bytes in all.
+    if disk.total and disk.free < needed:
+      raise OSError(f"it has {needed:,} bytes; {disk.free:,} are free")
 
   @contextlib.contextmanager
   def _as_os_error(self) -> Iterator[None]:
@@ -237,7 +252,10 @@ class TrainingCheckpoints:
       # A full disk comes as OSError, tensorstore's ValueError or Orbax's own; what it left only fills the disk further.
       for partial in self.directory.glob("*.orbax-checkpoint-tmp*"):
         shutil.rmtree(partial, ignore_errors=True)
-      raise OSError(f"a checkpoint could not be written to {self.directory}: {_first_line(error)}") from error
+      # The manager has already struck those off its list that were to give way to this one.
+      self._manager.reload()
+      where = self.directory / str(self._saving)
+      raise OSError(f"checkpoint {where} could not be written: {_first_line(error)}") from error
 
   def _write_manifest(self) -> None:
     # Orbax calls this when all files of a step are written and its directory is about to get its name.
@@ -246,23 +264,37 @@ class TrainingCheckpoints:
       (partial / MANIFEST_FILE).write_text(json.dumps(_digests(partial), indent=0) + "\n")
 
   def _newest_whole_step(self) -> int | None:
-    chosen = -1
+    # -1: nothing was saved yet; -2: nothing is whole, which all processes are to raise.
+    chosen, damaged = -1, {}
     if jax.process_index() == 0:
       for step in sorted(self._manager.all_steps(), reverse=True):
-        damage = _damage(self.directory / str(step))
-        if not damage:
+        damaged[step] = _damage(self.directory / str(step))
+        if not damaged[step]:
           chosen = step
+          del damaged[step]
           break
-        aside = self.directory.with_name("damaged") / f"{step}-{os.getpid()}"
-        print(
-          f"Checkpoint {self.directory / str(step)} is damaged: {damage}. It was moved to {aside}.", file=sys.stderr
-        )
-        aside.parent.mkdir(exist_ok=True)
-        os.rename(self.directory / str(step), aside)
+      else:
+        chosen = -2 if damaged else -1
+      self._report(damaged, move=chosen >= 0)
     if jax.process_count() > 1:
       chosen = int(multihost_utils.broadcast_one_to_all(np.int32(chosen)))
+    if chosen == -2:
+      raise ValueError(
+        f"No checkpoint in {self.directory} is whole, so the run cannot go on. Remove that directory to start over."
+      )
     self._manager.reload()
     return None if chosen < 0 else chosen
+
+  def _report(self, damaged: Mapping[int, str], *, move: bool) -> None:
+    for step, damage in damaged.items():
+      path = self.directory / str(step)
+      said = f"Checkpoint {path} is damaged: {damage}."
+      if move:
+        aside = self.directory.with_name("damaged") / f"{step}-{os.getpid()}"
+        aside.parent.mkdir(exist_ok=True)
+        os.rename(path, aside)
+        said += f" It was moved to {aside}."
+      print(said, file=sys.stderr)
 
 
 def _digests(directory: Path) -> dict[str, str]:

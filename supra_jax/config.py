@@ -6,7 +6,7 @@ import dataclasses
 import json
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 Mixer = Literal["softmax", "supra"]
@@ -242,6 +242,39 @@ def mistral_7b(mixer: Mixer = "softmax") -> ModelConfig:
   )
 
 
+def llama2_7b(mixer: Mixer = "softmax") -> ModelConfig:
+  """Llama-2-7B (meta-llama/Llama-2-7b-hf), the paper's other teacher: as many key/value heads as query heads."""
+  return ModelConfig(
+    vocab_size=32000,
+    hidden_size=4096,
+    intermediate_size=11008,
+    num_heads=32,
+    num_kv_heads=32,
+    head_dim=128,
+    mixers=(mixer,) * 32,
+    max_positions=4096,
+    bos_token_id=1,
+    eos_token_ids=(2,),
+  )
+
+
+def open_lm_1b(mixer: Mixer = "softmax") -> ModelConfig:
+  """The 1B of OpenLM (mlfoundations/open_lm, open_lm_1b.json), for GPT-NeoX's tokenizer; LayerNorm is its default."""
+  return ModelConfig(
+    vocab_size=50432,
+    hidden_size=2048,
+    intermediate_size=5632,
+    num_heads=16,
+    num_kv_heads=16,
+    head_dim=128,
+    mixers=(mixer,) * 24,
+    norm="layer_norm",
+    max_positions=2048,
+    bos_token_id=0,
+    eos_token_ids=(0,),
+  )
+
+
 def tiny(mixer: Mixer = "supra") -> ModelConfig:
   """Two small layers for tests and dry runs: grouped heads, no power of two."""
   return ModelConfig(
@@ -255,3 +288,8 @@ def tiny(mixer: Mixer = "supra") -> ModelConfig:
     bos_token_id=1,
     eos_token_ids=(2,),
   )
+
+
+PRESETS: dict[str, Callable[[Mixer], ModelConfig]] = {
+  preset.__name__: preset for preset in (smollm2_135m, mistral_7b, llama2_7b, open_lm_1b, tiny)
+}

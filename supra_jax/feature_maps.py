@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from supra_jax.config import ModelConfig
 from supra_jax.layers import add_bias, matmul, product
+from supra_jax.sharding import constrain
 
 
 def _uniform_fan_in(fan_in: int) -> nn.initializers.Initializer:
@@ -34,7 +35,8 @@ class DenseFeatureMap(nn.Module):
     init = _uniform_fan_in(heads * width)
     kernel = self.param("kernel", init, (heads * width, heads * width))
     bias = self.param("bias", init, (heads * width,))
-    x = x_BTNK.reshape(*lead, heads * width)
+    # W mixes all heads: whole on every device, gathered once for the product and for the gradient of W.
+    x = constrain(x_BTNK.reshape(*lead, heads * width), "batch", "time", None)
     return nn.relu(add_bias(matmul(x, kernel, self.dtype), bias)).reshape(x_BTNK.shape)
 
 

@@ -39,13 +39,14 @@ def product(equation: str, dtype: Any, out_dtype: Any, x: jax.Array, kernel: jax
     x: activations.
     kernel: the parameter, in the dtype that it is stored in.
   """
-  return jnp.einsum(equation, x.astype(dtype), kernel.astype(dtype), preferred_element_type=out_dtype)
+  return _product_forward(equation, dtype, out_dtype, x, kernel)[0]
 
 
 def _product_forward(equation, dtype, out_dtype, x, kernel):
   # Cast once: the backward pass, and what it recomputes, then share one copy of a kernel that is gathered from shards.
+  # An einsum in sight, not a call of `product`: a policy of what to save knows it as a product.
   cast = kernel.astype(dtype)
-  return product(equation, dtype, out_dtype, x, cast), (x, cast, kernel)
+  return jnp.einsum(equation, x.astype(dtype), cast, preferred_element_type=out_dtype), (x, cast, kernel)
 
 
 def _product_backward(equation, dtype, out_dtype, residuals, grad):

@@ -8,6 +8,7 @@ and heldout_perplexity.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -97,7 +98,9 @@ class MetricsWriter:
   def __exit__(
     self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
   ) -> None:
-    self.close()
+    # What could not be written before cannot be now, and is no news beside the error that is on its way.
+    with contextlib.suppress(OSError) if error else contextlib.nullcontext():
+      self.close()
 
 
 def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:

@@ -7,7 +7,8 @@ import contextlib
 import math
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 
@@ -62,6 +63,7 @@ class Reporter:
     self._waited: list[float] = []
     self._flops = flops.train_flops_per_token(model, config.data.sequence_length)
     self._peak = flops.peak_flops(jax.devices()[0])
+    self._written = True
     self.clock = Clock()
 
   def add(self, step: int, values: dict[str, jax.Array], waited: float) -> None:
@@ -99,14 +101,24 @@ class Reporter:
       wait, self._waited = statistics.fmean(self._waited), []
       mfu = flops.mfu(each, self._flops, self._peak) if each and self._peak else None
       speeds = {"tokens_per_second": speed, "tokens_per_second_per_device": each, "mfu": mfu, "data_wait": wait}
-      self._metrics.write({"step": step, "tokens": step * config.tokens_a_step, **numbers, **speeds})
+      self._write({"step": step, "tokens": step * config.tokens_a_step, **numbers, **speeds})
       self._progress.update(step, **numbers, **speeds)
 
   def evaluated(self, step: int, nll: float) -> None:
     """Reports the held-out loss after a step, nats a token."""
     record = {"step": step, "tokens": step * self._config.tokens_a_step, "heldout_nll": nll}
-    self._metrics.write({**record, "heldout_perplexity": math.exp(nll)})
+    self._write({**record, "heldout_perplexity": math.exp(nll)})
     self._progress.message(f"step {step}: held-out loss {nll:.4f} nats a token")
+
+  def _write(self, record: Mapping[str, Any]) -> None:
+    try:
+      self._metrics.write(record)
+      self._written = True
+    except OSError as error:
+      # A full disk ends no run: a checkpoint that fills it up is removed, and then there is room again.
+      if self._written:
+        self.say(f"step {record['step']}: metrics could not be written: {error}. Training goes on.")
+      self._written = False
 
   def say(self, text: str) -> None:
     """Shows a line."""

@@ -47,18 +47,28 @@ PARAM_RULES: tuple[tuple[str, Mapping[int, PartitionSpec]], ...] = (
 _LAYER = re.compile(r"^(layers|run)_\d+/")
 
 
-def parse_mesh(text: str, devices: int) -> dict[str, int]:
-  """`fsdp:4,tensor:2` -> {"data": 1, "fsdp": 4, "tensor": 2}; an empty text puts all devices on `fsdp`.
+def mesh_sizes(text: str) -> dict[str, int]:
+  """`fsdp:4,tensor:2` -> {"fsdp": 4, "tensor": 2}.
 
   Raises:
-    ValueError: an axis is unknown, named twice or no positive number, or the product is not the number of devices.
+    ValueError: an axis is unknown, named twice or no positive number.
   """
   sizes: dict[str, int] = {}
-  for part in text.split(",") if text else [f"fsdp:{devices}"]:
+  for part in text.split(","):
     name, _, size = part.strip().partition(":")
     if name not in AXES or name in sizes or not size.isdigit() or int(size) < 1:
       raise ValueError(f"mesh={text!r}: wanted some of {', '.join(AXES)}, each once and with a size: fsdp:4,tensor:2.")
     sizes[name] = int(size)
+  return sizes
+
+
+def parse_mesh(text: str, devices: int) -> dict[str, int]:
+  """`fsdp:4,tensor:2` -> {"data": 1, "fsdp": 4, "tensor": 2}; an empty text puts all devices on `fsdp`.
+
+  Raises:
+    ValueError: as `mesh_sizes`, or the product is not the number of devices.
+  """
+  sizes = mesh_sizes(text or f"fsdp:{devices}")
   if math.prod(sizes.values()) != devices:
     raise ValueError(f"mesh={text!r} is for {math.prod(sizes.values())} devices; there are {devices}.")
   return {axis: sizes.get(axis, 1) for axis in AXES}
@@ -185,8 +195,7 @@ def sum_over_rows(function: Callable[..., tuple[Any, Any]]) -> Callable[..., tup
   Args:
     function: (whole, *arrays [rows, ...]) -> (sums over the rows, arrays [rows, ...]), all of them trees.
   """
-  mesh = jax.sharding.get_abstract_mesh()
-  if _alone(mesh):
+  if current_batch_shards() == 1:
     return function
   axes = DIMENSIONS["batch"]
 

@@ -93,12 +93,15 @@ def train(
   workdir.mkdir(parents=True, exist_ok=True)
   mesh = make_mesh(config.mesh)
   check_batch(config, mesh)
-  _claim(config, workdir)
+  start = load_model_without_params(config.init_checkpoint)
+  _claim(config, start, workdir)
   with jax.set_mesh(mesh):
-    run, state, first = _start(config, workdir, mesh)
-    state = _loop(run, state, first, profile_steps)
-    _export(workdir / "checkpoint", run.start, state.params, config)
-    run.checkpoints.close()
+    run, state, first = _start(config, start, workdir, mesh)
+    try:
+      state = _loop(run, state, first, profile_steps)
+      _export(workdir / "checkpoint", run.start, state.params, config)
+    finally:
+      run.checkpoints.close()
   if jax.process_index() == 0:
     plot_losses(workdir / METRICS_FILE, workdir / PICTURE_FILE, teacher_nll=teacher_nll)
   together("run done")
@@ -121,10 +124,10 @@ class _Run:
   checkpoints: TrainingCheckpoints
 
 
-def _claim(config: TrainConfig, workdir: Path) -> None:
-  """Writes the config into a new workdir, or holds it against the one that is there."""
+def _claim(config: TrainConfig, start: ModelCheckpoint, workdir: Path) -> None:
+  """Writes the configs of run and model into a new workdir, or holds them against those that are there."""
   path = workdir / CONFIG_FILE
-  values = dataclasses.asdict(config)
+  values = {**dataclasses.asdict(config), "model": json.loads(start.config.to_json())}
   if path.exists():
     before, now = _flat(json.loads(path.read_text())), _flat(values)
     differ = [
@@ -133,7 +136,9 @@ def _claim(config: TrainConfig, workdir: Path) -> None:
       if before.get(name) != now.get(name) and name not in MAY_CHANGE_ON_RESUME
     ]
     if differ and (workdir / METRICS_FILE).exists():
-      raise ValueError(f"{workdir} belongs to a run with another config; choose another workdir. " + "; ".join(differ))
+      raise ValueError(
+        f"{workdir} belongs to a run with another config or model; choose another workdir. " + "; ".join(differ)
+      )
     if differ and jax.process_index() == 0:
       # The run before never began, for bad input perhaps; rows packed for it are of no use to this one.
       for leftover in ("data", "data.partial"):
@@ -152,9 +157,8 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
   return flat
 
 
-def _start(config: TrainConfig, workdir: Path, mesh: Mesh) -> tuple[_Run, TrainState, int]:
+def _start(config: TrainConfig, start: ModelCheckpoint, workdir: Path, mesh: Mesh) -> tuple[_Run, TrainState, int]:
   """The run, its state and the steps done: the newest that was saved, or new ones."""
-  start = load_model_without_params(config.init_checkpoint)
   tokenizer = Tokenizer.from_files(start.tokenizer_files, start.config)
   step = make_train_step(config, start.config)
   shapes = state_shapes(step, mesh)
@@ -232,15 +236,25 @@ def _loop(run: _Run, state: TrainState, first: int, profile_steps: int) -> Train
         if evaluates and not stop:
           evaluate(step)
         if saves:
-          try:
+          with _tolerated(reporter):
+            run.checkpoints.wait()
+          with contextlib.nullcontext() if last or stop else _tolerated(reporter):
             run.checkpoints.save(step, state, run.batches.get_state())
-          except OSError as error:
-            reporter.say(f"step {step}: {error}. Training goes on; older checkpoints are kept.")
       if stop:
         run.checkpoints.wait()
         raise Preempted(f"SIGTERM: saved after step {step} of {config.num_steps}. The same command goes on from there.")
-    run.checkpoints.wait()
   return state
+
+
+@contextlib.contextmanager
+def _tolerated(reporter: Reporter) -> Iterator[None]:
+  """Says a save's OSError, no more. Of several processes others may not have had it, so there it ends the run."""
+  try:
+    yield
+  except OSError as error:
+    if jax.process_count() > 1:
+      raise
+    reporter.say(f"{error}. Training goes on; older checkpoints are kept.")
 
 
 def _every(steps: int, step: int) -> bool:

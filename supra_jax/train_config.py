@@ -65,6 +65,8 @@ class TrainConfig:
     new_weights, new_weights_steps: for so many steps only those of them train that this regex is found in.
     max_skipped: a batch whose loss or gradient is not finite is skipped; so many in a row end the run.
     seed: of the order of the data.
+    preset: what init_checkpoint is expected to be, one of `supra_jax.config.PRESETS`, for `supra_jax.plan` before it is
+      there.
     log_every, evaluate_every, save_every: in steps; 0 evaluates only before and after, and saves no training state.
     keep_checkpoints: so many of the newest training states.
   """
@@ -83,6 +85,7 @@ class TrainConfig:
   new_weights_steps: int = 0
   max_skipped: int = 10
   seed: int = 0
+  preset: str = ""
   log_every: int = 10
   evaluate_every: int = 0
   save_every: int = 1000

@@ -1,26 +1,30 @@
-"""Uptraining end to end, with real processes: it learns, goes on where it was killed, refuses what does not fit."""
+"""Uptraining end to end: it learns, leaves what it promises, trains what it is told to, refuses what does not fit."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
 import supra_jax
-from supra_jax import data, evaluate, train
+from supra_jax import train, train_setup
 from supra_jax.checkpoint import load_model, save_model
 from supra_jax.metrics import read_metrics
-from supra_jax.optimizer import OptimizerConfig
-from tests import tiny
+from supra_jax.sharding import make_mesh
+from tests import runs, tiny
+from tests.runs import make_config
 
-ROOT = Path(__file__).parent.parent
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(quick_compilation, tmp_path_factory) -> Path:
+  with runs.compiled_once(tmp_path_factory.mktemp("programs")) as directory:
+    yield directory
 
 
 @pytest.fixture(scope="module")
@@ -33,33 +37,13 @@ def text(tmp_path_factory) -> Path:
   return tiny.write_text(tmp_path_factory.mktemp("text") / "topics.jsonl")
 
 
-def make_config(start: Path, text: Path, **changes) -> train.TrainConfig:
-  values = {
-    "init_checkpoint": str(start),
-    "data": train.DataConfig(str(text), sequence_length=64, heldout_every=6, heldout_rows=8),
-    "optimizer": OptimizerConfig(learning_rate=1e-2, end_learning_rate=1e-3, warmup_steps=3),
-    "batch_size": 4,
-    "num_steps": 12,
-    "log_every": 1,
-    "save_every": 0,
-  } | changes
-  return train.TrainConfig(**values)
-
-
 @pytest.mark.parametrize(
   "changes",
-  [
-    {},
-    {"dtype": "bfloat16", "remat": "none"},
-    {"data": {"documents": "separate"}},
-  ],
+  [{}, {"dtype": "bfloat16", "remat": "none"}, {"data": {"documents": "separate"}, "microbatches": 2}],
   ids=["float32", "bfloat16", "separate"],
 )
 def test_learns_and_leaves_all_it_promises(start, text, tmp_path, changes):
-  config = make_config(start, text)
-  if "data" in changes:
-    changes = {"data": dataclasses.replace(config.data, **changes["data"])}
-  config = dataclasses.replace(config, **changes)
+  config = make_config(start, text, **changes)
   summary = train.train(config, tmp_path, teacher_nll=3.0)
 
   assert summary.nll_after < summary.nll_before - 0.5
@@ -68,88 +52,138 @@ def test_learns_and_leaves_all_it_promises(start, text, tmp_path, changes):
   assert [r["step"] for r in records if "loss" in r] == list(range(1, 13))
   assert records[0]["heldout_nll"] == summary.nll_before and records[-1]["heldout_nll"] == summary.nll_after
   assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+  (events,) = (tmp_path / "tensorboard").iterdir()
+  assert b"train/loss" in events.read_bytes()
+  (record,) = map(json.loads, (tmp_path / "runs.jsonl").read_text().splitlines())
+  assert record["command"] == sys.argv and record["config"]["batch_size"] == 4
 
   lm = supra_jax.load(tmp_path / "checkpoint")
   # The exported model is the trained one: it has the held-out loss that the run ended with.
-  loader = data.make_loader(tmp_path / "data/heldout", batch_size=1, seed=0, shuffle=False, num_epochs=1)
-  rows = [batch for batch, _ in zip(loader, range(8), strict=False)]
-  nll = evaluate.mean_nll(lm.model, lm.params, rows)
+  nll = train_setup.heldout_nll(lm.model, lm.params, tmp_path / "data/heldout", config)
   assert nll == pytest.approx(summary.nll_after, abs=0.02 if config.dtype == "bfloat16" else 1e-5)
   assert lm.generate("The ", max_new_tokens=4)
 
 
-def run_train(config: train.TrainConfig, workdir: Path, recipe: Path, *flags: str) -> subprocess.Popen:
-  values = json.dumps(dataclasses.asdict(config))
-  recipe.write_text(
-    "import json\nimport ml_collections\n\n\ndef get_config():\n"
-    f"  return ml_collections.ConfigDict(json.loads({values!r}))\n"
-  )
-  command = [sys.executable, "-m", "supra_jax.bin.train", f"--config={recipe}", f"--workdir={workdir}", *flags]
-  return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+def _changed(workdir: Path, start: Path) -> set[str]:
+  """Paths below their layer of the parameters of which any bit changed."""
+  flat = jax.tree_util.tree_leaves_with_path
+  before, after = flat(load_model(start).params), flat(load_model(workdir / "checkpoint").params)
+  return {
+    "/".join(key.key for key in path if not key.key.startswith("layers_"))
+    for (path, old), (_, new) in zip(before, after, strict=True)
+    if not np.array_equal(old, new)
+  }
 
 
-def losses(workdir: Path) -> dict[int, float]:
-  return {r["step"]: r["loss"] for r in read_metrics(workdir / "metrics.jsonl") if "loss" in r}
+def test_new_weights_train_alone_at_first(start, text, tmp_path):
+  config = make_config(start, text, num_steps=3, new_weights_steps=3)
+  train.train(config, tmp_path / "first")
+  phi = {f"self_attn/{name}/{part}" for name in ("feature_map", "feature_map_kv") for part in ("kernel", "bias")}
+  assert _changed(tmp_path / "first", start) == phi
+  # And then all, as long as the run goes on.
+  train.train(dataclasses.replace(config, num_steps=4), tmp_path / "then")
+  changed = _changed(tmp_path / "then", start)
+  assert changed > phi and {"embed_tokens/embedding", "mlp/up_proj/kernel"} < changed
 
 
-def test_a_killed_run_goes_on_bit_for_bit(start, text, tmp_path):
-  config = make_config(start, text, num_steps=300, save_every=50)
-  train.train(config, tmp_path / "whole")
+def test_frozen_parameters_have_no_moments_and_stay(start, text, tmp_path):
+  config = make_config(start, text, num_steps=2, trainable="mlp|lm_head")
+  train.train(config, tmp_path)
+  changed = _changed(tmp_path, start)
+  assert changed and all("mlp" in name or "lm_head" in name for name in changed)
 
-  workdir = tmp_path / "killed"
-  process = run_train(config, workdir, tmp_path / "recipe.py")
-  deadline = time.monotonic() + 120
-  while not (workdir / "training" / "50").exists():
-    assert process.poll() is None and time.monotonic() < deadline, process.communicate()
-    time.sleep(0.01)
-  process.send_signal(signal.SIGKILL)
-  process.communicate()
-  assert max(losses(workdir)) < 300, "the run was over before it could be killed"
-  assert not (workdir / "checkpoint").exists()
-
-  process = run_train(config, workdir, tmp_path / "recipe.py")
-  out, err = process.communicate(timeout=300)
-  assert process.returncode == 0, err
-  assert "Held-out loss" in out
-  assert losses(workdir) == losses(tmp_path / "whole")
-  whole, killed = (supra_jax.load(d / "checkpoint").params for d in (tmp_path / "whole", workdir))
-  np.testing.assert_array_equal(
-    whole["layers_1"]["self_attn"]["feature_map"]["kernel"], killed["layers_1"]["self_attn"]["feature_map"]["kernel"]
-  )
+  step = train_setup.make_train_step(config, load_model(start).config)
+  shapes = train_setup.state_shapes(step, make_mesh(devices=jax.devices()[:1]))
+  trained = [
+    leaf.size
+    for path, leaf in jax.tree_util.tree_leaves_with_path(shapes.params)
+    if any(key.key in ("mlp", "lm_head") for key in path)
+  ]
+  moments = [leaf.size for leaf in jax.tree.leaves(shapes.opt_state) if leaf.ndim]
+  assert sorted(moments) == sorted(trained * 2)  # Adam has two
 
 
-def test_overrides_and_errors_of_the_binary(start, text, tmp_path):
+def test_microbatches_are_the_same_step(start, text, tmp_path):
+  # Kept apart, documents leave rows with unequal numbers of targets: the mean is over the batch, not of means.
+  records = {}
+  for parts in (1, 2, 4):
+    config = make_config(start, text, num_steps=3, microbatches=parts, data={"documents": "separate"})
+    train.train(config, tmp_path / str(parts))
+    records[parts] = [r for r in read_metrics(tmp_path / str(parts) / "metrics.jsonl") if "loss" in r]
+  for parts in (2, 4):
+    for got, want in zip(records[parts], records[1], strict=True):
+      assert got["loss"] == pytest.approx(want["loss"], rel=1e-6 if want["step"] == 1 else 1e-5)
+      assert got["grad_norm"] == pytest.approx(want["grad_norm"], rel=1e-6 if want["step"] == 1 else 1e-4)
+
+
+def test_prepared_sources_train_as_well(start, text, tmp_path):
+  flags = [f"--input={text}", f"--tokenizer={start}", f"--output={tmp_path / 'data'}", "--sequence_length=64"]
+  command = [sys.executable, "-m", "supra_jax.bin.prepare_data", *flags, "--heldout_every=6"]
+  subprocess.run(command, cwd=runs.ROOT, check=True, capture_output=True)
+  train.train(make_config(start, text, num_steps=3), tmp_path / "packed_itself")
+  prepared = {"input": "", "sources": f"{tmp_path / 'data/train'}:1", "heldout": str(tmp_path / "data/heldout")}
+  train.train(make_config(start, text, num_steps=3, data=prepared), tmp_path / "prepared")
+  assert runs.losses(tmp_path / "prepared") == runs.losses(tmp_path / "packed_itself")
+  assert not (tmp_path / "prepared" / "data").exists()
+
+
+def test_a_trace_is_left(start, text, tmp_path):
+  train.train(make_config(start, text, num_steps=5), tmp_path, profile_steps=1)
+  assert [path for path in (tmp_path / "profile").rglob("*") if path.suffix in (".pb", ".gz")]
+
+
+def test_overrides_and_errors_of_the_binary(start, text, tmp_path, cache):
   config = make_config(start, text, num_steps=2)
-  recipe = tmp_path / "recipe.py"
-
-  process = run_train(config, tmp_path / "a", recipe, "--config.optimizer.learning_rate=0.25")
-  assert process.wait(300) == 0, process.stderr.read()
-  claimed = json.loads((tmp_path / "a" / train.CONFIG_FILE).read_text())
-  assert claimed["optimizer"]["learning_rate"] == 0.25
+  good = runs.Run(config, tmp_path / "a", "--config.optimizer.learning_rate=0.25", cache=cache)
+  assert "Held-out loss" in good.finish()
+  assert json.loads((tmp_path / "a" / train.CONFIG_FILE).read_text())["optimizer"]["learning_rate"] == 0.25
+  (record,) = map(json.loads, (tmp_path / "a" / "runs.jsonl").read_text().splitlines())
+  assert "--config.optimizer.learning_rate=0.25" in record["command"]
 
   cases = {
     "--config.optimizer.learnin_rate=1": "learnin_rate",  # no such key
     "--config.batch_size=many": "batch_size",  # wrong type
-    "--config.init_checkpoint=" + str(tmp_path / "nowhere"): "nowhere",
     "--config.data.input=" + str(tmp_path / "no*.txt"): "no*.txt",
-    "--config.num_steps=0": "num_steps",
-    "--config.data.heldout_every=100": "heldout part",  # of 24 documents
   }
-  for flag, named in cases.items():
-    process = run_train(config, tmp_path / "b", recipe, flag)
-    _, err = process.communicate(timeout=300)
-    assert process.returncode != 0 and named in err, (flag, err)
-    assert process.returncode == 1 and "Traceback" not in err, (flag, err)
+  begun = {flag: runs.Run(config, tmp_path / f"b{number}", flag) for number, flag in enumerate(cases)}
+  for flag, run in begun.items():
+    assert run.wait() == [1] and cases[flag] in run.said and "Traceback" not in run.said, (flag, run.said)
+
+
+@pytest.mark.parametrize(
+  ("changes", "named"),
+  [
+    ({"init_checkpoint": "nowhere"}, "nowhere is not a supra_jax model"),
+    ({"mesh": "fsdp:3"}, "fsdp:3"),
+    ({"data": {"heldout_every": 100}}, "heldout part"),  # of 24 documents
+    ({"trainable": "no_such_layer"}, "no_such_layer"),
+    ({"num_steps": 0}, "num_steps=0"),
+  ],
+)
+def test_what_cannot_be_is_named(start, text, tmp_path, changes, named):
+  with pytest.raises((ValueError, OSError), match=named):
+    train.train(make_config(start, text, **changes), tmp_path)
 
 
 def test_another_config_in_the_same_workdir_is_refused(start, text, tmp_path):
   train.train(make_config(start, text, num_steps=1), tmp_path)
   before = (tmp_path / "metrics.jsonl").read_bytes()
-  with pytest.raises(ValueError, match=r"optimizer.learning_rate: 0.01 before, 0.5 now"):
-    train.train(make_config(start, text, num_steps=1, optimizer=OptimizerConfig(learning_rate=0.5)), tmp_path)
+  other = make_config(start, text, num_steps=1, optimizer={"learning_rate": 0.5}, seed=1)
+  with pytest.raises(ValueError, match=r"optimizer.learning_rate: 0.01 before, 0.5 now; seed: 0 before, 1 now"):
+    train.train(other, tmp_path)
   assert (tmp_path / "metrics.jsonl").read_bytes() == before
   # What only says how often to look may change.
   train.train(make_config(start, text, num_steps=1, log_every=5), tmp_path)
+
+
+def test_another_model_under_the_same_path_is_refused(text, tmp_path):
+  model = tiny.write_checkpoint(tmp_path / "model", "supra")
+  config = make_config(model, text, num_steps=1, save_every=1)
+  train.train(config, tmp_path / "run")
+  model.rename(tmp_path / "before")
+  tiny.write_checkpoint(tmp_path / "model", "supra", intermediate_size=32)
+  with pytest.raises(ValueError, match=r"model.intermediate_size: 64 before, 32 now"):
+    train.train(config, tmp_path / "run")
 
 
 def test_a_checkpoint_without_tokenizer_is_refused(start, text, tmp_path):

@@ -20,6 +20,9 @@ def run(main: Callable[[], None]) -> None:
       raise app.UsageError(f"Unknown arguments: {' '.join(argv[1:])}")
     if not flags.FLAGS["verbosity"].present:
       logging.set_verbosity(logging.ERROR)  # jax and orbax say much that is no news to a user
+      # Orbax logs the traceback of an error in each thread and task that it passes through, and raises it too.
+      logging.get_absl_logger().addFilter(lambda record: "orbax" not in record.pathname)
+      logging.logging.getLogger("asyncio").setLevel("CRITICAL")
     try:
       main()
     except (ValueError, OSError) as error:

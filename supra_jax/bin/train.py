@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import sys
+import traceback
+
 import jax
 from absl import flags
 from ml_collections import config_flags
@@ -28,6 +32,14 @@ def main() -> None:
   except Preempted as preempted:
     print(preempted)
     return
+  except Exception as error:
+    if jax.process_count() == 1:
+      raise
+    # The others wait for this one in a collective, and an ordinary exit would wait for them in turn.
+    said = f"error: {error}\n" if isinstance(error, ValueError | OSError) else traceback.format_exc()
+    sys.stderr.write(f"Process {jax.process_index()}: {said}")
+    sys.stderr.flush()
+    os._exit(1)
   if jax.process_index() == 0:
     print(
       f"Held-out loss {summary.nll_before:.4f} -> {summary.nll_after:.4f} nats a token, {summary.tokens_trained} "

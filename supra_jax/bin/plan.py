@@ -1,0 +1,35 @@
+"""What a run takes, without weights: `python -m supra_jax.bin.plan --config=configs/FILE.py --mesh=fsdp:8`."""
+
+from __future__ import annotations
+
+from absl import flags
+from ml_collections import config_flags
+
+from supra_jax.bin.entry import run
+from supra_jax.plan import CPU_NOTE, parse_bytes, plan, planned_mesh, planned_model, render
+from supra_jax.train_config import TrainConfig
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "The recipe.", lock_config=True)
+_MESH = flags.DEFINE_string("mesh", "", "fsdp:4,tensor:2, say; it need not be here. Default: the recipe's.")
+_MODEL = flags.DEFINE_string(
+  "model", "", "A preset: mistral_7b, say. Default: init_checkpoint, or the recipe's preset."
+)
+_DEVICE_MEMORY = flags.DEFINE_string("device_memory", "", "80GB, say: is it enough?")
+flags.mark_flag_as_required("config")
+
+
+def main() -> None:
+  config = TrainConfig.from_mapping(_CONFIG.value.to_dict())
+  text = _MESH.value or config.mesh
+  if not text:
+    raise ValueError("Neither --mesh nor the recipe says what to plan for: wanted --mesh=fsdp:8, say.")
+  device_memory = parse_bytes(_DEVICE_MEMORY.value) if _DEVICE_MEMORY.value else None
+  mesh = planned_mesh(text)
+  made = plan(config, planned_model(config, _MODEL.value), mesh)
+  print(render(made, device_memory))
+  if mesh.devices.flat[0].platform == "cpu":
+    print(f"\n{CPU_NOTE}")
+
+
+if __name__ == "__main__":
+  run(main)
