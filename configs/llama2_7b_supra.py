@@ -1,7 +1,30 @@
-"""Mistral-7B uptrained as an RNN: the paper's main model.
+"""Llama-2-7B uptrained as an RNN: 20 billion tokens, as in the paper, or 100.
 
-python -m supra_jax.bin.plan --config=configs/llama2_7b_supra.py --mesh=fsdp:4,tensor:2 --device_memory=80GB
-python -m supra_jax.bin.train --config=configs/llama2_7b_supra.py --workdir=runs/mistral_7b
+    python -m convert_weights.hf_to_orbax --source=DIR --output=models/llama2_7b
+    python -m supra_jax.bin.linearize --checkpoint=models/llama2_7b --output=models/llama2_7b_linearized
+    python -m supra_jax.bin.prepare_data --input='refinedweb/*.parquet' --text_key=content \\
+      --tokenizer=models/llama2_7b --heldout_every=10000 --output=data/refinedweb_llama2
+    python -m supra_jax.bin.train --config=configs/llama2_7b_supra.py --workdir=runs/llama2_7b
+
+For 100 billion tokens add --config.num_steps=47684. The paper's recipe (section 7): AdamW (0.9, 0.95), 3e-5 to 1e-5 on
+a cosine after 1000 steps of warmup, 2M tokens a step, rows of 2048, bfloat16 over float32 master weights.
+
+Planned for 8 GPUs of 80 GB, before anything is downloaded:
+
+    python -m supra_jax.bin.plan --config=configs/llama2_7b_supra.py --mesh=fsdp:4,tensor:2 --device_memory=80GB
+
+7.28 B parameters, 0.54 B of them new; 97.1 PFLOP a step. A device holds 3.64 GB of parameters and 7.28 GB of optimizer
+state. Its peak is 34.6 GB compiled for CPU devices, 26.8 GB for H100s. There fsdp:4,tensor:2 moves 1033 GB of bfloat16
+in gathers and 966 in sums of activations, 466 GB of float32 gradients; fsdp:8 with --config.microbatches=16, which has
+as many rows a device, 483 GB and 466 GB, and a peak of 29.3 GB. Hence no `tensor` by default: the feature map mixes all
+heads, which have to be gathered for it.
+
+To expect: the paper has 4300 tokens/s for an H100 at 7B, so that 20 billion tokens take 8 of them 6.7 days. Accuracies
+from the authors' repository:
+
+               HellaSwag  PIQA  WinoGrande  ARC-E  ARC-C  MMLU
+    Llama-2-7B      76.0  79.1        69.1   76.3   46.3  45.9
+    + 20 B          71.8  78.6        65.8   71.1   39.5  24.9
 """
 
 import ml_collections
@@ -24,8 +47,8 @@ def get_config() -> ml_collections.ConfigDict:
   config.keep_checkpoints = 2
 
   config.data = ml_collections.ConfigDict()
-  config.data.sources = "data/refinedweb/train"
-  config.data.heldout = "data/refinedweb/heldout"
+  config.data.sources = "data/refinedweb_llama2/train"
+  config.data.heldout = "data/refinedweb_llama2/heldout"
   config.data.heldout_rows = 1024
   config.data.sequence_length = 2048
 

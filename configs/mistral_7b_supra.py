@@ -1,7 +1,29 @@
-"""Mistral-7B uptrained as an RNN: the paper's main model.
+"""Mistral-7B uptrained as an RNN, the paper's main model: 20 billion tokens, or 100.
 
-python -m supra_jax.bin.plan --config=configs/mistral_7b_supra.py --mesh=fsdp:8 --device_memory=80GB
-python -m supra_jax.bin.train --config=configs/mistral_7b_supra.py --workdir=runs/mistral_7b
+    python -m convert_weights.hf_to_orbax --source=DIR --output=models/mistral_7b
+    python -m supra_jax.bin.linearize --checkpoint=models/mistral_7b --output=models/mistral_7b_linearized
+    python -m supra_jax.bin.prepare_data --input='refinedweb/*.parquet' --text_key=content \\
+      --tokenizer=models/mistral_7b --heldout_every=10000 --output=data/refinedweb_mistral
+    python -m supra_jax.bin.train --config=configs/mistral_7b_supra.py --workdir=runs/mistral_7b
+
+For 100 billion tokens add --config.num_steps=47684. The paper's recipe (section 7): AdamW (0.9, 0.95), 3e-5 to 1e-5 on
+a cosine after 1000 steps of warmup, 2M tokens a step, rows of 2048, bfloat16 over float32 master weights.
+
+Planned for 8 GPUs of 80 GB, before anything is downloaded:
+
+    python -m supra_jax.bin.plan --config=configs/mistral_7b_supra.py --mesh=fsdp:8 --device_memory=80GB
+
+7.81 B parameters, 0.57 B of them new; 97.1 PFLOP a step. A device holds 3.91 GB of parameters and 7.82 GB of optimizer
+state. Its peak is 39.7 GB compiled for CPU devices, 31.1 GB for H100s, where a step gathers 483 GB of bfloat16 weights
+and scatters 500 GB of float32 gradients. On 128 devices --config.microbatches=1 keeps the 8 rows a device.
+
+To expect: the paper has 4300 tokens/s for an H100 at 7B, so that 20 billion tokens take 8 of them 6.7 days; its 128
+took 100 billion in 1.5 days. Accuracies from the authors' repository:
+
+               HellaSwag  PIQA  WinoGrande  ARC-E  ARC-C  MMLU
+    Mistral-7B      81.0  82.1        74.0   80.9   53.8  62.4
+    + 20 B          74.8  80.1        67.4   74.6   42.3  28.0
+    + 100 B         77.1  80.4        70.3   75.9   45.8  34.2
 """
 
 import ml_collections
@@ -24,8 +46,8 @@ def get_config() -> ml_collections.ConfigDict:
   config.keep_checkpoints = 2
 
   config.data = ml_collections.ConfigDict()
-  config.data.sources = "data/refinedweb/train"
-  config.data.heldout = "data/refinedweb/heldout"
+  config.data.sources = "data/refinedweb_mistral/train"
+  config.data.heldout = "data/refinedweb_mistral/heldout"
   config.data.heldout_rows = 1024
   config.data.sequence_length = 2048
 

@@ -1,7 +1,33 @@
-"""Mistral-7B uptrained as an RNN: the paper's main model.
+"""A SUPRA model of 1B parameters from scratch, on 100 billion tokens: the paper's other size, OpenLM's 1B.
 
-python -m supra_jax.bin.plan --config=configs/supra_1b.py --mesh=fsdp:8 --device_memory=80GB
-python -m supra_jax.bin.train --config=configs/supra_1b.py --workdir=runs/mistral_7b
+Parameters are random. Make them in Python, with GPT-NeoX's tokenizer.json:
+
+    import jax, jax.numpy as jnp
+    from supra_jax import checkpoint, config, transformer
+    model = config.open_lm_1b("supra")
+    init = transformer.Transformer(model).init
+    params = init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32), method="logits")["params"]
+    made = {"config": model, "params": params, "source": {"seed": 0}}
+    files = {"tokenizer.json": open("tokenizer.json", "rb").read()}
+    checkpoint.save_model("models/supra_1b_random", tokenizer_files=files, **made)
+
+    python -m supra_jax.bin.prepare_data --input='refinedweb/*.parquet' --text_key=content \\
+      --tokenizer=models/supra_1b_random --heldout_every=10000 --output=data/refinedweb_neox
+    python -m supra_jax.bin.train --config=configs/supra_1b.py --workdir=runs/supra_1b
+
+The paper's recipe for 1B and from scratch (section 7): AdamW (0.9, 0.95), 3e-4 to 1e-5 on a cosine after 1000 steps of
+warmup, 2M tokens a step, rows of 2048, bfloat16 over float32 master weights. The same values uptrain a 1B transformer:
+name its linearised checkpoint with --config.init_checkpoint, and --config.num_steps=4769 for 10 billion tokens.
+
+Planned for 8 GPUs of 80 GB, before anything is downloaded:
+
+    python -m supra_jax.bin.plan --config=configs/supra_1b.py --mesh=fsdp:8 --device_memory=80GB
+
+1.54 B parameters; 19.5 PFLOP a step. A device holds 0.77 GB of parameters and 1.54 GB of optimizer state. Its peak is
+20.9 GB compiled for CPU devices, 13.1 GB for H100s, where a step gathers 46 GB of bfloat16 weights and scatters 49 GB
+of float32 gradients.
+
+To expect: the paper's table 3 compares such runs; nobody has run this one here yet.
 """
 
 import ml_collections
@@ -24,8 +50,8 @@ def get_config() -> ml_collections.ConfigDict:
   config.keep_checkpoints = 2
 
   config.data = ml_collections.ConfigDict()
-  config.data.sources = "data/refinedweb/train"
-  config.data.heldout = "data/refinedweb/heldout"
+  config.data.sources = "data/refinedweb_neox/train"
+  config.data.heldout = "data/refinedweb_neox/heldout"
   config.data.heldout_rows = 1024
   config.data.sequence_length = 2048
 

@@ -206,6 +206,9 @@ class TrainingCheckpoints:
     args = ocp.args.Composite(state=ocp.args.StandardSave(state), position=ocp.args.JsonSave(dict(position)))
     self._saving = step
     with self._as_os_error():
+      if jax.process_index() == 0:
+        # Threads of a save that failed may have gone on writing after its files were removed.
+        self._remove_partial()
       self._check_space(state)
       self._manager.save(step, args=args)
 
@@ -250,17 +253,20 @@ class TrainingCheckpoints:
       yield
     except Exception as error:
       # A full disk comes as OSError, tensorstore's ValueError or Orbax's own; what it left only fills the disk further.
-      for partial in self.directory.glob("*.orbax-checkpoint-tmp*"):
-        shutil.rmtree(partial, ignore_errors=True)
+      self._remove_partial()
       # The manager has already struck those off its list that were to give way to this one.
       self._manager.reload()
       where = self.directory / str(self._saving)
       raise OSError(f"checkpoint {where} could not be written: {_first_line(error)}") from error
 
+  def _remove_partial(self) -> None:
+    for partial in self.directory.glob("*.orbax-checkpoint-tmp*"):
+      shutil.rmtree(partial, ignore_errors=True)
+
   def _write_manifest(self) -> None:
     # Orbax calls this when all files of a step are written and its directory is about to get its name.
     if jax.process_index() == 0:
-      (partial,) = self.directory.glob("*.orbax-checkpoint-tmp*")
+      (partial,) = self.directory.glob(f"{self._saving}.orbax-checkpoint-tmp*")
       (partial / MANIFEST_FILE).write_text(json.dumps(_digests(partial), indent=0) + "\n")
 
   def _newest_whole_step(self) -> int | None:

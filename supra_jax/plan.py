@@ -72,7 +72,7 @@ class Plan:
   @property
   def temporary_bytes(self) -> int | None:
     """All that lives during a step only."""
-    return self.memory and self.memory.peak - self.memory.arguments
+    return None if self.memory is None else self.memory.peak - self.memory.arguments
 
 
 def planned_model(config: TrainConfig, preset: str = "") -> ModelConfig:
@@ -171,8 +171,8 @@ def render(plan: Plan, device_memory: int | None = None) -> str:
   rows = [
     ("mesh", mesh, f"compiled for {plan.platform} in {plan.seconds:.0f} s"),
     ("parameters", f"{plan.parameters:,}", f"{plan.trainable:,} train, {plan.new:,} are new"),
-    ("tokens a step", f"{tokens:,}", f"{config.microbatches} microbatches, {plan.rows} rows a device in each"),
-    ("steps", f"{config.num_steps:,}", f"{tokens * config.num_steps / 1e9:,.1f} B tokens"),
+    ("tokens a step", f"{tokens:,}", f"{config.microbatches} x {plan.rows} rows a device"),
+    ("steps", f"{config.num_steps:,}", f"{tokens * config.num_steps:,} tokens"),
     ("work a token", _of(plan.flops_per_token, "FLOP"), f"{_of(plan.flops_per_token * tokens, 'FLOP')} a step"),
     ("", "", ""),
     ("bytes a device", "", ""),
@@ -183,7 +183,8 @@ def render(plan: Plan, device_memory: int | None = None) -> str:
   if plan.memory is not None:
     known = f"gradients {_of(plan.gradient_bytes)}, inputs of layers {_of(plan.input_bytes)}, layers at work, logits"
     rows += [("  temporaries", _of(plan.temporary_bytes or 0), known), ("  peak", _of(plan.memory.peak), "")]
-  rows += [("", "", ""), ("collectives a step", "", "bytes a device")]
+  if plan.traffic:
+    rows += [("", "", ""), ("collectives a step", "", "bytes a device")]
   for kind, traffic in plan.traffic.items():
     sizes = ", ".join(f"{dtype} {_of(size)}" for dtype, size in traffic.bytes.items())
     rows.append((f"  {kind}", f"{traffic.count:,}", sizes + ("" if traffic.exact else ", not known exactly")))

@@ -20,10 +20,11 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 AXES = ("data", "fsdp", "tensor")
+BATCH_AXES = ("data", "fsdp")
 
 # What a dimension holds -> the mesh axes that cut it. A sequence axis (`context`) has its place in "time".
 DIMENSIONS: dict[str | None, str | tuple[str, ...] | None] = {
-  "batch": ("data", "fsdp"),
+  "batch": BATCH_AXES,
   "time": None,
   "heads": "tensor",
   "ffn": "tensor",
@@ -197,17 +198,16 @@ def sum_over_rows(function: Callable[..., tuple[Any, Any]]) -> Callable[..., tup
   """
   if current_batch_shards() == 1:
     return function
-  axes = DIMENSIONS["batch"]
 
   def on_own_rows(whole: Any, *arrays: Any) -> tuple[Any, Any]:
     sums, own = function(whole, *arrays)
-    return jax.lax.psum(sums, axes), own
+    return jax.lax.psum(sums, BATCH_AXES), own
 
   def run(whole: Any, *arrays: Any) -> tuple[Any, Any]:
-    rows = PartitionSpec(axes)
+    rows = PartitionSpec(BATCH_AXES)
     in_specs = (PartitionSpec(), *(rows for _ in arrays))
     mapped = jax.shard_map(
-      on_own_rows, in_specs=in_specs, out_specs=(PartitionSpec(), rows), axis_names=set(axes), check_vma=False
+      on_own_rows, in_specs=in_specs, out_specs=(PartitionSpec(), rows), axis_names=set(BATCH_AXES), check_vma=False
     )
     return mapped(whole, *arrays)
 

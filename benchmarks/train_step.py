@@ -1,0 +1,369 @@
+"""A whole optimizer step beside torch's: the RNN here, the softmax transformer of the same shape there.
+
+    python -m benchmarks.train_step [--tokens=512,2048,8192] [--remat=none] [--peers=torch,torch.compile]
+
+A step is forward, cross-entropy over the whole vocabulary, backward, clipping and AdamW, on one row of T tokens.
+Weights are random, as time does not depend on them. Contestants:
+
+- `supra_jax`: `TrainStep`, all layers SUPRA, stacked and scanned, as `supra_jax.bin.train` runs it.
+- `torch`: transformers' LlamaForCausalLM, what is linearised, with scaled_dot_product_attention. Of fused and foreach
+  AdamW the faster one counts, and of the loss from all logits at once and torch's chunked linear_cross_entropy.
+- `torch.compile`: the same with model and loss compiled; all logits at once, since compilation stops at the other.
+
+On a CPU all compute in float32, on a GPU in bfloat16 from float32 master weights. `--remat` is `Transformer`'s; torch
+keeps everything (`none`) or recomputes whole layers (`block`, and also where `matmuls` is asked for).
+
+Each contestant and length has a process of its own, one after another, with the same number of threads and with huge
+pages. It warms up, then measures itself: the median of wall-clock time, and its peak memory, resident or the GPU's.
+Nothing else should be running. Of a process that fails, for want of memory say, the table has a "-" and the JSON its
+last words.
+
+On a GPU, 7B-wide layers, as many as fit beside their optimizer state:
+
+    python -m benchmarks.train_step --preset=mistral_7b --layers=-1 --remat=block --tokens=2048
+
+MFU is then by each contestant's own FLOPs (`supra_jax.flops`), of these layers and the vocabulary: nothing is
+extrapolated to the whole model. This mode has not been run on a GPU yet.
+
+Writes train_step_<device>.json and a plot beside it.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import importlib.util
+import json
+import math
+import os
+import platform
+import re
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from absl import app, flags
+
+from supra_jax.config import PRESETS, ModelConfig
+from supra_jax.flops import PEAK_FLOPS, mfu, train_flops_per_token
+
+_TOKENS = flags.DEFINE_list("tokens", ["512", "2048", "8192"], "Lengths T.")
+_PRESET = flags.DEFINE_enum("preset", "smollm2_135m", list(PRESETS), "Shape of the model.")
+_LAYERS = flags.DEFINE_integer(
+  "layers", 0, "How many. 0: the preset's; -1: as many as fit into the GPU.", lower_bound=-1
+)
+_REMAT = flags.DEFINE_enum("remat", "none", ["none", "matmuls", "block"], "What the backward pass recomputes.")
+_PEERS = flags.DEFINE_list("peers", ["torch", "torch.compile"], "Contestants beside supra_jax; --peers= for none.")
+_BUDGET = flags.DEFINE_float("budget", 60.0, "Timed seconds for a contestant and length, beyond three steps.")
+_OUTPUT = flags.DEFINE_string("output", "benchmarks/results", "Directory of the JSON and the plot.")
+_WORKER = flags.DEFINE_string("worker", "", "The contestant that this process runs; set by the benchmark itself.")
+
+WARMUP_STEPS, MIN_STEPS, MAX_STEPS = 2, 3, 25
+MEMORY_SHARE = 0.9  # of a GPU that layers are planned for: its allocator cannot use all pieces
+LEARNING_RATE, BETAS, WEIGHT_DECAY, CLIP_NORM = 3e-5, (0.9, 0.95), 0.1, 1.0
+# Takes a step and returns its loss. Beside it, what there is to say about it, and its peak of GPU memory.
+Contestant = tuple[Callable[[], float], dict[str, Any], Callable[[], int | None]]
+
+
+def threads() -> int:
+  return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def our_step(config: ModelConfig, tokens: int) -> Contestant:
+  import jax
+  import numpy as np
+
+  from supra_jax.compiled import memory
+  from supra_jax.optimizer import OptimizerConfig
+  from supra_jax.sharding import make_mesh, put_batch
+  from supra_jax.train_setup import state_shapes
+  from supra_jax.train_step import TrainStep
+  from supra_jax.transformer import Transformer
+
+  device, mesh = jax.devices()[0], make_mesh(devices=jax.devices()[:1])
+  jax.set_mesh(mesh)
+  dtype = "float32" if device.platform == "cpu" else "bfloat16"
+  recipe = OptimizerConfig(
+    learning_rate=LEARNING_RATE,
+    beta1=BETAS[0],
+    beta2=BETAS[1],
+    weight_decay=WEIGHT_DECAY,
+    clip_norm=CLIP_NORM,
+    z_loss=0.0,  # torch's loss has none
+  )
+  ids = np.random.default_rng(0).integers(0, config.vocab_size, (1, tokens + 1), np.int32)
+  batch = put_batch({"tokens": ids}, mesh)
+
+  def compiled(config: ModelConfig):
+    model = Transformer(config, dtype=jax.numpy.dtype(dtype), stacked=True, remat=_REMAT.value)
+    step = TrainStep(model, recipe, num_steps=10_000)
+    shapes = state_shapes(step, mesh)
+    shardings = jax.tree.map(lambda x: x.sharding, shapes)
+    return step, shardings, step.compiled(shardings).lower(shapes, batch).compile()
+
+  if _LAYERS.value < 0:
+    few, more = (memory(compiled(_with_layers(config, layers))[2]).peak for layers in (2, 4))
+    spare = MEMORY_SHARE * device.memory_stats()["bytes_limit"] - few
+    config = _with_layers(config, min(2 + math.floor(spare / ((more - few) / 2)), config.num_layers))
+  step, shardings, run = compiled(config)
+
+  def init(key):
+    return step.init(step.model.init(key, batch["tokens"][0, :, :1], method="logits")["params"])
+
+  state = jax.jit(init, out_shardings=shardings)(jax.random.key(0))
+
+  def take() -> float:
+    nonlocal state
+    state, metrics = run(state, batch)
+    jax.block_until_ready(state)
+    return float(metrics["loss"])
+
+  facts = {"device": device.device_kind, "dtype": dtype, "remat": _REMAT.value, "layers": config.num_layers}
+  facts["flops_per_token"] = train_flops_per_token(config, tokens)
+  return take, facts, lambda: (device.memory_stats() or {}).get("peak_bytes_in_use")
+
+
+def torch_step(config: ModelConfig, tokens: int, *, compiled: bool = False) -> Contestant:
+  import torch
+  import torch.nn.functional as F
+  import transformers
+
+  torch.set_num_threads(threads())
+  torch.manual_seed(0)
+  gpu = torch.cuda.is_available()
+  device = torch.device("cuda" if gpu else "cpu")
+  shape = transformers.LlamaConfig(
+    vocab_size=config.vocab_size,
+    hidden_size=config.hidden_size,
+    intermediate_size=config.intermediate_size,
+    num_hidden_layers=config.num_layers,
+    num_attention_heads=config.num_heads,
+    num_key_value_heads=config.num_kv_heads,
+    head_dim=config.head_dim,
+    max_position_embeddings=max(tokens, config.max_positions or 0),
+    tie_word_embeddings=config.tie_embeddings,
+    use_cache=False,
+    attn_implementation="sdpa",
+  )
+  with device:
+    model = transformers.LlamaForCausalLM(shape).train()
+    row = torch.randint(0, config.vocab_size, (1, tokens + 1))
+  if _REMAT.value != "none":
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+  autocast = functools.partial(torch.autocast, "cuda", torch.bfloat16, enabled=gpu)
+  table = model.lm_head.weight
+  losses = {"all logits": lambda hidden: F.cross_entropy(F.linear(hidden, table).float(), row[0, 1:])}
+  if hasattr(F, "linear_cross_entropy") and not compiled:
+    options = torch.nn.LinearCrossEntropyOptions()
+    losses["chunks"] = lambda hidden: F.linear_cross_entropy(hidden, table, row[0, 1:], options=options)
+  optimizers: dict[str, torch.optim.AdamW] = {}
+
+  def adamw(kind: str) -> torch.optim.AdamW:
+    return torch.optim.AdamW(model.parameters(), LEARNING_RATE, BETAS, weight_decay=WEIGHT_DECAY, **{kind: True})
+
+  def settle() -> None:
+    model.zero_grad(set_to_none=True)
+    if gpu:
+      torch.cuda.synchronize()
+
+  def try_loss(name: str) -> None:
+    with autocast():
+      loss = losses[name](torch.randn(tokens, config.hidden_size, device=device, requires_grad=True))
+    loss.backward()
+    settle()
+
+  def try_adamw(kind: str) -> None:
+    for parameter in model.parameters():
+      parameter.grad = torch.zeros_like(parameter)
+    if kind not in optimizers:
+      optimizers[kind] = adamw(kind)
+    optimizers[kind].step()
+    settle()
+
+  compute_loss = losses[best_loss := _fastest(try_loss, losses)]
+  # On a GPU fused it is: two sets of moments might not fit.
+  best_adamw = _fastest(try_adamw, ["fused"] if gpu else ["fused", "foreach"])
+  optimizers.clear()
+  optimizer = adamw(best_adamw)
+
+  def forward() -> torch.Tensor:
+    with autocast():
+      return compute_loss(model.model(input_ids=row[:, :-1]).last_hidden_state[0])
+
+  if compiled:
+    forward = torch.compile(forward)
+
+  def take() -> float:
+    loss = forward()
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP_NORM)
+    optimizer.step()
+    settle()
+    return float(loss.detach())
+
+  facts = {"device": torch.cuda.get_device_name() if gpu else "cpu", "dtype": "bfloat16" if gpu else "float32"}
+  facts |= {"remat": "none" if _REMAT.value == "none" else "block", "layers": config.num_layers}
+  facts |= {"adamw": best_adamw, "loss": best_loss}
+  teacher = config.replace(mixers=("softmax",) * config.num_layers, sliding_window=None)
+  facts["flops_per_token"] = train_flops_per_token(teacher, tokens)
+  return take, facts, lambda: torch.cuda.max_memory_allocated() if gpu else None
+
+
+CONTESTANTS: dict[str, Callable[[ModelConfig, int], Contestant]] = {
+  "supra_jax": our_step,
+  "torch": torch_step,
+  "torch.compile": functools.partial(torch_step, compiled=True),
+}
+
+
+def _with_layers(config: ModelConfig, layers: int) -> ModelConfig:
+  return config.replace(mixers=("supra",) * layers)
+
+
+def _fastest(run: Callable[[str], None], names: Iterable[str]) -> str:
+  """The name whose third run, when all is warm, takes the least time."""
+  names, times = list(names), {}
+  for _ in range(3 if len(names) > 1 else 0):
+    for name in names:
+      began = time.perf_counter()
+      run(name)
+      times[name] = time.perf_counter() - began
+  return min(names, key=lambda name: times.get(name, 0))
+
+
+def measure(name: str, tokens: int) -> dict[str, Any]:
+  """What a contestant's process says of itself."""
+  config = PRESETS[_PRESET.value]("supra")
+  began = time.perf_counter()
+  take, facts, gpu_memory = CONTESTANTS[name](
+    _with_layers(config, _LAYERS.value) if _LAYERS.value > 0 else config, tokens
+  )
+  for _ in range(WARMUP_STEPS):
+    take()
+  facts["seconds_before"] = time.perf_counter() - began
+  times: list[tuple[float, float]] = []
+  while len(times) < MIN_STEPS or (len(times) < MAX_STEPS and sum(wall for wall, _ in times) < _BUDGET.value):
+    wall, process = time.perf_counter(), time.process_time()
+    loss = take()
+    times.append((time.perf_counter() - wall, time.process_time() - process))
+    if not math.isfinite(loss):
+      raise AssertionError(f"the loss is {loss}")
+  facts["seconds"], facts["process_seconds"] = (statistics.median(column) for column in zip(*times, strict=True))
+  facts |= {"steps": len(times), "all_seconds": [wall for wall, _ in times]}
+  facts["peak_bytes"] = gpu_memory() or _peak_resident_bytes()
+  facts["tokens_per_second"] = tokens / facts["seconds"]
+  peak = PEAK_FLOPS.get(facts["device"]) if facts["dtype"] == "bfloat16" else None
+  return facts | {"mfu": mfu(facts["tokens_per_second"], facts["flops_per_token"], peak)}
+
+
+def _peak_resident_bytes() -> int:
+  try:
+    # What getrusage says may be the parent's peak.
+    return 1024 * int(re.search(r"VmHWM:\s*(\d+)", Path("/proc/self/status").read_text())[1])
+  except OSError:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def run_process(name: str, tokens: int, layers: int) -> dict[str, Any]:
+  """`measure` in a process of its own."""
+  command = [sys.executable, "-m", "benchmarks.train_step", *sys.argv[1:], f"--worker={name}", f"--tokens={tokens}"]
+  settings = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1", "OMP_NUM_THREADS": f"{threads()}"}
+  done = subprocess.run(
+    [*command, f"--layers={layers}"], env=os.environ | settings, capture_output=True, text=True, check=False
+  )
+  if done.returncode:
+    return {"failed": f"exit status {done.returncode}: {done.stderr.strip()[-500:]}"}
+  return json.loads(done.stdout.splitlines()[-1])
+
+
+def _row(tokens: int, name: str, found: dict[str, Any], ours: dict[str, Any]) -> str:
+  cells = [f"{tokens}", name, "-"]
+  if "failed" not in found:
+    ratio = f"{found['seconds'] / ours['seconds']:.2f}x" if "seconds" in ours else "-"
+    share = "-" if found["mfu"] is None else f"{found['mfu']:.1%}"
+    cells[2:] = [
+      f"{found['seconds']:.2f}",
+      f"{found['process_seconds']:.2f}",
+      f"{found['tokens_per_second']:.0f}",
+      ratio,
+    ]
+    cells += [f"{found['peak_bytes'] / 1e9:.1f}", found["remat"], f"{found['layers']}", share]
+  return "| " + " | ".join(cells) + " |"
+
+
+def _plot(rows: list[dict], path: Path, title: str) -> None:
+  import matplotlib
+
+  matplotlib.use("Agg")
+  import matplotlib.pyplot as plt
+
+  figure, axis = plt.subplots(figsize=(6.5, 4.5))
+  for name in CONTESTANTS:
+    chosen = [row for row in rows if row["contestant"] == name and "seconds" in row]
+    if chosen:
+      axis.plot([row["tokens"] for row in chosen], [row["tokens_per_second"] for row in chosen], "o-", label=name)
+  axis.set(title=title, xlabel="T, tokens of a row", ylabel="tokens a second", ylim=(0, None))
+  axis.set_xscale("log", base=2)
+  axis.grid(alpha=0.3)
+  axis.legend()
+  figure.tight_layout()
+  figure.savefig(path, dpi=120)
+
+
+def _cpu() -> str:
+  """The CPU's name and, where the system tells them, family and model: rented CPUs often hide the rest."""
+  try:
+    info = Path("/proc/cpuinfo").read_text()
+    name, family, model = (
+      re.search(rf"^{key}\s*: (.*)", info, re.MULTILINE).group(1) for key in ("model name", "cpu family", "model")
+    )
+    return f"{name} (family {family}, model {model})"
+  except (OSError, AttributeError):
+    return platform.processor() or platform.machine()
+
+
+def main(_) -> None:
+  if _WORKER.value:
+    print(json.dumps(measure(_WORKER.value, int(_TOKENS.value[0]))))
+    return
+  unknown = set(_PEERS.value) - set(CONTESTANTS)
+  if unknown:
+    raise app.UsageError(f"--peers: {', '.join(unknown)} is none of {', '.join(CONTESTANTS)}.")
+  has_torch = all(importlib.util.find_spec(name) for name in ("torch", "transformers"))
+  entrants = ["supra_jax", *(_PEERS.value if has_torch else [])]
+  packages = ("jax", "jaxlib", "torch", "transformers")
+  versions = {name: importlib.metadata.version(name) for name in packages if importlib.util.find_spec(name)}
+  report: dict[str, Any] = {
+    "device": f"{_cpu()}, {threads()} threads",
+    "preset": _PRESET.value,
+    "versions": {"python": platform.python_version(), **versions},
+    "command": " ".join(["python -m benchmarks.train_step", *sys.argv[1:]]),
+    "rows": [],
+  }
+  print(f"{report['device']}; {report['versions']}{'' if has_torch else '; torch and transformers are not here'}")
+  print("| T | contestant | s/step | process s | tokens/s | ratio | peak GB | remat | layers | MFU |")
+  print("| --- " * 10 + "|")
+  for tokens in sorted(map(int, _TOKENS.value)):
+    ours: dict[str, Any] = {}
+    for name in entrants:
+      found = run_process(name, tokens, ours.get("layers", _LAYERS.value))
+      ours = found if name == "supra_jax" else ours
+      report["rows"].append({"tokens": tokens, "contestant": name, **found})
+      print(_row(tokens, name, found, ours), flush=True)
+
+  gpus = {row["device"] for row in report["rows"] if row.get("device", "cpu") != "cpu"}
+  report["device"] = ", ".join(gpus) or report["device"]
+  output = Path(_OUTPUT.value)
+  output.mkdir(parents=True, exist_ok=True)
+  stem = "train_step_" + re.sub(r"[^a-z0-9]+", "_", (", ".join(gpus) or _cpu()).lower()).strip("_")
+  (output / f"{stem}.json").write_text(json.dumps(report, indent=1) + "\n")
+  _plot(report["rows"], output / f"{stem}.png", f"{_PRESET.value}, a training step\n{report['device']}")
+
+
+if __name__ == "__main__":
+  app.run(main)
