@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging as python_logging
 import sys
 from collections.abc import Callable
 
@@ -22,7 +23,7 @@ def run(main: Callable[[], None]) -> None:
       logging.set_verbosity(logging.ERROR)  # jax and orbax say much that is no news to a user
       # Orbax logs the traceback of an error in each thread and task that it passes through, and raises it too.
       logging.get_absl_logger().addFilter(lambda record: "orbax" not in record.pathname)
-      logging.logging.getLogger("asyncio").setLevel("CRITICAL")
+      python_logging.getLogger("asyncio").setLevel("CRITICAL")
     try:
       main()
     except (ValueError, OSError) as error:
