@@ -3,6 +3,8 @@
     python -m supra_jax.bin.train --config=configs/smollm2_supra.py --workdir=runs/smollm2 \\
       --config.data.input='text/*.jsonl.zst'
 
+Packed text is named instead by --config.data.input= --config.data.sources=DIR/train --config.data.heldout=DIR/heldout.
+
 The paper's recipe for 1B parameters (section 7): AdamW (0.9, 0.95), 3e-4 to 1e-5 on a cosine after 1000 steps of
 warmup, rows of 2048, bfloat16 over float32 master weights. Its batch is 2M tokens; here it is 64 rows, 131 thousand
 tokens, so that 10,000 steps are 1.3 billion tokens.
@@ -41,6 +43,8 @@ def get_config() -> ml_collections.ConfigDict:
   config.data.sequence_length = 2048
   config.data.documents = "join"
   config.data.bos = False
+  config.data.sources = ""
+  config.data.heldout = ""
   config.data.heldout_every = 100
   config.data.heldout_rows = 256
 

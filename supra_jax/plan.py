@@ -122,6 +122,7 @@ def plan(config: TrainConfig, model: ModelConfig, mesh: Mesh) -> Plan:
     seconds = time.monotonic() - began
   groups = parameter_groups(state.params, step.groups)
   frozen = groups.pop("frozen")
+  leaves = jax.tree_util.tree_leaves_with_path(state.params)
   layer_input = config.data.sequence_length * model.hidden_size * jnp.dtype(config.dtype).itemsize
   return Plan(
     config=config,
@@ -130,7 +131,7 @@ def plan(config: TrainConfig, model: ModelConfig, mesh: Mesh) -> Plan:
     seconds=seconds,
     parameters=_count(state.params),
     trainable=_count(state.params) - _count(frozen),
-    new=_count(parameter_groups(state.params, [("new", config.new_weights)])["new"]),
+    new=_count([leaf for path, leaf in leaves if re.search(config.new_weights, "/".join(key.key for key in path))]),
     parameter_bytes=device_bytes(state.params),
     optimizer_bytes=device_bytes(state.opt_state),
     batch_bytes=device_bytes(batch),

@@ -10,6 +10,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import pytest
 
 from supra_jax import config as configs
@@ -17,12 +19,15 @@ from supra_jax import plan as planning
 from supra_jax.compiled import Memory, Traffic
 from supra_jax.sharding import make_mesh
 from supra_jax.train_config import TrainConfig
+from supra_jax.train_setup import model_shapes
+from supra_jax.transformer import Transformer, stack_runs
+from tests.test_flops import products
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPES = sorted(path.stem for path in (ROOT / "configs").glob("*.py"))
-# Recipe, mesh, and how the plan is made smaller.
+# Recipe and mesh.
 CASES = (("mistral_7b_supra", "fsdp:8"), ("llama2_7b_supra", "fsdp:4,tensor:2"))
-# mistral, then llama
+# Of both; where there are two numbers, Mistral's and Llama's.
 VOCAB, WIDTH, HEADS, KEY, LAYERS = 32000, 4096, 32, 128, 32
 KV_HEADS, FFN = (8, 32), (14336, 11008)
 
@@ -117,14 +122,23 @@ def test_weights_move_twice_a_microbatch_and_gradients_once():
   assert traffic["all-reduce"] == pytest.approx(microbatches * (layers + tables), rel=1e-3)
 
 
-def test_saved_products_take_memory():
-  model = configs.tiny("softmax").replace(intermediate_size=512)
-  temporaries = {}
-  for remat in ("block", "matmuls"):
-    made = planning.plan(recipe("tiny", remat=remat, microbatches=1), model, make_mesh())
-    temporaries[remat] = made.memory.temporaries
-  rows, saved = 8 * 64, 2 * 512 * 4  # gate and up, float32
-  assert temporaries["matmuls"] > temporaries["block"] + model.num_layers * rows * saved / 2
+def test_saved_products_are_not_computed_again():
+  model = configs.tiny().replace(intermediate_size=512)
+  params = jax.eval_shape(lambda params: stack_runs(params, model), model_shapes(model))
+
+  def flops(remat):
+    transformer = Transformer(model, stacked=True, remat=remat)
+    total = lambda params: transformer.apply({"params": params}, jnp.zeros((2, 16), jnp.int32))[0].sum()  # noqa: E731
+    return products(jax.make_jaxpr(jax.grad(total))(params).jaxpr)
+
+  # But those of attention, which are no products with parameters.
+  assert 0 < flops("matmuls") - flops("none") < 0.1 * (flops("block") - flops("none"))
+
+
+def test_a_transformer_has_nothing_new():
+  made = planning.plan(recipe("tiny", microbatches=1), configs.tiny("softmax"), make_mesh("fsdp:1", jax.devices()[:1]))
+  assert (made.new, made.traffic) == (0, {})
+  assert "collectives" not in planning.render(made)
 
 
 class TestRecipes:
