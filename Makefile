@@ -2,6 +2,7 @@
 VENV ?= .venv
 PYTHON ?=
 WORKDIR ?= runs/demo
+PYTEST_FLAGS ?=
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
@@ -22,7 +23,7 @@ demo: $(VENV)/.demo
 	GLIBC_TUNABLES=glibc.malloc.hugetlb=1 $(BIN)/python -m supra_jax.bin.demo --workdir=$(WORKDIR)
 
 test: lint
-	$(BIN)/python -m pytest --numprocesses=auto --dist=loadfile
+	$(BIN)/python -m pytest --numprocesses=auto --dist=loadfile $(PYTEST_FLAGS)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

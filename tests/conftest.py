@@ -5,6 +5,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+# Real models, real processes, 7B compiled: half of the time of all tests. CI runs them on one of its two Pythons.
+HEAVY = {"test_smollm2", "test_faults", "test_processes", "test_plan"}
+
+
+def pytest_collection_modifyitems(items):
+  for item in items:
+    if item.path.stem in HEAVY:
+      item.add_marker(pytest.mark.heavy)
+
+
 # Accelerators multiply float32 with fewer bits unless told otherwise; here float32 means float32.
 jax.config.update("jax_default_matmul_precision", "highest")
 
