@@ -58,7 +58,7 @@ class Row:
     resumes: starts from a training state.
     steps_lost: that had to be done again.
     mismatches: what was not as it should be; each is described in `notes`.
-    seconds: from the fault to the end of the last process, the longest; None where nothing ends.
+    seconds: from the fault, or the start with it, until all is saved or said; the longest, and None where nothing is.
     notes: what was wrong, or else seen.
   """
 
@@ -195,8 +195,10 @@ def terminate(soak: Soak, processes: int, which: tuple[int, ...]) -> Row:
   run.until_step(workdir, 15)
   began = time.monotonic()
   run.send(signal.SIGTERM, *which)
-  row.check(run.wait(120) == [0] * processes, f"exit statuses: {run.said[-500:]}")
+  run.until(lambda: run.said.count("SIGTERM: saved") == processes)
   row.took(time.monotonic() - began)
+  row.check(run.wait(120) == [0] * processes, f"exit statuses: {run.said[-500:]}")
+  row.notes.append(f"the last process was gone after {time.monotonic() - began:.1f} s")
   steps = set(map(int, re.findall(r"SIGTERM: saved after step (\d+)", run.said)))
   row.check(len(steps) == 1 and steps == {max(runs.positions(workdir), default=0)}, f"saved after steps {steps}")
   row.steps_lost = max(runs.losses(workdir)) - max(steps, default=0)
@@ -373,7 +375,7 @@ def main() -> None:
       f"{row.mismatches:>7}{seconds:>9}",
       flush=True,
     )
-    for note in row.notes[: row.mismatches]:
+    for note in row.notes:
       print(f"  {note}", flush=True)
   result = {
     "seconds": round(time.monotonic() - began),

@@ -1,6 +1,6 @@
 """A whole optimizer step beside torch's: the RNN here, the softmax transformer of the same shape there.
 
-    python -m benchmarks.train_step [--tokens=512,2048,8192] [--remat=none] [--peers=torch,torch.compile]
+    python -m benchmarks.train_step [--tokens=512,2048,8192] [--remat=none,none,matmuls] [--peers=torch,torch.compile]
 
 A step is forward, cross-entropy over the whole vocabulary, backward, clipping and AdamW, on one row of T tokens.
 Weights are random, as time does not depend on them. Contestants:
@@ -10,13 +10,15 @@ Weights are random, as time does not depend on them. Contestants:
   AdamW the faster one counts, and of the loss from all logits at once and torch's chunked linear_cross_entropy.
 - `torch.compile`: the same with model and loss compiled; all logits at once, since compilation stops at the other.
 
-On a CPU all compute in float32, on a GPU in bfloat16 from float32 master weights. `--remat` is `Transformer`'s; torch
-keeps everything (`none`) or recomputes whole layers (`block`, and also where `matmuls` is asked for).
+On a CPU all compute in float32, on a GPU in bfloat16 from float32 master weights. `--remat` is `Transformer`'s, one for
+all lengths or one a length: the least that fits is the fastest. With `none` torch keeps everything, with `block` it
+recomputes whole layers, with `matmuls` all but products and attention.
 
-Each contestant and length has a process of its own, one after another, with the same number of threads and with huge
-pages. It warms up, then measures itself: the median of wall-clock time, and its peak memory, resident or the GPU's.
-Nothing else should be running. Of a process that fails, for want of memory say, the table has a "-" and the JSON its
-last words.
+Each contestant and length has a process of its own, one after another, with the same number of threads and the same
+allocator: huge pages, and what is freed stays with the process, which spares both the page faults of a step's large
+temporaries. It warms up, then measures itself: the median of wall-clock time, and its peak memory, resident or the
+GPU's. Nothing else should be running. Of a process that fails, for want of memory say, the table has a "-" and the JSON
+its last words.
 
 On a GPU, 7B-wide layers, as many as fit beside their optimizer state:
 
@@ -57,7 +59,7 @@ _PRESET = flags.DEFINE_enum("preset", "smollm2_135m", list(PRESETS), "Shape of t
 _LAYERS = flags.DEFINE_integer(
   "layers", 0, "How many. 0: the preset's; -1: as many as fit into the GPU.", lower_bound=-1
 )
-_REMAT = flags.DEFINE_enum("remat", "none", ["none", "matmuls", "block"], "What the backward pass recomputes.")
+_REMAT = flags.DEFINE_list("remat", ["none", "none", "matmuls"], "none, matmuls or block, for all lengths or each.")
 _PEERS = flags.DEFINE_list("peers", ["torch", "torch.compile"], "Contestants beside supra_jax; --peers= for none.")
 _BUDGET = flags.DEFINE_float("budget", 60.0, "Timed seconds for a contestant and length, beyond three steps.")
 _OUTPUT = flags.DEFINE_string("output", "benchmarks/results", "Directory of the JSON and the plot.")
@@ -65,6 +67,8 @@ _WORKER = flags.DEFINE_string("worker", "", "The contestant that this process ru
 
 WARMUP_STEPS, MIN_STEPS, MAX_STEPS = 2, 3, 25
 MEMORY_SHARE = 0.9  # of a GPU that layers are planned for: its allocator cannot use all pieces
+# glibc's; other C libraries pass over it.
+ALLOCATOR = "glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=1000000000000"
 LEARNING_RATE, BETAS, WEIGHT_DECAY, CLIP_NORM = 3e-5, (0.9, 0.95), 0.1, 1.0
 # Takes a step and returns its loss. Beside it, what there is to say about it, and its peak of GPU memory.
 Contestant = tuple[Callable[[], float], dict[str, Any], Callable[[], int | None]]
@@ -74,7 +78,7 @@ def threads() -> int:
   return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def our_step(config: ModelConfig, tokens: int) -> Contestant:
+def our_step(config: ModelConfig, tokens: int, remat: str) -> Contestant:
   import jax
   import numpy as np
 
@@ -100,7 +104,7 @@ def our_step(config: ModelConfig, tokens: int) -> Contestant:
   batch = put_batch({"tokens": ids}, mesh)
 
   def compiled(config: ModelConfig):
-    model = Transformer(config, dtype=jax.numpy.dtype(dtype), stacked=True, remat=_REMAT.value)
+    model = Transformer(config, dtype=jax.numpy.dtype(dtype), stacked=True, remat=remat)
     step = TrainStep(model, recipe, num_steps=10_000)
     shapes = state_shapes(step, mesh)
     shardings = jax.tree.map(lambda x: x.sharding, shapes)
@@ -123,12 +127,12 @@ def our_step(config: ModelConfig, tokens: int) -> Contestant:
     jax.block_until_ready(state)
     return float(metrics["loss"])
 
-  facts = {"device": device.device_kind, "dtype": dtype, "remat": _REMAT.value, "layers": config.num_layers}
+  facts = {"device": device.device_kind, "dtype": dtype, "layers": config.num_layers}
   facts["flops_per_token"] = train_flops_per_token(config, tokens)
   return take, facts, lambda: (device.memory_stats() or {}).get("peak_bytes_in_use")
 
 
-def torch_step(config: ModelConfig, tokens: int, *, compiled: bool = False) -> Contestant:
+def torch_step(config: ModelConfig, tokens: int, remat: str, *, compiled: bool = False) -> Contestant:
   import torch
   import torch.nn.functional as F
   import transformers
@@ -153,8 +157,9 @@ def torch_step(config: ModelConfig, tokens: int, *, compiled: bool = False) -> C
   with device:
     model = transformers.LlamaForCausalLM(shape).train()
     row = torch.randint(0, config.vocab_size, (1, tokens + 1))
-  if _REMAT.value != "none":
-    model.gradient_checkpointing_enable({"use_reentrant": False})
+  if remat != "none":
+    kept = {"context_fn": functools.partial(_keeping_products, torch)} if remat == "matmuls" else {}
+    model.gradient_checkpointing_enable({"use_reentrant": False, **kept})
   autocast = functools.partial(torch.autocast, "cuda", torch.bfloat16, enabled=gpu)
   table = model.lm_head.weight
   losses = {"all logits": lambda hidden: F.cross_entropy(F.linear(hidden, table).float(), row[0, 1:])}
@@ -207,14 +212,21 @@ def torch_step(config: ModelConfig, tokens: int, *, compiled: bool = False) -> C
     return float(loss.detach())
 
   facts = {"device": torch.cuda.get_device_name() if gpu else "cpu", "dtype": "bfloat16" if gpu else "float32"}
-  facts |= {"remat": "none" if _REMAT.value == "none" else "block", "layers": config.num_layers}
-  facts |= {"adamw": best_adamw, "loss": best_loss}
+  facts |= {"layers": config.num_layers, "adamw": best_adamw, "loss": best_loss}
   teacher = config.replace(mixers=("softmax",) * config.num_layers, sliding_window=None)
   facts["flops_per_token"] = train_flops_per_token(teacher, tokens)
   return take, facts, lambda: torch.cuda.max_memory_allocated() if gpu else None
 
 
-CONTESTANTS: dict[str, Callable[[ModelConfig, int], Contestant]] = {
+def _keeping_products(torch: Any) -> Any:
+  """What torch's checkpoint asks for: of a layer it keeps the results of products and of attention."""
+  aten = torch.ops.aten
+  names = ("flash_attention_for_cpu", "flash_attention", "efficient_attention", "cudnn_attention")
+  attentions = [getattr(aten, f"_scaled_dot_product_{name}").default for name in names]
+  return torch.utils.checkpoint.create_selective_checkpoint_contexts([aten.mm.default, *attentions])
+
+
+CONTESTANTS: dict[str, Callable[..., Contestant]] = {
   "supra_jax": our_step,
   "torch": torch_step,
   "torch.compile": functools.partial(torch_step, compiled=True),
@@ -236,13 +248,12 @@ def _fastest(run: Callable[[str], None], names: Iterable[str]) -> str:
   return min(names, key=lambda name: times.get(name, 0))
 
 
-def measure(name: str, tokens: int) -> dict[str, Any]:
+def measure(name: str, tokens: int, remat: str) -> dict[str, Any]:
   """What a contestant's process says of itself."""
   config = PRESETS[_PRESET.value]("supra")
   began = time.perf_counter()
-  take, facts, gpu_memory = CONTESTANTS[name](
-    _with_layers(config, _LAYERS.value) if _LAYERS.value > 0 else config, tokens
-  )
+  config = _with_layers(config, _LAYERS.value) if _LAYERS.value > 0 else config
+  take, facts, gpu_memory = CONTESTANTS[name](config, tokens, remat)
   for _ in range(WARMUP_STEPS):
     take()
   facts["seconds_before"] = time.perf_counter() - began
@@ -269,30 +280,29 @@ def _peak_resident_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def run_process(name: str, tokens: int, layers: int) -> dict[str, Any]:
+def run_process(name: str, tokens: int, remat: str, layers: int) -> dict[str, Any]:
   """`measure` in a process of its own."""
-  command = [sys.executable, "-m", "benchmarks.train_step", *sys.argv[1:], f"--worker={name}", f"--tokens={tokens}"]
-  settings = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1", "OMP_NUM_THREADS": f"{threads()}"}
-  done = subprocess.run(
-    [*command, f"--layers={layers}"], env=os.environ | settings, capture_output=True, text=True, check=False
-  )
+  given = {"worker": name, "tokens": tokens, "remat": remat, "layers": layers}
+  command = [sys.executable, "-m", "benchmarks.train_step", *sys.argv[1:], *(f"--{k}={v}" for k, v in given.items())]
+  env = os.environ | {"GLIBC_TUNABLES": ALLOCATOR, "OMP_NUM_THREADS": f"{threads()}"}
+  done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
   if done.returncode:
     return {"failed": f"exit status {done.returncode}: {done.stderr.strip()[-500:]}"}
   return json.loads(done.stdout.splitlines()[-1])
 
 
-def _row(tokens: int, name: str, found: dict[str, Any], ours: dict[str, Any]) -> str:
-  cells = [f"{tokens}", name, "-"]
+def _row(tokens: int, remat: str, name: str, found: dict[str, Any], ours: dict[str, Any]) -> str:
+  cells = [f"{tokens}", remat, name, "-"]
   if "failed" not in found:
     ratio = f"{found['seconds'] / ours['seconds']:.2f}x" if "seconds" in ours else "-"
     share = "-" if found["mfu"] is None else f"{found['mfu']:.1%}"
-    cells[2:] = [
+    cells[3:] = [
       f"{found['seconds']:.2f}",
       f"{found['process_seconds']:.2f}",
       f"{found['tokens_per_second']:.0f}",
       ratio,
     ]
-    cells += [f"{found['peak_bytes'] / 1e9:.1f}", found["remat"], f"{found['layers']}", share]
+    cells += [f"{found['peak_bytes'] / 1e9:.1f}", f"{found['layers']}", share]
   return "| " + " | ".join(cells) + " |"
 
 
@@ -329,8 +339,12 @@ def _cpu() -> str:
 
 def main(_) -> None:
   if _WORKER.value:
-    print(json.dumps(measure(_WORKER.value, int(_TOKENS.value[0]))))
+    print(json.dumps(measure(_WORKER.value, int(_TOKENS.value[0]), _REMAT.value[0])))
     return
+  remats = _REMAT.value * (len(_TOKENS.value) if len(_REMAT.value) == 1 else 1)
+  if len(remats) != len(_TOKENS.value) or not set(remats) <= {"none", "matmuls", "block"}:
+    raise app.UsageError(f"--remat={','.join(remats)}: wanted none, matmuls or block, one for all lengths or one each.")
+  lengths = sorted(zip(map(int, _TOKENS.value), remats, strict=True))
   unknown = set(_PEERS.value) - set(CONTESTANTS)
   if unknown:
     raise app.UsageError(f"--peers: {', '.join(unknown)} is none of {', '.join(CONTESTANTS)}.")
@@ -346,15 +360,15 @@ def main(_) -> None:
     "rows": [],
   }
   print(f"{report['device']}; {report['versions']}{'' if has_torch else '; torch and transformers are not here'}")
-  print("| T | contestant | s/step | process s | tokens/s | ratio | peak GB | remat | layers | MFU |")
+  print("| T | remat | contestant | s/step | process s | tokens/s | ratio | peak GB | layers | MFU |")
   print("| --- " * 10 + "|")
-  for tokens in sorted(map(int, _TOKENS.value)):
+  for tokens, remat in lengths:
     ours: dict[str, Any] = {}
     for name in entrants:
-      found = run_process(name, tokens, ours.get("layers", _LAYERS.value))
+      found = run_process(name, tokens, remat, ours.get("layers", _LAYERS.value))
       ours = found if name == "supra_jax" else ours
-      report["rows"].append({"tokens": tokens, "contestant": name, **found})
-      print(_row(tokens, name, found, ours), flush=True)
+      report["rows"].append({"tokens": tokens, "remat": remat, "contestant": name, **found})
+      print(_row(tokens, remat, name, found, ours), flush=True)
 
   gpus = {row["device"] for row in report["rows"] if row.get("device", "cpu") != "cpu"}
   report["device"] = ", ".join(gpus) or report["device"]

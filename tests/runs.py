@@ -138,11 +138,14 @@ class Run:
     return "".join("".join(lines) for lines in self._said)
 
   def until(self, happened: Callable[[], bool], seconds: float = 240) -> None:
-    """Waits until something happened, while all processes live."""
+    """Waits until something happened; it has to while all processes live."""
     end = time.monotonic() + seconds
     while not happened():
-      alive = all(process.poll() is None for process in self.processes)
-      assert (alive or happened()) and time.monotonic() < end, self.said
+      if any(process.poll() is not None for process in self.processes):
+        # What one of them did last may not have been read yet.
+        time.sleep(1)
+        assert happened(), self.said
+      assert time.monotonic() < end, self.said
       time.sleep(0.01)
 
   def until_step(self, workdir: Path, step: int) -> None:
