@@ -181,12 +181,12 @@ def run_and_kill(text, output, *, shards, workers=0):
   process = subprocess.Popen(
     command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
   )
-  deadline = time.monotonic() + 60
+  deadline = time.monotonic() + 240
   while len(list(output.with_name("out.partial").rglob("*.array_record"))) < shards and not output.exists():
     assert process.poll() is None and time.monotonic() < deadline, process.communicate()
     time.sleep(0.001)
   process.kill()
-  process.communicate(timeout=60)
+  process.communicate(timeout=240)
   with pytest.raises(ProcessLookupError):
     # Its workers, of the same group, end by themselves.
     while time.monotonic() < deadline:
