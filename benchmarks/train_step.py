@@ -67,8 +67,8 @@ _WORKER = flags.DEFINE_string("worker", "", "The contestant that this process ru
 
 WARMUP_STEPS, MIN_STEPS, MAX_STEPS = 2, 3, 25
 MEMORY_SHARE = 0.9  # of a GPU that layers are planned for: its allocator cannot use all pieces
-# glibc's; other C libraries pass over it.
-ALLOCATOR = "glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=1000000000000"
+# glibc's; other C libraries pass over it. One arena, since others than the first cannot keep large pieces.
+TUNABLES = {"arena_max": 1, "hugetlb": 1, "mmap_max": 0, "trim_threshold": 10**12}
 LEARNING_RATE, BETAS, WEIGHT_DECAY, CLIP_NORM = 3e-5, (0.9, 0.95), 0.1, 1.0
 # Takes a step and returns its loss. Beside it, what there is to say about it, and its peak of GPU memory.
 Contestant = tuple[Callable[[], float], dict[str, Any], Callable[[], int | None]]
@@ -284,7 +284,8 @@ def run_process(name: str, tokens: int, remat: str, layers: int) -> dict[str, An
   """`measure` in a process of its own."""
   given = {"worker": name, "tokens": tokens, "remat": remat, "layers": layers}
   command = [sys.executable, "-m", "benchmarks.train_step", *sys.argv[1:], *(f"--{k}={v}" for k, v in given.items())]
-  env = os.environ | {"GLIBC_TUNABLES": ALLOCATOR, "OMP_NUM_THREADS": f"{threads()}"}
+  tunables = ":".join(f"glibc.malloc.{name}={value}" for name, value in TUNABLES.items())
+  env = os.environ | {"GLIBC_TUNABLES": tunables, "OMP_NUM_THREADS": f"{threads()}"}
   done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
   if done.returncode:
     return {"failed": f"exit status {done.returncode}: {done.stderr.strip()[-500:]}"}

@@ -15,6 +15,7 @@ import json
 import os
 import shutil
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -190,7 +191,8 @@ class TrainingCheckpoints:
     options = ocp.CheckpointManagerOptions(
       max_to_keep=keep, create=True, cleanup_tmp_directories=True, async_options=asynchronous
     )
-    names = {"state": ocp.StandardCheckpointHandler(), "position": ocp.JsonCheckpointHandler()}
+    self._errors: list[Exception] = []
+    names = {"state": _watched_handler(self._errors), "position": ocp.JsonCheckpointHandler()}
     self._manager = ocp.CheckpointManager(self.directory, options=options, item_handlers=names)
     self._saving = -1
 
@@ -233,6 +235,11 @@ class TrainingCheckpoints:
   def wait(self) -> None:
     """Waits for what `save` writes, if anything; raises OSError as it does."""
     with self._as_os_error():
+      # Orbax has a process that fails wait for the others, and them for it, for 600 seconds.
+      while jax.process_count() > 1 and self._manager.is_saving_in_progress():
+        if self._errors:
+          raise self._errors[0]
+        time.sleep(0.01)
       self._manager.wait_until_finished()
 
   def close(self) -> None:
@@ -252,10 +259,13 @@ class TrainingCheckpoints:
     try:
       yield
     except Exception as error:
-      # A full disk comes as OSError, tensorstore's ValueError or Orbax's own; what it left only fills the disk further.
-      self._remove_partial()
-      # The manager has already struck those off its list that were to give way to this one.
-      self._manager.reload()
+      # A full disk comes as OSError, tensorstore's ValueError or Orbax's own. Of several processes others may still be
+      # writing; there the run ends, and the next start tidies up.
+      if jax.process_count() == 1:
+        # It only fills the disk further.
+        self._remove_partial()
+        # The manager has already struck those off its list that were to give way to this one.
+        self._manager.reload()
       where = self.directory / str(self._saving)
       raise OSError(f"checkpoint {where} could not be written: {_first_line(error)}") from error
 
@@ -301,6 +311,31 @@ class TrainingCheckpoints:
         os.rename(path, aside)
         said += f" It was moved to {aside}."
       print(said, file=sys.stderr)
+
+
+def _watched_handler(errors: list[Exception]) -> ocp.StandardCheckpointHandler:
+  """Writes as any, and leaves errors of its threads in a list as soon as they are there."""
+  handler = ocp.StandardCheckpointHandler()
+  save = handler.async_save
+
+  async def async_save(*args, **kwargs) -> Any:
+    return [_Watched(future, errors) for future in await save(*args, **kwargs) or ()]
+
+  # Orbax tells by its class what a handler is for, so that no subclass will do.
+  handler.async_save = async_save  # type: ignore[method-assign]
+  return handler
+
+
+class _Watched:
+  def __init__(self, future: Any, errors: list[Exception]):
+    self._future, self._errors = future, errors
+
+  def result(self, timeout: float | None = None) -> Any:
+    try:
+      return self._future.result(timeout=timeout)
+    except Exception as error:
+      self._errors.append(error)
+      raise
 
 
 def _digests(directory: Path) -> dict[str, str]:

@@ -57,7 +57,13 @@ def _product_backward(equation, dtype, out_dtype, residuals, grad):
   grad = grad.astype(dtype)
   x_grad = jnp.einsum(f"{output},{of_kernel}->{of_x}", grad, cast).astype(x.dtype)
   wide = jnp.promote_types(dtype, jnp.float32)
-  kernel_grad = jnp.einsum(f"{of_x},{output}->{of_kernel}", x.astype(dtype), grad, preferred_element_type=wide)
+  einsum = functools.partial(jnp.einsum, preferred_element_type=wide)
+  if x.shape[-1] > grad.shape[-1]:
+    # The left factor is transposed, which XLA's CPU backend does in memory: the narrower one, then.
+    flipped = of_kernel[:-2] + of_kernel[-1] + of_kernel[-2]
+    kernel_grad = einsum(f"{output},{of_x}->{flipped}", grad, x.astype(dtype)).swapaxes(-1, -2)
+  else:
+    kernel_grad = einsum(f"{of_x},{output}->{of_kernel}", x.astype(dtype), grad)
   return x_grad, kernel_grad.astype(kernel.dtype)
 
 
@@ -143,14 +149,16 @@ class Norm(nn.Module):
   def __call__(self, x: jax.Array) -> jax.Array:
     weight = self.param("weight", nn.initializers.ones, (x.shape[-1],))
     bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],)) if self.kind == "layer_norm" else None
-    x = at_least_float32(x)
+    # A row a token: with a leading axis of length 1, XLA's CPU backend takes ten times as long for the backward pass.
+    lead = x.shape[:-1]
+    x = at_least_float32(x).reshape(-1, x.shape[-1])
     if self.kind != "rms_norm":
       x = x - x.mean(-1, keepdims=True)
     x = x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + self.eps)
     x = x * weight.astype(x.dtype)
     if bias is not None:
       x = x + bias.astype(x.dtype)
-    return x.astype(self.dtype)
+    return x.astype(self.dtype).reshape(*lead, -1)
 
 
 def group_norm(x_BTHV: jax.Array) -> jax.Array:
@@ -158,10 +166,11 @@ def group_norm(x_BTHV: jax.Array) -> jax.Array:
 
   The paper's replacement for the softmax normaliser (eq. 9). Statistics are float32, the variance is the biased one.
   """
-  x = at_least_float32(x_BTHV)
+  # As in Norm; heads stay apart, since a mesh may cut them.
+  x = at_least_float32(x_BTHV).reshape(-1, *x_BTHV.shape[2:])
   x = x - x.mean(-1, keepdims=True)
   x = x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + GROUP_NORM_EPS)
-  return x.astype(x_BTHV.dtype)
+  return x.astype(x_BTHV.dtype).reshape(x_BTHV.shape)
 
 
 def rope_frequencies(rope: RopeConfig, head_dim: int) -> np.ndarray:

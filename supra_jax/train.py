@@ -100,8 +100,12 @@ def train(
     try:
       state = _loop(run, state, first, profile_steps)
       _export(workdir / "checkpoint", run.start, state.params, config)
-    finally:
-      run.checkpoints.close()
+    except Exception:
+      # Of several processes one may fail alone; it must not wait for the others' part in a save, nor they for it.
+      if jax.process_count() == 1:
+        run.checkpoints.close()
+      raise
+    run.checkpoints.close()
   if jax.process_index() == 0:
     plot_losses(workdir / METRICS_FILE, workdir / PICTURE_FILE, teacher_nll=teacher_nll)
   together("run done")
