@@ -58,8 +58,9 @@ def _product_backward(equation, dtype, out_dtype, residuals, grad):
   x_grad = jnp.einsum(f"{output},{of_kernel}->{of_x}", grad, cast).astype(x.dtype)
   wide = jnp.promote_types(dtype, jnp.float32)
   einsum = functools.partial(jnp.einsum, preferred_element_type=wide)
-  if x.shape[-1] > grad.shape[-1]:
-    # The left factor is transposed, which XLA's CPU backend does in memory: the narrower one, then.
+  if x.shape[-1] > grad.shape[-1] and dtype == wide:
+    # The left factor is transposed, which XLA's CPU backend does in memory: the narrower one, then. It has no such
+    # product of bfloat16.
     flipped = of_kernel[:-2] + of_kernel[-1] + of_kernel[-2]
     kernel_grad = einsum(f"{output},{of_x}->{flipped}", grad, x.astype(dtype)).swapaxes(-1, -2)
   else:
