@@ -1,26 +1,25 @@
-"""The op on a CPU against other people's attention: wall-clock time, forward and forward + backward, float32.
+"""The op beside other people's attention: wall-clock time, forward and forward + backward.
 
-    python -m benchmarks.linear_attention [--tokens=512,2048] [--budget=5] [--output=DIR]
+    python -m benchmarks.linear_attention [--shapes=BxTxHxGxD,...] [--peers=false] [--budget=2] [--output=DIR]
 
-Contestants, on the same random q, k, v with the same number of threads and a batch of one:
+Who runs is in `benchmarks/contestants.py`; of them those that are installed and serve the device enter, all on the same
+random inputs. On a CPU they compute in float32 with the same number of threads, on a GPU in bfloat16.
 
-- `chunked_xla`: `kernels_pallas.linear_attention`, [B, T, H, K] in and out.
-- `MiniMax`: the lightning attention of transformers, the same op. It is the real `MiniMaxLightningAttention` module;
-  its projections, activation and norm are replaced by identities, so that what is left is its loop over blocks, the
-  split of the packed q, k, v before it, and one product with a gate of 1 after it. Of several block sizes the fastest
-  counts, chosen anew for each cell. The outputs of the two are compared before anything is timed.
-- `SDPA`: torch's causal scaled_dot_product_attention on contiguous [B, H, T, K], what the op replaces.
+Outputs are compared before anything is timed. Forward + backward gives the output and the gradients of q, k and v for a
+given cotangent of the output. The contestants of a cell take turns; the table shows medians of wall-clock time, so
+nothing else should be running. On a GPU one turn is as many calls as take 20 milliseconds, and is waited for at its
+end. A cell is given up ("-") where one run is expected to take longer than four times the budget, judging by half the
+length.
 
-Backward means the gradients of q, k and v of `sum(output * random)`: `jax.value_and_grad`, and `loss.backward()`. The
-contestants of a cell take turns; the table shows medians of wall-clock time, so nothing else should be running. A cell
-is given up ("-") where one run is expected to take longer than four times the budget, judging by half the length.
+"of the copy" and "of the product" hold the bytes and FLOPs that the op cannot do without (`Shape.floor`) against a copy
+of a large array and a large matrix product, both measured in the same run.
 
 Writes linear_attention_<device>.json and a plot beside it.
 """
 
 from __future__ import annotations
 
-import functools
+import importlib.metadata
 import json
 import os
 import platform
@@ -35,189 +34,159 @@ import jax.numpy as jnp
 import matplotlib
 import numpy as np
 import torch
-import transformers
 from absl import app, flags
-from transformers.models.minimax.configuration_minimax import MiniMaxConfig
-from transformers.models.minimax.modeling_minimax import MiniMaxLightningAttention
 
-from kernels_pallas import linear_attention
+from benchmarks.contestants import CONTESTANTS, MODES, Inputs, Run, Shape, is_gpu, make_inputs
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-_TOKENS = flags.DEFINE_list("tokens", ["512", "1024", "2048", "4096", "8192", "16384"], "Lengths T.")
-_SHAPES = flags.DEFINE_list("shapes", ["9x64", "8x128"], "Heads x width.")
-_BUDGET = flags.DEFINE_float("budget", 2.0, "Timed seconds for a contestant and cell, beyond three runs.")
+_SHAPES = flags.DEFINE_list("shapes", [], "BxTxHxGxD: rows, tokens, heads, key/value heads, width. Default: by device.")
+_PEERS = flags.DEFINE_bool("peers", True, "Whether others than ours run.")
+_BUDGET = flags.DEFINE_float("budget", 2.0, "Timed seconds for a contestant and cell, beyond three turns.")
 _OUTPUT = flags.DEFINE_string("output", "benchmarks/results", "Directory of the JSON and the plot.")
 
-BLOCK_SIZES = (32, 64, 128, 256, 512)
-MIN_RUNS, MAX_RUNS = 3, 25
-MODES = ("forward", "forward+backward")
-CONTESTANTS = ("chunked_xla", "MiniMax", "SDPA")
-Run = Callable[[], object]
+LENGTHS = (512, 1024, 2048, 4096, 8192, 16384)
+SHAPES = {
+  "cpu": [Shape(1, tokens, heads, heads, width) for heads, width in ((9, 64), (8, 128)) for tokens in LENGTHS],
+  # Ours, those that pytorch/helion publishes for flash-linear-attention and itself, and a series of lengths.
+  "gpu": [
+    *(Shape(batch, tokens, 32, groups, 128) for batch, tokens in ((8, 2048), (1, 32768)) for groups in (32, 8)),
+    *(Shape(*x, 128) for x in ((1, 8192, 96, 96), (2, 16384, 16, 16), (4, 2048, 16, 16), (4, 4096, 64, 64))),
+    *(Shape(1, tokens, 16, 16, 64) for tokens in LENGTHS),
+  ],
+}
+OURS = {"cpu": ("chunked_xla",), "gpu": ("triton", "chunked_xla")}  # the first one is what ratios are of
+MIN_TURNS, MAX_TURNS = 3, 25
+GPU_TURN = 0.02
+# Contestants with decays of their own, and none.
+OTHER_RESULTS = ("fla retention", "fla lightning", "SDPA")
 
 
-class _Open(torch.nn.Module):
-  """An output gate that is open: sigmoid(inf) = 1."""
-
-  def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-    return torch.full((), torch.inf)
-
-
-def minimax_module(heads: int, width: int, block_size: int) -> MiniMaxLightningAttention:
-  config = MiniMaxConfig(
-    hidden_size=heads * width,
-    head_dim=width,
-    num_attention_heads=heads,
-    num_key_value_heads=heads,
-    num_hidden_layers=2,
-    block_size=block_size,
-    layer_types=["linear_attention", "full_attention"],
-  )
-  module = MiniMaxLightningAttention(config, layer_idx=0)
-  for name in ("act_fn", "norm", "qkv_proj", "out_proj"):
-    setattr(module, name, torch.nn.Identity())
-  module.output_gate = _Open()
-  return module
+def check_same_op(names: list[str], shape: Shape) -> None:
+  """Raises AssertionError where contestants do not compute the same."""
+  inputs, wanted, tolerance = make_inputs(shape), None, 2e-2 if is_gpu() else 1e-4
+  for name in names:
+    if name in OTHER_RESULTS:
+      continue
+    start, wait = CONTESTANTS[name].make(inputs, CONTESTANTS[name].settings[0])["forward"]
+    output = start()
+    wait(output)
+    output = np.asarray(output.float().cpu() if isinstance(output, torch.Tensor) else output, np.float32)
+    if name == "lightning-attn":
+      output = output.swapaxes(1, 2)
+    output = output.reshape(inputs.q.shape)
+    wanted = output if wanted is None else wanted
+    difference = float(np.max(np.abs(output - wanted)) / np.max(np.abs(wanted)))
+    if not difference <= tolerance:
+      raise AssertionError(f"{names[0]} and {name} differ by {difference:.1e} of the largest output.")
 
 
-def _torch_runs(call: Callable[..., torch.Tensor], inputs: list[np.ndarray], cotangent: np.ndarray) -> dict[str, Run]:
-  leaves = [torch.from_numpy(x).requires_grad_() for x in inputs]
-  cotangent = torch.from_numpy(cotangent)
+def turn(run: Run, calls: int = 1, *, settle: bool = True) -> tuple[float, float]:
+  """(wall, process) seconds of a call. The pause lets the worker threads of the other library go to sleep.
 
-  def forward():
-    with torch.no_grad():
-      return call(*leaves)
-
-  def both():
-    for leaf in leaves:
-      leaf.grad = None
-    (call(*leaves) * cotangent).sum().backward()
-
-  return {"forward": forward, "forward+backward": both}
-
-
-def minimax_runs(q, k, v, cotangent, block_size: int) -> dict[str, Run]:
-  batch, tokens, heads, width = q.shape
-  module = minimax_module(heads, width, block_size)
-  packed = np.concatenate([q, k, v], axis=-1).reshape(batch, tokens, -1)
-  call = lambda x: module(x, position_embeddings=None, attention_mask=None)[0]  # noqa: E731
-  return _torch_runs(call, [packed], cotangent.reshape(batch, tokens, -1))
-
-
-def sdpa_runs(q, k, v, cotangent) -> dict[str, Run]:
-  call = functools.partial(torch.nn.functional.scaled_dot_product_attention, is_causal=True)
-  *operands, cotangent = (np.ascontiguousarray(x.swapaxes(1, 2)) for x in (q, k, v, cotangent))
-  return _torch_runs(call, operands, cotangent)
-
-
-def our_runs(q, k, v, cotangent, slopes) -> dict[str, Run]:
-  operands = tuple(map(jnp.asarray, (q, k, v)))
-  cotangent = jnp.asarray(cotangent)
-
-  def call(q, k, v):
-    return linear_attention(q, k, v, slopes, scale=1.0, implementation="chunked_xla")[0]
-
-  forward = jax.jit(call)
-  both = jax.jit(jax.value_and_grad(lambda *x: jnp.sum(call(*x[:3]) * x[3]), argnums=(0, 1, 2)))
-  return {
-    "forward": lambda: jax.block_until_ready(forward(*operands)),
-    "forward+backward": lambda: jax.block_until_ready(both(*operands, cotangent)),
-  }
-
-
-def make_inputs(tokens: int, heads: int, width: int) -> list[np.ndarray]:
-  """Random q, k, v and cotangent [1, T, H, K]; relu features, as SUPRA's are."""
-  rng = np.random.default_rng(0)
-  q, k, v, cotangent = (rng.standard_normal((1, tokens, heads, width), np.float32) for _ in range(4))
-  return [np.maximum(q, 0), np.maximum(k, 0), v, cotangent]
-
-
-def slopes_of(heads: int, width: int) -> np.ndarray:
-  return minimax_module(heads, width, 64).slope_rate.numpy().reshape(heads)
-
-
-def check_same_op(heads: int, width: int) -> float:
-  """The largest difference of the two linear contestants' outputs, relative to the largest output."""
-  inputs = make_inputs(256, heads, width)
-  ours = np.asarray(our_runs(*inputs, slopes_of(heads, width))["forward"]())
-  theirs = minimax_runs(*inputs, 64)["forward"]().numpy().reshape(ours.shape)
-  difference = float(np.max(np.abs(ours - theirs)) / np.max(np.abs(theirs)))
-  if difference > 1e-4:
-    raise AssertionError(f"outputs differ by {difference:.1e}: the contestants do not compute the same")
-  return difference
-
-
-def once(run: Run, *, settle: bool = True) -> tuple[float, float]:
-  """(wall, process) seconds. The pause lets the worker threads of the other library go to sleep.
-
-  An untimed run before it lets caches and allocator settle after the other contestants' turns.
+  An untimed call before it lets caches and allocator settle after the other contestants' turns.
   """
+  start, wait = run
   time.sleep(0.005)
   if settle:
-    run()
+    wait(start())
   wall, process = time.perf_counter(), time.process_time()
-  run()
-  return time.perf_counter() - wall, time.process_time() - process
+  for _ in range(calls):
+    result = start()
+  wait(result)
+  return (time.perf_counter() - wall) / calls, (time.process_time() - process) / calls
 
 
-def best_block(inputs: list[np.ndarray], mode: str) -> int:
+def best_setting(name: str, inputs: Inputs, mode: str):
+  """Of the contestant's settings the fastest one."""
+  make, settings = CONTESTANTS[name].make, CONTESTANTS[name].settings
   times = {}
-  for size in BLOCK_SIZES:
-    run = minimax_runs(*inputs, size)[mode]
-    first = once(run, settle=False)[0]  # all that the longest lengths can afford
-    times[size] = min(once(run)[0] for _ in range(3)) if first < 1 else first
-  return min(times, key=times.get)
+  for setting in settings if len(settings) > 1 else ():
+    run = make(inputs, setting)[mode]
+    first = turn(run, settle=False)[0]  # all that the longest lengths can afford
+    times[setting] = min(turn(run)[0] for _ in range(3)) if first < 1 else first
+  return min(times, key=lambda setting: times[setting], default=settings[0])
 
 
-def time_cell(tokens: int, heads: int, width: int, mode: str, expected: dict[str, float]) -> dict[str, dict]:
-  """Medians of each contestant for one length and mode; `expected` has seconds for those whose time can be foreseen."""
-  inputs = make_inputs(tokens, heads, width)
-  entrants = [name for name in CONTESTANTS if expected.get(name, 0) <= 4 * _BUDGET.value]
-  runs, cell = {}, {name: {} for name in entrants}
-  for name in entrants:
-    if name == "MiniMax":
-      cell[name]["block_size"] = best_block(inputs, mode)
-      runs[name] = minimax_runs(*inputs, cell[name]["block_size"])[mode]
-    elif name == "SDPA":
-      runs[name] = sdpa_runs(*inputs)[mode]
-    else:
-      runs[name] = our_runs(*inputs, slopes_of(heads, width))[mode]
-  times = {name: [] for name in entrants}
-  for name in entrants:
-    runs[name]()
-  settle = {name: once(runs[name], settle=False)[0] < 1 for name in entrants}
-  for i in range(MAX_RUNS):
-    for name in entrants:
-      if i < MIN_RUNS or sum(wall for wall, _ in times[name]) < _BUDGET.value:
-        times[name].append(once(runs[name], settle=settle[name]))
-  for name in entrants:
+def time_cell(shape: Shape, mode: str, names: list[str]) -> dict[str, dict]:
+  """Medians of each contestant for one shape and mode."""
+  inputs = make_inputs(shape)
+  runs, cell, calls = {}, {}, {}
+  for name in names:
+    setting = best_setting(name, inputs, mode)
+    cell[name] = {} if setting is None else {"setting": setting}
+    runs[name] = CONTESTANTS[name].make(inputs, setting)[mode]
+    turn(runs[name], settle=False)
+    seconds = turn(runs[name], settle=False)[0]
+    calls[name] = max(1, round(GPU_TURN / seconds)) if is_gpu() else 1
+    cell[name]["settle"] = seconds < 1
+  times: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
+  for i in range(MAX_TURNS):
+    for name in names:
+      if i < MIN_TURNS or sum(wall * calls[name] for wall, _ in times[name]) < _BUDGET.value:
+        times[name].append(turn(runs[name], calls[name], settle=cell[name]["settle"]))
+  for name in names:
     wall, process = np.median(times[name], axis=0)
-    cell[name] |= {"seconds": wall, "process_seconds": process, "runs": len(times[name])}
+    del cell[name]["settle"]
+    cell[name] |= {"seconds": wall, "process_seconds": process, "turns": len(times[name]), "calls": calls[name]}
   return cell
 
 
-def _row(heads: int, width: int, tokens: int, mode: str, cell: dict[str, dict]) -> str:
-  ours = cell["chunked_xla"]["seconds"]
-  columns = [f"H{heads} K{width}", f"{tokens}", f"{mode:16}", f"{ours * 1e3:.1f}"]
-  for name in CONTESTANTS[1:]:
-    found = cell.get(name)
-    block = f" ({found['block_size']})" if found and "block_size" in found else ""
-    columns += [f"{found['seconds'] * 1e3:.1f}{block}", f"{found['seconds'] / ours:.1f}x"] if found else ["-", "-"]
-  return "| " + " | ".join(columns) + " |"
+def measure_ceilings() -> dict[str, float]:
+  """Bytes/s of a copy, and FLOP/s of a matrix product in the dtype of the contestants; the best of several."""
+  size, dtype = (16384, jnp.bfloat16) if is_gpu() else (4096, jnp.float32)
+  x = jnp.ones((size, size), dtype)
+
+  def best(function: Callable, work: float, calls: int) -> float:
+    function = jax.jit(function)
+    return max(work / turn((lambda: function(x), jax.block_until_ready), calls)[0] for _ in range(5))
+
+  calls = 10 if is_gpu() else 1
+  return {
+    "bytes_per_second": best(lambda x: x + 1, 2 * x.nbytes, calls),
+    "flops_per_second": best(lambda x: x @ x, 2 * size**3, calls),
+  }
+
+
+def _lines(shape: Shape, cells: dict[str, dict], ceilings: dict[str, float], itemsize: int) -> list[str]:
+  lines, ours = [], next(iter(OURS["gpu" if is_gpu() else "cpu"]))
+  for name in dict.fromkeys([name for mode in MODES for name in cells[mode]]):
+    columns = ["x".join(map(str, shape)), name]
+    for mode in MODES:
+      found = cells[mode].get(name)
+      if found is None:
+        columns += ["-"] * 4
+        continue
+      moved, flops = shape.floor(mode, itemsize)
+      shares = moved / ceilings["bytes_per_second"], flops / ceilings["flops_per_second"]
+      setting = f" ({found['setting']})" if "setting" in found else ""
+      columns += [f"{found['seconds'] * 1e3:.3g}{setting}", f"{found['seconds'] / cells[mode][ours]['seconds']:.2f}x"]
+      columns += [f"{share / found['seconds']:.0%}" if name != "SDPA" else "" for share in shares]
+    lines.append("| " + " | ".join(columns) + " |")
+  return lines
 
 
 def _plot(rows: list[dict], path: Path, title: str) -> None:
-  shapes = sorted({(row["heads"], row["width"]) for row in rows}, reverse=True)
-  figure, axes = plt.subplots(1, len(shapes), figsize=(5.5 * len(shapes), 4.5), sharey=True, squeeze=False)
-  for axis, (heads, width) in zip(axes[0], shapes, strict=True):
-    for color, name in zip(("C0", "C1", "C2"), CONTESTANTS, strict=True):
+  """A panel for each shape of which there are several lengths."""
+  series: dict[tuple, list[dict]] = {}
+  for row in rows:
+    batch, _, *rest = row["shape"]
+    series.setdefault((batch, *rest), []).append(row)
+  series = {key: found for key, found in series.items() if len({row["shape"][1] for row in found}) > 1}
+  if not series:
+    return
+  figure, axes = plt.subplots(1, len(series), figsize=(5.5 * len(series), 4.5), sharey=True, squeeze=False)
+  for axis, ((batch, heads, groups, width), found) in zip(axes[0], series.items(), strict=True):
+    names = dict.fromkeys(name for row in found for name in row["times"])
+    for number, name in enumerate(names):
       for mode, style in zip(MODES, ("o--", "s-"), strict=True):
-        chosen = [row for row in rows if (row["heads"], row["width"], row["mode"]) == (heads, width, mode)]
-        points = [(row["tokens"], row["times"][name]["seconds"] * 1e3) for row in chosen if name in row["times"]]
+        chosen = [row for row in found if row["mode"] == mode and name in row["times"]]
+        points = [(row["shape"][1], row["times"][name]["seconds"] * 1e3) for row in chosen]
         if points:
-          axis.loglog(*zip(*points, strict=True), style, color=color, label=f"{name}, {mode}", markersize=4)
-    axis.set(title=f"{heads} heads of width {width}", xlabel="tokens")
+          axis.loglog(*zip(*points, strict=True), style, color=f"C{number}", label=f"{name}, {mode}", markersize=4)
+    of = f" of {groups} groups" if groups != heads else ""
+    axis.set(title=f"{batch} x {heads} heads{of}, width {width}", xlabel="tokens")
     axis.set_xscale("log", base=2)
     axis.grid(True, which="major", alpha=0.3)
   axes[0][0].set_ylabel("milliseconds")
@@ -228,7 +197,9 @@ def _plot(rows: list[dict], path: Path, title: str) -> None:
 
 
 def _device() -> str:
-  """The CPU's name and, where the system tells them, family and model: rented CPUs often hide the rest."""
+  """The GPU's name; or the CPU's and, where the system tells, family and model: rented ones often hide the rest."""
+  if is_gpu():
+    return jax.devices()[0].device_kind
   try:
     info = Path("/proc/cpuinfo").read_text()
     name, family, model = (
@@ -239,44 +210,58 @@ def _device() -> str:
     return platform.processor() or platform.machine()
 
 
+def _version(package: str) -> str | None:
+  try:
+    return importlib.metadata.version(package)
+  except importlib.metadata.PackageNotFoundError:
+    return None
+
+
 def main(_) -> None:
-  jax.config.update("jax_platforms", "cpu")
+  kind = "gpu" if is_gpu() else "cpu"
   threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
   torch.set_num_threads(threads)
-  device = f"{_device()}, {threads} threads"
+  device = _device() if is_gpu() else f"{_device()}, {threads} threads"
+  packages = ("jax", "torch", "transformers", "flash-linear-attention", "lightning-attn", "triton")
+  versions = {"python": platform.python_version()} | {name: _version(name) for name in packages}
+  names = [*OURS[kind], *(name for name in CONTESTANTS if name not in OURS[kind] and _PEERS.value)]
+  names = [name for name in names if CONTESTANTS[name].enters(kind)]
+  shapes = [Shape(*map(int, shape.split("x"))) for shape in _SHAPES.value] or SHAPES[kind]
+  itemsize = 2 if is_gpu() else 4
+  ceilings = measure_ceilings()
   report = {
     "device": device,
     "threads": threads,
-    "versions": {
-      "python": platform.python_version(),
-      "jax": jax.__version__,
-      "torch": torch.__version__,
-      "transformers": transformers.__version__,
-    },
+    "versions": versions,
     "command": " ".join(["python -m benchmarks.linear_attention", *sys.argv[1:]]),
+    "ceilings": ceilings,
     "rows": [],
   }
-  print(f"{device}; {report['versions']}; milliseconds, float32; in brackets MiniMax's best block size")
-  print("| shape | T | mode | chunked_xla | MiniMax | ratio | SDPA | ratio |")
-  print("| --- | --- | --- | --- | --- | --- | --- | --- |")
-  for shape in _SHAPES.value:
-    heads, width = map(int, shape.split("x"))
-    check_same_op(heads, width)
-    last: dict[str, dict[str, float]] = {mode: {} for mode in MODES}
-    for tokens in sorted(map(int, _TOKENS.value)):
+  print(f"{device}; {versions}; milliseconds, {'bfloat16' if is_gpu() else 'float32'}; in brackets block or chunk")
+  copy, product = ceilings["bytes_per_second"] / 1e9, ceilings["flops_per_second"] / 1e12
+  print(f"A copy moves {copy:,.1f} GB/s, a product does {product:,.2f} TFLOP/s.")
+  columns = ["ratio", "of the copy", "of the product"]
+  print("| " + " | ".join(["B x T x H x G x D", "who", "forward", *columns, "forward + backward", *columns]) + " |")
+  print("| --- " * 10 + "|")
+  for series in dict.fromkeys(shape._replace(tokens=0) for shape in shapes):
+    check_same_op(names, series._replace(tokens=256))
+    last: dict[str, dict[str, float]] = {mode: dict.fromkeys(names, 0.0) for mode in MODES}
+    for shape in sorted(shape for shape in shapes if shape._replace(tokens=0) == series):
+      cells = {}
       for mode in MODES:
-        # Of the torch contestants both get four times as slow, or close to it, when the length doubles.
-        expected = {name: 4 * seconds for name, seconds in last[mode].items() if name != "chunked_xla"}
-        cell = time_cell(tokens, heads, width, mode, expected)
-        last[mode] = {name: cell[name]["seconds"] if name in cell else np.inf for name in CONTESTANTS}
-        report["rows"].append({"heads": heads, "width": width, "tokens": tokens, "mode": mode, "times": cell})
-        print(_row(heads, width, tokens, mode, cell), flush=True)
+        # Others get four times as slow, or close to it, when the length doubles.
+        entrants = [name for name in names if name in OURS[kind] or 4 * last[mode][name] <= 4 * _BUDGET.value]
+        cells[mode] = time_cell(shape, mode, entrants)
+        last[mode] = {name: cells[mode][name]["seconds"] if name in cells[mode] else np.inf for name in names}
+        report["rows"].append({"shape": list(shape), "mode": mode, "times": cells[mode]})
+      print(*_lines(shape, cells, ceilings, itemsize), sep="\n", flush=True)
 
   output = Path(_OUTPUT.value)
   output.mkdir(parents=True, exist_ok=True)
   stem = "linear_attention_" + re.sub(r"[^a-z0-9]+", "_", _device().lower()).strip("_")
   (output / f"{stem}.json").write_text(json.dumps(report, indent=1) + "\n")
-  _plot(report["rows"], output / f"{stem}.png", f"{device}: median wall-clock time, float32")
+  dtype = "bfloat16" if is_gpu() else "float32"
+  _plot(report["rows"], output / f"{stem}.png", f"{device}: median wall-clock time, {dtype}")
 
 
 if __name__ == "__main__":

@@ -1,13 +1,13 @@
 """The two public functions: what they compute, the checks at their door, and the choice of an implementation."""
 
 import functools
-from typing import Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kernels_pallas import chunked_xla, decay, reference
+from kernels_pallas import chunked_xla, decay, device, mosaic_tpu, reference, triton
 
 
 class Implementation(Protocol):
@@ -36,7 +36,41 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
   "reference": reference.quadratic,
   "recurrent": reference.recurrent,
   "chunked_xla": chunked_xla.chunked,
+  "triton": triton.attend,
+  "tpu": mosaic_tpu.attend,
 }
+# Those that do not serve everything say why; the others do.
+REFUSALS = {"triton": triton.refusal, "tpu": mosaic_tpu.refusal}
+
+
+class Choice(NamedTuple):
+  """A row of the table that "auto" reads: which kernel serves which programs.
+
+  Attributes:
+    platform: as `jax.lax.platform_dependent` names it.
+    capability: least compute capability of the GPU, ten times NVIDIA's number; 0 elsewhere.
+    dtype: of q, k and v.
+    widths: of keys and values, least and largest.
+    tokens: the least number; shorter rows are as fast without.
+    implementation: a key of `IMPLEMENTATIONS`.
+  """
+
+  platform: str
+  capability: int
+  dtype: Any
+  widths: tuple[int, int]
+  tokens: int
+  implementation: str
+
+
+# The first row that fits, for each platform; where none does, and on every other platform, FALLBACK.
+CHOICES = (
+  Choice("cuda", 80, jnp.bfloat16, (16, 256), 64, "triton"),
+  Choice("cuda", 80, jnp.float32, (16, 128), 64, "triton"),
+  Choice("tpu", 0, jnp.bfloat16, (32, 256), 64, "tpu"),
+  Choice("tpu", 0, jnp.float32, (32, 256), 64, "tpu"),
+)
+FALLBACK = "chunked_xla"
 
 
 def linear_attention(
@@ -70,13 +104,15 @@ def linear_attention(
       id comes back. None: each row is one document.
     lengths: [B] integer; tokens at t >= lengths[b] are padding: they may hold anything (NaN too), their output is 0,
       they take no gradient, and they neither add to nor decay the state. None: no padding.
-    implementation: "auto", or a key of `IMPLEMENTATIONS`, which is then used as named or fails.
+    implementation: "auto", which is the fastest for the platform that the program is compiled for, after `CHOICES`; or
+      a key of `IMPLEMENTATIONS`, which is then used as named or fails. Kernels for a GPU are interpreted on a CPU.
 
   Returns:
     The output [B, T, H, V] in v's dtype and the final state [B, H, K, V] in float32 (float64 if an input is float64).
 
   Raises:
     ValueError: if shapes or dtypes do not fit together, or the implementation is unknown.
+    NotImplementedError: if the implementation that was named has no such shapes or dtypes.
     TypeError: if the slopes carry a tangent.
   """
   _check_operands(q, k, v, slopes, "BT")
@@ -88,26 +124,31 @@ def linear_attention(
     _check("segment_ids", segment_ids, "[B, T]", (batch, num_tokens), jnp.integer)
   if lengths is not None:
     _check("lengths", lengths, "[B]", (batch,), jnp.integer)
-  name = choose_implementation(implementation)
-  return _run(name, float(scale), q, k, v, slopes, initial_state, segment_ids, lengths)
+  names = choose_implementations(implementation, q, k, v)
+  return _run(names, float(scale), q, k, v, slopes, initial_state, segment_ids, lengths)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _run(name, scale, q, k, v, slopes, initial_state_BHKV, segment_ids_BT, lengths_B):
+def _run(names, scale, q, k, v, slopes, initial_state_BHKV, segment_ids_BT, lengths_B):
   """Prepares checked arguments as `Implementation` wants them. Compiled, for callers who are not."""
   dtype = _accumulation_dtype(q, k, v)
   if initial_state_BHKV is None:
     initial_state_BHKV = jnp.zeros((q.shape[0], *q.shape[2:], v.shape[-1]))
-  return IMPLEMENTATIONS[name](
+  arguments = (
     q,
     k,
     v,
-    _constant(slopes).astype(dtype),
+    constant(slopes).astype(dtype),
     initial_state_BHKV.astype(dtype),
     None if segment_ids_BT is None else decay.canonical_segments(segment_ids_BT),
     None if lengths_B is None else jnp.clip(lengths_B, 0, q.shape[1]).astype(jnp.int32),
-    scale=scale,
   )
+  default, *others = names
+  run = functools.partial(IMPLEMENTATIONS[default[1]], scale=scale)
+  if not others:
+    return run(*arguments)
+  ways = {platform: functools.partial(IMPLEMENTATIONS[name], scale=scale) for platform, name in others}
+  return jax.lax.platform_dependent(*arguments, default=run, **ways)
 
 
 def linear_attention_step(
@@ -140,19 +181,42 @@ def linear_attention_step(
   state_shape = (*q.shape, v.shape[-1])
   _check("state", state, "[B, H, K, V]", state_shape, jnp.floating)
   dtype = _accumulation_dtype(q, k, v)
-  slopes = _constant(jnp.asarray(slopes)).astype(dtype)
+  slopes = constant(jnp.asarray(slopes)).astype(dtype)
   state = jnp.asarray(state).astype(dtype)
   q, k, v = map(jnp.asarray, (q, k, v))
   return reference.step(q, k, v, slopes, state, scale=float(scale))
 
 
-def choose_implementation(implementation: str) -> str:
-  """The name of the implementation that runs; "auto" takes the fastest one there is for the device."""
+def choose_implementations(implementation: str, q, k, v) -> tuple[tuple[str, str], ...]:
+  """Which implementations run: ("default", name), and for "auto" pairs of a platform and the name for it.
+
+  Args:
+    implementation: as `linear_attention` takes it.
+    q, k, v: anything with their shapes and dtypes.
+  """
   if implementation == "auto":
-    return "chunked_xla"
+    chosen = {"default": FALLBACK}
+    for row in CHOICES:
+      if _fits(row, q, k, v):
+        chosen.setdefault(row.platform, row.implementation)
+    return tuple(chosen.items())
   if implementation not in IMPLEMENTATIONS:
     raise ValueError(f"implementation {implementation!r} is none of {['auto', *IMPLEMENTATIONS]}")
-  return implementation
+  reason = REFUSALS[implementation](q, k, v) if implementation in REFUSALS else None
+  if reason is not None:
+    shapes = ", ".join(f"{name} {x.dtype}{list(x.shape)}" for name, x in zip("qkv", (q, k, v), strict=True))
+    raise NotImplementedError(f"implementation {implementation!r} cannot serve {shapes}: {reason}. {FALLBACK!r} can.")
+  return (("default", implementation),)
+
+
+def _fits(row: Choice, q, k, v) -> bool:
+  widths = sorted([q.shape[-1], v.shape[-1]])
+  return (
+    all(x.dtype == row.dtype for x in (q, k, v))
+    and (row.widths[0] <= widths[0] and widths[1] <= row.widths[1])
+    and q.shape[1] >= row.tokens
+    and device.gpu().capability >= row.capability
+  )
 
 
 def _accumulation_dtype(*operands: jax.Array) -> jnp.dtype:
@@ -160,12 +224,12 @@ def _accumulation_dtype(*operands: jax.Array) -> jnp.dtype:
 
 
 @jax.custom_jvp
-def _constant(slopes_H: jax.Array) -> jax.Array:
+def constant(slopes_H: jax.Array) -> jax.Array:
   """The identity, which cannot be differentiated. Its rule is asked only where the slopes carry a tangent."""
   return slopes_H
 
 
-@_constant.defjvp
+@constant.defjvp
 def _constant_jvp(primals, tangents):
   raise TypeError(
     "linear_attention was differentiated with respect to its slopes, which are constants: there is no gradient for"

@@ -36,6 +36,13 @@ def canonical_segments(segment_ids_BT: jax.Array) -> jax.Array:
   return jnp.pad(jnp.cumsum(changes_BT, axis=1, dtype=jnp.int32), ((0, 0), (1, 0)))
 
 
+def first_tokens(segment_ids_BT: jax.Array) -> jax.Array:
+  """[B, T] int32: the token that each token's document begins with, of canonical segment ids."""
+  begins_BT = jnp.diff(segment_ids_BT, axis=1, prepend=segment_ids_BT[:, :1]) != 0
+  positions_T = jnp.arange(segment_ids_BT.shape[1], dtype=jnp.int32)
+  return jax.lax.cummax(jnp.where(begins_BT, positions_T, 0), axis=1)
+
+
 def valid_tokens(lengths_B: jax.Array, start: int | jax.Array, num_tokens: int) -> jax.Array:
   """[B, num_tokens] bool: True for the tokens t = start, start + 1, ... with t < lengths[b]."""
   return start + jnp.arange(num_tokens) < lengths_B[:, None]
@@ -66,6 +73,17 @@ def causal_powers(slopes_H: jax.Array, num_tokens: int) -> jax.Array:
   """[H, T, T]: gamma_h^(i-j) where j <= i, 0 above the diagonal."""
   distance_TT = jnp.arange(num_tokens)[:, None] - jnp.arange(num_tokens)
   return jnp.where(distance_TT >= 0, powers(slopes_H, distance_TT), 0)
+
+
+def state_documents(segment_ids_BT: jax.Array, lengths_B: jax.Array | None, starts_M: jax.Array) -> jax.Array:
+  """[B, M] int32: the document that the state before token `starts_M[m]` belongs to.
+
+  That is the document of the last valid token before; without one it is token 0's, as the initial state's is.
+  """
+  batch, num_tokens = segment_ids_BT.shape
+  ends_BM = jnp.minimum(starts_M, num_tokens if lengths_B is None else lengths_B[:, None])
+  last_BM = jnp.broadcast_to(jnp.maximum(ends_BM - 1, 0), (batch, starts_M.size))
+  return jnp.take_along_axis(segment_ids_BT, last_BM, axis=1)
 
 
 def chunk_weights(
@@ -107,11 +125,8 @@ def chunk_weights(
   if segment_ids_BT is None:
     return ChunkWeights(intra_BMHCC, row_BMHC, column_BMHC, carry_BMH)
 
-  lengths_B = jnp.broadcast_to(lengths_B, segment_ids_BT.shape[:1])
-  # The state's document is that of the last valid token before; without one it is token 0's, as the initial state's is.
   ends_M = jnp.append(starts_M, starts_M[-1] + chunk)
-  last_BM = jnp.maximum(jnp.minimum(ends_M, lengths_B[:, None]) - 1, 0)
-  state_document_BM = jnp.take_along_axis(segment_ids_BT, last_BM, axis=1)
+  state_document_BM = state_documents(segment_ids_BT, lengths_B, ends_M)
   before_BM, after_BM = state_document_BM[:, :-1], state_document_BM[:, 1:]
   tokens_MC = jnp.minimum(starts_M[:, None] + position_C, segment_ids_BT.shape[1] - 1)
   document_BMC = segment_ids_BT[:, tokens_MC]

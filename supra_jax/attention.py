@@ -12,11 +12,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kernels_pallas import linear_attention, linear_attention_step
+from kernels_pallas import context_parallel, linear_attention, linear_attention_step
 from supra_jax.config import ModelConfig, SupraConfig
 from supra_jax.feature_maps import make_feature_maps
 from supra_jax.layers import Dense, Norm, apply_rope, group_norm
-from supra_jax.sharding import constrain, per_device
+from supra_jax.sharding import TIME_AXIS, constrain, current_time_shards, per_device
 
 RETNET_FIRST_EXPONENT = 5
 # Dimensions of q, k, v and of the state, for the mesh.
@@ -160,7 +160,11 @@ class SoftmaxAttention(_Projections):
 
 
 def _sequence(q, k, v, slopes, initial_state, segment_ids, lengths, *, scale, implementation):
-  return linear_attention(
+  """What a device does with its rows, heads and tokens."""
+  op = linear_attention
+  if current_time_shards() > 1:
+    op = functools.partial(context_parallel.linear_attention, axis=TIME_AXIS)
+  return op(
     q,
     k,
     v,

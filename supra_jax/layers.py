@@ -133,6 +133,16 @@ class Embed(nn.Module):
     return product(f"{lead}i,oi->{lead}o", self.dtype, wide, x, self.embedding)
 
 
+def _without_ones(x: jax.Array) -> jax.Array:
+  """X without leading axes of length 1, with which XLA's CPU backend takes ten times as long for a norm's gradient.
+
+  Longer ones stay apart, since a mesh may cut each of them.
+  """
+  while x.ndim > 2 and x.shape[0] == 1:
+    x = x.reshape(x.shape[1:])
+  return x
+
+
 class Norm(nn.Module):
   """RMSNorm or LayerNorm over the last axis, computed in float32.
 
@@ -150,16 +160,15 @@ class Norm(nn.Module):
   def __call__(self, x: jax.Array) -> jax.Array:
     weight = self.param("weight", nn.initializers.ones, (x.shape[-1],))
     bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],)) if self.kind == "layer_norm" else None
-    # A row a token: with a leading axis of length 1, XLA's CPU backend takes ten times as long for the backward pass.
-    lead = x.shape[:-1]
-    x = at_least_float32(x).reshape(-1, x.shape[-1])
+    shape = x.shape
+    x = _without_ones(at_least_float32(x))
     if self.kind != "rms_norm":
       x = x - x.mean(-1, keepdims=True)
     x = x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + self.eps)
     x = x * weight.astype(x.dtype)
     if bias is not None:
       x = x + bias.astype(x.dtype)
-    return x.astype(self.dtype).reshape(*lead, -1)
+    return x.astype(self.dtype).reshape(shape)
 
 
 def group_norm(x_BTHV: jax.Array) -> jax.Array:
@@ -167,8 +176,7 @@ def group_norm(x_BTHV: jax.Array) -> jax.Array:
 
   The paper's replacement for the softmax normaliser (eq. 9). Statistics are float32, the variance is the biased one.
   """
-  # As in Norm; heads stay apart, since a mesh may cut them.
-  x = at_least_float32(x_BTHV).reshape(-1, *x_BTHV.shape[2:])
+  x = _without_ones(at_least_float32(x_BTHV))
   x = x - x.mean(-1, keepdims=True)
   x = x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + GROUP_NORM_EPS)
   return x.astype(x_BTHV.dtype).reshape(x_BTHV.shape)

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from supra_jax.layers import at_least_float32
-from supra_jax.sharding import sum_over_rows
+from supra_jax.sharding import sum_over_tokens
 from supra_jax.transformer import Transformer
 
 Unembed = Callable[[Any, jax.Array], jax.Array]
@@ -132,7 +132,7 @@ def _sums(unembed, z_loss, chunk, params, hidden, targets, weights):
     zero = jnp.zeros((), jnp.promote_types(hidden.dtype, jnp.float32))
     return jax.lax.scan(step, (zero, zero), tuple(_chunks(x, chunk) for x in rows))
 
-  return sum_over_rows(scan)(params, hidden, targets, weights)[0]
+  return sum_over_tokens(scan)(params, hidden, targets, weights)[0]
 
 
 def _sums_forward(unembed, z_loss, chunk, params, hidden, targets, weights):
@@ -151,7 +151,7 @@ def _sums_forward(unembed, z_loss, chunk, params, hidden, targets, weights):
     batch, time, width = rows[0].shape
     return sums, jnp.moveaxis(hidden_grads, 0, 1).reshape(batch, -1, width)[:, :time]
 
-  (sums, grads), hidden_grads = sum_over_rows(scan)(params, hidden, targets, weights)
+  (sums, grads), hidden_grads = sum_over_tokens(scan)(params, hidden, targets, weights)
   return sums, (jax.tree.map(lambda grad, param: grad.astype(param.dtype), grads, params), hidden_grads)
 
 

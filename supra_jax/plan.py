@@ -18,7 +18,7 @@ from supra_jax.checkpoint import load_model_without_params
 from supra_jax.compiled import Memory, Traffic, collectives, memory
 from supra_jax.config import PRESETS, ModelConfig
 from supra_jax.flops import train_flops_per_token
-from supra_jax.sharding import batch_sharding, batch_shards, make_mesh, mesh_sizes
+from supra_jax.sharding import TIME_AXIS, batch_sharding, batch_shards, make_mesh, mesh_sizes
 from supra_jax.train_config import TrainConfig
 from supra_jax.train_setup import check_batch, make_train_step, state_shapes
 from supra_jax.train_step import parameter_groups
@@ -136,7 +136,7 @@ def plan(config: TrainConfig, model: ModelConfig, mesh: Mesh) -> Plan:
     optimizer_bytes=device_bytes(state.opt_state),
     batch_bytes=device_bytes(batch),
     gradient_bytes=device_bytes(groups) * min(config.microbatches, 2),
-    input_bytes=model.num_layers * rows // batch_shards(mesh) * layer_input,
+    input_bytes=model.num_layers * rows // batch_shards(mesh) * layer_input // mesh.shape[TIME_AXIS],
     memory=memory(compiled),
     traffic=collectives(compiled.as_text()),
     flops_per_token=train_flops_per_token(model, config.data.sequence_length),

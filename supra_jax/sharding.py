@@ -3,6 +3,7 @@
 Mesh axes, outermost first:
   data    replicas of the parameters, each with rows of its own
   fsdp    rows of its own too, and a shard of every parameter (fully sharded data parallelism)
+  context the same rows and parameters, and some of the tokens of each row
   tensor  heads, ffn and vocabulary (Megatron)
 
 All programs run under `jax.set_mesh(make_mesh(...))`, on one device too. Outside a mesh constraints do nothing.
@@ -19,13 +20,14 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-AXES = ("data", "fsdp", "tensor")
+AXES = ("data", "fsdp", "context", "tensor")
 BATCH_AXES = ("data", "fsdp")
+TIME_AXIS = "context"
 
-# What a dimension holds -> the mesh axes that cut it. A sequence axis (`context`) has its place in "time".
+# What a dimension holds -> the mesh axes that cut it.
 DIMENSIONS: dict[str | None, str | tuple[str, ...] | None] = {
   "batch": BATCH_AXES,
-  "time": None,
+  "time": TIME_AXIS,
   "heads": "tensor",
   "ffn": "tensor",
   "vocabulary": "tensor",
@@ -64,7 +66,7 @@ def mesh_sizes(text: str) -> dict[str, int]:
 
 
 def parse_mesh(text: str, devices: int) -> dict[str, int]:
-  """`fsdp:4,tensor:2` -> {"data": 1, "fsdp": 4, "tensor": 2}; an empty text puts all devices on `fsdp`.
+  """`fsdp:4,tensor:2` -> {"data": 1, "fsdp": 4, "context": 1, "tensor": 2}; an empty text puts all devices on `fsdp`.
 
   Raises:
     ValueError: as `mesh_sizes`, or the product is not the number of devices.
@@ -183,31 +185,34 @@ def constrain(x: jax.Array, *dimensions: str | None) -> jax.Array:
   if _alone(mesh):
     return x
   spec = dimensions_spec(*dimensions)
-  if mesh.manual_axes:  # inside `sum_over_rows`, where each part of a batch is alone with its rows
-    spec = PartitionSpec(*(None if name == "batch" else axes for name, axes in zip(dimensions, spec, strict=True)))
+  if mesh.manual_axes:  # inside `sum_over_tokens`, where each part of a batch is alone with its tokens
+    spec = PartitionSpec(
+      *(None if name in ("batch", "time") else axes for name, axes in zip(dimensions, spec, strict=True))
+    )
   return jax.lax.with_sharding_constraint(x, spec)
 
 
-def sum_over_rows(function: Callable[..., tuple[Any, Any]]) -> Callable[..., tuple[Any, Any]]:
-  """`function`, run on each device's own rows of a batch, its sums added up over the devices at the end.
+def sum_over_tokens(function: Callable[..., tuple[Any, Any]]) -> Callable[..., tuple[Any, Any]]:
+  """`function`, run on each device's own tokens of a batch, its sums added up over the devices at the end.
 
-  Left to itself, the compiler adds up over the devices wherever a sum over rows is made: in a loop at every turn.
+  Left to itself, the compiler adds up over the devices wherever a sum over tokens is made: in a loop at every turn.
 
   Args:
-    function: (whole, *arrays [rows, ...]) -> (sums over the rows, arrays [rows, ...]), all of them trees.
+    function: (whole, *arrays [rows, time, ...]) -> (sums over the tokens, arrays [rows, time, ...]), all of them trees.
   """
-  if current_batch_shards() == 1:
+  if current_batch_shards() == current_time_shards() == 1:
     return function
+  axes = (*BATCH_AXES, TIME_AXIS)
 
-  def on_own_rows(whole: Any, *arrays: Any) -> tuple[Any, Any]:
+  def on_own_tokens(whole: Any, *arrays: Any) -> tuple[Any, Any]:
     sums, own = function(whole, *arrays)
-    return jax.lax.psum(sums, BATCH_AXES), own
+    return jax.lax.psum(sums, axes), own
 
   def run(whole: Any, *arrays: Any) -> tuple[Any, Any]:
-    rows = PartitionSpec(BATCH_AXES)
-    in_specs = (PartitionSpec(), *(rows for _ in arrays))
+    tokens = PartitionSpec(BATCH_AXES, TIME_AXIS)
+    in_specs = (PartitionSpec(), *(tokens for _ in arrays))
     mapped = jax.shard_map(
-      on_own_rows, in_specs=in_specs, out_specs=(PartitionSpec(), rows), axis_names=set(BATCH_AXES), check_vma=False
+      on_own_tokens, in_specs=in_specs, out_specs=(PartitionSpec(), tokens), axis_names=set(axes), check_vma=False
     )
     return mapped(whole, *arrays)
 
@@ -215,7 +220,7 @@ def sum_over_rows(function: Callable[..., tuple[Any, Any]]) -> Callable[..., tup
 
 
 def per_device(function: Callable[..., Any], in_dimensions: Any, out_dimensions: Any) -> Callable[..., Any]:
-  """`function` run by each device on its own shard, without communication; `function` itself where there is one.
+  """`function` run by each device on its own shard; `function` itself where there is one.
 
   Args:
     function: of positional arrays, any of which may be None.
@@ -252,6 +257,12 @@ def current_batch_shards() -> int:
   return 1 if mesh.empty else mesh.shape["data"] * mesh.shape["fsdp"]
 
 
+def current_time_shards() -> int:
+  """How many parts of each row's tokens there are on the mesh that is set; 1 outside a mesh."""
+  mesh = jax.sharding.get_abstract_mesh()
+  return 1 if mesh.empty else mesh.shape[TIME_AXIS]
+
+
 def batch_sharding(mesh: Mesh, *, leading: int = 0) -> NamedSharding:
   """Of arrays [*leading axes, rows, ...]."""
   return NamedSharding(mesh, PartitionSpec(*([None] * leading), DIMENSIONS["batch"]))
@@ -277,7 +288,7 @@ def process_shard(mesh: Mesh) -> tuple[int, int]:
   """
   shards = batch_shards(mesh)
   held: dict[int, set[int]] = {}
-  rows = np.arange(shards).reshape(mesh.shape["data"], mesh.shape["fsdp"], 1)
+  rows = np.arange(shards).reshape(mesh.shape["data"], mesh.shape["fsdp"], 1, 1)
   for device, row in zip(mesh.devices.flat, np.broadcast_to(rows, mesh.devices.shape).flat, strict=True):
     held.setdefault(device.process_index, set()).add(int(row))
   size = len(held[jax.process_index()])

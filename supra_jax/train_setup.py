@@ -16,7 +16,15 @@ from supra_jax.config import ModelConfig
 from supra_jax.evaluate import mean_nll
 from supra_jax.packed import check_packed
 from supra_jax.packing import prepare
-from supra_jax.sharding import batch_shards, check_heads, current_batch_shards, process_shard, put_batch
+from supra_jax.sharding import (
+  TIME_AXIS,
+  batch_shards,
+  check_heads,
+  current_batch_shards,
+  current_time_shards,
+  process_shard,
+  put_batch,
+)
 from supra_jax.tokenizer import Tokenizer
 from supra_jax.train_config import DataConfig, TrainConfig
 from supra_jax.train_step import TrainState, TrainStep
@@ -70,7 +78,7 @@ def model_shapes(config: ModelConfig) -> Any:
   """jax.ShapeDtypeStruct of every parameter, one subtree a layer, float32."""
 
   def init() -> Any:
-    tokens = jnp.zeros((current_batch_shards(), 1), jnp.int32)
+    tokens = jnp.zeros((current_batch_shards(), current_time_shards()), jnp.int32)
     return Transformer(config).init(jax.random.key(0), tokens, method="logits")["params"]
 
   return jax.eval_shape(init)  # key and tokens too: a mesh may be of devices that are not here
@@ -99,4 +107,9 @@ def check_batch(config: TrainConfig, mesh: Mesh) -> None:
     raise ValueError(
       f"batch_size={config.batch_size} in microbatches={config.microbatches} parts of {rows} rows cannot be cut over "
       f"the {batch_shards(mesh)} shards of the mesh {dict(mesh.shape)}. Choose other sizes."
+    )
+  if config.data.sequence_length % mesh.shape[TIME_AXIS]:
+    raise ValueError(
+      f"sequence_length={config.data.sequence_length} cannot be cut over the {mesh.shape[TIME_AXIS]} shards of time of "
+      f"the mesh {dict(mesh.shape)}. Choose other sizes."
     )

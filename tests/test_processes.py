@@ -63,6 +63,7 @@ RUNS: Mapping[str, tuple[int, int, dict]] = {
   "data": (1, 8, {"mesh": "data:8"}),
   "fsdp": (1, 8, {"mesh": "fsdp:8", "microbatches": 2}),
   "cube": (1, 8, {"mesh": CUBE}),
+  "context": (1, 8, {"mesh": "fsdp:2,context:4", "microbatches": 2}),
   "bfloat16": (1, 8, {"mesh": CUBE, "dtype": "bfloat16"}),
 }
 

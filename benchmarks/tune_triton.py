@@ -1,0 +1,113 @@
+"""Searches the forms of the Triton kernels, `kernels_pallas.triton.FORMS`, on the GPU that is here.
+
+    python -m benchmarks.tune_triton [--shapes=8x2048x32x128,1x32768x32x128] [--dtypes=bfloat16,float32] [--budget=0.2]
+
+For each shape, B x T x heads x width, and dtype, every form that compiles runs forward + backward; the table has the
+fastest ones, with medians of wall-clock time, and beside them the form that the library has now. A form with other
+results than `chunked_xla` is told, and left out: compilers have been wrong at some block sizes. Put the first row of a
+table into FORMS if it wins by more than the spread.
+
+On a machine without a GPU kernels are interpreted, which says nothing about time but shows that the search works:
+`--shapes=1x64x1x16`.
+"""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+import time
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import app, flags
+
+from kernels_pallas import device, linear_attention, triton
+
+_SHAPES = flags.DEFINE_list("shapes", ["8x2048x32x128", "1x32768x32x128", "8x2048x32x64", "4x2048x16x256"], "BxTxHxD.")
+_DTYPES = flags.DEFINE_list("dtypes", ["bfloat16"], "Of q, k and v.")
+_BUDGET = flags.DEFINE_float("budget", 0.2, "Timed seconds a form, beyond five runs.")
+_SHOWN = flags.DEFINE_integer("shown", 5, "Rows of a table.")
+
+CHUNKS, TILES, BLOCKS, WARPS, STAGES = (16, 32, 64, 128), (16, 32, 64, 128), (32, 64, 128), (4, 8), (1, 2, 3)
+MIN_RUNS, MAX_RUNS = 5, 200
+TOLERANCE = {"bfloat16": 2e-2, "float32": 1e-4}
+
+
+def forms(width: int) -> Iterator[triton.Form]:
+  """All that are no larger than the operands."""
+  for form in itertools.starmap(triton.Form, itertools.product(CHUNKS, TILES, BLOCKS, WARPS, STAGES)):
+    if form.key_tile <= max(width, TILES[0]) and form.block <= max(width, BLOCKS[0]):
+      yield form
+
+
+def make_step(shape: tuple[int, ...], dtype: str, implementation: str):
+  """() -> output and gradients, compiled anew for whatever `choose_form` says now."""
+  batch, tokens, heads, width = shape
+  rng = np.random.default_rng(0)
+  q, k, v, d_output = (jnp.asarray(rng.standard_normal((batch, tokens, heads, width)), dtype) for _ in range(4))
+  slopes = jnp.asarray(2.0 ** -np.linspace(0.5, 8, heads), jnp.float32)
+
+  @jax.jit
+  def step(q, k, v, d_output):
+    def op(q, k, v):
+      return linear_attention(q, k, v, slopes, scale=width**-0.5, implementation=implementation)[0]
+
+    output, pullback = jax.vjp(op, jax.nn.relu(q), jax.nn.relu(k), v)
+    return output, pullback(d_output)
+
+  return lambda: jax.block_until_ready(step(q, k, v, d_output))
+
+
+def median_seconds(step) -> float:
+  times: list[float] = []
+  while len(times) < MIN_RUNS or (len(times) < MAX_RUNS and sum(times) < _BUDGET.value):
+    began = time.perf_counter()
+    step()
+    times.append(time.perf_counter() - began)
+  return statistics.median(times)
+
+
+def is_close(results, expected, tolerance: float) -> bool:
+  pairs = zip(jax.tree.leaves(results), jax.tree.leaves(expected), strict=True)
+  difference = [jnp.max(jnp.abs(x.astype(jnp.float32) - y)) / jnp.max(jnp.abs(y)) for x, y in pairs]
+  return all(float(x) <= tolerance for x in difference)
+
+
+def search(shape: tuple[int, ...], dtype: str) -> None:
+  known = triton.choose_form(device.gpu().capability, jnp.dtype(dtype), shape[3])
+  expected = jax.tree.map(lambda x: x.astype(jnp.float32), make_step(shape, dtype, "chunked_xla")())
+  times: dict[triton.Form, float] = {}
+  for form in sorted(forms(shape[3]), key=lambda form: form != known):
+    triton.choose_form = lambda *_, form=form: form
+    jax.clear_caches()
+    step = make_step(shape, dtype, "triton")
+    try:
+      results = step()
+    except (jax.errors.JaxRuntimeError, ValueError, NotImplementedError) as error:
+      print(f"  {form}: {str(error).splitlines()[0][:100]}")
+      continue
+    if is_close(results, expected, TOLERANCE[dtype]):
+      times[form] = median_seconds(step)
+    else:
+      print(f"  {form}: WRONG RESULTS")
+  print(f"| {'x'.join(map(str, shape))} {dtype} | milliseconds | of the library's form |\n| --- | --- | --- |")
+  best = sorted(times, key=lambda form: times[form])[: _SHOWN.value]
+  for form in dict.fromkeys([*best, *([known] if known in times else [])]):
+    ratio = f"{times[form] / times[known]:.2f}" if known in times else "-"
+    print(f"| {tuple(form)}{' (now)' * (form == known)} | {times[form] * 1e3:.3f} | {ratio} |", flush=True)
+
+
+def main(argv: list[str]) -> None:
+  del argv
+  gpu = device.gpu()
+  print(f"{jax.devices()[0].device_kind}, compute capability {gpu.capability / 10}, jax {jax.__version__}")
+  choose = triton.choose_form
+  for shape, dtype in itertools.product(_SHAPES.value, _DTYPES.value):
+    triton.choose_form = choose
+    search(tuple(int(size) for size in shape.split("x")), dtype)
+
+
+if __name__ == "__main__":
+  app.run(main)

@@ -1,0 +1,104 @@
+"""The op over rows that are cut along time: each device has some of the tokens of every row.
+
+What a device's tokens need of those before is one state a head, so that is all that travels: each device runs the op
+from a zero state, the states at the ends are gathered, and each one adds what its tokens see of the state before them.
+That is [B, H, K, V] float32 a device, whatever T is.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from kernels_pallas import api, decay, parts
+
+
+def linear_attention(
+  q: jax.Array,
+  k: jax.Array,
+  v: jax.Array,
+  slopes: jax.Array,
+  *,
+  axis: str,
+  scale: float,
+  initial_state: jax.Array | None = None,
+  segment_ids: jax.Array | None = None,
+  lengths: jax.Array | None = None,
+  implementation: str = "auto",
+) -> tuple[jax.Array, jax.Array]:
+  """`kernels_pallas.linear_attention`, called inside `jax.shard_map` by all devices along one axis of the mesh.
+
+  T is the number of one device's tokens, the same for all; the first device has the first tokens.
+
+  Args:
+    q, k, v: [B, T, heads, width], the device's own tokens.
+    slopes: [H], the same on all devices.
+    axis: of the mesh, the one that time is cut along.
+    scale: factor of the output.
+    initial_state: [B, H, K, V], of the whole row, the same on all devices.
+    segment_ids: [B, T], of the device's own tokens.
+    lengths: [B], of the whole row, the same on all devices.
+    implementation: of the op on each device.
+
+  Returns:
+    The output [B, T, H, V] of the device's tokens, and the state [B, H, K, V] at the end of the row, the same on all.
+
+  Raises:
+    What `kernels_pallas.linear_attention` raises.
+  """
+  size, rank, (batch, tokens) = jax.lax.axis_size(axis), jax.lax.axis_index(axis), q.shape[:2]
+  own_lengths = None if lengths is None else jnp.clip(lengths - rank * tokens, 0, tokens)
+  out, added = api.linear_attention(
+    q, k, v, slopes, scale=scale, segment_ids=segment_ids, lengths=own_lengths, implementation=implementation
+  )
+  # Boundary r is where device r begins; one more is at the end.
+  valid_BP = jnp.atleast_2d(tokens * jnp.arange(size + 1))
+  valid_BP = valid_BP if lengths is None else jnp.minimum(valid_BP, lengths[:, None])
+  own_documents, documents_BP = None, None
+  if segment_ids is not None:
+    own_documents, documents_BP = _documents(segment_ids, own_lengths, axis)
+  weights_BHPP = parts.carry_weights(api.constant(slopes).astype(added.dtype), valid_BP, documents_BP)
+  states_BPHKV = jax.lax.all_gather(added, axis, axis=1)
+  if initial_state is None:
+    weights_BHPP = weights_BHPP[..., 1:]
+  else:
+    states_BPHKV = jnp.concatenate([initial_state.astype(added.dtype)[:, None], states_BPHKV], axis=1)
+  # This device's boundary, and the last one.
+  weights_BHP2 = jnp.stack([weights_BHPP[:, :, rank], weights_BHPP[:, :, size]], axis=-1)
+  weights_BHP2 = jnp.broadcast_to(weights_BHP2, (batch, *weights_BHP2.shape[1:]))
+  exact = jax.lax.Precision.HIGHEST
+  before, final = jnp.einsum("bhpn,bphkv->nbhkv", weights_BHP2, states_BPHKV, precision=exact)
+
+  seen_HT = decay.powers(api.constant(slopes).astype(added.dtype), jnp.arange(tokens) + 1)
+  seen_BTH = jnp.broadcast_to(scale * seen_HT.T, (batch, *seen_HT.T.shape))
+  if own_documents is not None and documents_BP is not None:
+    seen_BTH *= (own_documents == documents_BP[:, rank, None])[..., None]
+  if own_lengths is not None:
+    valid_BT = decay.valid_tokens(own_lengths, 0, tokens)
+    seen_BTH, q = seen_BTH * valid_BT[..., None], decay.keep(valid_BT, q)
+  wide = jnp.float32 if q.dtype == jnp.bfloat16 else None
+  product = jnp.einsum(
+    "bthk,bhkv->bthv",
+    q,
+    before.astype(q.dtype),
+    precision=jax.lax.Precision.DEFAULT if wide else exact,
+    preferred_element_type=wide,
+  )
+  return (out.astype(added.dtype) + seen_BTH[..., None] * product).astype(out.dtype), final
+
+
+def _documents(segment_ids_BT: jax.Array, lengths_B: jax.Array | None, axis: str) -> tuple[jax.Array, jax.Array]:
+  """Documents of the whole row, counted from 0: of this device's tokens, and of the states at the P + 1 boundaries."""
+  own_BT = decay.canonical_segments(segment_ids_BT)
+  dtype = jnp.promote_types(segment_ids_BT.dtype, jnp.int32)
+  ends_3B = jnp.stack([x.astype(dtype) for x in (segment_ids_BT[:, 0], segment_ids_BT[:, -1], own_BT[:, -1])])
+  firsts_PB, lasts_PB, counts_PB = jnp.moveaxis(jax.lax.all_gather(ends_3B, axis), 1, 0)
+  begun_PB = counts_PB[:-1].astype(jnp.int32) + (firsts_PB[1:] != lasts_PB[:-1])
+  before_PB = jnp.pad(jnp.cumsum(begun_PB, axis=0), ((1, 0), (0, 0)))
+  own_BT += before_PB[jax.lax.axis_index(axis)][:, None]
+  # A state keeps the document of the last valid token before it; the row's first state has that of token 0.
+  if lengths_B is None:
+    last_B = own_BT[:, -1]
+  else:
+    last_B = jnp.take_along_axis(own_BT, jnp.maximum(lengths_B - 1, 0)[:, None], axis=1)[:, 0]
+    last_B = jnp.where(lengths_B > 0, last_B, 0)
+  documents_PB = jax.lax.cummax(jax.lax.all_gather(last_B, axis), axis=0)
+  return own_BT, jnp.pad(documents_PB, ((1, 0), (0, 0))).T

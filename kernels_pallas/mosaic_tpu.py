@@ -1,0 +1,268 @@
+"""LA as a Pallas kernel for TPUs, from v4 on.
+
+A program has one row and a few heads. It walks over the row's chunks in order, the last axis of the grid, with its
+states in VMEM from one chunk to the next, so that besides operands and outputs only the first and last state go through
+memory.
+
+q, k and v are seen as [B, T, heads * width], which is what a projection makes: a piece has whole registers of 128
+lanes, two heads of width 64 say, and heads that share a key or value head read the same piece.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from kernels_pallas import by_platform, decay, primitive
+from kernels_pallas.parts import Parts
+from kernels_pallas.primitive import Coefficients, Rows
+
+_LANES = 128
+_MAX_WIDTH = 256
+_CHUNK = 128  # the edge of a matrix unit, a multiple of it on newer generations
+_SUBLANES = 16  # of a register of bfloat16
+
+
+def refusal(q: Any, k: Any, v: Any) -> str | None:
+  """Why this kernel cannot serve operands of such shapes and dtypes; None if it can."""
+  if jnp.float64 in (q.dtype, k.dtype, v.dtype):
+    return "it has no float64"
+  if max(q.shape[-1], v.shape[-1]) > _MAX_WIDTH:
+    return f"it has widths up to {_MAX_WIDTH}"
+  return None
+
+
+def attend(
+  q_BTHK: jax.Array,
+  k_BTGK: jax.Array,
+  v_BTGV: jax.Array,
+  slopes_H: jax.Array,
+  initial_state_BHKV: jax.Array,
+  segment_ids_BT: jax.Array | None,
+  lengths_B: jax.Array | None,
+  *,
+  scale: float,
+) -> tuple[jax.Array, jax.Array]:
+  """An implementation, as `kernels_pallas.api.Implementation` describes it."""
+  num_tokens = q_BTHK.shape[1]
+  is_bfloat16 = all(x.dtype == jnp.bfloat16 for x in (q_BTHK, k_BTGK, v_BTGV))
+  chunk = min(_CHUNK, -(-num_tokens // _SUBLANES) * _SUBLANES)
+  kernels = _Kernels(Parts(1, -(-num_tokens // chunk), chunk), jnp.dtype(jnp.bfloat16 if is_bfloat16 else jnp.float32))
+  rows = Rows(slopes_H, segment_ids_BT, lengths_B)
+  return primitive.attend(kernels, scale, q_BTHK, k_BTGK, v_BTGV, initial_state_BHKV, rows)[:2]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Kernels:
+  """`kernels_pallas.primitive.Kernels` of this file: one part, since a TPU has no multiprocessors to fill."""
+
+  parts: Parts
+  dtype: Any
+
+  def attend(self, q, k, v, states_BPHKV, rows, coefficients, *, reverse, dtype):
+    batch, _, heads, key_width, value_width = states_BPHKV.shape
+    tokens, wide_key, wide_value = k.shape[1], _padded(key_width), _padded(value_width)
+    q, k, v = _widen(q, wide_key), _widen(k, wide_key), _widen(v, wide_value)
+    state = jnp.pad(states_BPHKV[:, 0], ((0, 0),) * 2 + ((0, wide_key - key_width), (0, wide_value - value_width)))
+    count = _heads_at_once(heads, [(x.shape[2], x.shape[3]) for x in (q, k, v)] + [(heads, wide_value)])
+    given = {name: x.reshape(batch, tokens, -1) for name, x in (("q", q), ("k", k), ("v", v))}
+    given |= {"state": state, "slopes": rows.slopes_H}
+    if rows.lengths_B is not None:
+      given["lengths"] = rows.lengths_B
+    if rows.segment_ids_BT is not None:
+      given |= _documents(self.parts, rows.segment_ids_BT, rows.lengths_B)
+    groups = (*((name, x.shape[2]) for name, x in (("q", q), ("k", k), ("v", v))), ("output", heads))
+    call = Call(self, tokens, heads, count, groups, (wide_key, wide_value), coefficients, reverse, jnp.dtype(dtype))
+    results = by_platform.run("tpu", call, given, call.results(batch))
+    output_BTHV = results["output"].reshape(batch, tokens, heads, wide_value)[..., :value_width]
+    return output_BTHV, results["final"][:, :, :key_width, :value_width]
+
+  def states(self, k, v, rows, into, *, reverse):
+    raise AssertionError("There is one part.")
+
+
+def _padded(width: int) -> int:
+  """Halves and quarters of a register, or whole ones."""
+  return next((size for size in (32, 64) if width <= size), -(-width // _LANES) * _LANES)
+
+
+def _widen(x_BTHD: jax.Array, width: int) -> jax.Array:
+  return jnp.pad(x_BTHD, ((0, 0),) * 3 + ((0, width - x_BTHD.shape[3]),))
+
+
+def _heads_at_once(heads: int, operands: list[tuple[int, int]]) -> int:
+  """The least number of heads of which each operand, given by its heads and width, has whole registers."""
+
+  def fits(count: int) -> bool:
+    def whole(groups: int, width: int) -> bool:
+      repeats = heads // groups
+      share = max(1, count // repeats)
+      aligned = count % repeats == 0 or repeats % count == 0
+      return aligned and (share == groups or share * width % _LANES == 0)
+
+    return heads % count == 0 and all(whole(*operand) for operand in operands)
+
+  return next(count for count in range(1, heads + 1) if fits(count))
+
+
+def _documents(parts: Parts, segment_ids_BT: jax.Array, lengths_B: jax.Array | None) -> dict[str, jax.Array]:
+  """The token that a document begins with: [B, 1, >= T] of each token's, [B, 1, M] of the state's after each chunk."""
+  firsts_BT = decay.first_tokens(segment_ids_BT)
+  ends_M = parts.chunk * jnp.arange(1, parts.num_chunks + 1)
+  after_BM = decay.state_documents(firsts_BT, lengths_B, ends_M)
+  firsts_BT = jnp.pad(firsts_BT, ((0, 0), (0, parts.tokens - firsts_BT.shape[1])))
+  return {"firsts": firsts_BT[:, None], "firsts_after": after_BM[:, None]}
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+  """The `pallas_call`, for what is known when it is traced.
+
+  Attributes:
+    kernels: whose it is.
+    tokens: T.
+    heads: H.
+    count: heads at once.
+    groups: name and number of heads of q, k, v and the output.
+    widths: of keys and values, padded.
+    coefficients: of LA.
+    reverse: whether it runs from the last token to the first.
+    dtype: of the output.
+    semantics: of the grid's axes: which may be shared between cores and which run in order.
+  """
+
+  kernels: _Kernels
+  tokens: int
+  heads: int
+  count: int
+  groups: tuple[tuple[str, int], ...]
+  widths: tuple[int, int]
+  coefficients: Coefficients
+  reverse: bool
+  dtype: Any
+  semantics: tuple[Any, Any, Any] = ("parallel", "parallel", "arbitrary")
+
+  def __call__(self, given: dict[str, jax.Array], *, interpret: Any) -> dict[str, jax.Array]:
+    batch, parts = given["q"].shape[0], self.kernels.parts
+    shapes = self.results(batch)
+    call = pl.pallas_call(
+      functools.partial(_kernel, call=self),
+      grid=(batch, self.heads // self.count, parts.num_chunks),
+      in_specs=[{name: self._spec(name) for name in given}],
+      out_specs={name: self._spec(name) for name in shapes},
+      out_shape=shapes,
+      scratch_shapes=[pltpu.VMEM((self.count, *self.widths), jnp.float32)],
+      compiler_params=pltpu.CompilerParams(dimension_semantics=self.semantics),
+      interpret=interpret,
+      name="linear_attention",
+    )
+    return call(given)
+
+  def results(self, batch: int) -> dict[str, jax.ShapeDtypeStruct]:
+    return {
+      "output": jax.ShapeDtypeStruct((batch, self.tokens, self.heads * self.widths[1]), self.dtype),
+      "final": jax.ShapeDtypeStruct((batch, self.heads, *self.widths), jnp.float32),
+    }
+
+  def chunk(self, step: jax.Array) -> jax.Array:
+    return self.kernels.parts.num_chunks - 1 - step if self.reverse else step
+
+  def _spec(self, name: str) -> pl.BlockSpec:
+    """The piece of an operand or result that the program (b, n, c) has: row, heads, chunk."""
+    chunk = self.kernels.parts.chunk
+    if name in dict(self.groups):
+      groups = dict(self.groups)[name]
+      repeats = self.heads // groups
+      share = max(1, self.count // repeats)
+      width = self.widths[name in ("v", "output")]
+      index = lambda b, n, c: (b, self.chunk(c), n * self.count // (share * repeats))  # noqa: E731
+      return pl.BlockSpec((None, chunk, share * width), index)
+    if name in ("state", "final"):
+      return pl.BlockSpec((None, self.count, *self.widths), lambda b, n, c: (b, n, 0, 0))
+    if name == "firsts":
+      return pl.BlockSpec((None, 1, chunk), lambda b, n, c: (b, 0, self.chunk(c)))
+    if name == "firsts_after":
+      size = self.kernels.parts.num_chunks
+      return pl.BlockSpec((None, 1, size), lambda b, n, c: (b, 0, 0), memory_space=pltpu.SMEM)
+    return pl.BlockSpec(memory_space=pltpu.SMEM)
+
+
+def _kernel(given: dict[str, Any], results: dict[str, Any], states, *, call: Call) -> None:
+  """One chunk of a few heads of one row.
+
+  Args:
+    given: references to the operands that `_Kernels.attend` describes.
+    results: references to the results.
+    states: reference to the states, [count, K, V] float32, in VMEM.
+    call: what to do.
+  """
+  row, step = pl.program_id(0), pl.program_id(2)
+  first_head = pl.program_id(1) * call.count
+  parts, coefficients = call.kernels.parts, call.coefficients
+  size, value_width = parts.chunk, call.widths[1]
+
+  @pl.when(step == 0)
+  def _():
+    states[...] = given["state"][...]
+
+  chunk = call.chunk(step)
+  start = chunk * size
+  length = given["lengths"][row] if "lengths" in given else jnp.int32(call.tokens)
+  ragged = "lengths" in given or parts.tokens != call.tokens
+  count = jnp.clip(length - start, 0, size) if ragged else jnp.int32(size)
+  row_CC, column_CC = (jax.lax.broadcasted_iota(jnp.int32, (size, size), axis) for axis in (0, 1))
+  position_C1 = jax.lax.broadcasted_iota(jnp.int32, (size, 1), 0)
+  distance_CC = column_CC - row_CC if call.reverse else row_CC - column_CC
+  sees_CC, ends_C1 = distance_CC >= 0, position_C1 < count
+  begins_C1 = goes_on_11 = None
+  if "firsts" in given:
+    # The states before and after the chunk belong to the documents of the last valid tokens until there.
+    first_CC = jnp.broadcast_to(given["firsts"][...], (size, size))
+    first_after, before = given["firsts_after"][0, chunk], jnp.maximum(start - 1, 0)
+    of_row_CC = first_CC.T
+    sees_CC &= first_CC <= start + row_CC if call.reverse else of_row_CC <= start + column_CC
+    begins_C1 = of_row_CC[:, :1] <= before
+    ends_C1 &= start + position_C1 >= first_after
+    goes_on_11 = jnp.full((1, 1), first_after) <= before
+
+  def piece(name: str, index: int) -> jax.Array:
+    repeats, width = call.heads // dict(call.groups)[name], call.widths[name == "v"]
+    at = index // repeats if call.count > repeats else 0
+    x = given[name][:, at * width : (at + 1) * width]
+    # Beyond the row may lie anything, NaN too.
+    return jnp.where(position_C1 < count, x, jnp.zeros((), x.dtype)) if ragged else x
+
+  for index in range(call.count):
+    slope = given["slopes"][first_head + index]
+    powers = lambda distance: jnp.exp(-slope * jnp.maximum(distance, 0).astype(jnp.float32))  # noqa: B023, E731
+    begin_C1, end_C1 = powers(position_C1 + 1), jnp.where(ends_C1, powers(count - 1 - position_C1), 0.0)
+    carry_11 = powers(jnp.full((1, 1), count))
+    if begins_C1 is not None and goes_on_11 is not None:
+      begin_C1, carry_11 = jnp.where(begins_C1, begin_C1, 0.0), jnp.where(goes_on_11, carry_11, 0.0)
+    read_C1, write_C1 = (end_C1, begin_C1) if call.reverse else (begin_C1, end_C1)
+    q_CK, k_CK, v_CV = piece("q", index), piece("k", index), piece("v", index)
+    state_KV = states[index]
+    weights_CC = jnp.where(sees_CC, coefficients.intra * powers(distance_CC), 0.0)
+    scores_CC = _dot(call, q_CK, k_CK, (1, 1)) * weights_CC
+    carried_CV = _dot(call, q_CK, state_KV, (1, 0))
+    output_CV = _dot(call, scores_CC, v_CV, (1, 0)) + coefficients.inter * read_C1 * carried_CV
+    results["output"][:, index * value_width : (index + 1) * value_width] = output_CV.astype(call.dtype)
+    added_KV = _dot(call, k_CK, coefficients.into * write_C1 * v_CV.astype(jnp.float32), (0, 0))
+    states[index] = carry_11 * state_KV + added_KV
+
+  @pl.when(step == parts.num_chunks - 1)
+  def _():
+    results["final"][...] = states[...]
+
+
+def _dot(call: Call, x: jax.Array, y: jax.Array, axes: tuple[int, int]) -> jax.Array:
+  """The sum over one axis of each, in float32. float32 means float32, whatever jax_default_matmul_precision says."""
+  dtype = call.kernels.dtype
+  precision = jax.lax.Precision.HIGHEST if dtype == jnp.float32 else jax.lax.Precision.DEFAULT
+  dimensions = (((axes[0],), (axes[1],)), ((), ()))
+  operands = x.astype(dtype), y.astype(dtype)
+  return jax.lax.dot_general(*operands, dimensions, precision=precision, preferred_element_type=jnp.float32)

@@ -1,0 +1,325 @@
+"""LA as a Pallas kernel with the Triton lowering, for NVIDIA GPUs from Ampere on.
+
+A program has one row, head, part and block of the value width. It walks over the part's chunks with its block of the
+state in registers; besides operands and outputs nothing goes through memory but one state a part.
+
+q, k and v are read as they lie, [B, T, H, D]: heads that share a key or value head read the same rows. Widths that are
+no power of two, and rows that end inside a chunk, are masked where they are loaded and stored.
+"""
+
+import dataclasses
+import functools
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+
+from kernels_pallas import by_platform, decay, device, primitive
+from kernels_pallas import parts as parts_lib
+from kernels_pallas.parts import Parts
+from kernels_pallas.primitive import Coefficients, Rows
+
+_MIN_WIDTH = 16  # of a tensor core's operands
+_MAX_WIDTH = 256
+_WARPS_AT_ONCE = 8  # on a multiprocessor, at the number of registers that our programs take
+
+
+class Form(NamedTuple):
+  """How a program is cut and compiled.
+
+  Attributes:
+    chunk: tokens of a chunk.
+    key_tile: the key width is cut into tiles: smaller ones need fewer registers at a time.
+    block: of the value width, one program's share.
+    num_warps: of a program.
+    num_stages: of the loop over chunks, how many are under way at once.
+  """
+
+  chunk: int
+  key_tile: int
+  block: int
+  num_warps: int
+  num_stages: int
+
+
+# (capabilities, bytes of an element, widths up to) -> form: the first that fits. None of them spills a register, as
+# `benchmarks/kernel_registers.py` shows, but for the last. Before Hopper, and in float32, operands of a product are in
+# registers, hence the smaller pieces.
+FORMS = (
+  (range(90, 120), 2, 128, Form(64, 64, 64, 4, 2)),
+  (range(90, 120), 2, 256, Form(64, 64, 32, 8, 2)),
+  (range(80, 200), 2, 64, Form(32, 32, 64, 4, 2)),
+  (range(80, 200), 2, 128, Form(32, 64, 64, 4, 2)),
+  (range(80, 200), 2, 256, Form(16, 32, 64, 8, 2)),
+  (range(80, 200), 4, 128, Form(16, 16, 32, 4, 1)),
+  (range(80, 200), 4, 256, Form(16, 16, 32, 8, 1)),
+)
+
+
+def choose_form(capability: int, dtype: jnp.dtype, width: int) -> Form:
+  """The form for the wider one of keys and values, since the two change places in the backward pass."""
+  fits = lambda row: capability in row[0] and dtype.itemsize == row[1] and width <= row[2]  # noqa: E731
+  return next(row[3] for row in FORMS if fits(row))
+
+
+def refusal(q: Any, k: Any, v: Any) -> str | None:
+  """Why these kernels cannot serve operands of such shapes and dtypes on this process' GPU; None if they can."""
+  width, capability = max(q.shape[-1], v.shape[-1]), device.gpu().capability
+  if jnp.float64 in (q.dtype, k.dtype, v.dtype):
+    return "it has no float64"
+  if width > _MAX_WIDTH:
+    return f"it has widths up to {_MAX_WIDTH}"
+  if capability < 80:
+    return f"it has compute capabilities from 8.0 (Ampere) on, and this GPU's is {capability / 10}"
+  return None
+
+
+def attend(
+  q_BTHK: jax.Array,
+  k_BTGK: jax.Array,
+  v_BTGV: jax.Array,
+  slopes_H: jax.Array,
+  initial_state_BHKV: jax.Array,
+  segment_ids_BT: jax.Array | None,
+  lengths_B: jax.Array | None,
+  *,
+  scale: float,
+) -> tuple[jax.Array, jax.Array]:
+  """An implementation, as `kernels_pallas.api.Implementation` describes it.
+
+  Its gradient keeps, besides the operands, the state that each part begins with.
+  """
+  (batch, num_tokens, heads, key_width), value_width = q_BTHK.shape, v_BTGV.shape[-1]
+  gpu = device.gpu()
+  # float16 has not the range for states, hence float32 for it.
+  is_bfloat16 = all(x.dtype == jnp.bfloat16 for x in (q_BTHK, k_BTGK, v_BTGV))
+  dtype = jnp.dtype(jnp.bfloat16 if is_bfloat16 else jnp.float32)
+  form = choose_form(gpu.capability, dtype, max(key_width, value_width))
+  programs = batch * heads * -(-value_width // form.block)
+  at_once = gpu.multiprocessors * max(1, _WARPS_AT_ONCE // form.num_warps)
+  count = parts_lib.choose_count(programs, -(-num_tokens // form.chunk), at_once)
+  kernels = _Kernels(parts_lib.cut(num_tokens, form.chunk, count), form, dtype)
+  rows = Rows(slopes_H, segment_ids_BT, lengths_B)
+  return primitive.attend(kernels, scale, q_BTHK, k_BTGK, v_BTGV, initial_state_BHKV, rows)[:2]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Kernels:
+  """`kernels_pallas.primitive.Kernels` of this file."""
+
+  parts: Parts
+  form: Form
+  dtype: Any
+
+  def attend(self, q, k, v, states_BPHKV, rows, coefficients, *, reverse, dtype):
+    batch, _, heads, key_width, value_width = states_BPHKV.shape
+    task = _Task(self, k.shape[1], heads, key_width, value_width, coefficients, reverse)
+    shapes = {
+      "output": jax.ShapeDtypeStruct((*k.shape[:2], heads, value_width), dtype),
+      "final": jax.ShapeDtypeStruct((batch, heads, key_width, value_width), jnp.float32),
+    }
+    results = _call(task, {"q": q, "k": k, "v": v, "states": states_BPHKV}, rows, shapes)
+    return results["output"], results["final"]
+
+  def states(self, k, v, rows, into, *, reverse):
+    heads, key_width, value_width = rows.slopes_H.size, k.shape[-1], v.shape[-1]
+    task = _Task(self, k.shape[1], heads, key_width, value_width, Coefficients(0.0, 0.0, into), reverse, True)
+    shape = k.shape[0], self.parts.num_parts - 1, heads, key_width, value_width
+    return _call(task, {"k": k, "v": v}, rows, {"added": jax.ShapeDtypeStruct(shape, jnp.float32)})["added"]
+
+
+def _padded(width: int) -> int:
+  return max(_MIN_WIDTH, 1 << (width - 1).bit_length())
+
+
+@dataclasses.dataclass(frozen=True)
+class _Task:
+  """What one call of the kernel is, as far as it is known when it is traced."""
+
+  kernels: _Kernels
+  tokens: int
+  heads: int
+  key_width: int
+  value_width: int
+  coefficients: Coefficients
+  reverse: bool
+  states_only: bool = False
+
+  @property
+  def block(self) -> int:
+    return min(self.kernels.form.block, _padded(self.value_width))
+
+  @property
+  def key_tiles(self) -> list[tuple[Any, int | None]]:
+    """Slices of the padded key width, each with the limit below which its indices are inside; None: all are."""
+    size = min(self.kernels.form.key_tile, _padded(self.key_width))
+    starts = range(0, _padded(self.key_width), size)
+    return [(pl.ds(x, size), None if x + size <= self.key_width else self.key_width - x) for x in starts]
+
+  def dot(self, x: jax.Array, y: jax.Array, axes: tuple[int, int], native: bool) -> jax.Array:
+    """The sum over one axis of each, in float32. float32 means float32, whatever jax_default_matmul_precision says."""
+    precision: Any = jax.lax.Precision.DEFAULT
+    if self.kernels.dtype == jnp.float32:
+      # Three products of TF32 are as exact, and what Triton makes of true float32 products spills kilobytes.
+      precision = jax.lax.DotAlgorithmPreset.TF32_TF32_F32_X3 if native else jax.lax.Precision.HIGHEST
+    operands = x.astype(self.kernels.dtype), y.astype(self.kernels.dtype)
+    dimensions = (((axes[0],), (axes[1],)), ((), ()))
+    return jax.lax.dot_general(*operands, dimensions, precision=precision, preferred_element_type=jnp.float32)
+
+
+def _kernel(given: dict[str, Any], results: dict[str, Any], *, task: _Task, native: bool) -> None:
+  """One part of one head of one row, one block of the value width.
+
+  Args:
+    given: references to the operands that `_call` describes.
+    results: references to the results.
+    task: what to do.
+    native: whether this is compiled for a GPU, not interpreted.
+  """
+  parts, coefficients = task.kernels.parts, task.coefficients
+  dot = functools.partial(task.dot, native=native)
+  part = pl.program_id(2)
+  if task.states_only and task.reverse:
+    part += 1  # of all parts the first one runs last, and no one waits for its state
+  ragged = "lengths" in given or parts.tokens != task.tokens
+  length = given["lengths"][...] if "lengths" in given else task.tokens
+  value_limit = None if task.value_width % task.block == 0 else task.value_width - pl.program_id(0) * task.block
+
+  slope = given["slopes"][...] * math.log2(math.e)
+  powers = lambda distance: jnp.exp2(-slope * jnp.maximum(distance, 0).astype(jnp.float32))  # noqa: E731
+  position_C = jax.lax.iota(jnp.int32, parts.chunk)
+  distance_CC = (position_C[:, None] - position_C[None, :]) * (-1 if task.reverse else 1)
+  intra_CC = jnp.where(distance_CC >= 0, coefficients.intra * powers(distance_CC), 0.0)
+  from_start_C = powers(position_C + 1)
+
+  def step(i, states):
+    i = i.astype(jnp.int32)
+    start = (part * parts.num_chunks + (parts.num_chunks - 1 - i if task.reverse else i)) * parts.chunk
+    tokens = pl.ds(start, parts.chunk)
+    count = jnp.clip(length - start, 0, parts.chunk) if ragged else jnp.int32(parts.chunk)
+    # What `end_C` weighs beyond the row is 0.
+    begin_C, end_C, carry = from_start_C, powers(count - 1 - position_C), powers(count)
+    if "firsts" in given:
+      # The states before and after the chunk belong to the documents of the last valid tokens until there.
+      before = jnp.maximum(start - 1, 0)
+      first_after = given["firsts"][jnp.maximum(jnp.minimum(start + parts.chunk, length) - 1, 0)]
+      first_C = given["firsts"][tokens]
+      row_CC, column_CC = (
+        (first_C[None, :], position_C[:, None]) if task.reverse else (first_C[:, None], position_C[None, :])
+      )
+      same_document_CC = row_CC <= start + column_CC
+      begin_C = jnp.where(first_C <= before, begin_C, 0.0)
+      end_C = jnp.where(start + position_C >= first_after, end_C, 0.0)
+      carry = jnp.where(first_after <= before, carry, 0.0)
+    read_C, write_C = (end_C, begin_C) if task.reverse else (begin_C, end_C)
+
+    row_limit = count if ragged else None
+    k = [_load(given["k"].at[tokens, tile], [row_limit, limit]) for tile, limit in task.key_tiles]
+    v_CV = _load(given["v"].at[tokens, :], [row_limit, value_limit])
+    if not task.states_only:
+      q = [_load(given["q"].at[tokens, tile], [row_limit, limit]) for tile, limit in task.key_tiles]
+      scores_CC = sum(dot(x, y, (1, 1)) for x, y in zip(q, k, strict=True)) * intra_CC
+      if "firsts" in given:
+        scores_CC = jnp.where(same_document_CC, scores_CC, 0.0)
+      carried_CV = sum(dot(x, state, (1, 0)) for x, state in zip(q, states, strict=True))
+      output_CV = dot(scores_CC, v_CV, (1, 0)) + (coefficients.inter * read_C)[:, None] * carried_CV
+      inside_row = task.tokens - start if parts.tokens != task.tokens else None
+      _store(results["output"].at[tokens, :], output_CV, [inside_row, value_limit])
+    # v is weighted, not k: a transposed operand that was computed, not loaded, is what Triton gets wrong on Hopper
+    # (flash-linear-attention, pull request 826).
+    weighted_CV = (coefficients.into * write_C)[:, None] * v_CV.astype(jnp.float32)
+    return tuple(carry * state + dot(x, weighted_CV, (0, 0)) for x, state in zip(k, states, strict=True))
+
+  if task.states_only:
+    states = tuple(jnp.zeros((tile.size, task.block), jnp.float32) for tile, _ in task.key_tiles)
+  else:
+    states = tuple(_load(given["states"].at[tile, :], [limit, value_limit]) for tile, limit in task.key_tiles)
+  states = jax.lax.fori_loop(0, parts.num_chunks, step, states)
+  for (tile, limit), state in zip(task.key_tiles, states, strict=True):
+    if task.states_only:
+      _store(results["added"].at[tile, :], state, [limit, value_limit])
+    else:
+      is_last = part == (0 if task.reverse else parts.num_parts - 1)
+      mask = None if parts.num_parts == 1 else jnp.full(state.shape, is_last)
+      _store(results["final"].at[tile, :], state, [limit, value_limit], mask)
+
+
+def _inside(shape: tuple[int, ...], limits: list[Any], mask: jax.Array | None = None) -> jax.Array | None:
+  """True where each index is below its axis' limit; a limit of None, and a mask of None, mean that all are inside."""
+  for axis, limit in enumerate(limits):
+    if limit is not None:
+      inside = jax.lax.broadcasted_iota(jnp.int32, shape, axis) < limit
+      mask = inside if mask is None else mask & inside
+  return mask
+
+
+def _load(ref, limits: list[Any]) -> jax.Array:
+  """What lies beyond the limits counts as 0, also where it is NaN."""
+  mask = _inside(ref.shape, limits)
+  return plgpu.load(ref) if mask is None else plgpu.load(ref, mask=mask, other=0)
+
+
+def _store(ref, x: jax.Array, limits: list[Any], mask: jax.Array | None = None) -> None:
+  plgpu.store(ref, x.astype(ref.dtype), mask=_inside(x.shape, limits, mask))
+
+
+def _call(task: _Task, given: dict[str, jax.Array], rows: Rows, results: dict[str, Any]) -> dict[str, jax.Array]:
+  """Runs the kernel.
+
+  Args:
+    task: what to run.
+    given: q, k and v, [B, T, heads, width] with any divisor of H heads, and "states" [B, P, H, K, V]; k and v alone for
+      `states_only`.
+    rows: slopes, segment ids and lengths.
+    results: shapes and dtypes of "output" [B, T, H, V] and "final" [B, H, K, V], or of "added" [B, P - 1, H, K, V].
+  """
+  given = given | {"slopes": rows.slopes_H}
+  if rows.lengths_B is not None:
+    given["lengths"] = rows.lengths_B
+  if rows.segment_ids_BT is not None:
+    padding = task.kernels.parts.tokens - task.tokens
+    given["firsts"] = jnp.pad(decay.first_tokens(rows.segment_ids_BT), ((0, 0), (0, padding)))
+  return by_platform.run("cuda", _Call(task, tuple(results.items())), given, results)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Call:
+  """The `pallas_call`."""
+
+  task: _Task
+  results: tuple[tuple[str, jax.ShapeDtypeStruct], ...]
+
+  def __call__(self, given: dict[str, jax.Array], *, interpret: bool) -> dict[str, jax.Array]:
+    task, form, parts = self.task, self.task.kernels.form, self.task.kernels.parts
+    call = pl.pallas_call(
+      functools.partial(_kernel, task=task, native=not interpret),
+      # Neighbours read the same rows of k and v, so that caches serve them.
+      grid=(-(-task.value_width // task.block), task.heads, parts.num_parts - task.states_only, given["k"].shape[0]),
+      in_specs=[{name: _spec(task, name, x) for name, x in given.items()}],
+      out_specs={name: _spec(task, name, x) for name, x in self.results},
+      out_shape=dict(self.results),
+      compiler_params=plgpu.CompilerParams(num_warps=form.num_warps, num_stages=form.num_stages),
+      interpret=interpret,
+      name="linear_attention",
+    )
+    return call(given)
+
+
+def _spec(task: _Task, name: str, x: Any) -> pl.BlockSpec:
+  """The piece of an operand or result that the program (n, h, p, b) has: block, head, part, row."""
+  parts, key_width, block = task.kernels.parts, _padded(task.key_width), task.block
+  if name in ("q", "k", "v", "output"):
+    repeats, is_value = task.heads // x.shape[2], name in ("v", "output")
+    head = lambda h: h if repeats == 1 else jax.lax.div(h, jnp.int32(repeats))  # noqa: E731
+    index = lambda n, h, p, b: (b, 0, head(h), n if is_value else 0)  # noqa: E731
+    return pl.BlockSpec((None, parts.tokens, None, block if is_value else key_width), index)
+  if name in ("states", "added"):
+    return pl.BlockSpec((None, None, None, key_width, block), lambda n, h, p, b: (b, p, h, 0, n))
+  if name == "final":
+    return pl.BlockSpec((None, None, key_width, block), lambda n, h, p, b: (b, h, 0, n))
+  if name == "firsts":
+    return pl.BlockSpec((None, parts.tokens), lambda n, h, p, b: (b, 0))
+  return pl.BlockSpec((None,), (lambda n, h, p, b: (h,)) if name == "slopes" else (lambda n, h, p, b: (b,)))
