@@ -3,9 +3,10 @@
     pip install libtpu
     python -m benchmarks.tpu_programs [--topologies=v4:2x2x1,v5e:2x2,v5p:2x2x1,v6e:2x2,tpu7x:2x2x1] [--markdown=FILE]
 
-A row is one device and width: forward and gradient with segments and lengths, bfloat16 and float32, compiled ahead of
-time by libtpu. "Temporaries" is what the program needs beyond operands and results, by the compiler's own analysis; a
-kernel that needs more on-chip memory than there is fails to compile.
+A row is one device and shape: forward and gradient with segments and lengths, bfloat16 and float32, compiled ahead of
+time by libtpu, for operands [B, T, heads * width] as projections make them. "Temporaries" is what the program needs
+beyond operands and results, by the compiler's own analysis; a kernel that needs more on-chip memory than there is fails
+to compile.
 """
 
 from __future__ import annotations
@@ -50,12 +51,14 @@ def compile_for(topology: str, dtype, shape: tuple[int, ...]):
   def gradients(q, k, v, segment_ids, lengths, d_output):
     def op(q, k, v):
       options = {"segment_ids": segment_ids, "lengths": lengths, "implementation": "tpu"}
-      return linear_attention(q, k, v, jnp.full(heads, 0.1), scale=0.1, **options)[0]
+      q, k, v = (x.reshape(batch, tokens, -1, width) for x in (q, k, v))
+      output, _ = linear_attention(q, k, v, jnp.full(heads, 0.1), scale=0.1, **options)
+      return output.reshape(batch, tokens, -1)
 
     output, pullback = jax.vjp(op, q, k, v)
     return output, pullback(d_output)
 
-  q, k = operand(batch, tokens, heads, width), operand(batch, tokens, groups, width)
+  q, k = operand(batch, tokens, heads * width), operand(batch, tokens, groups * width)
   options = operand(batch, tokens, dtype=jnp.int32), operand(batch, dtype=jnp.int32)
   device = AbstractDevice(devices[0].device_kind, num_cores=1, platform="tpu")
   mesh = AbstractMesh((1,), ("x",), axis_types=(AxisType.Auto,), abstract_device=device)

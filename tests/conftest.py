@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 # Real models, real processes, 7B compiled: half of the time of all tests. CI runs them on one of its two Pythons.
-HEAVY = {"test_smollm2", "test_processes", "test_plan"}
+HEAVY = {"test_plan", "test_processes", "test_sharded", "test_smollm2"}
 # Kills, full disks, grace times: they want a machine to themselves, and are run by hand.
 SLOW = {"test_faults"}
 
