@@ -100,7 +100,7 @@ def train(
     try:
       state = _loop(run, state, first, profile_steps)
       _export(workdir / "checkpoint", run.start, state.params, config)
-    except Exception:
+    except BaseException:
       # Of several processes one may fail alone; it must not wait for the others' part in a save, nor they for it.
       if jax.process_count() == 1:
         run.checkpoints.close()
