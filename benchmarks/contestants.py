@@ -1,6 +1,6 @@
 """Attention as other people run it, and as we do, behind one shape: what `benchmarks/linear_attention.py` times.
 
-- `chunked_xla`, `triton`, `mosaic_gpu`: `kernels_pallas.linear_attention`, [B, T, H, D] in and out.
+- `chunked_xla`, `triton`: `kernels_pallas.linear_attention`, [B, T, H, D] in and out.
 - `MiniMax`: the lightning attention of transformers, the same op. It is the real `MiniMaxLightningAttention` module;
   its projections, activation and norm are replaced by identities, so that what is left is its loop over blocks, the
   split of the packed q, k, v before it, and one product with a gate of 1 after it. Of several block sizes the fastest

@@ -37,6 +37,7 @@ import torch
 from absl import app, flags
 
 from benchmarks.contestants import CONTESTANTS, MODES, Inputs, Run, Shape, is_gpu, make_inputs
+from benchmarks.machine import cpu_name
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -197,17 +198,7 @@ def _plot(rows: list[dict], path: Path, title: str) -> None:
 
 
 def _device() -> str:
-  """The GPU's name; or the CPU's and, where the system tells, family and model: rented ones often hide the rest."""
-  if is_gpu():
-    return jax.devices()[0].device_kind
-  try:
-    info = Path("/proc/cpuinfo").read_text()
-    name, family, model = (
-      re.search(rf"^{key}\s*: (.*)", info, re.MULTILINE).group(1) for key in ("model name", "cpu family", "model")
-    )
-    return f"{name} (family {family}, model {model})"
-  except (OSError, AttributeError):
-    return platform.processor() or platform.machine()
+  return jax.devices()[0].device_kind if is_gpu() else cpu_name()
 
 
 def _version(package: str) -> str | None:

@@ -51,6 +51,7 @@ from typing import Any
 
 from absl import app, flags
 
+from benchmarks.machine import cpu_name
 from supra_jax.config import PRESETS, ModelConfig
 from supra_jax.flops import PEAK_FLOPS, mfu, train_flops_per_token
 
@@ -326,18 +327,6 @@ def _plot(rows: list[dict], path: Path, title: str) -> None:
   figure.savefig(path, dpi=120)
 
 
-def _cpu() -> str:
-  """The CPU's name and, where the system tells them, family and model: rented CPUs often hide the rest."""
-  try:
-    info = Path("/proc/cpuinfo").read_text()
-    name, family, model = (
-      re.search(rf"^{key}\s*: (.*)", info, re.MULTILINE).group(1) for key in ("model name", "cpu family", "model")
-    )
-    return f"{name} (family {family}, model {model})"
-  except (OSError, AttributeError):
-    return platform.processor() or platform.machine()
-
-
 def main(_) -> None:
   if _WORKER.value:
     print(json.dumps(measure(_WORKER.value, int(_TOKENS.value[0]), _REMAT.value[0])))
@@ -354,7 +343,7 @@ def main(_) -> None:
   packages = ("jax", "jaxlib", "torch", "transformers")
   versions = {name: importlib.metadata.version(name) for name in packages if importlib.util.find_spec(name)}
   report: dict[str, Any] = {
-    "device": f"{_cpu()}, {threads()} threads",
+    "device": f"{cpu_name()}, {threads()} threads",
     "preset": _PRESET.value,
     "versions": {"python": platform.python_version(), **versions},
     "command": " ".join(["python -m benchmarks.train_step", *sys.argv[1:]]),
@@ -375,7 +364,7 @@ def main(_) -> None:
   report["device"] = ", ".join(gpus) or report["device"]
   output = Path(_OUTPUT.value)
   output.mkdir(parents=True, exist_ok=True)
-  stem = "train_step_" + re.sub(r"[^a-z0-9]+", "_", (", ".join(gpus) or _cpu()).lower()).strip("_")
+  stem = "train_step_" + re.sub(r"[^a-z0-9]+", "_", (", ".join(gpus) or cpu_name()).lower()).strip("_")
   (output / f"{stem}.json").write_text(json.dumps(report, indent=1) + "\n")
   _plot(report["rows"], output / f"{stem}.png", f"{_PRESET.value}, a training step\n{report['device']}")
 

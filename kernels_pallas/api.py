@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kernels_pallas import chunked_xla, decay, device, mosaic_tpu, reference, triton
+from kernels_pallas import chunked_xla, decay, device, mosaic_tpu, primitive, reference, triton
 
 
 class Implementation(Protocol):
@@ -40,7 +40,7 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
   "tpu": mosaic_tpu.attend,
 }
 # Those that do not serve everything say why; the others do.
-REFUSALS = {"triton": triton.refusal, "tpu": mosaic_tpu.refusal}
+REFUSALS = {"triton": triton.refusal, "tpu": primitive.refusal}
 
 
 class Choice(NamedTuple):
@@ -105,7 +105,8 @@ def linear_attention(
     lengths: [B] integer; tokens at t >= lengths[b] are padding: they may hold anything (NaN too), their output is 0,
       they take no gradient, and they neither add to nor decay the state. None: no padding.
     implementation: "auto", which is the fastest for the platform that the program is compiled for, after `CHOICES`; or
-      a key of `IMPLEMENTATIONS`, which is then used as named or fails. Kernels for a GPU are interpreted on a CPU.
+      a key of `IMPLEMENTATIONS`, which is then used as named or fails. Kernels for GPUs and TPUs are interpreted on a
+      CPU.
 
   Returns:
     The output [B, T, H, V] in v's dtype and the final state [B, H, K, V] in float32 (float64 if an input is float64).

@@ -55,7 +55,8 @@ def linear_attention(
   own_documents, documents_BP = None, None
   if segment_ids is not None:
     own_documents, documents_BP = _documents(segment_ids, own_lengths, axis)
-  weights_BHPP = parts.carry_weights(api.constant(slopes).astype(added.dtype), valid_BP, documents_BP)
+  slopes_H = api.constant(slopes).astype(added.dtype)
+  weights_BHPP = parts.carry_weights(slopes_H, valid_BP, documents_BP)
   states_BPHKV = jax.lax.all_gather(added, axis, axis=1)
   if initial_state is None:
     weights_BHPP = weights_BHPP[..., 1:]
@@ -67,8 +68,8 @@ def linear_attention(
   exact = jax.lax.Precision.HIGHEST
   before, final = jnp.einsum("bhpn,bphkv->nbhkv", weights_BHP2, states_BPHKV, precision=exact)
 
-  seen_HT = decay.powers(api.constant(slopes).astype(added.dtype), jnp.arange(tokens) + 1)
-  seen_BTH = jnp.broadcast_to(scale * seen_HT.T, (batch, *seen_HT.T.shape))
+  seen_TH = scale * decay.powers(slopes_H, jnp.arange(tokens) + 1).T
+  seen_BTH = jnp.broadcast_to(seen_TH, (batch, *seen_TH.shape))
   if own_documents is not None and documents_BP is not None:
     seen_BTH *= (own_documents == documents_BP[:, rank, None])[..., None]
   if own_lengths is not None:

@@ -6,13 +6,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas import by_platform, decay, device, primitive
+from kernels_pallas import by_platform, device, primitive
 from kernels_pallas import parts as parts_lib
 from kernels_pallas.mosaic_gpu_kernel import CHUNK, HAS_KERNEL, TILE, Call, choose_workers, padded
 from kernels_pallas.parts import Parts
 from kernels_pallas.primitive import Coefficients, Rows
-
-_MAX_WIDTH = 256
 
 
 def refusal(q: Any, k: Any, v: Any) -> str | None:
@@ -21,12 +19,10 @@ def refusal(q: Any, k: Any, v: Any) -> str | None:
     return f"it needs jax 0.11 or newer, and this is jax {jax.__version__}; 'triton' does not"
   if any(x.dtype != jnp.bfloat16 for x in (q, k, v)):
     return "it has bfloat16 alone, since warpgroups have no exact product of float32; 'triton' has more"
-  if max(q.shape[-1], v.shape[-1]) > _MAX_WIDTH:
-    return f"it has widths up to {_MAX_WIDTH}"
-  capability = device.gpu().capability
-  if capability // 10 != 9:
-    return f"it has compute capability 9.0 (Hopper), and this GPU's is {capability / 10}; 'triton' has more"
-  return None
+  reason, capability = primitive.refusal(q, k, v), device.gpu().capability
+  if reason is None and capability // 10 != 9:
+    reason = f"it has compute capability 9.0 (Hopper), and this GPU's is {capability / 10}; 'triton' has more"
+  return reason
 
 
 def attend(
@@ -81,12 +77,8 @@ def _run(call: Call, given: dict[str, jax.Array], rows: Rows, batch: int) -> dic
     width = x_BTHD.shape[3]
     return jnp.pad(x_BTHD, ((0, 0), (0, call.padded_tokens - call.tokens), (0, 0), (0, padded(width) - width)))
 
-  given = {name: x if name == "states" else widen(x) for name, x in given.items()} | {"slopes": rows.slopes_H}
-  if rows.lengths_B is not None:
-    given["lengths"] = rows.lengths_B
-  if rows.segment_ids_BT is not None:
-    firsts_BT = decay.first_tokens(rows.segment_ids_BT)
-    given["firsts"] = jnp.pad(firsts_BT, ((0, 0), (0, call.parts.tokens - call.tokens)))
+  given = {name: x if name == "states" else widen(x) for name, x in given.items()}
+  given |= rows.operands(call.parts.tokens)
   # The interpreter keeps kernels in order by an effect, which `by_platform`'s primitive has not.
   abstract = jax.sharding.get_abstract_mesh().abstract_device
   if jax.default_backend() == "cpu" and (abstract is None or abstract.platform != "gpu"):

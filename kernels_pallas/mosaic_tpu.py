@@ -22,18 +22,8 @@ from kernels_pallas.parts import Parts
 from kernels_pallas.primitive import Coefficients, Rows
 
 _LANES = 128
-_MAX_WIDTH = 256
 _CHUNK = 128  # the edge of a matrix unit, a multiple of it on newer generations
 _SUBLANES = 16  # of a register of bfloat16
-
-
-def refusal(q: Any, k: Any, v: Any) -> str | None:
-  """Why this kernel cannot serve operands of such shapes and dtypes; None if it can."""
-  if jnp.float64 in (q.dtype, k.dtype, v.dtype):
-    return "it has no float64"
-  if max(q.shape[-1], v.shape[-1]) > _MAX_WIDTH:
-    return f"it has widths up to {_MAX_WIDTH}"
-  return None
 
 
 def attend(
@@ -49,9 +39,9 @@ def attend(
 ) -> tuple[jax.Array, jax.Array]:
   """An implementation, as `kernels_pallas.api.Implementation` describes it."""
   num_tokens = q_BTHK.shape[1]
-  is_bfloat16 = all(x.dtype == jnp.bfloat16 for x in (q_BTHK, k_BTGK, v_BTGV))
   chunk = min(_CHUNK, -(-num_tokens // _SUBLANES) * _SUBLANES)
-  kernels = _Kernels(Parts(1, -(-num_tokens // chunk), chunk), jnp.dtype(jnp.bfloat16 if is_bfloat16 else jnp.float32))
+  parts = Parts(1, -(-num_tokens // chunk), chunk)
+  kernels = _Kernels(parts, primitive.compute_dtype(q_BTHK, k_BTGK, v_BTGV))
   rows = Rows(slopes_H, segment_ids_BT, lengths_B)
   return primitive.attend(kernels, scale, q_BTHK, k_BTGK, v_BTGV, initial_state_BHKV, rows)[:2]
 
@@ -70,11 +60,13 @@ class _Kernels:
     state = jnp.pad(states_BPHKV[:, 0], ((0, 0),) * 2 + ((0, wide_key - key_width), (0, wide_value - value_width)))
     count = _heads_at_once(heads, [(x.shape[2], x.shape[3]) for x in (q, k, v)] + [(heads, wide_value)])
     given = {name: x.reshape(batch, tokens, -1) for name, x in (("q", q), ("k", k), ("v", v))}
-    given |= {"state": state, "slopes": rows.slopes_H}
-    if rows.lengths_B is not None:
-      given["lengths"] = rows.lengths_B
-    if rows.segment_ids_BT is not None:
-      given |= _documents(self.parts, rows.segment_ids_BT, rows.lengths_B)
+    given |= {"state": state} | rows.operands(self.parts.tokens)
+    if "firsts" in given:
+      ends_M = self.parts.chunk * jnp.arange(1, self.parts.num_chunks + 1)
+      # Of the state after each chunk. What lies beyond the row is never the last valid token.
+      lengths_B = rows.lengths_B if rows.lengths_B is not None else jnp.full(batch, tokens)
+      given["firsts_after"] = decay.state_documents(given["firsts"], lengths_B, ends_M)[:, None]
+      given["firsts"] = given["firsts"][:, None]
     groups = (*((name, x.shape[2]) for name, x in (("q", q), ("k", k), ("v", v))), ("output", heads))
     call = Call(self, tokens, heads, count, groups, (wide_key, wide_value), coefficients, reverse, jnp.dtype(dtype))
     results = by_platform.run("tpu", call, given, call.results(batch))
@@ -107,15 +99,6 @@ def _heads_at_once(heads: int, operands: list[tuple[int, int]]) -> int:
     return heads % count == 0 and all(whole(*operand) for operand in operands)
 
   return next(count for count in range(1, heads + 1) if fits(count))
-
-
-def _documents(parts: Parts, segment_ids_BT: jax.Array, lengths_B: jax.Array | None) -> dict[str, jax.Array]:
-  """The token that a document begins with: [B, 1, >= T] of each token's, [B, 1, M] of the state's after each chunk."""
-  firsts_BT = decay.first_tokens(segment_ids_BT)
-  ends_M = parts.chunk * jnp.arange(1, parts.num_chunks + 1)
-  after_BM = decay.state_documents(firsts_BT, lengths_B, ends_M)
-  firsts_BT = jnp.pad(firsts_BT, ((0, 0), (0, parts.tokens - firsts_BT.shape[1])))
-  return {"firsts": firsts_BT[:, None], "firsts_after": after_BM[:, None]}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,6 +151,10 @@ class Call:
       "final": jax.ShapeDtypeStruct((batch, self.heads, *self.widths), jnp.float32),
     }
 
+  def repeats(self, name: str) -> int:
+    """How many query heads read one head of the operand."""
+    return self.heads // dict(self.groups)[name]
+
   def chunk(self, step: jax.Array) -> jax.Array:
     return self.kernels.parts.num_chunks - 1 - step if self.reverse else step
 
@@ -175,8 +162,7 @@ class Call:
     """The piece of an operand or result that the program (b, n, c) has: row, heads, chunk."""
     chunk = self.kernels.parts.chunk
     if name in dict(self.groups):
-      groups = dict(self.groups)[name]
-      repeats = self.heads // groups
+      repeats = self.repeats(name)
       share = max(1, self.count // repeats)
       width = self.widths[name in ("v", "output")]
       index = lambda b, n, c: (b, self.chunk(c), n * self.count // (share * repeats))  # noqa: E731
@@ -200,6 +186,7 @@ def _kernel(given: dict[str, Any], results: dict[str, Any], states, *, call: Cal
     states: reference to the states, [count, K, V] float32, in VMEM.
     call: what to do.
   """
+  dot = functools.partial(primitive.dot, dtype=call.kernels.dtype)
   row, step = pl.program_id(0), pl.program_id(2)
   first_head = pl.program_id(1) * call.count
   parts, coefficients = call.kernels.parts, call.coefficients
@@ -230,7 +217,7 @@ def _kernel(given: dict[str, Any], results: dict[str, Any], states, *, call: Cal
     goes_on_11 = jnp.full((1, 1), first_after) <= before
 
   def piece(name: str, index: int) -> jax.Array:
-    repeats, width = call.heads // dict(call.groups)[name], call.widths[name == "v"]
+    repeats, width = call.repeats(name), call.widths[name == "v"]
     at = index // repeats if call.count > repeats else 0
     x = given[name][:, at * width : (at + 1) * width]
     # Beyond the row may lie anything, NaN too.
@@ -247,22 +234,13 @@ def _kernel(given: dict[str, Any], results: dict[str, Any], states, *, call: Cal
     q_CK, k_CK, v_CV = piece("q", index), piece("k", index), piece("v", index)
     state_KV = states[index]
     weights_CC = jnp.where(sees_CC, coefficients.intra * powers(distance_CC), 0.0)
-    scores_CC = _dot(call, q_CK, k_CK, (1, 1)) * weights_CC
-    carried_CV = _dot(call, q_CK, state_KV, (1, 0))
-    output_CV = _dot(call, scores_CC, v_CV, (1, 0)) + coefficients.inter * read_C1 * carried_CV
+    scores_CC = dot(q_CK, k_CK, (1, 1)) * weights_CC
+    carried_CV = dot(q_CK, state_KV, (1, 0))
+    output_CV = dot(scores_CC, v_CV, (1, 0)) + coefficients.inter * read_C1 * carried_CV
     results["output"][:, index * value_width : (index + 1) * value_width] = output_CV.astype(call.dtype)
-    added_KV = _dot(call, k_CK, coefficients.into * write_C1 * v_CV.astype(jnp.float32), (0, 0))
+    added_KV = dot(k_CK, coefficients.into * write_C1 * v_CV.astype(jnp.float32), (0, 0))
     states[index] = carry_11 * state_KV + added_KV
 
   @pl.when(step == parts.num_chunks - 1)
   def _():
     results["final"][...] = states[...]
-
-
-def _dot(call: Call, x: jax.Array, y: jax.Array, axes: tuple[int, int]) -> jax.Array:
-  """The sum over one axis of each, in float32. float32 means float32, whatever jax_default_matmul_precision says."""
-  dtype = call.kernels.dtype
-  precision = jax.lax.Precision.HIGHEST if dtype == jnp.float32 else jax.lax.Precision.DEFAULT
-  dimensions = (((axes[0],), (axes[1],)), ((), ()))
-  operands = x.astype(dtype), y.astype(dtype)
-  return jax.lax.dot_general(*operands, dimensions, precision=precision, preferred_element_type=jnp.float32)

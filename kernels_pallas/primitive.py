@@ -16,14 +16,16 @@ directions. Then, with s the scale, S0 the initial state and dS_T the final one'
 """
 
 import functools
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas import chunked_xla
+from kernels_pallas import chunked_xla, decay
 from kernels_pallas import parts as parts_lib
 from kernels_pallas.parts import Parts
+
+_MAX_WIDTH = 256
 
 
 class Coefficients(NamedTuple):
@@ -40,6 +42,48 @@ class Rows(NamedTuple):
   slopes_H: jax.Array
   segment_ids_BT: jax.Array | None
   lengths_B: jax.Array | None
+
+  def operands(self, padded_tokens: int) -> dict[str, jax.Array]:
+    """What kernels are given of them: "slopes", and where there are any "lengths" and "firsts".
+
+    "firsts" [B, padded_tokens] int32 is the token that each token's document begins with.
+    """
+    operands = {"slopes": self.slopes_H}
+    if self.lengths_B is not None:
+      operands["lengths"] = self.lengths_B
+    if self.segment_ids_BT is not None:
+      padding = padded_tokens - self.segment_ids_BT.shape[1]
+      operands["firsts"] = jnp.pad(decay.first_tokens(self.segment_ids_BT), ((0, 0), (0, padding)))
+    return operands
+
+
+def refusal(q: Any, k: Any, v: Any) -> str | None:
+  """Why no kernel can serve operands of such shapes and dtypes; None if some can."""
+  if jnp.float64 in (q.dtype, k.dtype, v.dtype):
+    return "it has no float64"
+  if max(q.shape[-1], v.shape[-1]) > _MAX_WIDTH:
+    return f"it has widths up to {_MAX_WIDTH}"
+  return None
+
+
+def compute_dtype(*operands: Any) -> jnp.dtype:
+  """Of products: bfloat16 where all operands are. float16 has not the range for states, hence float32 for it."""
+  return jnp.dtype(jnp.bfloat16 if all(x.dtype == jnp.bfloat16 for x in operands) else jnp.float32)
+
+
+def dot(x: jax.Array, y: jax.Array, axes: tuple[int, int], dtype: jnp.dtype, exact: Any = None) -> jax.Array:
+  """The sum over one axis of each, in float32. float32 means float32, whatever jax_default_matmul_precision says.
+
+  Args:
+    x, y: matrices.
+    axes: of x and of y.
+    dtype: both are cast to it.
+    exact: the precision that is float32's; None: HIGHEST.
+  """
+  precision = (exact or jax.lax.Precision.HIGHEST) if dtype == jnp.float32 else jax.lax.Precision.DEFAULT
+  dimensions = (((axes[0],), (axes[1],)), ((), ()))
+  operands = x.astype(dtype), y.astype(dtype)
+  return jax.lax.dot_general(*operands, dimensions, precision=precision, preferred_element_type=jnp.float32)
 
 
 class Kernels(Protocol):

@@ -17,13 +17,12 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from kernels_pallas import by_platform, decay, device, primitive
+from kernels_pallas import by_platform, device, primitive
 from kernels_pallas import parts as parts_lib
 from kernels_pallas.parts import Parts
 from kernels_pallas.primitive import Coefficients, Rows
 
 _MIN_WIDTH = 16  # of a tensor core's operands
-_MAX_WIDTH = 256
 _WARPS_AT_ONCE = 8  # on a multiprocessor, at the number of registers that our programs take
 
 
@@ -67,14 +66,10 @@ def choose_form(capability: int, dtype: jnp.dtype, width: int) -> Form:
 
 def refusal(q: Any, k: Any, v: Any) -> str | None:
   """Why these kernels cannot serve operands of such shapes and dtypes on this process' GPU; None if they can."""
-  width, capability = max(q.shape[-1], v.shape[-1]), device.gpu().capability
-  if jnp.float64 in (q.dtype, k.dtype, v.dtype):
-    return "it has no float64"
-  if width > _MAX_WIDTH:
-    return f"it has widths up to {_MAX_WIDTH}"
-  if capability < 80:
-    return f"it has compute capabilities from 8.0 (Ampere) on, and this GPU's is {capability / 10}"
-  return None
+  reason, capability = primitive.refusal(q, k, v), device.gpu().capability
+  if reason is None and capability < 80:
+    reason = f"it has compute capabilities from 8.0 (Ampere) on, and this GPU's is {capability / 10}"
+  return reason
 
 
 def attend(
@@ -94,9 +89,7 @@ def attend(
   """
   (batch, num_tokens, heads, key_width), value_width = q_BTHK.shape, v_BTGV.shape[-1]
   gpu = device.gpu()
-  # float16 has not the range for states, hence float32 for it.
-  is_bfloat16 = all(x.dtype == jnp.bfloat16 for x in (q_BTHK, k_BTGK, v_BTGV))
-  dtype = jnp.dtype(jnp.bfloat16 if is_bfloat16 else jnp.float32)
+  dtype = primitive.compute_dtype(q_BTHK, k_BTGK, v_BTGV)
   form = choose_form(gpu.capability, dtype, max(key_width, value_width))
   programs = batch * heads * -(-value_width // form.block)
   at_once = gpu.multiprocessors * max(1, _WARPS_AT_ONCE // form.num_warps)
@@ -159,16 +152,6 @@ class _Task:
     starts = range(0, _padded(self.key_width), size)
     return [(pl.ds(x, size), None if x + size <= self.key_width else self.key_width - x) for x in starts]
 
-  def dot(self, x: jax.Array, y: jax.Array, axes: tuple[int, int], native: bool) -> jax.Array:
-    """The sum over one axis of each, in float32. float32 means float32, whatever jax_default_matmul_precision says."""
-    precision: Any = jax.lax.Precision.DEFAULT
-    if self.kernels.dtype == jnp.float32:
-      # Three products of TF32 are as exact, and what Triton makes of true float32 products spills kilobytes.
-      precision = jax.lax.DotAlgorithmPreset.TF32_TF32_F32_X3 if native else jax.lax.Precision.HIGHEST
-    operands = x.astype(self.kernels.dtype), y.astype(self.kernels.dtype)
-    dimensions = (((axes[0],), (axes[1],)), ((), ()))
-    return jax.lax.dot_general(*operands, dimensions, precision=precision, preferred_element_type=jnp.float32)
-
 
 def _kernel(given: dict[str, Any], results: dict[str, Any], *, task: _Task, native: bool) -> None:
   """One part of one head of one row, one block of the value width.
@@ -180,7 +163,9 @@ def _kernel(given: dict[str, Any], results: dict[str, Any], *, task: _Task, nati
     native: whether this is compiled for a GPU, not interpreted.
   """
   parts, coefficients = task.kernels.parts, task.coefficients
-  dot = functools.partial(task.dot, native=native)
+  # Three products of TF32 are as exact as float32, and what Triton makes of true float32 products spills kilobytes.
+  exact = jax.lax.DotAlgorithmPreset.TF32_TF32_F32_X3 if native else None
+  dot = functools.partial(primitive.dot, dtype=task.kernels.dtype, exact=exact)
   part = pl.program_id(2)
   if task.states_only and task.reverse:
     part += 1  # of all parts the first one runs last, and no one waits for its state
@@ -276,12 +261,7 @@ def _call(task: _Task, given: dict[str, jax.Array], rows: Rows, results: dict[st
     rows: slopes, segment ids and lengths.
     results: shapes and dtypes of "output" [B, T, H, V] and "final" [B, H, K, V], or of "added" [B, P - 1, H, K, V].
   """
-  given = given | {"slopes": rows.slopes_H}
-  if rows.lengths_B is not None:
-    given["lengths"] = rows.lengths_B
-  if rows.segment_ids_BT is not None:
-    padding = task.kernels.parts.tokens - task.tokens
-    given["firsts"] = jnp.pad(decay.first_tokens(rows.segment_ids_BT), ((0, 0), (0, padding)))
+  given = given | rows.operands(task.kernels.parts.tokens)
   return by_platform.run("cuda", _Call(task, tuple(results.items())), given, results)
 
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels_pallas import decay, device, mosaic_gpu, mosaic_gpu_kernel, parts
+from kernels_pallas import device, mosaic_gpu, mosaic_gpu_kernel, parts
 from kernels_pallas.primitive import Coefficients
 from tests.kernels_pallas import cross, truth
 
@@ -15,14 +15,6 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 needs_kernel = pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="the kernel needs jax 0.11")
 OPTIONAL = ("initial_state", "segment_ids", "lengths")
 SHAPE = jax.ShapeDtypeStruct
-
-
-def _direct(q, k, v, slopes, *, scale, initial_state=None, segment_ids=None, lengths=None):
-  """The op past its door, whose compiled programs know nothing of what a test has patched."""
-  if initial_state is None:
-    initial_state = jnp.zeros((q.shape[0], *q.shape[2:], v.shape[-1]), jnp.float32)
-  segment_ids = None if segment_ids is None else decay.canonical_segments(segment_ids)
-  return mosaic_gpu.attend(q, k, v, slopes, initial_state, segment_ids, lengths, scale=scale)
 
 
 def _bfloat16(case):
@@ -48,7 +40,7 @@ def test_interpreted(monkeypatch, tokens, count, groups, widths, given):
   sizes = {"batch": 1 + ("lengths" in given), "heads": 2, "key_width": widths[0], "value_width": widths[1]}
   case = truth.make_case(tokens, *groups, given, **sizes)
   case = _bfloat16(case) | {"slopes": np.array([0.02, 14.0], np.float32)}
-  truth.assert_close(truth.run(_direct, case, jnp.bfloat16), truth.by_loop(case), 1e-2)
+  truth.assert_close(truth.run(truth.direct(mosaic_gpu.attend), case, jnp.bfloat16), truth.by_loop(case), 1e-2)
 
 
 def _complaints():
@@ -92,20 +84,8 @@ def test_what_is_not_waited_for_is_found(monkeypatch, left_out):
   assert _complaints() != []
 
 
-def _program(*, width=64, tokens=2048, groups=2, batch=1):
-  """(forward, its operands, gradients, their operands)."""
-  q, k = SHAPE((batch, tokens, 8, width), jnp.bfloat16), SHAPE((batch, tokens, groups, width), jnp.bfloat16)
-  slopes = jnp.full(8, 0.1)
-  options = SHAPE((batch, tokens), jnp.int32), SHAPE((batch,), jnp.int32)
-
-  def forward(q, k, v, segment_ids, lengths):
-    return _direct(q, k, v, slopes, scale=0.1, segment_ids=segment_ids, lengths=lengths)
-
-  def gradients(q, k, v, segment_ids, lengths, d_output):
-    (output, _), pullback = jax.vjp(lambda *x: forward(*x, segment_ids, lengths), q, k, v)
-    return output, pullback((d_output, jnp.zeros((batch, 8, width, width))))
-
-  return forward, (q, k, k, *options), gradients, (q, k, k, *options, q)
+def _program(**sizes):
+  return cross.program(truth.direct(mosaic_gpu.attend), jnp.bfloat16, **sizes)
 
 
 def _kernels(lowered):

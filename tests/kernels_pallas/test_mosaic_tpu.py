@@ -1,6 +1,7 @@
 """The TPU kernel: which heads go together, what it lowers to for each generation, and what a wrong axis would do."""
 
 import base64
+import functools
 import json
 
 import jax
@@ -8,11 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
-from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 from kernels_pallas import by_platform, linear_attention, mosaic_tpu
 from kernels_pallas.api import choose_implementations
-from tests.kernels_pallas import truth
+from tests.kernels_pallas import cross, truth
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 OPTIONAL = ("initial_state", "segment_ids", "lengths")
@@ -68,41 +68,18 @@ def test_chunks_out_of_order_would_show(monkeypatch):
   assert any(not np.allclose(x, simulated(right, 0), atol=1e-3) for x in wrong)
 
 
-def _tpu(kind):
-  device = AbstractDevice(kind, num_cores=1, platform="tpu")
-  return jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("x",), axis_types=(AxisType.Auto,), abstract_device=device))
-
-
-def _program(name, dtype, width, *, heads=8, groups=2):
-  q, k = SHAPE((1, 2000, heads, width), dtype), SHAPE((1, 2000, groups, width), dtype)
-  options = SHAPE((1, 2000), jnp.int32), SHAPE((1,), jnp.int32)
-
-  def gradients(q, k, v, segment_ids, lengths, d_output):
-    def op(q, k, v):
-      kwargs = {"segment_ids": segment_ids, "lengths": lengths, "implementation": name}
-      return linear_attention(q, k, v, jnp.full(heads, 0.1), scale=0.1, **kwargs)[0]
-
-    output, pullback = jax.vjp(op, q, k, v)
-    return output, pullback(d_output)
-
-  return gradients, (q, k, k, *options, q)
+def _program(name, dtype, width):
+  *_, gradients, operands = cross.program(
+    functools.partial(linear_attention, implementation=name), dtype, width=width, tokens=2000
+  )
+  return gradients, operands
 
 
 def _kernels(lowered):
   """The Mosaic modules of a lowered program, as bytes."""
-  modules = []
-
-  def walk(operation):
-    for region in operation.regions:
-      for block in region:
-        for inner in block:
-          walk(inner.operation)
-    if operation.name == "stablehlo.custom_call" and "tpu_custom_call" in str(operation.attributes["call_target_name"]):
-      config = json.loads(str(operation.attributes["backend_config"]).strip('"').replace("\\22", '"'))
-      modules.append(base64.b64decode(config["custom_call_config"]["body"]))
-
-  walk(lowered.compiler_ir("stablehlo").operation)
-  return modules
+  configs = [operation.attributes["backend_config"] for operation in cross.custom_calls(lowered, "tpu_custom_call")]
+  configs = [json.loads(str(config).strip('"').replace("\\22", '"')) for config in configs]
+  return [base64.b64decode(config["custom_call_config"]["body"]) for config in configs]
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
@@ -110,7 +87,7 @@ def _kernels(lowered):
 def test_lowers_for_every_generation(kind, dtype):
   for width in (64, 128):
     function, operands = _program("auto", dtype, width)
-    with _tpu(kind):
+    with cross.described(kind, "tpu", 1):
       lowered = jax.jit(function).trace(*operands).lower(lowering_platforms=("tpu",))
     kernels = _kernels(lowered)
     assert len(kernels) == 4  # the output, and the gradients of q, k and v

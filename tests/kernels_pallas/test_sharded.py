@@ -48,7 +48,6 @@ for name, (sizes, implementation, tokens, groups, given) in json.loads(sys.argv[
   case = truth.make_case(tokens, *groups, given)
   actual, expected = truth.run(functools.partial(sharded, mesh, implementation), case), truth.by_loop(case)
   errors = {what: truth.relative_error(actual[what], expected[what]) for what in expected}
-  operands, options = truth.arrays(case, jnp.float32)
   put = lambda n, x: jax.device_put(x, jax.sharding.NamedSharding(mesh, SPECS[n]))
   given = {n: put(n, jnp.asarray(x)) for n, x in case.items()}
   forward = jax.jit(lambda given: sharded(mesh, implementation, **given, scale=0.3))

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels_pallas import decay, device, linear_attention, parts, triton
+from kernels_pallas import device, linear_attention, parts, triton
 from kernels_pallas.api import choose_implementations
 from tests.kernels_pallas import cross, truth
 
@@ -15,18 +15,10 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 OPTIONAL = ("initial_state", "segment_ids", "lengths")
 
 
-def _direct(q, k, v, slopes, *, scale, initial_state=None, segment_ids=None, lengths=None):
-  """The op past its door, whose compiled programs know nothing of what a test has patched."""
-  if initial_state is None:
-    initial_state = jnp.zeros((q.shape[0], *q.shape[2:], v.shape[-1]), jnp.float32)
-  segment_ids = None if segment_ids is None else decay.canonical_segments(segment_ids)
-  return triton.attend(q, k, v, slopes, initial_state, segment_ids, lengths, scale=scale)
-
-
 def _run(monkeypatch, case, count, dtype=jnp.float32, capability=90):
   monkeypatch.setattr(parts, "choose_count", lambda *_: count)
   monkeypatch.setattr(device, "gpu", lambda: device.Gpu(capability, 132))
-  return truth.run(lambda *args, **options: _direct(*args, **options), case, dtype)
+  return truth.run(truth.direct(triton.attend), case, dtype)
 
 
 @pytest.mark.parametrize("tokens, count, given", [(257, 1, ()), (100, 3, OPTIONAL), (100, 7, ("lengths",))])
@@ -84,20 +76,8 @@ def test_every_form_is_reached():
 SHAPE = jax.ShapeDtypeStruct
 
 
-def _program(name, dtype, *, width=64, tokens=2048, groups=2, batch=1):
-  """(forward, its operands, gradients, their operands)."""
-  q, k = SHAPE((batch, tokens, 8, width), dtype), SHAPE((batch, tokens, groups, width), dtype)
-  slopes = jnp.full(8, 0.1)
-  options = SHAPE((batch, tokens), jnp.int32), SHAPE((batch,), jnp.int32)
-
-  def forward(q, k, v, segment_ids, lengths):
-    return linear_attention(q, k, v, slopes, scale=0.1, segment_ids=segment_ids, lengths=lengths, implementation=name)
-
-  def gradients(q, k, v, segment_ids, lengths, d_output):
-    (output, _), pullback = jax.vjp(lambda *x: forward(*x, segment_ids, lengths), q, k, v)
-    return output, pullback((d_output, jnp.zeros((batch, 8, width, width))))
-
-  return forward, (q, k, k, *options), gradients, (q, k, k, *options, q)
+def _program(name, dtype, **sizes):
+  return cross.program(functools.partial(linear_attention, implementation=name), dtype, **sizes)
 
 
 def _dots(call):

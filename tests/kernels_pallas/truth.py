@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from kernels_pallas import decay
+
 SCALE = 0.3
 SLOPES = (0.0, 0.01, 0.2, 1.0, 4.0, 14.0)
 ARRAYS = ("q", "k", "v", "initial_state")
@@ -78,6 +80,18 @@ def by_loop(case, given_cotangents=None):
   if "initial_state" not in case:
     del out["d_initial_state"]
   return out
+
+
+def direct(attend):
+  """An implementation past the op's door, whose compiled programs know nothing of what a test has patched."""
+
+  def op(q, k, v, slopes, *, scale, initial_state=None, segment_ids=None, lengths=None):
+    if initial_state is None:
+      initial_state = jnp.zeros((q.shape[0], *q.shape[2:], v.shape[-1]), jnp.float32)
+    segment_ids = None if segment_ids is None else decay.canonical_segments(segment_ids)
+    return attend(q, k, v, slopes, initial_state, segment_ids, lengths, scale=scale)
+
+  return op
 
 
 def arrays(case, dtype):
