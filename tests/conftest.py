@@ -6,9 +6,7 @@ import numpy as np
 import pytest
 
 # Real models, real processes, 7B compiled: half of the time of all tests. CI runs them on one of its two Pythons.
-HEAVY = {"test_plan", "test_processes", "test_sharded", "test_smollm2"}
-# Kills, full disks, grace times: they want a machine to themselves, and are run by hand.
-SLOW = {"test_faults"}
+HEAVY = {"test_faults", "test_plan", "test_processes", "test_sharded", "test_smollm2"}
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -16,8 +14,6 @@ def pytest_collection_modifyitems(items):
   for item in items:
     if item.path.stem in HEAVY:
       item.add_marker(pytest.mark.heavy)
-    if item.path.stem in SLOW:
-      item.add_marker(pytest.mark.slow)
 
 
 # Accelerators multiply float32 with fewer bits unless told otherwise; here float32 means float32.
