@@ -11,7 +11,7 @@ from convert_weights import gguf_tokenizer, names
 from convert_weights.config_reader import ConfigReader
 from convert_weights.errors import ConversionError, listing
 from convert_weights.gguf_file import GGUFFile, open_gguf
-from convert_weights.source import Source
+from convert_weights.source import Leaf, Source, StoredTensor
 from supra_jax.config import ModelConfig, RopeConfig
 
 _TRANSLATED = {
@@ -35,16 +35,28 @@ def open_gguf_source(path: Path) -> Source:
   file = open_gguf(path)
   config = model_config(file, str(path))
   tensors = {name: tensor for name, tensor in file.tensors.items() if not _ROTARY_BUFFER.fullmatch(name)}
+  parameters = names.parameters(config)
   names.check_tensors(
     str(path),
-    {p.gguf: p.source_shape for p in names.parameters(config)},
+    {p.gguf: p.source_shape for p in parameters},
     {name: tensor.shape for name, tensor in tensors.items()},
     optional={},
     unreadable=[f"{name}: {tensor.type_name}" for name, tensor in tensors.items() if tensor.dtype is None],
   )
   original = {k: v for k, v in file.metadata.items() if not (k.startswith("tokenizer.") and isinstance(v, list))}
   tokenizer_files = gguf_tokenizer.tokenizer_files(file.metadata, config, str(path))
-  return Source("gguf", path, config, original, [path], tensors, tokenizer_files)
+  leaves = [_leaf(p, tensors[p.gguf]) for p in parameters]
+  return Source("gguf", path, config, original, [path], tensors, leaves, tokenizer_files)
+
+
+def _leaf(parameter: names.Parameter, stored: StoredTensor) -> Leaf:
+  def read() -> np.ndarray:
+    array = stored.read()
+    if parameter.rotary_heads:
+      array = _unpermute(array, parameter.rotary_heads)
+    return array.T if parameter.transposed else array
+
+  return Leaf(parameter.path, parameter.shape, parameter.gguf, stored.num_bytes, read)
 
 
 def model_config(file: GGUFFile, where: str) -> ModelConfig:
@@ -120,7 +132,7 @@ def _rope(reader: ConfigReader) -> RopeConfig:
   return RopeConfig(base, "linear", factor)
 
 
-def unpermute(array: np.ndarray, heads: int) -> np.ndarray:
+def _unpermute(array: np.ndarray, heads: int) -> np.ndarray:
   """Undoes llama.cpp's reordering of rotated features: pairs (2i, 2i+1) back to halves (i, i + K/2)."""
   rows = array.shape[0]
   return array.reshape(heads, rows // heads // 2, 2, *array.shape[1:]).swapaxes(1, 2).reshape(array.shape)

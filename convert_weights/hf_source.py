@@ -5,10 +5,12 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import numpy as np
+
 from convert_weights import hf_config, names
 from convert_weights.errors import ConversionError, listing, read_json_object
 from convert_weights.safetensors_file import open_safetensors
-from convert_weights.source import Source, StoredTensor
+from convert_weights.source import Leaf, Source, StoredTensor
 
 _WEIGHTS = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
@@ -29,15 +31,35 @@ def open_huggingface(directory: Path) -> Source:
   config = hf_config.model_config(original, generation, str(config_path))
   weight_files, tensors = _open_weights(directory)
   tensors = {name: tensor for name, tensor in tensors.items() if not _ROTARY_BUFFER.fullmatch(name)}
+  parameters = names.parameters(config)
   optional = {names.HF_UNEMBEDDING: (config.vocab_size, config.hidden_size)} if config.tie_embeddings else {}
   names.check_tensors(
     str(directory),
-    {p.hf: p.source_shape for p in names.parameters(config)},
+    {p.hf: p.source_shape for p in parameters},
     {name: tensor.shape for name, tensor in tensors.items()},
     optional=optional,
     unreadable=[f"{name}: {tensor.type_name}" for name, tensor in tensors.items() if tensor.dtype is None],
   )
-  return Source("huggingface", directory, config, original, weight_files, tensors, _tokenizer_files(directory))
+  unembedding = tensors.get(names.HF_UNEMBEDDING) if config.tie_embeddings else None
+  leaves = [_leaf(directory, p, tensors[p.hf], unembedding) for p in parameters]
+  return Source("huggingface", directory, config, original, weight_files, tensors, leaves, _tokenizer_files(directory))
+
+
+def _leaf(
+  directory: Path, parameter: names.Parameter, stored: StoredTensor, tied_unembedding: StoredTensor | None
+) -> Leaf:
+  twin = tied_unembedding if parameter.hf == names.HF_EMBEDDING else None
+
+  def read() -> np.ndarray:
+    array = stored.read()
+    if twin is not None and not np.array_equal(twin.read(), array):
+      raise ConversionError(
+        f"{directory}: tie_word_embeddings is true, but {names.HF_UNEMBEDDING} differs from {parameter.hf}."
+      )
+    return array.T if parameter.transposed else array
+
+  num_bytes = stored.num_bytes + (twin.num_bytes if twin else 0)
+  return Leaf(parameter.path, parameter.shape, parameter.hf, num_bytes, read)
 
 
 def _open_weights(directory: Path) -> tuple[list[Path], dict[str, StoredTensor]]:

@@ -21,11 +21,10 @@ import numpy as np
 from absl import flags
 from tqdm import tqdm
 
-from convert_weights import names
 from convert_weights.errors import ConversionError
-from convert_weights.gguf_source import open_gguf_source, unpermute
+from convert_weights.gguf_source import open_gguf_source
 from convert_weights.hf_source import open_huggingface
-from convert_weights.source import BFLOAT16, Source, StoredTensor
+from convert_weights.source import BFLOAT16, Source
 from supra_jax import checkpoint
 from supra_jax.bin.entry import run
 from supra_jax.tokenizer import Tokenizer
@@ -118,33 +117,14 @@ def _common_dtype(source: Source) -> np.dtype:
 
 def _read_parameters(source: Source, dtype: np.dtype, bar: tqdm) -> dict[str, Any]:
   params: dict[str, Any] = {}
-  for parameter in names.parameters(source.config):
-    name = parameter.gguf if source.kind == "gguf" else parameter.hf
-    stored = source.tensors[name]
-    array = stored.read()
-    bar.update(stored.num_bytes)
-    if source.kind == "gguf" and parameter.rotary_heads:
-      array = unpermute(array, parameter.rotary_heads)
-    if parameter.path[0] == "embed_tokens" and source.config.tie_embeddings:
-      _check_tied(source, name, array, bar)
-    array = _rounded(array.T if parameter.transposed else array, dtype, f"{source.path}: {name}")
-    *parents, leaf = parameter.path
+  for leaf in source.leaves:
+    *parents, name = leaf.path
     node = params
     for parent in parents:
       node = node.setdefault(parent, {})
-    node[leaf] = array
+    node[name] = _rounded(leaf.read(), dtype, f"{source.path}: {leaf.name}")
+    bar.update(leaf.num_bytes)
   return params
-
-
-def _check_tied(source: Source, name: str, embedding: np.ndarray, bar: tqdm) -> None:
-  unembedding: StoredTensor | None = source.tensors.get(names.HF_UNEMBEDDING)
-  if unembedding is None:
-    return
-  if not np.array_equal(unembedding.read(), embedding):
-    raise ConversionError(
-      f"{source.path}: tie_word_embeddings is true, but {names.HF_UNEMBEDDING} differs from {name}."
-    )
-  bar.update(unembedding.num_bytes)
 
 
 def _rounded(array: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:

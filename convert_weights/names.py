@@ -8,6 +8,7 @@ from collections.abc import Collection, Iterator, Mapping
 from convert_weights.errors import ConversionError, listing
 from supra_jax.config import ModelConfig
 
+HF_EMBEDDING = "model.embed_tokens.weight"
 HF_UNEMBEDDING = "lm_head.weight"
 GGUF_UNEMBEDDING = "output.weight"
 
@@ -44,7 +45,7 @@ def parameters(config: ModelConfig) -> list[Parameter]:
   embedding = Parameter(
     ("embed_tokens", "embedding"),
     (config.vocab_size, config.hidden_size),
-    "model.embed_tokens.weight",
+    HF_EMBEDDING,
     "token_embd.weight",
   )
   result = [embedding]

@@ -35,6 +35,25 @@ class StoredTensor:
 
 
 @dataclasses.dataclass(frozen=True)
+class Leaf:
+  """A parameter of ours, not read yet.
+
+  Attributes:
+    path: where it lies in our tree.
+    shape: its shape there.
+    name: of the tensor that it comes from, for messages.
+    num_bytes: how many are read for it.
+    read: reads it from the file, in our layout and the file's number type.
+  """
+
+  path: tuple[str, ...]
+  shape: tuple[int, ...]
+  name: str
+  num_bytes: int
+  read: Callable[[], np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
 class Source:
   """An opened source: its config translated, its headers checked, its tensors still on disk.
 
@@ -45,6 +64,7 @@ class Source:
     original_config: the config in the source's own words.
     weight_files: the files that hold the tensors.
     tensors: name -> tensor, without those that are known and useless (rotary buffers).
+    leaves: every parameter of ours.
     tokenizer_files: file name -> contents.
   """
 
@@ -54,4 +74,5 @@ class Source:
   original_config: Mapping[str, Any]
   weight_files: Sequence[Path]
   tensors: Mapping[str, StoredTensor]
+  leaves: Sequence[Leaf]
   tokenizer_files: Mapping[str, bytes]

@@ -12,7 +12,7 @@ from tiny_checkpoints import BYTE_TOKENS, HEADS, KV_HEADS, copy_case, leaf, perm
 
 from convert_weights.errors import ConversionError
 from convert_weights.gguf_file import open_gguf
-from convert_weights.gguf_source import model_config, unpermute
+from convert_weights.gguf_source import _unpermute, model_config
 from convert_weights.hf_to_orbax import convert
 from supra_jax.checkpoint import load_model
 from supra_jax.config import RopeConfig
@@ -56,7 +56,7 @@ def test_same_parameters_as_the_huggingface_directory(tmp_path):
 def test_unpermute_undoes_permute(heads, shape):
   array = np.arange(np.prod(shape)).reshape(shape)
   permuted = permute(array, heads)
-  np.testing.assert_array_equal(unpermute(permuted, heads), array)
+  np.testing.assert_array_equal(_unpermute(permuted, heads), array)
   assert (permuted != array).any()
 
 
