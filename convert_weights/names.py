@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import typing
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-from convert_weights.errors import ConversionError, listing
 from supra_jax.config import Mixer, ModelConfig
 
 HF_EMBEDDING = "model.embed_tokens.weight"
@@ -152,41 +151,3 @@ def _feature_maps(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     case "per_head_separate":
       return {"feature_map": (h, k, k), "feature_map_kv": (g, k, k)}
   typing.assert_never(config.supra.feature_map)
-
-
-def check_tensors(
-  source: str,
-  wanted: Mapping[str, tuple[int, ...]],
-  found: Mapping[str, tuple[int, ...]],
-  *,
-  optional: Mapping[str, tuple[int, ...]],
-  unreadable: Collection[str],
-) -> None:
-  """Holds the tensors a source has against those the config asks for.
-
-  Args:
-    source: what to call the source in a message.
-    wanted: name -> shape of each tensor that must be there.
-    found: name -> shape of each tensor that is there, ignored ones left out.
-    optional: name -> shape of tensors that may be there besides.
-    unreadable: a line for each tensor whose type cannot be read.
-
-  Raises:
-    ConversionError: the two differ; lists missing, unknown, mis-shaped and unreadable tensors.
-  """
-  known = {**optional, **wanted}
-  lines = [
-    *listing("missing tensors", (f"{name} {list(wanted[name])}" for name in wanted if name not in found)),
-    *listing("unknown tensors", (f"{name} {list(found[name])}" for name in sorted(set(found) - set(known)))),
-    *listing(
-      "tensors of another shape than the config gives",
-      (
-        f"{name}: wanted {list(shape)}, got {list(found[name])}"
-        for name, shape in known.items()
-        if name in found and tuple(found[name]) != tuple(shape)
-      ),
-    ),
-    *listing("tensors of a type that cannot be read", unreadable),
-  ]
-  if lines:
-    raise ConversionError("\n".join([f"{source}: the tensors are not those its config describes.", *lines]))

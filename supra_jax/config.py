@@ -73,6 +73,11 @@ class RopeConfig:
         f"RopeConfig: llama3 scaling wants high_freq_factor > low_freq_factor, got {self.high_freq_factor} and "
         f"{self.low_freq_factor}."
       )
+    if self.scaling == "yarn" and not (self.base > 1 and self.beta_fast >= self.beta_slow):
+      raise ValueError(
+        f"RopeConfig: yarn scaling wants base > 1 and beta_fast >= beta_slow, got {self.base}, {self.beta_fast} and "
+        f"{self.beta_slow}."
+      )
 
 
 @dataclasses.dataclass(frozen=True)

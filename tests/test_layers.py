@@ -93,7 +93,7 @@ def test_apply_rope_rotates_halves():
   rng = np.random.default_rng(0)
   x = rng.standard_normal((2, 5, 3, 8), np.float32)
   angle = rng.uniform(0, 6, (2, 5, 4))
-  turned = layers.apply_rope(x, np.cos(angle).astype(np.float32), np.sin(angle).astype(np.float32))
+  turned = layers.apply_rope(x, *(f(angle)[:, :, None].astype(np.float32) for f in (np.cos, np.sin)))
   # As a complex number, component i with component i + K/2.
   want = (x[..., :4] + 1j * x[..., 4:]) * np.exp(1j * angle)[:, :, None]
   np.testing.assert_allclose(turned, np.concatenate([want.real, want.imag], -1), atol=1e-6)
@@ -105,7 +105,7 @@ def test_rope_scores_depend_on_distance_only():
 
   def score(i, j):
     turned = (
-      layers.apply_rope(x, *layers.rope_table(RopeConfig(), 16, jnp.full((1, 1), at))) for x, at in ((q, i), (k, j))
+      layers.apply_rope(x, *layers.rope_table(RopeConfig(), 16, jnp.full((1, 1, 1), at))) for x, at in ((q, i), (k, j))
     )
     return float(jnp.vdot(*turned))
 
