@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import math
+import pickletools
 import re
 import struct
 import zipfile
@@ -22,8 +23,14 @@ import numpy as np
 from convert_weights.errors import ConversionError, listing
 from convert_weights.source import BFLOAT16, StoredTensor, read_array
 
-# As in safetensors; the pickles of real checkpoints have less than a hundredth of it.
-_MAX_PICKLE_BYTES = 100_000_000
+# Ten times what the tensors of a large model and its optimizer take to describe.
+_MAX_PICKLE_BYTES = 20_000_000
+# What tensors are made of. torch's own list has constructors besides that take any amount of memory, `bytearray` say.
+_NAMES = re.compile(
+  r"collections (OrderedDict|defaultdict|Counter)|torch (?!Untyped)\w+Storage|torch (Size|device|[a-z]\w*)|"
+  r"torch\._utils _rebuild_\w+|torch\._tensor _rebuild_from_type_v2|torch\.nn\.parameter Parameter|"
+  r"torch\.serialization _get_layout"
+)
 _LOCAL_HEADER_BYTES = 30
 
 
@@ -70,9 +77,9 @@ def _records(path: Path) -> dict[int, int]:
       for info in archive.infolist():
         if info.compress_type != zipfile.ZIP_STORED or info.compress_size != info.file_size:
           raise ConversionError(f"{path}: corrupt: the record {info.filename} is compressed, which torch never does.")
-        if info.filename.endswith("/data.pkl") and info.file_size > _MAX_PICKLE_BYTES:
-          raise ConversionError(f"{path}: corrupt: its pickle claims {info.file_size} bytes.")
-        if info.filename.endswith("/byteorder") and archive.read(info) != b"little":
+        if info.filename.endswith("/data.pkl"):
+          _check_pickle(path, archive, info)
+        if info.filename.endswith("/byteorder") and archive.open(info).read(10) != b"little":
           raise ConversionError(f"{path}: big-endian numbers are not supported.")
         file.seek(info.header_offset)
         begin = info.header_offset + _LOCAL_HEADER_BYTES + sum(struct.unpack("<26xHH", file.read(_LOCAL_HEADER_BYTES)))
@@ -81,11 +88,11 @@ def _records(path: Path) -> dict[int, int]:
             f"{path}: truncated: {info.filename} ends at byte {begin + info.file_size}, the file at {size}."
           )
         records[begin] = info.file_size
+  except ConversionError:
+    raise
   except OSError as error:
     raise ConversionError(f"{path}: cannot be read: {error.strerror}.") from error
-  except (zipfile.BadZipFile, struct.error, ValueError, NotImplementedError, RuntimeError) as error:
-    if isinstance(error, ConversionError):
-      raise
+  except Exception as error:  # whatever a damaged archive makes of zipfile and pickletools
     raise ConversionError(
       f"{path}: truncated, corrupt, or not of the form that torch.save writes since PyTorch 1.6: {error}."
     ) from error
@@ -95,6 +102,18 @@ def _records(path: Path) -> dict[int, int]:
       raise ConversionError(f"{path}: corrupt: records that overlap at byte {begin}.")
     end = begin + count
   return records
+
+
+def _check_pickle(path: Path, archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> None:
+  """Refuses a pickle that names more than tensors."""
+  if info.file_size > _MAX_PICKLE_BYTES:
+    raise ConversionError(f"{path}: corrupt: its pickle claims {info.file_size} bytes.")
+  named = [str(argument) for opcode, argument, _ in pickletools.genops(archive.read(info)) if opcode.name == "GLOBAL"]
+  others = sorted({name[:200] for name in named if not _NAMES.fullmatch(name)})
+  if others:
+    raise ConversionError(
+      "\n".join([f"{path}: its pickle wants more than tensors, which could run code.", *listing("names", others)])
+    )
 
 
 def _reason(error: Exception) -> str:
@@ -111,11 +130,14 @@ def _stored_tensor(path: Path, name: str, tensor: Any, dtype: Any, records: Mapp
     return StoredTensor(shape, f"{layout} {type_name}", None, 0, lambda first, last: np.empty(0))
   dtype = np.dtype(dtype)
   storage = tensor.untyped_storage()
-  # Where torch found it; 2.13, the oldest that we support, says so of tensors on its "meta" device.
-  begin: int = storage._checkpoint_offset
+  begin = getattr(storage, "_checkpoint_offset", None)
+  if begin is None:
+    raise ConversionError(
+      f"{path}: this torch does not say where in the file a tensor lies: pip install 'torch>=2.13'."
+    )
   if records.get(begin) != storage.nbytes():
     raise ConversionError(
-      f"{path}: corrupt: {name} claims {storage.nbytes()} bytes where there are {records.get(begin)}."
+      f"{path}: corrupt: {name} claims a record of {storage.nbytes()} bytes at byte {begin}, and there is none."
     )
   strides, first_item = tensor.stride(), tensor.storage_offset()
   items = first_item + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True)) + 1

@@ -151,6 +151,8 @@ def test_invalid_values_are_named(changes, message):
     (lambda: RopeConfig(scaling="ntk"), r"RopeConfig.scaling='ntk'.*'llama3'"),
     (lambda: RopeConfig(factor=-2.0), r"RopeConfig.factor=-2.0.*positive"),
     (lambda: RopeConfig(scaling="llama3", high_freq_factor=1.0), "high_freq_factor > low_freq_factor, got 1.0"),
+    (lambda: RopeConfig(scaling="yarn", beta_fast=0.5), "beta_fast >= beta_slow, got 10000.0, 0.5 and 1.0"),
+    (lambda: RopeConfig(kind="alibi"), r"RopeConfig.kind='alibi'.*'by_head'"),
   ],
 )
 def test_invalid_parts_are_named(make, message):
