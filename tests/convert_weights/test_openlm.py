@@ -1,6 +1,5 @@
 """OpenLM's models, SUPRA and softmax, in all variants that its configs can name, and in all forms of its files."""
 
-import functools
 import json
 import shutil
 
@@ -8,6 +7,7 @@ import numpy as np
 import openlm_reference as reference
 import pytest
 from safetensors.numpy import load_file, save_file
+from tiny_checkpoints import read
 
 import supra_jax
 from convert_weights import openlm_config
@@ -90,14 +90,9 @@ def test_the_reference_here_is_the_reference(case):
 @pytest.mark.usefixtures("quick_compilation")
 def test_variants(tmp_path, changes, wanted):
   tensors = reference.random_tensors(BASE | changes)
-  opened = open_source(write(tmp_path / "source", tensors, **changes))
+  lm = read(write(tmp_path / "source", tensors, **changes))
   plain = openlm_config.model_config(BASE, "")
-  assert opened.config == plain.replace(**({"supra": SupraConfig()} if "mixers" in wanted else {}) | wanted)
-  params: dict = {}
-  for leaf in opened.leaves:
-    node = functools.reduce(lambda node, key: node.setdefault(key, {}), leaf.path[:-1], params)
-    node[leaf.path[-1]] = leaf.read()
-  lm = supra_jax.LM(opened.config, params)
+  assert lm.config == plain.replace(**({"supra": SupraConfig()} if "mixers" in wanted else {}) | wanted)
   first, state = lm(TOKENS[:, :12])
   second, _ = lm(TOKENS[:, 12:], state)
   want = reference.logits(BASE | changes, tensors, TOKENS)
