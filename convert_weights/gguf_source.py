@@ -41,7 +41,7 @@ def open_gguf_source(path: Path) -> Source:
   original = {k: v for k, v in file.metadata.items() if not (k.startswith("tokenizer.") and isinstance(v, list))}
   tokenizer_files = gguf_tokenizer.tokenizer_files(file.metadata, config, str(path))
   leaves = [_leaf(p, name, tensors[name]) for name, p in parameters.items()]
-  return Source("gguf", path, config, original, [path], tensors, leaves, tokenizer_files)
+  return Source("gguf", path, path.absolute().name, config, original, [path], tensors, leaves, tokenizer_files)
 
 
 def _leaf(parameter: names.Parameter, name: str, stored: StoredTensor) -> Leaf:

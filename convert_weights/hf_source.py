@@ -46,4 +46,14 @@ def open_huggingface(directory: Path, original: Mapping[str, Any], file: Path | 
   leaves = [
     make_leaf(str(path), p, p.hf, tensors, twin=twin if p.hf == names.HF_EMBEDDING else None) for p in parameters
   ]
-  return Source("huggingface", path, config, original, weight_files, tensors, leaves, tokenizer_files(directory))
+  return Source(
+    "huggingface",
+    path,
+    path.absolute().name,
+    config,
+    original,
+    weight_files,
+    tensors,
+    leaves,
+    tokenizer_files(directory),
+  )

@@ -71,7 +71,7 @@ def convert(
     tokenizer_files=opened.tokenizer_files,
     source={
       "kind": opened.kind,
-      "name": opened.path.absolute().name,
+      "name": opened.name,
       "files": files,
       "stored_types": sorted({tensor.type_name for tensor in opened.tensors.values()}),
       "dtype": target.name,

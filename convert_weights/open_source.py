@@ -37,10 +37,15 @@ def open_source(source: str | os.PathLike[str], tokenizer: str | os.PathLike[str
 
 
 def _open(source: str | os.PathLike[str]) -> Source:
-  path = Path(source)
-  if not path.exists():
-    # What is no path on this machine may be a name elsewhere.
-    path = hub.download(str(source))
+  if Path(source).exists():
+    return _open_path(Path(source))
+  # What is no path on this machine may be a name elsewhere.
+  path = hub.download(str(source))
+  name = str(source).partition("@")[0]
+  return dataclasses.replace(_open_path(path), name=f"{name}@{path.name}")  # the cache has a directory a commit
+
+
+def _open_path(path: Path) -> Source:
   if path.is_dir():
     if (path / "config.json").exists():
       return _open_directory(path)

@@ -34,23 +34,23 @@ def open_openlm(directory: Path, original: Mapping[str, Any], file: Path | None 
   weight_files, found = open_weights(directory, file)
   path = directory if file is None else file
   tensors = _without_prefix(found, path)
+  twin = names.OPENLM_UNEMBEDDING if config.tie_embeddings else None
+  if twin in tensors and names.OPENLM_EMBEDDING not in tensors:
+    # Of the two names of the one tensor safetensors keep either.
+    tensors[names.OPENLM_EMBEDDING] = tensors.pop(twin)
   parameters = names.parameters(config)
-  wanted, optional, twin, embedding = names.openlm_shapes(parameters), {}, None, names.OPENLM_EMBEDDING
-  if config.tie_embeddings:
-    # Of the two names of the one tensor either may be there, or both.
-    pair = (names.OPENLM_EMBEDDING, names.OPENLM_UNEMBEDDING)
-    embedding, twin = pair if pair[0] in tensors else pair[::-1]
-    optional = {twin: wanted[names.OPENLM_EMBEDDING]}
-    wanted = {embedding if name == names.OPENLM_EMBEDDING else name: shape for name, shape in wanted.items()}
-  check_tensors(str(path), wanted, tensors, optional)
+  wanted = names.openlm_shapes(parameters)
+  check_tensors(str(path), wanted, tensors, optional={twin: wanted[names.OPENLM_EMBEDDING]} if twin else {})
   leaves = [
-    make_leaf(str(path), p, embedding, tensors, twin=twin)
-    if p.openlm == names.OPENLM_EMBEDDING
-    else make_leaf(str(path), p, p.openlm, tensors, first_row=p.openlm_row)
+    make_leaf(
+      str(path), p, p.openlm, tensors, first_row=p.openlm_row, twin=twin if p.openlm == names.OPENLM_EMBEDDING else None
+    )
     for p in parameters
     if p.openlm is not None
   ]
-  return Source("openlm", path, config, original, weight_files, tensors, leaves, tokenizer_files(directory))
+  return Source(
+    "openlm", path, path.absolute().name, config, original, weight_files, tensors, leaves, tokenizer_files(directory)
+  )
 
 
 def _without_prefix(found: Mapping[str, StoredTensor], path: Path) -> dict[str, StoredTensor]:

@@ -82,6 +82,7 @@ class Source:
   Attributes:
     kind: `huggingface`, `openlm` or `gguf`.
     path: the directory or file.
+    name: what to call it: its name on the hub with the commit, or that of the file or directory.
     config: what the model is.
     original_config: the config in the source's own words.
     weight_files: the files that hold the tensors.
@@ -92,6 +93,7 @@ class Source:
 
   kind: str
   path: Path
+  name: str
   config: ModelConfig
   original_config: Mapping[str, Any]
   weight_files: Sequence[Path]
@@ -102,6 +104,6 @@ class Source:
 
 def tokenizer_files(directory: Path) -> dict[str, bytes]:
   """File name -> contents of the tokenizer in a directory; empty where there is none."""
-  tokenizers = [name for name in ("tokenizer.json", "tokenizer.model") if (directory / name).exists()]
+  tokenizers = [name for name in ("tokenizer.json", "tokenizer.model") if (directory / name).is_file()]
   wanted = [*tokenizers[:1], "tokenizer_config.json"] if tokenizers else []
-  return {name: (directory / name).read_bytes() for name in wanted if (directory / name).exists()}
+  return {name: (directory / name).read_bytes() for name in wanted if (directory / name).is_file()}

@@ -109,6 +109,7 @@ def test_revisions_and_only_what_is_needed(hub):
   np.testing.assert_array_equal(norm("some/model"), wanted)
   assert asked == {"config.json", "generation_config.json", "model.safetensors"}
   np.testing.assert_array_equal(norm("some/model@v2"), wanted + 1)
+  assert open_source("some/model@v2").name == f"some/model@{COMMITS['v2']}"
   stop()
   np.testing.assert_array_equal(norm("some/model"), wanted)  # from the cache
   np.testing.assert_array_equal(norm(f"some/model@{COMMITS['v2']}"), wanted + 1)
