@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import reprlib
 import sys
 from collections.abc import Mapping
 from typing import Any
 
 MAX_LAYERS = 10_000
+MAX_SHOWN = 300  # characters of a value in a message
 
 
 class ConfigReader:
@@ -24,7 +24,7 @@ class ConfigReader:
     self._prefix = prefix
 
   def refuse(self, key: str, wanted: str) -> None:
-    value = f"={reprlib.repr(self.values[key])}" if key in self.values else ""
+    value = f"={self.values[key]!r}"[:MAX_SHOWN] if key in self.values else ""
     self.refused.append(f"{self._prefix}{key}{value}: {wanted}")
 
   def number(self, key: str, kind: type, default: Any) -> Any:

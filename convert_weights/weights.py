@@ -64,7 +64,7 @@ def _open_shards(
     raise ConversionError(f"{index}: weight_map: wanted an object of tensor name -> file name.")
   shards = sorted(set(weight_map.values()))
   # By name and not by resolved path: the hub's cache holds links to files that lie elsewhere.
-  outside = [s for s in shards if Path(s).name != s or s in (".", "..") or "\\" in s]
+  outside = [s for s in shards if Path(s).name != s or s in ("", "..") or "\\" in s]
   if outside:
     raise ConversionError("\n".join([f"{index}: refused.", *listing("files outside its directory", outside)]))
   missing = [s for s in shards if not os.path.isfile(directory / s)]

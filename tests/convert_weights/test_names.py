@@ -10,6 +10,7 @@ import pytest
 
 from convert_weights import names, openlm_config
 from supra_jax.config import SupraConfig, tiny
+from supra_jax.sharding import make_mesh, param_specs
 from supra_jax.transformer import Transformer
 
 BIASES = {"qkv_bias": True, "output_bias": True, "mlp_bias": True}
@@ -29,6 +30,7 @@ def test_every_parameter_once(changes):
   init = functools.partial(Transformer(config).init, method="logits")
   made = jax.eval_shape(init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
   wanted = {tuple(key.key for key in path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(made)}
+  param_specs(made, make_mesh("", jax.devices()[:1]))  # a rule for each, too
   table = names.parameters(config)
   assert {p.path: p.shape for p in table} == wanted and len(table) == len(wanted)
   for place in ("hf", "gguf"):
