@@ -25,8 +25,9 @@ def linearize(
 ) -> tuple[dict[str, Any], ModelConfig]:
   """Turns softmax layers into SUPRA layers (paper, section 3).
 
-  What both mixers have (projections, norms, MLP, embeddings) is kept as it is, bit for bit; what only `supra` has (phi,
-  and the gains of qk-norm) is drawn as the reference draws it: weight and bias from U(-1/sqrt(fan_in), 1/sqrt(fan_in)).
+  What both mixers have (projections and their norms, MLP, embeddings) is kept as it is, bit for bit; what only `supra`
+  has (phi, and the gains of its own qk-norm) is drawn as the reference draws it: weight and bias from
+  U(-1/sqrt(fan_in), 1/sqrt(fan_in)).
 
   Args:
     params: of the softmax model, one subtree a layer.
@@ -89,11 +90,12 @@ def _new_layers(params: Mapping[str, Any], config: ModelConfig, chosen: Sequence
   """
   one_layer = Transformer(config.replace(mixers=("supra",)))
   tokens = jnp.zeros((1, 1), jnp.int32)
+  kept = params[f"layers_{chosen[0]}"]["self_attn"].keys()
 
   @jax.jit
   def draw(key):
     attention = one_layer.init(key, tokens)["params"]["layers_0"]["self_attn"]
-    return {name: tree for name, tree in attention.items() if not name.endswith("_proj")}
+    return {name: tree for name, tree in attention.items() if name not in kept}
 
   new_layers = {}
   for i in chosen:
