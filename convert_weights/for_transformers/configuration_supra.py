@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from transformers import PretrainedConfig
 
@@ -51,7 +51,7 @@ class SupraConfig(PretrainedConfig):
   """
 
   model_type = "supra"
-  attribute_map = {  # noqa: RUF012: the base class reads it as it is
+  attribute_map: ClassVar[dict[str, str]] = {
     "num_attention_heads": "num_heads",
     "num_key_value_heads": "num_kv_heads",
     "max_position_embeddings": "max_positions",
