@@ -123,7 +123,7 @@ class PerHeadFeatureMap(nn.Module):
 
   def forward(self, x_BTNK: Tensor) -> Tensor:
     x = x_BTNK.unflatten(2, (len(self.weight), -1))
-    return F.relu(torch.einsum("btmrk,mjk->btmrj", x, self.weight) + self.bias[:, None]).view_as(x_BTNK)
+    return F.relu(torch.einsum("btmrk,mjk->btmrj", x, self.weight) + self.bias[:, None]).reshape(x_BTNK.shape)
 
 
 def linear_attention(
