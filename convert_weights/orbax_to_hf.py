@@ -104,8 +104,7 @@ def _check_parameters(source: str | os.PathLike[str], reader: ParameterReader, c
 
 def _common_dtype(reader: ParameterReader) -> np.dtype:
   dtypes = {np.dtype(leaf.dtype) for leaf in reader.shapes.values()}
-  only = dtypes.pop() if len(dtypes) == 1 else None
-  return only if only in TYPES else np.dtype(np.float32)
+  return dtypes.pop() if len(dtypes) == 1 and dtypes <= TYPES.keys() else DTYPES["float32"]
 
 
 def _files(export: Export, tokenizer_files: Mapping[str, bytes], dtype: np.dtype) -> dict[str, bytes]:

@@ -42,18 +42,21 @@ class SupraCache(Cache):
 
   Attributes:
     columns: how many tokens a row it has read, padding included.
-    seen_B: how many of them were real.
-    slot_BS: the positions of the keys that softmax layers remember.
+    seen_B: how many of them were real; there is none before the first call.
+    slot_BS: the positions of the keys that softmax layers remember; likewise.
     tensors: for each layer its state (S,) or its keys and values (k, v).
   """
 
   is_croppable = False  # an RNN cannot unread
+  seen_B: Tensor
+  slot_BS: Tensor
 
   def __init__(self) -> None:
     super().__init__(layers=[])
+    self.reset()
+
+  def reset(self) -> None:
     self.columns = 0
-    self.seen_B: Tensor | None = None
-    self.slot_BS: Tensor | None = None
     self.tensors: dict[int, tuple[Tensor, ...]] = {}
 
   @property
@@ -64,9 +67,10 @@ class SupraCache(Cache):
   def get_seq_length(self, layer_idx: int = 0) -> int:
     return self.columns
 
-  def _for_each(self, change: Callable[[Any], Any]) -> None:
-    self.seen_B, self.slot_BS = change(self.seen_B), change(self.slot_BS)
-    self.tensors = {layer: tuple(change(x) for x in held) for layer, held in self.tensors.items()}
+  def _for_each(self, change: Callable[[Tensor], Tensor]) -> None:
+    if self.columns:
+      self.seen_B, self.slot_BS = change(self.seen_B), change(self.slot_BS)
+      self.tensors = {layer: tuple(change(x) for x in held) for layer, held in self.tensors.items()}
 
   def reorder_cache(self, beam_idx: Tensor) -> None:
     self.batch_select_indices(beam_idx)
@@ -76,9 +80,6 @@ class SupraCache(Cache):
 
   def batch_repeat_interleave(self, repeats: int) -> None:
     self._for_each(lambda x: x.repeat_interleave(repeats, 0))
-
-  def reset(self) -> None:
-    self.columns, self.seen_B, self.slot_BS, self.tensors = 0, None, None, {}
 
   def crop(self, *args: Any) -> None:
     raise ValueError("A recurrent state cannot be cropped.")
@@ -194,12 +195,12 @@ class SupraModel(SupraPreTrainedModel):
     else:
       real = attention_mask[:, -time:].to(x_BTD.device, torch.bool)
     count = real.cumsum(1)
-    if cache is not None and cache.seen_B is not None:
+    if cache is not None and cache.columns:
       count = count + cache.seen_B[:, None]
     position = (count - 1).clamp(min=0)
     slot = position.masked_fill(~real, PADDING)
     if cache is not None:
-      slot = slot if cache.slot_BS is None else torch.cat([cache.slot_BS, slot], 1)
+      slot = torch.cat([cache.slot_BS, slot], 1) if cache.columns else slot
       cache.columns, cache.seen_B, cache.slot_BS = read + time, count[:, -1], slot
     slopes = torch.tensor(head_slopes(self.config), dtype=torch.float32, device=x_BTD.device)
     rope, rotation = self.config.rope, None
@@ -209,15 +210,15 @@ class SupraModel(SupraPreTrainedModel):
 
   def _forget(self, cache: SupraCache) -> None:
     """Drops the oldest slots, those that no row's next token can see."""
-    window = self.config.sliding_window
-    if window is None or "softmax" not in self.config.mixers:
-      return
-    past = cache.slot_BS <= cache.seen_B[:, None] - window
-    first = int((past | (cache.slot_BS == PADDING)).all(0).long().cumprod(0).sum())
-    cache.slot_BS = cache.slot_BS[:, first:]
-    for layer, mixer in enumerate(self.config.mixers):
-      if mixer == "softmax":
-        cache.tensors[layer] = tuple(x[:, :, first:] for x in cache.tensors[layer])
+    if "softmax" not in self.config.mixers:
+      cache.slot_BS = cache.slot_BS[:, :0]
+    elif self.config.sliding_window is not None:
+      unseen = (cache.slot_BS <= cache.seen_B[:, None] - self.config.sliding_window) | (cache.slot_BS == PADDING)
+      first = int(unseen.all(0).long().cumprod(0).sum())
+      cache.slot_BS = cache.slot_BS[:, first:]
+      for layer, mixer in enumerate(self.config.mixers):
+        if mixer == "softmax":
+          cache.tensors[layer] = tuple(x[:, :, first:] for x in cache.tensors[layer])
 
 
 class SupraForCausalLM(SupraPreTrainedModel, GenerationMixin):
