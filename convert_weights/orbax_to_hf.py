@@ -83,7 +83,7 @@ def convert(
         total=total, desc=f"Writing {output}", unit="B", unit_scale=True, unit_divisor=1024, disable=not progress,
         file=sys.stderr,
       ) as bar,
-      _disk_full_is_said(output, directory, total),
+      _named_errors(output, directory, total),
     ):  # fmt: skip
       write_safetensors(directory, export.tensors, target, read, bar.update)
       for name, contents in _files(export, model.tokenizer_files, target).items():
@@ -120,16 +120,16 @@ def _files(export: Export, tokenizer_files: Mapping[str, bytes], dtype: np.dtype
 
 
 @contextlib.contextmanager
-def _disk_full_is_said(output: str | os.PathLike[str], directory: Path, total: int) -> Iterator[None]:
+def _named_errors(output: str | os.PathLike[str], directory: Path, total: int) -> Iterator[None]:
+  """Says what could not be written; a disk that is too full, before it is full."""
   free = shutil.disk_usage(directory).free
   try:
     if free < total:
       raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     yield
   except OSError as error:
-    if error.errno == errno.ENOSPC:
-      raise ConversionError(f"{output}: the disk is full: {total:,} bytes are wanted, {free:,} were free.") from error
-    raise
+    said = f"{output} could not be written: {error.strerror}. It takes {total:,} bytes; {free:,} were free."
+    raise ConversionError(said) from error
 
 
 def main() -> None:

@@ -32,9 +32,12 @@ class ParameterReader:
     self._path = Path(directory).absolute() / PARAMS_DIRECTORY
     self._checkpointer = ocp.PyTreeCheckpointer()
     try:
-      tree = self._checkpointer.metadata(self._path).item_metadata.tree
+      metadata = self._checkpointer.metadata(self._path).item_metadata
     except Exception as error:  # of Orbax's and tensorstore's many kinds
       raise ValueError(f"{self._path}: no parameters can be read: {_first_line(error)}") from error
+    if metadata is None:
+      raise ValueError(f"{self._path}: no parameters can be read: it is no Orbax checkpoint, or a damaged one.")
+    tree = metadata.tree
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
     self.shapes = {
       tuple(key.key for key in path): jax.ShapeDtypeStruct(leaf.shape, np.dtype(leaf.dtype)) for path, leaf in leaves
