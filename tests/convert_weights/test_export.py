@@ -235,6 +235,7 @@ def model(tmp_path_factory):
 def test_shards(model, monkeypatch, tmp_path):
   monkeypatch.setattr(safetensors_writer, "MAX_SHARD_BYTES", 40_000)
   monkeypatch.setattr(safetensors_writer, "_BLOCK_BYTES", 1000)
+  monkeypatch.setattr(safetensors_writer, "_TILE", 7)
   exported, second = there_and_back(model, tmp_path)
   assert_same_model(second, load_model(model))
   index = json.loads((exported / "model.safetensors.index.json").read_text())

@@ -156,7 +156,7 @@ def hybrid(tmp_path_factory):
 
 def test_generate_is_ours(hybrid):
   ours, theirs, directory = hybrid
-  tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
+  tokenizer = transformers.AutoTokenizer.from_pretrained(directory, trust_remote_code=True)
   texts = ["A function is", "The for statement is used to iterate over the elements of a sequence"]
   ids = [tokenizer(text)["input_ids"] for text in texts]
   assert ids == [ours.tokenizer.encode(text) for text in texts]
