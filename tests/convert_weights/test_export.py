@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import functools
 import json
 import shutil
 import subprocess
@@ -9,6 +10,7 @@ import sys
 import tomllib
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
@@ -16,12 +18,13 @@ import pytest
 from safetensors.numpy import load_file
 from tiny_checkpoints import CASES, GOLDEN
 
-from convert_weights import hf_export, hf_to_orbax, safetensors_writer
+from convert_weights import hf_export, hf_to_orbax, openlm_config, safetensors_writer
 from convert_weights.errors import ConversionError
 from convert_weights.openlm_export import export as export_openlm
 from convert_weights.orbax_to_hf import convert
 from supra_jax.checkpoint import load_model, save_model
 from supra_jax.config import ModelConfig, RopeConfig, SupraConfig, tiny
+from supra_jax.transformer import Transformer
 from tests import openlm
 from tests.tiny import tokenizer_json
 
@@ -198,6 +201,31 @@ def test_what_openlm_cannot_say_is_refused(changes, refused):
     export_openlm(LINEAR.replace(**changes))
   assert all(name in str(caught.value) for name in refused)
   assert f"({len(refused)}):" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+  "config",
+  [
+    LINEAR.replace(
+      value_head_dim=12, norm="layer_norm", post_embed_norm=True, rope=RopeConfig(1e6, "linear", factor=2.0)
+    ),
+    LINEAR.replace(
+      supra=SupraConfig(decay_start=0.5, qk_norm=True), rope=RopeConfig(kind="interleaved"), max_positions=64
+    ),
+    LINEAR.replace(supra=SupraConfig(decay="retnet"), norm="layer_norm_gain", rope=RopeConfig(kind="none")),
+    SOFTMAX.replace(num_kv_heads=6, qk_norm="all_heads", rope=RopeConfig(kind="by_head"), eos_token_ids=()),
+  ],
+)
+def test_what_openlm_can_say(config):
+  export = export_openlm(config)
+  assert openlm_config.model_config(export.config, "") == config
+  parameters = sum(leaf.size for leaf in jax.tree.leaves(shapes_of(config)))
+  assert sum(np.prod(tensor.shape) for tensor in export.tensors) == parameters
+
+
+def shapes_of(config):
+  init = functools.partial(Transformer(config).init, method="logits")
+  return jax.eval_shape(init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
 
 
 @pytest.mark.parametrize("kind, groups", [("per_head", 2), ("per_head", 6), ("per_head_separate", 2)])
