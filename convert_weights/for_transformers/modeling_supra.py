@@ -271,6 +271,6 @@ class SupraForCausalLM(SupraPreTrainedModel, GenerationMixin):
       loss=loss,
       logits=logits,
       hidden_states=read.hidden_states,
-      **{CACHE_NAME: read[CACHE_NAME] if use_cache else None},
+      **{CACHE_NAME: getattr(read, CACHE_NAME)},
     )
     return output.to_tuple() if return_dict is False else output
