@@ -83,7 +83,7 @@ def _write(
     for tensor in tensors:
       for part in tensor.parts:
         for block in _blocks(read(part)):
-          file.write(_contiguous(block).reshape(-1).view(np.uint8))
+          file.write(_contiguous(block).reshape(-1).view(np.uint8).data)
           wrote(block.size * dtype.itemsize)
     assert file.tell() == 8 + len(text) + end, "the parts of a tensor are not its shape"
 
