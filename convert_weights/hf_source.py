@@ -42,7 +42,7 @@ def open_huggingface(directory: Path) -> Source:
   )
   unembedding = tensors.get(names.HF_UNEMBEDDING) if config.tie_embeddings else None
   leaves = [_leaf(directory, p, tensors[p.hf], unembedding) for p in parameters]
-  return Source("huggingface", directory, config, original, weight_files, tensors, leaves, _tokenizer_files(directory))
+  return Source("huggingface", directory, config, original, weight_files, tensors, leaves, tokenizer_files(directory))
 
 
 def _leaf(
@@ -112,7 +112,8 @@ def _open_shards(directory: Path, index: Path) -> tuple[list[Path], dict[str, St
   return [directory / shard for shard in shards], tensors
 
 
-def _tokenizer_files(directory: Path) -> dict[str, bytes]:
+def tokenizer_files(directory: Path) -> dict[str, bytes]:
+  """File name -> contents of the tokenizer in a directory; empty where there is none."""
   tokenizers = [name for name in ("tokenizer.json", "tokenizer.model") if (directory / name).exists()]
   wanted = [*tokenizers[:1], "tokenizer_config.json"] if tokenizers else []
   return {name: (directory / name).read_bytes() for name in wanted if (directory / name).exists()}
