@@ -57,26 +57,28 @@ def write_params(path: Path, params: Params) -> None:
 
 
 class _Unread(ocp.type_handlers.NumpyHandler):
-  """Reads one array while the one before is written; on disk they are numpy arrays as any."""
+  """Reads one array while the two before are written; on disk they are numpy arrays as any."""
 
   async def serialize(self, values, infos, args=None) -> Any:
-    writing: Any = ()
-    for value, info, arg in zip(values, infos, args, strict=True):
-      try:
+    writing: list[Any] = []
+    try:
+      for value, info, arg in zip(values, infos, args, strict=True):
         array = value.read()
-      finally:
-        _wait(writing)
-      writing = await super().serialize([array], [info], [arg])
-    _wait(writing)
+        if len(writing) == 2:
+          _wait(writing.pop(0))
+        writing += await super().serialize([array], [info], [arg])
+    finally:
+      # Whoever removes what was written must not meet a thread that goes on writing.
+      for future in writing:
+        _wait(future)
     return []
 
 
-def _wait(writing: Any) -> None:
-  for future in writing:
-    try:
-      future.result()
-    except Exception as error:
-      raise OSError(f"The parameters could not be written: {first_line(error)}") from error
+def _wait(future: Any) -> None:
+  try:
+    future.result()
+  except Exception as error:
+    raise OSError(f"The parameters could not be written: {first_line(error)}") from error
 
 
 def first_line(error: Exception) -> str:
