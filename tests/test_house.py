@@ -44,7 +44,9 @@ FLOORS = {
 ORDER = [f"supra_jax.{name}" for floor in FLOORS.values() for name in floor]
 
 # Modules of supra_jax that convert_weights may use, and those of supra_jax that may use convert_weights.
-OPEN_TO_CONVERTERS = {f"supra_jax.{name}" for name in ("bin.entry", "config", "checkpoint", "params_io", "tokenizer")}
+OPEN_TO_CONVERTERS = {
+  f"supra_jax.{name}" for name in ("bin.entry", "config", "checkpoint", "lm", "params_io", "tokenizer")
+}
 USES_CONVERTERS = {"supra_jax.demo", "supra_jax.bin.demo"}
 
 # Packages that only some modules may import.
@@ -54,8 +56,8 @@ RESERVED = {
   "tensorboardX": r"supra_jax\.metrics",
   "matplotlib": r"supra_jax\.picture",
   "absl": r"supra_jax\.bin\..*|convert_weights\..*",
-  "torch": "nowhere: golden data and tests compare with it",
-  "transformers": "nowhere: golden data and tests compare with it",
+  "torch": r"convert_weights\.verify",
+  "transformers": r"convert_weights\.verify",
 }
 KERNELS_MAY_IMPORT = {"jax", "numpy"}
 
