@@ -11,7 +11,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
-from tiny_checkpoints import CASES, GOLDEN, change_config, copy_case, leaf, source_tensors
+from tiny_checkpoints import CASES, GOLDEN, change_config, check_parameters, copy_case, leaf, source_tensors
 
 from convert_weights import hf_config
 from convert_weights.hf_to_orbax import convert
@@ -40,28 +40,6 @@ WANTED = {
   "mistral_headdim16_theta1e6": BASE.replace(head_dim=16, rope=RopeConfig(1e6)),
   "mistral_sw16": BASE.replace(sliding_window=16),
 }
-
-
-def flatten(tree, prefix=""):
-  for key, value in tree.items():
-    if isinstance(value, dict):
-      yield from flatten(value, f"{prefix}{key}/")
-    else:
-      yield f"{prefix}{key}", np.asarray(value)
-
-
-def check_parameters(params, source, tied):
-  """Every parameter against its tensor, through a mapping written independently of the converter's."""
-  ours = dict(flatten(params))
-  for name, tensor in source.items():
-    path = name.removeprefix("model.").removesuffix(".weight").replace("layers.", "layers_", 1).replace(".", "/")
-    if path.endswith("_proj") or path == "lm_head":
-      path, tensor = f"{path}/kernel", tensor.T
-    else:
-      path += "/embedding" if path == "embed_tokens" else "/weight"
-    np.testing.assert_array_equal(ours.pop(path), tensor, strict=True, err_msg=name)
-  assert not ours
-  assert ("lm_head" in params) == (not tied)
 
 
 @pytest.mark.parametrize("spelling", ["config.json", "config_legacy.json"])
