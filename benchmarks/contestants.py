@@ -1,6 +1,6 @@
 """Attention as other people run it, and as we do, behind one shape: what `benchmarks/linear_attention.py` times.
 
-- `chunked_xla`, `triton`: `kernels_pallas.linear_attention`, [B, T, H, D] in and out.
+- `chunked_xla`, `triton`, `mosaic_gpu`: `kernels_pallas.linear_attention`, [B, T, H, D] in and out.
 - `MiniMax`: the lightning attention of transformers, the same op. It is the real `MiniMaxLightningAttention` module;
   its projections, activation and norm are replaced by identities, so that what is left is its loop over blocks, the
   split of the packed q, k, v before it, and one product with a gate of 1 after it. Of several block sizes the fastest
@@ -29,7 +29,7 @@ import torch
 from transformers.models.minimax.configuration_minimax import MiniMaxConfig
 from transformers.models.minimax.modeling_minimax import MiniMaxLightningAttention
 
-from kernels_pallas import linear_attention
+from kernels_pallas import linear_attention, mosaic_gpu
 
 MODES = ("forward", "forward+backward")
 # Starts a run; a second call waits for all that were started.
@@ -215,9 +215,15 @@ def _lightning(inputs: Inputs, setting: None) -> Runs:
   return _torch(call, *(x.swapaxes(1, 2) for x in _repeated(inputs)))
 
 
+def _devices_of_mosaic_gpu() -> tuple[str, ...]:
+  x = jax.ShapeDtypeStruct((1, 64, 1, 64), jnp.bfloat16)
+  return ("gpu",) if mosaic_gpu.refusal(x, x, x) is None else ()
+
+
 CONTESTANTS: dict[str, Contestant] = {
   "chunked_xla": Contestant(("cpu", "gpu"), "jax", functools.partial(_ours, "chunked_xla")),
   "triton": Contestant(("gpu",), "jax", functools.partial(_ours, "triton")),
+  "mosaic_gpu": Contestant(_devices_of_mosaic_gpu(), "jax", functools.partial(_ours, "mosaic_gpu")),
   "MiniMax": Contestant(("cpu",), "transformers", _minimax, (32, 64, 128, 256, 512)),
   "fla naive": Contestant(("cpu",), "fla", _fla_naive, (32, 64, 128)),
   "fla simple_gla": Contestant(("gpu",), "fla", functools.partial(_fla, "simple_gla")),

@@ -1,4 +1,4 @@
-"""What the Triton kernels become for a GPU that is not here: registers, spills and shared memory of each form.
+"""What the GPU kernels become for a GPU that is not here: registers, spills and shared memory.
 
     pip install --no-deps jax-cuda12-plugin==JAX jax-cuda12-pjrt==JAX nvidia-cuda-nvcc-cu12    # JAX: jax's version
     python -m benchmarks.kernel_registers [--gpus=h100,a100,a6000] [--markdown=FILE]
@@ -6,7 +6,7 @@
 XLA compiles forward and gradient ahead of time, with segments, lengths and several parts, which takes the most
 registers; `ptxas -v` then counts them in the PTX that XLA leaves. A row is one form; its numbers are the largest of its
 kernels. A form that needs more shared memory than the GPU has fails to compile. XLA of jax 0.12 leaves no PTX: there a
-row only says whether anything spills.
+row of `triton` only says whether anything spills, but `mosaic_gpu` (for an H100, jax >= 0.11) has its own ptxas report.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 _DUMP = tempfile.mkdtemp(prefix="kernel_registers_")
@@ -33,6 +34,9 @@ os.environ |= {
   "TF_CPP_MIN_LOG_LEVEL": "3",
   "XLA_FLAGS": f"--xla_gpu_cuda_data_dir={_CUDA} --xla_dump_to={_DUMP}"
   + " --xla_gpu_fail_ptx_compilation_on_register_spilling=true" * _NO_PTX,
+  # Of the Mosaic GPU kernels.
+  "MOSAIC_GPU_DUMP_PTXAS": "1",
+  "MOSAIC_GPU_DUMP_TO": _DUMP,
   "PATH": f"{_CUDA / 'bin'}{os.pathsep}{os.environ['PATH']}",
 }
 
@@ -42,7 +46,7 @@ from absl import app, flags  # noqa: E402
 from jax.experimental import topologies  # noqa: E402
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, NamedSharding, PartitionSpec  # noqa: E402
 
-from kernels_pallas import device, linear_attention, triton  # noqa: E402
+from kernels_pallas import device, linear_attention, mosaic_gpu, triton  # noqa: E402
 
 # name -> jax's name of a GPU of this generation, capability, multiprocessors, kilobytes of shared memory of a
 # multiprocessor and of a block, threads of a multiprocessor.
@@ -53,7 +57,6 @@ GPUS = {
   "rtx6000": ("NVIDIA RTX PRO 6000", 120, 188, 100, 99, 1536),
   "a6000": ("NVIDIA A10", 86, 84, 100, 99, 1536),
 }
-WIDTHS = {2: (32, 64, 128, 256), 4: (32, 64, 128, 256)}
 
 _GPUS = flags.DEFINE_list("gpus", ["h100", "a100", "a6000"], "Of " + ", ".join(GPUS))
 _MARKDOWN = flags.DEFINE_string("markdown", "", "Also writes the table here.")
@@ -76,13 +79,13 @@ def _describe(gpu: str) -> str:
   """
 
 
-def _program(dtype, width: int):
+def _program(implementation: str, dtype, width: int):
   q, k = jax.ShapeDtypeStruct((1, 2000, 8, width), dtype), jax.ShapeDtypeStruct((1, 2000, 2, width), dtype)
   options = jax.ShapeDtypeStruct((1, 2000), jnp.int32), jax.ShapeDtypeStruct((1,), jnp.int32)
 
   def gradients(q, k, v, segment_ids, lengths, d_output):
     def op(q, k, v):
-      options = {"segment_ids": segment_ids, "lengths": lengths, "implementation": "triton"}
+      options = {"segment_ids": segment_ids, "lengths": lengths, "implementation": implementation}
       return linear_attention(q, k, v, jnp.full(8, 0.1), scale=0.1, **options)[0]
 
     output, pullback = jax.vjp(op, q, k, v)
@@ -91,7 +94,7 @@ def _program(dtype, width: int):
   return gradients, (q, k, k, *options, q)
 
 
-def compile_for(gpu: str, dtype, width: int) -> None:
+def compile_for(gpu: str, implementation: str, dtype, width: int) -> None:
   """Compiles forward and gradient; leaves PTX and launches in the dump directory."""
   name, capability, cores, *_ = GPUS[gpu]
   device.gpu = lambda: device.Gpu(capability, cores)
@@ -100,7 +103,7 @@ def compile_for(gpu: str, dtype, width: int) -> None:
     "1x1x1", platform="cuda", target_config=_describe(gpu), topology="1x1x1"
   ).devices[:1]
   sharding = NamedSharding(jax.sharding.Mesh(topology, ("x",)), PartitionSpec())
-  function, operands = _program(dtype, width)
+  function, operands = _program(implementation, dtype, width)
   operands = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding) for x in operands]
   abstract = AbstractDevice(name, num_cores=cores, platform="gpu")
   for path in Path(_DUMP).iterdir():
@@ -114,7 +117,7 @@ def compile_for(gpu: str, dtype, width: int) -> None:
 
 def _spills(gpu: str, dtype, width: int) -> str:
   try:
-    compile_for(gpu, dtype, width)
+    compile_for(gpu, "triton", dtype, width)
   except jax.errors.JaxRuntimeError as error:
     if "spill" in str(error):
       return "some"
@@ -122,7 +125,14 @@ def _spills(gpu: str, dtype, width: int) -> str:
   return "0"
 
 
-def measure(gpu: str) -> list[dict]:
+def _reported(report: str) -> tuple[int, int]:
+  """(registers, spilled bytes) in what ptxas says of a kernel."""
+  registers, spilled = re.search(r"Used (\d+) registers", report), re.search(r"(\d+) bytes spill stores", report)
+  assert registers and spilled, report
+  return int(registers[1]), int(spilled[1])
+
+
+def _triton_kernels(gpu: str) -> list[tuple[int, int, int]]:
   """Of each kernel: registers, spilled bytes, kilobytes of shared memory."""
   capability = GPUS[gpu][1]
   architecture = f"sm_{capability}" + "a" * (capability in (90, 100, 120))
@@ -135,31 +145,42 @@ def measure(gpu: str) -> list[dict]:
     for name in re.findall(r"\.entry (linear_attention\w*)", path.read_text()):
       command = [_CUDA / "bin" / "ptxas", "-v", f"-arch={architecture}", path, "-o", os.devnull, f"--entry={name}"]
       report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-      registers, spilled = re.search(r"Used (\d+) registers", report), re.search(r"(\d+) bytes spill stores", report)
-      assert registers and spilled, report
-      kernels.append({"registers": int(registers[1]), "spilled": int(spilled[1]), "shared": -(-shared[name] // 1024)})
+      kernels.append((*_reported(report), -(-shared[name] // 1024)))
   return kernels
+
+
+def rows(gpu: str) -> Iterator[tuple]:
+  """The cells of each row of the table."""
+  for dtype in (jnp.bfloat16, jnp.float32):
+    for width in (32, 64, 128, 256):
+      form = ", ".join(map(str, triton.choose_form(GPUS[gpu][1], jnp.dtype(dtype), width)))
+      if _NO_PTX:
+        largest = ["-", _spills(gpu, dtype, width), "-"]
+      else:
+        compile_for(gpu, "triton", dtype, width)
+        largest = [max(numbers) for numbers in zip(*_triton_kernels(gpu), strict=True)]
+      yield gpu, "triton", jnp.dtype(dtype).name, width, form, *largest
+  if mosaic_gpu.HAS_KERNEL and GPUS[gpu][1] == 90:
+    for width in (64, 128, 256):
+      compile_for(gpu, "mosaic_gpu", jnp.bfloat16, width)
+      reports = [_reported(path.read_text()) for path in Path(_DUMP).glob("*ptxas*")]
+      form = f"{mosaic_gpu.choose_workers(width, width)} workers"
+      yield gpu, "mosaic_gpu", "bfloat16", width, form, *map(max, zip(*reports, strict=True)), "-"
 
 
 def main(argv: list[str]) -> None:
   del argv
-  rows = ["| GPU | dtype | width | form | registers | spilled bytes | shared KB |", "| --- " * 7 + "|"]
-  print(*rows, sep="\n")
+  lines = [
+    "| GPU | implementation | dtype | width | form | registers | spilled bytes | shared KB |",
+    "| --- " * 8 + "|",
+  ]
+  print(*lines, sep="\n")
   for gpu in _GPUS.value:
-    for dtype in (jnp.bfloat16, jnp.float32):
-      for width in WIDTHS[jnp.dtype(dtype).itemsize]:
-        form = triton.choose_form(GPUS[gpu][1], jnp.dtype(dtype), width)
-        if _NO_PTX:
-          largest = ["-", _spills(gpu, dtype, width), "-"]
-        else:
-          compile_for(gpu, dtype, width)
-          kernels = measure(gpu)
-          largest = [max(x[what] for x in kernels) for what in ("registers", "spilled", "shared")]
-        cells = [gpu, jnp.dtype(dtype).name, width, ", ".join(map(str, form)), *largest]
-        rows.append("| " + " | ".join(map(str, cells)) + " |")
-        print(rows[-1], flush=True)
+    for cells in rows(gpu):
+      lines.append("| " + " | ".join(map(str, cells)) + " |")
+      print(lines[-1], flush=True)
   if _MARKDOWN.value:
-    Path(_MARKDOWN.value).write_text("\n".join(rows) + "\n")
+    Path(_MARKDOWN.value).write_text("\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":

@@ -57,7 +57,7 @@ SHAPES = {
     *(Shape(1, tokens, 16, 16, 64) for tokens in LENGTHS),
   ],
 }
-OURS = {"cpu": ("chunked_xla",), "gpu": ("triton", "chunked_xla")}  # the first one is what ratios are of
+OURS = {"cpu": ("chunked_xla",), "gpu": ("triton", "mosaic_gpu", "chunked_xla")}  # the first one is what ratios are of
 MIN_TURNS, MAX_TURNS = 3, 25
 GPU_TURN = 0.02
 # Contestants with decays of their own, and none.

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Mapping
 from typing import Any
+
+MAX_LAYERS = 10_000
+MAX_SHOWN = 300  # characters of a value in a message
 
 
 class ConfigReader:
@@ -21,7 +24,7 @@ class ConfigReader:
     self._prefix = prefix
 
   def refuse(self, key: str, wanted: str) -> None:
-    value = f"={self.values[key]!r}" if key in self.values else ""
+    value = f"={self.values[key]!r}"[:MAX_SHOWN] if key in self.values else ""
     self.refused.append(f"{self._prefix}{key}{value}: {wanted}")
 
   def number(self, key: str, kind: type, default: Any) -> Any:
@@ -30,7 +33,8 @@ class ConfigReader:
     if value is None:
       return default
     allowed = (int, float) if kind is float else (int,)
-    if isinstance(value, bool) or not isinstance(value, allowed) or not 0 < value < math.inf:
+    # A float holds no integer of 400 digits, so that one is no number here either.
+    if isinstance(value, bool) or not isinstance(value, allowed) or not 0 < value <= sys.float_info.max:
       self.refuse(key, f"wanted a positive {kind.__name__}")
       return None
     return kind(value)
@@ -40,6 +44,14 @@ class ConfigReader:
     if self.values.get(key) is None:
       self.refuse(key, "missing")
     return self.number(key, kind, None) or kind(1)
+
+  def layers(self, key: str) -> int:
+    """A number of layers; 1 where it was refused, lest a config of a few bytes asks for gigabytes of names."""
+    count = self.required(key)
+    if count > MAX_LAYERS:
+      self.refuse(key, f"wanted at most {MAX_LAYERS}")
+      return 1
+    return count
 
   def token_ids(self, key: str, vocab_size: int, *, many: bool = False) -> tuple[int, ...]:
     """One id, or a list of one or `many`; empty where the key is absent, null or refused."""

@@ -18,15 +18,18 @@ import numpy as np
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, dequantize
 
 from convert_weights.errors import ConversionError
-from convert_weights.source import StoredTensor
+from convert_weights.source import BFLOAT16, StoredTensor, read_array
 
 _SUPPORTED_VERSIONS = (2, 3)
+# Real ones have 10 MB; of a larger one Python's lists would fill the memory.
+_MAX_HEADER_BYTES = 100_000_000
 _DEFAULT_ALIGNMENT = 32
 _STRING, _ARRAY, _BOOL = 8, 9, 7
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _DIRECT: Mapping[GGMLQuantizationType, np.dtype] = {
   GGMLQuantizationType.F32: np.dtype("<f4"),
   GGMLQuantizationType.F16: np.dtype("<f2"),
+  GGMLQuantizationType.BF16: BFLOAT16,
   GGMLQuantizationType.F64: np.dtype("<f8"),
 }
 
@@ -49,12 +52,14 @@ class _Cursor:
 
   def __init__(self, path: Path, file: BinaryIO):
     self.path, self.file = path, file
-    self.left = path.stat().st_size
+    self.size = path.stat().st_size
+    self.taken = 0
 
   def take(self, count: int) -> bytes:
-    if count > self.left:
-      raise ConversionError(f"{self.path}: truncated or corrupt header: {count} bytes wanted, {self.left} left.")
-    self.left -= count
+    left = min(self.size, _MAX_HEADER_BYTES) - self.taken
+    if count > left:
+      raise ConversionError(f"{self.path}: truncated or corrupt header: {count} bytes wanted, {left} left.")
+    self.taken += count
     return self.file.read(count)
 
   def scalar(self, code: str) -> Any:
@@ -92,11 +97,12 @@ def open_gguf(path: Path) -> GGUFFile:
       return _read_header(path, _Cursor(path, file))
   except OSError as error:
     raise ConversionError(f"{path}: cannot be read: {error.strerror}.") from error
+  except RecursionError as error:
+    raise ConversionError(f"{path}: corrupt header: lists within lists without end.") from error
 
 
 def _read_header(path: Path, cursor: _Cursor) -> GGUFFile:
-  size = cursor.left
-  magic = cursor.take(min(4, size))
+  magic = cursor.take(min(4, cursor.size))
   if magic != b"GGUF":
     raise ConversionError(f"{path}: not a GGUF file: it starts with {magic!r}.")
   version = cursor.scalar("I")
@@ -120,9 +126,9 @@ def _read_header(path: Path, cursor: _Cursor) -> GGUFFile:
   alignment = metadata.get("general.alignment", _DEFAULT_ALIGNMENT)
   if not isinstance(alignment, int) or alignment <= 0 or alignment % 8:
     raise ConversionError(f"{path}: general.alignment={alignment!r}: wanted a positive multiple of 8.")
-  header_bytes = size - cursor.left
-  base = header_bytes + -header_bytes % alignment
-  return GGUFFile(metadata, {name: _stored_tensor(path, name, *entry, base, size) for name, entry in entries.items()})
+  base = cursor.taken + -cursor.taken % alignment
+  tensors = {name: _stored_tensor(path, name, *entry, base, cursor.size) for name, entry in entries.items()}
+  return GGUFFile(metadata, tensors)
 
 
 def _stored_tensor(
@@ -142,8 +148,8 @@ def _stored_tensor(
     )
   dtype = _DIRECT.get(kind, np.dtype(np.float32) if _can_dequantise(kind) else None)
   row_bytes = shape[-1] // block * block_bytes
-  read = functools.partial(_read, path, name, base + offset, shape, kind, row_bytes)
-  return StoredTensor(shape, kind.name, dtype, num_bytes, read)
+  read_rows = functools.partial(_read_rows, path, name, base + offset, shape, kind, row_bytes)
+  return StoredTensor(shape, kind.name, dtype, num_bytes, read_rows)
 
 
 @functools.cache
@@ -155,16 +161,23 @@ def _can_dequantise(kind: GGMLQuantizationType) -> bool:
   return True
 
 
-def _read(
-  path: Path, name: str, offset: int, shape: tuple[int, ...], kind: GGMLQuantizationType, row_bytes: int
+def _read_rows(
+  path: Path,
+  name: str,
+  offset: int,
+  shape: tuple[int, ...],
+  kind: GGMLQuantizationType,
+  row_bytes: int,
+  first: int,
+  last: int,
 ) -> np.ndarray:
-  count = math.prod(shape[:-1]) * row_bytes
-  try:
-    raw = np.fromfile(path, np.uint8, count, offset=offset)
-  except OSError as error:
-    raise ConversionError(f"{path}: {name} cannot be read: {error.strerror}.") from error
-  if raw.size != count:
-    raise ConversionError(f"{path}: truncated while it was read: {name} has {raw.size} of {count} bytes.")
+  # Blocks lie along the last axis, so that a vector has one row of them.
+  lead = (last - first, *shape[1:-1]) if len(shape) > 1 else ()
+  skipped = first * math.prod(shape[1:-1]) * row_bytes if len(shape) > 1 else 0
+  raw = read_array(path, name, np.dtype(np.uint8), math.prod(lead) * row_bytes, offset + skipped)
   if kind in _DIRECT:
-    return raw.view(_DIRECT[kind]).reshape(shape)
-  return dequantize(raw.reshape(*shape[:-1], row_bytes), kind).astype(np.float32, copy=False).reshape(shape)
+    array = raw.view(_DIRECT[kind])
+  else:
+    array = dequantize(raw.reshape(*lead, row_bytes), kind).astype(np.float32, copy=False)
+  array = array.reshape(*lead, shape[-1])
+  return array if lead else array[first:last]

@@ -11,6 +11,7 @@ from convert_weights import gguf_tokenizer, names
 from convert_weights.config_reader import ConfigReader
 from convert_weights.errors import ConversionError, listing
 from convert_weights.gguf_file import GGUFFile, open_gguf
+from convert_weights.leaves import check_tensors
 from convert_weights.source import Leaf, Source, StoredTensor
 from supra_jax.config import ModelConfig, RopeConfig
 
@@ -35,28 +36,22 @@ def open_gguf_source(path: Path) -> Source:
   file = open_gguf(path)
   config = model_config(file, str(path))
   tensors = {name: tensor for name, tensor in file.tensors.items() if not _ROTARY_BUFFER.fullmatch(name)}
-  parameters = names.parameters(config)
-  names.check_tensors(
-    str(path),
-    {p.gguf: p.source_shape for p in parameters},
-    {name: tensor.shape for name, tensor in tensors.items()},
-    optional={},
-    unreadable=[f"{name}: {tensor.type_name}" for name, tensor in tensors.items() if tensor.dtype is None],
-  )
+  parameters = {p.gguf: p for p in names.parameters(config) if p.gguf is not None}
+  check_tensors(str(path), {name: p.source_shape for name, p in parameters.items()}, tensors, optional={})
   original = {k: v for k, v in file.metadata.items() if not (k.startswith("tokenizer.") and isinstance(v, list))}
   tokenizer_files = gguf_tokenizer.tokenizer_files(file.metadata, config, str(path))
-  leaves = [_leaf(p, tensors[p.gguf]) for p in parameters]
-  return Source("gguf", path, config, original, [path], tensors, leaves, tokenizer_files)
+  leaves = [_leaf(p, name, tensors[name]) for name, p in parameters.items()]
+  return Source("gguf", path, path.absolute().name, config, original, [path], tensors, leaves, tokenizer_files)
 
 
-def _leaf(parameter: names.Parameter, stored: StoredTensor) -> Leaf:
+def _leaf(parameter: names.Parameter, name: str, stored: StoredTensor) -> Leaf:
   def read() -> np.ndarray:
     array = stored.read()
     if parameter.rotary_heads:
       array = _unpermute(array, parameter.rotary_heads)
     return array.T if parameter.transposed else array
 
-  return Leaf(parameter.path, parameter.shape, parameter.gguf, stored.num_bytes, read)
+  return Leaf(parameter.path, parameter.shape, name, stored.num_bytes, read)
 
 
 def model_config(file: GGUFFile, where: str) -> ModelConfig:

@@ -1,24 +1,66 @@
-"""A Hugging Face `config.json` of a Llama or a Mistral -> ModelConfig, or a refusal by name."""
+"""A Hugging Face `config.json` of one of FAMILIES -> ModelConfig, or a refusal by name."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 from convert_weights.config_reader import ConfigReader
 from convert_weights.errors import ConversionError, listing
-from supra_jax.config import ModelConfig, RopeConfig
+from convert_weights.hf_rope import rope_config
+from supra_jax.config import ModelConfig, QKNorm
 
-_ARCHITECTURES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM"}
 
-# What transformers assumes where a config is silent. Shapes have no default here: a config without them is broken.
-_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
-  "llama": {"num_key_value_heads": None, "sliding_window": None},
-  "mistral": {"num_key_value_heads": 8, "sliding_window": 4096},
+@dataclasses.dataclass(frozen=True)
+class Family:
+  """What transformers assumes of a model_type, and where its config is silent.
+
+  Attributes:
+    architectures: names of the class that may stand in the config.
+    num_kv_heads: where the config does not say; None means as many as query heads.
+    head_dim: where the config does not say; None means hidden_size / num_attention_heads.
+    sliding_window: where the config does not say.
+    windows: whether layers have a sliding window: `none`, `all`, or `some`, from layer max_window_layers on where
+      use_sliding_window is true.
+    qkv_bias, output_bias, mlp_bias: True, False, or the name of the key that says so.
+    qk_norm: of ModelConfig.
+  """
+
+  architectures: tuple[str, ...]
+  num_kv_heads: int | None = None
+  head_dim: int | None = None
+  sliding_window: int | None = None
+  windows: Literal["none", "all", "some"] = "none"
+  qkv_bias: bool | str = False
+  output_bias: bool | str = False
+  mlp_bias: bool | str = False
+  qk_norm: QKNorm = "none"
+
+
+# Shapes have no default but these: a config without them is broken.
+FAMILIES: Mapping[str, Family] = {
+  "llama": Family(
+    ("LlamaForCausalLM", "LLaMAForCausalLM"),
+    qkv_bias="attention_bias",
+    output_bias="attention_bias",
+    mlp_bias="mlp_bias",
+  ),
+  "mistral": Family(("MistralForCausalLM",), num_kv_heads=8, sliding_window=4096, windows="all"),
+  "qwen2": Family(("Qwen2ForCausalLM",), num_kv_heads=32, sliding_window=4096, windows="some", qkv_bias=True),
+  "qwen3": Family(
+    ("Qwen3ForCausalLM",),
+    num_kv_heads=32,
+    head_dim=128,
+    sliding_window=4096,
+    windows="some",
+    qkv_bias="attention_bias",
+    output_bias="attention_bias",
+    qk_norm="head",
+  ),
 }
 _DEFAULT_NORM_EPS = 1e-6
-_DEFAULT_ROPE_BASE = 10_000.0
+_DEFAULT_MAX_WINDOW_LAYERS = 28
 
 _TRANSLATED = {
   "model_type", "architectures", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
@@ -40,11 +82,8 @@ _HARMLESS = {
   "tokenizer_class", "top_k", "top_p", "torch_dtype", "transformers.js_config", "transformers_version", "typical_p",
   "unk_token_id", "unsloth_fixed", "unsloth_version", "use_cache",
 }  # fmt: skip
-_ROPE_KEYS = {
-  "default": set[str](),
-  "linear": {"factor"},
-  "llama3": {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"},
-}
+# What only some families look at.
+_WINDOW_KEYS = {"use_sliding_window", "max_window_layers"}
 
 
 def model_config(config: Mapping[str, Any], generation: Mapping[str, Any], where: str) -> ModelConfig:
@@ -60,40 +99,39 @@ def model_config(config: Mapping[str, Any], generation: Mapping[str, Any], where
   """
   reader = ConfigReader(config)
   model_type = config.get("model_type")
-  if model_type not in _ARCHITECTURES:
-    raise ConversionError(f"{where}: model_type={model_type!r} is not supported: only {', '.join(_ARCHITECTURES)}.")
-  reader.only("architectures", [_ARCHITECTURES[model_type]])
+  family = FAMILIES.get(model_type) if isinstance(model_type, str) else None
+  if family is None:
+    raise ConversionError(f"{where}: model_type={model_type!r} is not supported: only {', '.join(FAMILIES)}, openlm.")
+  reader.only("architectures", *([name] for name in family.architectures))
   reader.only("hidden_act", "silu")
   reader.only("pretraining_tp", 1)
   reader.only("partial_rotary_factor", 1)
-  if model_type == "mistral":
-    # transformers ignores these keys for Mistral, so a true one says that the file is not what it seems.
-    reader.only("attention_bias", False)
-    reader.only("mlp_bias", False)
-  reader.unknown_keys(_TRANSLATED | _HARMLESS)
+  reader.unknown_keys(_TRANSLATED | _HARMLESS | (_WINDOW_KEYS if family.windows == "some" else set()))
   vocab_size = reader.required("vocab_size")
   hidden_size, num_heads = reader.required("hidden_size"), reader.required("num_attention_heads")
-  if config.get("head_dim") is None and hidden_size % num_heads:
-    reader.refuse("hidden_size", f"not divisible by num_attention_heads={num_heads}, and head_dim is not given")
-  kv_default = _DEFAULTS[model_type]["num_key_value_heads"] if "num_key_value_heads" not in config else None
-  attention_bias = reader.flag("attention_bias")
+  head_dim = family.head_dim
+  if head_dim is None:
+    head_dim = hidden_size // num_heads
+    if config.get("head_dim") is None and hidden_size % num_heads:
+      reader.refuse("hidden_size", f"not divisible by num_attention_heads={num_heads}, and head_dim is not given")
+  kv_default = family.num_kv_heads if "num_key_value_heads" not in config else None
+  num_layers = reader.layers("num_hidden_layers")
   translated = {
     "vocab_size": vocab_size,
     "hidden_size": hidden_size,
     "intermediate_size": reader.required("intermediate_size"),
     "num_heads": num_heads,
     "num_kv_heads": reader.number("num_key_value_heads", int, kv_default or num_heads),
-    "head_dim": reader.number("head_dim", int, hidden_size // num_heads),
-    "mixers": ("softmax",) * reader.required("num_hidden_layers"),
+    "head_dim": reader.number("head_dim", int, head_dim),
+    "mixers": ("softmax",) * num_layers,
     "norm_eps": reader.number("rms_norm_eps", float, _DEFAULT_NORM_EPS),
-    "sliding_window": _sliding_window(reader, model_type),
+    "sliding_window": _sliding_window(reader, family, num_layers),
+    "qk_norm": family.qk_norm,
     "tie_embeddings": reader.flag("tie_word_embeddings"),
-    "qkv_bias": attention_bias,
-    "output_bias": attention_bias,
-    "mlp_bias": reader.flag("mlp_bias"),
+    **_biases(reader, family),
     "max_positions": reader.number("max_position_embeddings", int, None),
   }
-  rope = _rope(reader)
+  rope = rope_config(reader)
   generation_reader = ConfigReader(generation)
   bos = reader.token_ids("bos_token_id", vocab_size) or generation_reader.token_ids("bos_token_id", vocab_size)
   eos = [i for r in (reader, generation_reader) for i in r.token_ids("eos_token_id", vocab_size, many=True)]
@@ -108,84 +146,39 @@ def model_config(config: Mapping[str, Any], generation: Mapping[str, Any], where
     raise ConversionError(f"{where}: {error}") from error
 
 
-def _sliding_window(reader: ConfigReader, model_type: str) -> int | None:
-  values = reader.values
-  window = reader.number("sliding_window", int, None)
-  if model_type == "llama":
+def _biases(reader: ConfigReader, family: Family) -> dict[str, bool]:
+  """Which projections have a bias. A key that transformers does not look at must say what the family has anyway."""
+  biases = {name: getattr(family, name) for name in ("qkv_bias", "output_bias", "mlp_bias")}
+  for key, always in (("attention_bias", family.qkv_bias), ("mlp_bias", family.mlp_bias)):
+    if isinstance(always, bool):
+      reader.only(key, always)
+  return {name: reader.flag(bias) if isinstance(bias, str) else bias for name, bias in biases.items()}
+
+
+def _sliding_window(reader: ConfigReader, family: Family, num_layers: int) -> int | None:
+  """The one window of all layers, or None."""
+  values, first = reader.values, 0
+  window = reader.number("sliding_window", int, None if "sliding_window" in values else family.sliding_window)
+  if family.windows == "none":
     reader.only("sliding_window")
-  elif "sliding_window" not in values:
-    window = _DEFAULTS[model_type]["sliding_window"]
-  layer_types = values.get("layer_types")
-  if layer_types is not None:
-    expected = "full_attention" if window is None else "sliding_attention"
-    if not isinstance(layer_types, list) or layer_types != [expected] * (values.get("num_hidden_layers") or 0):
-      reader.refuse("layer_types", f"only {expected!r} for every layer is supported with sliding_window={window}")
-  return window
-
-
-def _rope(reader: ConfigReader) -> RopeConfig:
-  """Rotary settings from either spelling; where both are there they must agree."""
-  values = reader.values
-  bases: set[float] = set()
-  scalings: list[RopeConfig] = []
-  if values.get("rope_theta") is not None:
-    bases.add(reader.number("rope_theta", float, 0.0) or 0.0)
-  for key in ("rope_scaling", "rope_parameters"):
-    section = values.get(key)
-    if section is None:
-      continue
-    if not isinstance(section, dict):
-      reader.refuse(key, "wanted an object")
-      continue
-    inner = ConfigReader(section)
-    if section.get("rope_theta") is not None:
-      bases.add(inner.number("rope_theta", float, 0.0) or 0.0)
-    scalings += _rope_scaling(inner)
-    reader.refused += [f"{key}.{line}" for line in inner.refused]
-  if len(bases) > 1:
-    reader.refused.append(f"rope_theta: given more than once, as {' and '.join(map(str, sorted(bases)))}")
-  if len(set(scalings)) > 1:
-    reader.refused.append(
-      f"rope_scaling={values.get('rope_scaling')!r} and rope_parameters={values.get('rope_parameters')!r} disagree"
+  elif family.windows == "some":
+    window = window if reader.flag("use_sliding_window") else None
+    first = values.get("max_window_layers", _DEFAULT_MAX_WINDOW_LAYERS)
+    if type(first) is not int or first < 0:
+      reader.refuse("max_window_layers", "wanted a number of layers")
+      first = 0
+  full = num_layers if window is None else min(first, num_layers)
+  layers = ["full_attention"] * full + ["sliding_attention"] * (num_layers - full)
+  given = values.get("layer_types")
+  if given is not None and given != layers:
+    if family.windows == "some" and window is not None:
+      layers = given
+    else:
+      reader.refuse("layer_types", f"only {layers[0]!r} for every layer is supported with sliding_window={window}")
+  if layers == ["full_attention"] * num_layers:
+    return None
+  if layers != ["sliding_attention"] * num_layers:
+    reader.refuse(
+      "max_window_layers" if given is None else "layer_types", "a window for some of the layers only is not supported"
     )
-  if reader.refused:
-    return RopeConfig()
-  return dataclasses.replace(
-    scalings[0] if scalings else RopeConfig(), base=bases.pop() if bases else _DEFAULT_ROPE_BASE
-  )
-
-
-def _rope_scaling(inner: ConfigReader) -> list[RopeConfig]:
-  """The scaling part of one section, as a RopeConfig of any base; empty when it was refused."""
-  section = inner.values
-  inner.only("partial_rotary_factor", 1)
-  named = [section[key] for key in ("rope_type", "type") if section.get(key) is not None] or ["default"]
-  kind = named[0]
-  if named != [kind] * len(named) or not isinstance(kind, str) or kind not in _ROPE_KEYS:
-    inner.refuse("rope_type" if "rope_type" in section else "type", f"only {' or '.join(_ROPE_KEYS)} is supported")
-    return []
-  wanted = _ROPE_KEYS[kind]
-  inner.unknown_keys({"rope_type", "type", "rope_theta", "partial_rotary_factor"} | wanted)
-  for key in sorted(wanted):
-    if section.get(key) is None:
-      inner.refuse(key, f"missing, {kind} scaling needs it")
-  numbers = {key: inner.number(key, int if key.startswith("original") else float, None) for key in wanted}
-  if inner.refused:
-    return []
-  try:
-    if kind == "default":
-      return [RopeConfig()]
-    if kind == "linear":
-      return [RopeConfig(scaling="linear", factor=numbers["factor"])]
-    return [
-      RopeConfig(
-        scaling="llama3",
-        factor=numbers["factor"],
-        low_freq_factor=numbers["low_freq_factor"],
-        high_freq_factor=numbers["high_freq_factor"],
-        original_max_positions=numbers["original_max_position_embeddings"],
-      )
-    ]
-  except ValueError as error:
-    inner.refused.append(str(error))
-    return []
+  return window

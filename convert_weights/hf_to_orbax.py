@@ -22,8 +22,7 @@ from absl import flags
 from tqdm import tqdm
 
 from convert_weights.errors import ConversionError
-from convert_weights.gguf_source import open_gguf_source
-from convert_weights.hf_source import open_huggingface
+from convert_weights.open_source import open_source
 from convert_weights.source import BFLOAT16, Source
 from supra_jax import checkpoint
 from supra_jax.bin.entry import run
@@ -39,7 +38,7 @@ def convert(
   """Converts a checkpoint.
 
   Args:
-    source: a Hugging Face directory, a .gguf file, or a directory with exactly one .gguf and no config.json.
+    source: a directory, a weights file, or a name on the hub; see `open_source`.
     output: the model directory to write; must not exist yet, or be empty.
     dtype: `float32` or `bfloat16`; None keeps the source's: the one type that holds all its tensors exactly, where
       float64 becomes float32, as do quantised tensors.
@@ -53,7 +52,7 @@ def convert(
   final = Path(output)
   if final.exists() and (not final.is_dir() or any(final.iterdir())):
     raise ConversionError(f"{output} already exists. Remove it or choose another output directory.")
-  opened = open_source(Path(source))
+  opened = open_source(source)
   _check_tokenizer(opened)
   target = DTYPES[dtype] if dtype else _common_dtype(opened)
   with tqdm(
@@ -72,7 +71,7 @@ def convert(
     tokenizer_files=opened.tokenizer_files,
     source={
       "kind": opened.kind,
-      "name": opened.path.absolute().name,
+      "name": opened.name,
       "files": files,
       "stored_types": sorted({tensor.type_name for tensor in opened.tensors.values()}),
       "dtype": target.name,
@@ -80,26 +79,6 @@ def convert(
       "config": opened.original_config,
     },
   )
-
-
-def open_source(path: Path) -> Source:
-  """Finds out what a source is and opens it.
-
-  Raises:
-    ConversionError: it is nothing we know, or it cannot be converted.
-  """
-  if path.is_file() and path.suffix == ".gguf":
-    return open_gguf_source(path)
-  if path.is_dir() and (path / "config.json").exists():
-    return open_huggingface(path)
-  if path.is_dir():
-    ggufs = sorted(path.glob("*.gguf"))
-    if len(ggufs) == 1:
-      return open_gguf_source(ggufs[0])
-    raise ConversionError(f"{path}: has no config.json and {len(ggufs)} .gguf files: wanted one or the other.")
-  if not path.exists():
-    raise ConversionError(f"{path} does not exist. Give a directory or a .gguf file on this machine.")
-  raise ConversionError(f"{path}: wanted a directory or a .gguf file.")
 
 
 def _check_tokenizer(source: Source) -> None:

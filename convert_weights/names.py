@@ -1,19 +1,19 @@
-"""Our parameters and what others call them: one table for Hugging Face and GGUF."""
+"""Our parameters and what others call them: one table for Hugging Face, GGUF and OpenLM."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Iterator, Mapping
+import typing
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
-from convert_weights.errors import ConversionError, listing
-from supra_jax.config import ModelConfig
+from supra_jax.config import Mixer, ModelConfig
 
 HF_EMBEDDING = "model.embed_tokens.weight"
 HF_UNEMBEDDING = "lm_head.weight"
 GGUF_UNEMBEDDING = "output.weight"
-
-_ATTENTION_GGUF = {"q_proj": "attn_q", "k_proj": "attn_k", "v_proj": "attn_v", "o_proj": "attn_output"}
-_MLP_GGUF = {"gate_proj": "ffn_gate", "up_proj": "ffn_up", "down_proj": "ffn_down"}
+OPENLM_EMBEDDING = "tok_embeddings.weight"
+OPENLM_UNEMBEDDING = "output.weight"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,97 +23,131 @@ class Parameter:
   Attributes:
     path: where it lies in our tree.
     shape: its shape there.
-    hf, gguf: the tensor's names.
-    transposed: the tensor is stored [out, in], ours is [in, out].
+    hf: the tensor's name in transformers; where transformers has none, the one that its scheme would give.
+    gguf, openlm: its name there, OpenLM's without prefix; None where the format has no place for it.
+    openlm_row: where its rows begin in OpenLM's tensor, which may hold several parameters one below the other.
+    transposed: the tensor is stored [..., out, in], ours is [..., in, out].
     rotary_heads: how many rotated heads its output features hold; GGUF permutes those features. None: none.
   """
 
   path: tuple[str, ...]
   shape: tuple[int, ...]
   hf: str
-  gguf: str
+  gguf: str | None = None
+  openlm: str | None = None
+  openlm_row: int = 0
   transposed: bool = False
   rotary_heads: int | None = None
 
   @property
   def source_shape(self) -> tuple[int, ...]:
-    return self.shape[::-1] if self.transposed else self.shape
+    return (*self.shape[:-2], self.shape[-1], self.shape[-2]) if self.transposed else self.shape
 
 
 def parameters(config: ModelConfig) -> list[Parameter]:
-  """Every parameter of a softmax model, embedding first."""
-  embedding = Parameter(
-    ("embed_tokens", "embedding"),
-    (config.vocab_size, config.hidden_size),
-    HF_EMBEDDING,
-    "token_embd.weight",
-  )
-  result = [embedding]
-  for layer in range(config.num_layers):
-    result += _layer_parameters(config, layer)
-  result.append(Parameter(("norm", "weight"), (config.hidden_size,), "model.norm.weight", "output_norm.weight"))
-  if not config.tie_embeddings:
-    shape = (config.hidden_size, config.vocab_size)
-    result.append(Parameter(("lm_head", "kernel"), shape, HF_UNEMBEDDING, GGUF_UNEMBEDDING, transposed=True))
+  """Every parameter of a model, embedding first."""
+  c = config
+  embedding = _Module(("embed_tokens",), "model.embed_tokens", "token_embd", "tok_embeddings")
+  result = [embedding.parameter("embedding", (c.vocab_size, c.hidden_size))]
+  if c.post_embed_norm:
+    result += _norm(c, _Module(("post_embed_norm",), "model.post_embed_norm", None, "post_embed_norm"), c.hidden_size)
+  for layer, mixer in enumerate(c.mixers):
+    result += _layer(c, layer, mixer)
+  result += _norm(c, _Module(("norm",), "model.norm", "output_norm", "norm"), c.hidden_size)
+  if not c.tie_embeddings:
+    unembedding = _Module(("lm_head",), "lm_head", "output", "output")
+    result.append(unembedding.parameter("kernel", (c.hidden_size, c.vocab_size), transposed=True))
   return result
 
 
-def _layer_parameters(config: ModelConfig, layer: int) -> Iterator[Parameter]:
-  ours, hf, gguf = f"layers_{layer}", f"model.layers.{layer}", f"blk.{layer}"
-  d, h, g = config.hidden_size, config.num_heads, config.num_kv_heads
-  for norm, gguf_norm in (("input_layernorm", "attn_norm"), ("post_attention_layernorm", "ffn_norm")):
-    yield Parameter((ours, norm, "weight"), (d,), f"{hf}.{norm}.weight", f"{gguf}.{gguf_norm}.weight")
-  widths = {
-    ("self_attn", "q_proj"): (d, h * config.head_dim),
-    ("self_attn", "k_proj"): (d, g * config.head_dim),
-    ("self_attn", "v_proj"): (d, g * config.value_width),
-    ("self_attn", "o_proj"): (h * config.value_width, d),
-    ("mlp", "gate_proj"): (d, config.intermediate_size),
-    ("mlp", "up_proj"): (d, config.intermediate_size),
-    ("mlp", "down_proj"): (config.intermediate_size, d),
-  }
-  for (block, name), shape in widths.items():
-    gguf_name = f"{gguf}.{(_ATTENTION_GGUF | _MLP_GGUF)[name]}"
-    rotary_heads = {"q_proj": h, "k_proj": g}.get(name)
-    path, hf_name = (ours, block, name), f"{hf}.{block}.{name}"
-    yield Parameter((*path, "kernel"), shape, f"{hf_name}.weight", f"{gguf_name}.weight", True, rotary_heads)
-    if config.mlp_bias if block == "mlp" else config.output_bias if name == "o_proj" else config.qkv_bias:
-      yield Parameter((*path, "bias"), shape[1:], f"{hf_name}.bias", f"{gguf_name}.bias", False, rotary_heads)
+def openlm_shapes(table: Sequence[Parameter]) -> dict[str, tuple[int, ...]]:
+  """Name -> shape of each of OpenLM's tensors, those that hold several parameters included."""
+  shapes: dict[str, tuple[int, ...]] = {}
+  for parameter in table:
+    if parameter.openlm is not None:
+      rows, *rest = parameter.source_shape
+      shapes[parameter.openlm] = (parameter.openlm_row + rows, *rest)
+  return shapes
 
 
-def check_tensors(
-  source: str,
-  wanted: Mapping[str, tuple[int, ...]],
-  found: Mapping[str, tuple[int, ...]],
-  *,
-  optional: Mapping[str, tuple[int, ...]],
-  unreadable: Collection[str],
-) -> None:
-  """Holds the tensors a source has against those the config asks for.
+class _Module(NamedTuple):
+  """A module of ours, its name in each format, and where its rows begin in OpenLM's."""
 
-  Args:
-    source: what to call the source in a message.
-    wanted: name -> shape of each tensor that must be there.
-    found: name -> shape of each tensor that is there, ignored ones left out.
-    optional: name -> shape of tensors that may be there besides.
-    unreadable: a line for each tensor whose type cannot be read.
+  path: tuple[str, ...]
+  hf: str
+  gguf: str | None = None
+  openlm: str | None = None
+  openlm_row: int = 0
 
-  Raises:
-    ConversionError: the two differ; lists missing, unknown, mis-shaped and unreadable tensors.
-  """
-  known = {**optional, **wanted}
-  lines = [
-    *listing("missing tensors", (f"{name} {list(wanted[name])}" for name in wanted if name not in found)),
-    *listing("unknown tensors", (f"{name} {list(found[name])}" for name in sorted(set(found) - set(known)))),
-    *listing(
-      "tensors of another shape than the config gives",
-      (
-        f"{name}: wanted {list(shape)}, got {list(found[name])}"
-        for name, shape in known.items()
-        if name in found and tuple(found[name]) != tuple(shape)
-      ),
-    ),
-    *listing("tensors of a type that cannot be read", unreadable),
-  ]
-  if lines:
-    raise ConversionError("\n".join([f"{source}: the tensors are not those its config describes.", *lines]))
+  def parameter(self, leaf: str, shape: tuple[int, ...], **how: Any) -> Parameter:
+    name = "bias" if leaf == "bias" else "weight"
+    gguf, openlm = (other and f"{other}.{name}" for other in (self.gguf, self.openlm))
+    return Parameter((*self.path, leaf), shape, f"{self.hf}.{name}", gguf, openlm, self.openlm_row, **how)
+
+
+def _norm(config: ModelConfig, module: _Module, width: int) -> Iterator[Parameter]:
+  yield module.parameter("weight", (width,))
+  if config.norm == "layer_norm":
+    yield module.parameter("bias", (width,))
+
+
+def _layer(config: ModelConfig, layer: int, mixer: Mixer) -> Iterator[Parameter]:
+  c = config
+  h, g = c.num_heads, c.num_kv_heads
+  q, k, v = h * c.head_dim, g * c.head_dim, g * c.value_width
+
+  def module(ours: str, gguf: str | None, openlm: str | None, row: int = 0) -> _Module:
+    path, openlm = (f"layers_{layer}", *ours.split(".")), openlm and f"layers.{layer}.{openlm}"
+    return _Module(path, f"model.layers.{layer}.{ours}", gguf and f"blk.{layer}.{gguf}", openlm, row)
+
+  def dense(
+    module: _Module, inputs: int, outputs: int, has_bias: bool, heads: int | None = None
+  ) -> Iterator[Parameter]:
+    yield module.parameter("kernel", (inputs, outputs), transposed=True, rotary_heads=heads)
+    if has_bias:  # which OpenLM never has
+      yield module._replace(openlm=None).parameter("bias", (outputs,), rotary_heads=heads)
+
+  yield from _norm(c, module("input_layernorm", "attn_norm", "attention_norm"), c.hidden_size)
+  in_proj = "attention.in_proj"
+  yield from dense(module("self_attn.q_proj", "attn_q", in_proj), c.hidden_size, q, c.qkv_bias, h)
+  yield from dense(module("self_attn.k_proj", "attn_k", in_proj, q), c.hidden_size, k, c.qkv_bias, g)
+  yield from dense(module("self_attn.v_proj", "attn_v", in_proj, q + k), c.hidden_size, v, c.qkv_bias)
+  out_proj = module("self_attn.o_proj", "attn_output", "attention.out_proj")
+  yield from dense(out_proj, h * c.value_width, c.hidden_size, c.output_bias)
+  for name, width in (("q", q), ("k", k)) if c.qk_norm != "none" else ():
+    # OpenLM has it over all heads of softmax attention; what its linear attention has comes after phi.
+    openlm = f"attention.{name}_norm" if (c.qk_norm, mixer) == ("all_heads", "softmax") else None
+    norm = module(f"self_attn.{name}_proj_norm", None, openlm)
+    norm = norm._replace(hf=norm.hf.replace("_proj_norm", "_norm"))  # Qwen3's
+    yield from _norm(c, norm, c.head_dim if c.qk_norm == "head" else width)
+  if mixer == "supra":
+    for name, shape in _feature_maps(c).items():
+      openlm = f"attention.{name.replace('feature_map', '_totrain_embed')}" if c.supra.feature_map == "dense" else None
+      feature_map = module(f"self_attn.{name}", None, openlm)
+      yield feature_map.parameter("kernel", shape, transposed=True)
+      yield feature_map.parameter("bias", shape[:-1])
+    for name in ("q", "k") if c.supra.qk_norm else ():
+      norm = module(f"self_attn.{name}_norm", None, f"attention._totrain_{name}_norm")
+      # Apart from Qwen3's, which stands before phi.
+      norm = norm._replace(hf=norm.hf.replace("_norm", "_feature_norm"))
+      yield from _norm(c, norm, q)
+
+  yield from _norm(c, module("post_attention_layernorm", "ffn_norm", "ffn_norm"), c.hidden_size)
+  w12, ffn = "feed_forward.w12", c.intermediate_size
+  yield from dense(module("mlp.gate_proj", "ffn_gate", w12), c.hidden_size, ffn, c.mlp_bias)
+  yield from dense(module("mlp.up_proj", "ffn_up", w12, ffn), c.hidden_size, ffn, c.mlp_bias)
+  yield from dense(module("mlp.down_proj", "ffn_down", "feed_forward.w3"), ffn, c.hidden_size, c.mlp_bias)
+
+
+def _feature_maps(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+  """Name -> shape of phi's kernels [..., in, out]; the bias has the shape without the last axis."""
+  h, g, k = config.num_heads, config.num_kv_heads, config.head_dim
+  match config.supra.feature_map:
+    case "dense":
+      own = {} if g == h else {"feature_map_kv": (g * k, g * k)}
+      return {"feature_map": (h * k, h * k), **own}
+    case "per_head":
+      return {"feature_map": (g, k, k)}
+    case "per_head_separate":
+      return {"feature_map": (h, k, k), "feature_map_kv": (g, k, k)}
+  typing.assert_never(config.supra.feature_map)

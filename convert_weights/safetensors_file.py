@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from convert_weights.errors import ConversionError
-from convert_weights.source import BFLOAT16, StoredTensor
+from convert_weights.source import BFLOAT16, StoredTensor, read_array
 
 # The format's own limit; a larger length is a corrupt file, not a reason to read gigabytes.
 MAX_HEADER_BYTES = 100_000_000
@@ -106,17 +106,14 @@ def _stored_tensor(path: Path, name: str, entry: dict[str, Any], begin: int, end
   if bits != 8 * (end - begin):
     raise ConversionError(f"{path}: corrupt header: {name} {type_name} {shape} does not fill its {end - begin} bytes.")
   dtype = _FLOAT_TYPES.get(type_name)
-  read = functools.partial(_read, path, name, base + begin, tuple(shape), dtype)
-  return StoredTensor(tuple(shape), type_name, dtype, end - begin, read)
+  read_rows = functools.partial(_read_rows, path, name, base + begin, tuple(shape), dtype)
+  return StoredTensor(tuple(shape), type_name, dtype, end - begin, read_rows)
 
 
-def _read(path: Path, name: str, offset: int, shape: tuple[int, ...], dtype: np.dtype | None) -> np.ndarray:
+def _read_rows(
+  path: Path, name: str, offset: int, shape: tuple[int, ...], dtype: np.dtype | None, first: int, last: int
+) -> np.ndarray:
   assert dtype is not None, "check_tensors refuses what cannot be read"
-  count = math.prod(shape)
-  try:
-    array = np.fromfile(path, dtype, count, offset=offset)
-  except OSError as error:
-    raise ConversionError(f"{path}: {name} cannot be read: {error.strerror}.") from error
-  if array.size != count:
-    raise ConversionError(f"{path}: truncated while it was read: {name} has {array.size} of {count} numbers.")
-  return array.reshape(shape)
+  row = math.prod(shape[1:])
+  array = read_array(path, name, dtype, (last - first) * row, offset + first * row * dtype.itemsize)
+  return array.reshape(last - first, *shape[1:])

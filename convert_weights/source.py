@@ -10,6 +10,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from convert_weights.errors import ConversionError
 from supra_jax.config import ModelConfig
 
 BFLOAT16 = np.dtype(jnp.bfloat16)
@@ -22,16 +23,37 @@ class StoredTensor:
   Attributes:
     shape: as stored: linear weights are [out, in].
     type_name: the file's own name of the element type.
-    dtype: what `read` returns; None when the type cannot be read.
+    dtype: of what is read; None when the type cannot be read.
     num_bytes: size in the file.
-    read: reads it from the file.
+    read_rows: (first, last) -> those rows along the first axis, read from the file.
   """
 
   shape: tuple[int, ...]
   type_name: str
   dtype: np.dtype | None
   num_bytes: int
-  read: Callable[[], np.ndarray]
+  read_rows: Callable[[int, int], np.ndarray]
+
+  def read(self) -> np.ndarray:
+    """Reads all of it."""
+    return self.read_rows(0, self.shape[0] if self.shape else 1).reshape(self.shape)
+
+
+def read_array(path: Path, name: str, dtype: np.dtype, count: int, offset: int) -> np.ndarray:
+  """Reads `count` numbers from a file.
+
+  Raises:
+    ConversionError: they cannot be read, or there are fewer.
+  """
+  try:
+    array = np.fromfile(path, dtype, count, offset=offset)
+  except OSError as error:
+    raise ConversionError(f"{path}: {name} cannot be read: {error.strerror}.") from error
+  if array.size != count:
+    raise ConversionError(
+      f"{path}: truncated while it was read: {name} has {array.nbytes} of {count * dtype.itemsize} bytes."
+    )
+  return array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,8 +80,9 @@ class Source:
   """An opened source: its config translated, its headers checked, its tensors still on disk.
 
   Attributes:
-    kind: `huggingface` or `gguf`.
+    kind: `huggingface`, `openlm` or `gguf`.
     path: the directory or file.
+    name: what to call it: its name on the hub with the commit, or that of the file or directory.
     config: what the model is.
     original_config: the config in the source's own words.
     weight_files: the files that hold the tensors.
@@ -70,9 +93,17 @@ class Source:
 
   kind: str
   path: Path
+  name: str
   config: ModelConfig
   original_config: Mapping[str, Any]
   weight_files: Sequence[Path]
   tensors: Mapping[str, StoredTensor]
   leaves: Sequence[Leaf]
   tokenizer_files: Mapping[str, bytes]
+
+
+def tokenizer_files(directory: Path) -> dict[str, bytes]:
+  """File name -> contents of the tokenizer in a directory; empty where there is none."""
+  tokenizers = [name for name in ("tokenizer.json", "tokenizer.model") if (directory / name).is_file()]
+  wanted = [*tokenizers[:1], "tokenizer_config.json"] if tokenizers else []
+  return {name: (directory / name).read_bytes() for name in wanted if (directory / name).is_file()}

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kernels_pallas import chunked_xla, decay, device, mosaic_tpu, primitive, reference, triton
+from kernels_pallas import chunked_xla, decay, device, mosaic_gpu, mosaic_tpu, primitive, reference, triton
 
 
 class Implementation(Protocol):
@@ -38,9 +38,10 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
   "chunked_xla": chunked_xla.chunked,
   "triton": triton.attend,
   "tpu": mosaic_tpu.attend,
+  "mosaic_gpu": mosaic_gpu.attend,
 }
 # Those that do not serve everything say why; the others do.
-REFUSALS = {"triton": triton.refusal, "tpu": primitive.refusal}
+REFUSALS = {"triton": triton.refusal, "tpu": primitive.refusal, "mosaic_gpu": mosaic_gpu.refusal}
 
 
 class Choice(NamedTuple):

@@ -15,7 +15,7 @@ import numpy as np
 from kernels_pallas import context_parallel, linear_attention, linear_attention_step
 from supra_jax.config import ModelConfig, SupraConfig
 from supra_jax.feature_maps import make_feature_maps
-from supra_jax.layers import Dense, Norm, apply_rope, group_norm
+from supra_jax.layers import Dense, Norm, apply_rope, group_norm, rope_table
 from supra_jax.sharding import TIME_AXIS, constrain, current_time_shards, per_device
 
 RETNET_FIRST_EXPONENT = 5
@@ -29,7 +29,8 @@ class Context:
   """Where the tokens of one call stand; the same for all layers.
 
   Attributes:
-    cos, sin: float32 [B, T, K/2], rotary angles of each token's position in its document.
+    rotation: (cos, sin), float32 [B, T, 1, K/2], of each token's position in its document; None where there is no RoPE
+      by position.
     index: int32 [B, T], the cache slot of each token.
     first: int32 [B, T], the first cache slot of its document.
     lengths: int32 [B], how many tokens are real; None means all.
@@ -37,8 +38,7 @@ class Context:
     continues: bool [B], whether token 0 goes on with the state's document; None means that all do.
   """
 
-  cos: jax.Array
-  sin: jax.Array
+  rotation: tuple[jax.Array, jax.Array] | None
   index: jax.Array
   first: jax.Array
   lengths: jax.Array | None
@@ -113,17 +113,28 @@ class _Projections(nn.Module):
     self.k_proj = qkv(c.num_kv_heads * c.head_dim)
     self.v_proj = qkv(c.num_kv_heads * c.value_width)
     self.o_proj = Dense(c.hidden_size, use_bias=c.output_bias, dtype=self.dtype)
+    if c.qk_norm != "none":
+      self.q_proj_norm = Norm(c.norm, c.norm_eps, self.dtype)
+      self.k_proj_norm = Norm(c.norm, c.norm_eps, self.dtype)
 
   def project(self, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Q [B, T, H, K], k [B, T, G, K], v [B, T, G, V]."""
+    """Q [B, T, H, K], k [B, T, G, K], v [B, T, G, V], normalised as the teacher does it."""
     c, lead = self.config, x_BTD.shape[:2]
-    heads = (
-      self.q_proj(x_BTD).reshape(*lead, c.num_heads, c.head_dim),
-      self.k_proj(x_BTD).reshape(*lead, c.num_kv_heads, c.head_dim),
-      self.v_proj(x_BTD).reshape(*lead, c.num_kv_heads, c.value_width),
-    )
-    q, k, v = (constrain(x, *HEADS) for x in heads)
+    q, k, v = self.q_proj(x_BTD), self.k_proj(x_BTD), self.v_proj(x_BTD)
+    if c.qk_norm == "all_heads":
+      q, k = self.q_proj_norm(q), self.k_proj_norm(k)
+    q, k = q.reshape(*lead, c.num_heads, c.head_dim), k.reshape(*lead, c.num_kv_heads, c.head_dim)
+    if c.qk_norm == "head":
+      q, k = self.q_proj_norm(q), self.k_proj_norm(k)
+    q, k, v = (constrain(x, *HEADS) for x in (q, k, v.reshape(*lead, c.num_kv_heads, c.value_width)))
     return q, k, v
+
+  @nn.nowrap
+  def rotate(self, x_BTHK: jax.Array, context: Context) -> jax.Array:
+    """RoPE by position, where the config has it."""
+    if context.rotation is None:
+      return x_BTHK
+    return apply_rope(x_BTHK, *context.rotation, interleaved=self.config.rope.kind == "interleaved")
 
   def merge(self, out_BTHV: jax.Array) -> jax.Array:
     return self.o_proj(out_BTHV.reshape(*out_BTHV.shape[:2], -1))
@@ -139,13 +150,16 @@ class SoftmaxAttention(_Projections):
     return KVCache(k, jnp.zeros((*k.shape[:-1], c.value_width), self.dtype))
 
   def __call__(self, x_BTD: jax.Array, state: KVCache | None, context: Context) -> tuple[jax.Array, KVCache]:
+    c = self.config
     q, k, v = self.project(x_BTD)
-    q, k = (apply_rope(x, context.cos, context.sin) for x in (q, k))
+    q, k = self.rotate(q, context), self.rotate(k, context)
+    if c.rope.kind == "by_head":
+      q, k = (apply_rope(x, *rope_table(c.rope, c.head_dim, jnp.arange(x.shape[2]))) for x in (q, k))
     cache = KVCache(k, v) if state is None else self._append(state, k, v, context)
     slot = jnp.arange(cache.k.shape[1])
     oldest = context.first
-    if self.config.sliding_window is not None:
-      oldest = jnp.maximum(oldest, context.index - self.config.sliding_window + 1)
+    if c.sliding_window is not None:
+      oldest = jnp.maximum(oldest, context.index - c.sliding_window + 1)
     mask_BTS = (slot <= context.index[..., None]) & (slot >= oldest[..., None])
     return self.merge(masked_softmax_attention(q, cache.k, cache.v, mask_BTS)), cache
 
@@ -213,7 +227,8 @@ class LinearAttention(_Projections):
     k = self.feature_map_kv(k) if self.has_own_k_map else self.feature_map(k)
     if self.config.supra.qk_norm:
       q, k = self._qk_norm(q, k)
-    q, k = (apply_rope(x, context.cos, context.sin) for x in (q, k))
+    # By head there is nothing to do: q and k of a head, the key repeated for its group, would turn alike.
+    q, k = self.rotate(q, context), self.rotate(k, context)
 
     slopes = jnp.asarray(head_slopes(self.config.supra, self.config.num_heads))
     scale = self.config.head_dim**-0.5

@@ -13,7 +13,9 @@ Mixer = Literal["softmax", "supra"]
 FeatureMapKind = Literal["dense", "per_head", "per_head_separate"]
 Decay = Literal["lightning", "retnet", "none"]
 NormKind = Literal["rms_norm", "layer_norm", "layer_norm_gain"]
-RopeScaling = Literal["none", "linear", "llama3"]
+QKNorm = Literal["none", "head", "all_heads"]
+RopeKind = Literal["half", "interleaved", "by_head", "none"]
+RopeScaling = Literal["none", "linear", "llama3", "yarn"]
 
 
 def _check_choices(config: Any) -> None:
@@ -33,13 +35,20 @@ def _check_positive(config: Any, *names: str) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class RopeConfig:
-  """Rotary position embedding (Su et al. 2021), rotate-half layout.
+  """Rotary position embedding (Su et al. 2021).
 
   Attributes:
     base: theta in `theta^(-2i/K)`.
-    scaling: `linear` divides every frequency by `factor`; `llama3` divides the low ones and blends a band between.
-    factor: the divisor of `linear` and `llama3`.
+    scaling: `linear` divides every frequency by `factor`; `llama3` and `yarn` divide the low ones and blend a band
+      between.
+    factor: the divisor.
     low_freq_factor, high_freq_factor, original_max_positions: the band of `llama3`.
+    kind: `half` turns the features i and i + K/2 of a head together, `interleaved` 2i and 2i + 1. `by_head` is `half`
+      by a head's index in place of the token's position, as OpenLM's first models have it. `none` turns nothing.
+    beta_fast, beta_slow, original_max_positions: the band of `yarn` (Peng et al. 2023), in turns within the original
+      context.
+    truncate: `yarn`'s band begins and ends at whole features.
+    attention_factor: `yarn` multiplies q and k by it.
   """
 
   base: float = 10_000.0
@@ -48,14 +57,26 @@ class RopeConfig:
   low_freq_factor: float = 1.0
   high_freq_factor: float = 4.0
   original_max_positions: int = 8192
+  kind: RopeKind = "half"
+  beta_fast: float = 32.0
+  beta_slow: float = 1.0
+  truncate: bool = True
+  attention_factor: float = 1.0
 
   def __post_init__(self):
     _check_choices(self)
-    _check_positive(self, "base", "factor", "low_freq_factor", "original_max_positions")
+    _check_positive(
+      self, "base", "factor", "low_freq_factor", "original_max_positions", "beta_fast", "beta_slow", "attention_factor"
+    )
     if self.scaling == "llama3" and not self.high_freq_factor > self.low_freq_factor:
       raise ValueError(
         f"RopeConfig: llama3 scaling wants high_freq_factor > low_freq_factor, got {self.high_freq_factor} and "
         f"{self.low_freq_factor}."
+      )
+    if self.scaling == "yarn" and not (self.base > 1 and self.beta_fast >= self.beta_slow):
+      raise ValueError(
+        f"RopeConfig: yarn scaling wants base > 1 and beta_fast >= beta_slow, got {self.base}, {self.beta_fast} and "
+        f"{self.beta_slow}."
       )
 
 
@@ -69,7 +90,7 @@ class SupraConfig:
       as the paper writes it. `per_head_separate`: [H, K, K] for q and [G, K, K] for k.
     decay: the slopes s_h of gamma_h = exp(-s_h).
     decay_start: the first lightning slope, where it is not the series' own ratio.
-    qk_norm: normalise the concatenated head features of q and k before RoPE.
+    qk_norm: normalise the concatenated head features that phi gives q and k, before RoPE.
   """
 
   feature_map: FeatureMapKind = "dense"
@@ -97,6 +118,10 @@ class ModelConfig:
     norm: `rms_norm`, `layer_norm` (gain and bias) or `layer_norm_gain`.
     norm_eps: epsilon of those norms (the GroupNorm of `supra` has its own, 1e-5).
     rope: rotary positions, used by both mixers.
+    qk_norm: normalise the projected q and k, in both mixers: `head` over each head's K with one gain for all heads
+      (Qwen3), `all_heads` over all heads together (OpenLM). In a `supra` layer it stands before phi, where the teacher
+      has it, and is kept with the projections.
+    post_embed_norm: one more norm, right after the embedding.
     sliding_window: how many tokens back, itself included, a `softmax` layer sees; None means all.
     tie_embeddings: the unembedding is the embedding.
     qkv_bias, output_bias, mlp_bias: biases on q, k, v; on the attention output; in the MLP.
@@ -116,6 +141,8 @@ class ModelConfig:
   norm: NormKind = "rms_norm"
   norm_eps: float = 1e-5
   rope: RopeConfig = RopeConfig()
+  qk_norm: QKNorm = "none"
+  post_embed_norm: bool = False
   sliding_window: int | None = None
   tie_embeddings: bool = False
   qkv_bias: bool = False
@@ -135,7 +162,7 @@ class ModelConfig:
       _check_positive(self, "sliding_window")
     if self.num_heads % self.num_kv_heads:
       raise ValueError(f"ModelConfig: num_kv_heads={self.num_kv_heads} does not divide num_heads={self.num_heads}.")
-    if self.head_dim % 2:
+    if self.head_dim % 2 and self.rope.kind != "none":
       raise ValueError(f"ModelConfig: head_dim={self.head_dim} is odd; RoPE rotates pairs.")
     if not self.mixers:
       raise ValueError("ModelConfig: mixers is empty; give one mixer a layer.")

@@ -38,9 +38,9 @@ def linearize(
 ) -> tuple[dict[str, Any], ModelConfig]:
   """Turns softmax layers into SUPRA layers (paper, section 3).
 
-  What both mixers have (projections, norms, MLP, embeddings) is kept as it is, bit for bit. What only `supra` has is
-  new: gains of qk-norm are 1; phi is drawn as the reference draws it, weight and bias from U(-1/sqrt(fan_in),
-  1/sqrt(fan_in)); or else W is the identity and b is 0.
+  What both mixers have (projections and their norms, MLP, embeddings) is kept as it is, bit for bit. What only `supra`
+  has is new: gains of its own qk-norm are 1; phi is drawn as the reference draws it, weight and bias from
+  U(-1/sqrt(fan_in), 1/sqrt(fan_in)), or else W is the identity and b is 0.
 
   Args:
     params: of the softmax model, one subtree a layer.
@@ -180,11 +180,12 @@ def _new_layers(
   """
   one_layer = Transformer(config.replace(mixers=("supra",)))
   tokens = jnp.zeros((1, 1), jnp.int32)
+  kept = params[f"layers_{chosen[0]}"]["self_attn"].keys()
 
   @jax.jit
   def draw(key):
     attention = one_layer.init(key, tokens)["params"]["layers_0"]["self_attn"]
-    new = {name: tree for name, tree in attention.items() if not name.endswith("_proj")}
+    new = {name: tree for name, tree in attention.items() if name not in kept}
     return {name: _identity(tree) if phi == "identity" and "kernel" in tree else tree for name, tree in new.items()}
 
   new_layers = {}

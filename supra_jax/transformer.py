@@ -119,6 +119,8 @@ class Transformer(nn.Module):
   def setup(self):
     c = self.config
     self.embed_tokens = Embed(c.vocab_size, c.hidden_size, self.dtype)
+    if c.post_embed_norm:
+      self.post_embed_norm = Norm(c.norm, c.norm_eps, self.dtype)
     block: Any = Block
     if self.remat != "none":
       block = nn.remat(Block, prevent_cse=not self.stacked, policy=REMAT_POLICIES[self.remat])
@@ -190,6 +192,8 @@ class Transformer(nn.Module):
 
     context, end = self.place(tokens_BT, state, lengths, segment_ids)
     x_BTD = self.embed_tokens(jnp.clip(tokens_BT, 0, self.config.vocab_size - 1))
+    if self.config.post_embed_norm:
+      x_BTD = self.post_embed_norm(x_BTD)
     x_BTD = constrain(x_BTD, "batch", "time", None)
     layer_states = (None,) * len(self.config.mixers) if state is None else state.layers
     new_states: list[LayerState] = []
@@ -259,10 +263,11 @@ class Transformer(nn.Module):
       if segment_ids is None
       else jnp.where(some, jnp.take_along_axis(segment_ids.astype(jnp.int32), last, 1)[:, 0], segment),
     )
-    cos, sin = rope_table(self.config.rope, self.config.head_dim, position_BT)
+    rope, rotation = self.config.rope, None
+    if rope.kind in ("half", "interleaved"):
+      rotation = rope_table(rope, self.config.head_dim, position_BT[..., None])
     context = Context(
-      cos=cos,
-      sin=sin,
+      rotation=rotation,
       index=index_BT,
       first=index_BT - position_BT,
       lengths=lengths,

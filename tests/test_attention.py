@@ -136,16 +136,19 @@ def _linear_attention_layer(config, params, x_TD):
     y = [x_TNK[:, h] @ maps["kernel"][h // per_map] + maps["bias"][h // per_map] for h in range(x_TNK.shape[1])]
     return np.maximum(np.stack(y, 1), 0)
 
-  def norm(x_THK, name):  # RMSNorm over all heads together
-    x = x_THK.reshape(time, -1)
-    return (x / np.sqrt((x**2).mean(-1, keepdims=True) + config.norm_eps) * p[name]["weight"]).reshape(x_THK.shape)
+  def norm(x_TNK, name, width):  # RMSNorm over a head, or over all together
+    x = x_TNK.reshape(time, -1, width)
+    return (x / np.sqrt((x**2).mean(-1, keepdims=True) + config.norm_eps) * p[name]["weight"]).reshape(x_TNK.shape)
 
-  q = phi(dense("q_proj", x_TD).reshape(time, H, K), "feature_map", H if kind == "per_head_separate" else G)
-  k = phi(dense("k_proj", x_TD).reshape(time, G, K), "feature_map_kv", G)
+  q, k = dense("q_proj", x_TD).reshape(time, H, K), dense("k_proj", x_TD).reshape(time, G, K)
+  if config.qk_norm != "none":
+    widths = (K, K) if config.qk_norm == "head" else (H * K, G * K)
+    q, k = (norm(x, f"{n}_proj_norm", width) for x, n, width in zip((q, k), "qk", widths, strict=True))
+  q, k = phi(q, "feature_map", H if kind == "per_head_separate" else G), phi(k, "feature_map_kv", G)
   v = dense("v_proj", x_TD).reshape(time, G, V)
   k, v = (np.stack([x[:, h * G // H] for h in range(H)], 1) for x in (k, v))
   if config.supra.qk_norm:
-    q, k = norm(q, "q_norm"), norm(k, "k_norm")
+    q, k = norm(q, "q_norm", H * K), norm(k, "k_norm", H * K)
   turn = np.exp(1j * np.outer(np.arange(time), config.rope.base ** (-np.arange(0, K, 2) / K)))[:, None]
   q, k = ((x[..., : K // 2] + 1j * x[..., K // 2 :]) * turn for x in (q, k))
 
@@ -160,20 +163,24 @@ def _linear_attention_layer(config, params, x_TD):
 
 @pytest.mark.parametrize("qk_norm", [False, True])
 @pytest.mark.parametrize("kind", ["dense", "per_head", "per_head_separate"])
-@pytest.mark.parametrize(("groups", "value_width", "decay"), [(2, 8, "lightning"), (6, 12, "retnet"), (3, 4, "none")])
-def test_linear_attention_layer(groups, value_width, decay, kind, qk_norm, random_params):
+@pytest.mark.parametrize(
+  ("groups", "value_width", "decay", "teachers_norm"),
+  [(2, 8, "lightning", "none"), (6, 12, "retnet", "all_heads"), (3, 4, "none", "head")],
+)
+def test_linear_attention_layer(groups, value_width, decay, teachers_norm, kind, qk_norm, random_params):
   config = tiny().replace(
     num_kv_heads=groups,
     value_head_dim=value_width,
     qkv_bias=True,
     output_bias=True,
+    qk_norm=teachers_norm,
     supra=SupraConfig(feature_map=kind, decay=decay, qk_norm=qk_norm),
   )
   params = random_params(config)["layers_0"]["self_attn"]
   x = np.random.default_rng(0).standard_normal((2, 13, config.hidden_size), np.float32)
   place = jnp.broadcast_to(jnp.arange(13), (2, 13))
-  cos, sin = rope_table(config.rope, config.head_dim, place)
-  context = attention.Context(cos, sin, index=place, first=0 * place, lengths=None, segment_ids=None, continues=None)
+  rotation = rope_table(config.rope, config.head_dim, place[..., None])
+  context = attention.Context(rotation, index=place, first=0 * place, lengths=None, segment_ids=None, continues=None)
   layer = attention.LinearAttention(config)
   got, state = jax.jit(lambda params, x: layer.apply({"params": params}, x, None, context))(params, x)
   for row in range(2):

@@ -18,7 +18,9 @@ ODD = ModelConfig(
   supra=SupraConfig(feature_map="per_head_separate", decay="retnet", decay_start=0.1 + 0.2, qk_norm=True),
   norm="layer_norm_gain",
   norm_eps=1e-300,
-  rope=RopeConfig(500_000.25, "llama3", 32.5, 1.25, 4.75, 4096),
+  rope=RopeConfig(500_000.25, "llama3", 32.5, 1.25, 4.75, 4096, "by_head", 31.5, 1.5, False, 0.75),
+  qk_norm="head",
+  post_embed_norm=True,
   sliding_window=1,
   tie_embeddings=True,
   qkv_bias=True,
@@ -146,9 +148,11 @@ def test_invalid_values_are_named(changes, message):
     (lambda: SupraConfig(decay="fast"), r"SupraConfig.decay='fast'"),
     (lambda: SupraConfig(decay_start=0.0), r"SupraConfig.decay_start=0.0.*positive"),
     (lambda: RopeConfig(base=0.0), r"RopeConfig.base=0.0.*positive"),
-    (lambda: RopeConfig(scaling="yarn"), r"RopeConfig.scaling='yarn'.*'llama3'"),
+    (lambda: RopeConfig(scaling="ntk"), r"RopeConfig.scaling='ntk'.*'llama3'"),
     (lambda: RopeConfig(factor=-2.0), r"RopeConfig.factor=-2.0.*positive"),
     (lambda: RopeConfig(scaling="llama3", high_freq_factor=1.0), "high_freq_factor > low_freq_factor, got 1.0"),
+    (lambda: RopeConfig(scaling="yarn", beta_fast=0.5), "beta_fast >= beta_slow, got 10000.0, 0.5 and 1.0"),
+    (lambda: RopeConfig(kind="alibi"), r"RopeConfig.kind='alibi'.*'by_head'"),
   ],
 )
 def test_invalid_parts_are_named(make, message):

@@ -26,22 +26,22 @@ RELEASED = "released_form_bin"
 HF = Path(__file__).parent / "golden" / "hf"
 
 
+def _load(name):
+  """(model, params, golden)"""
+  config, params = openlm.load(name)
+  return Transformer(config), params, openlm.load_golden(name)
+
+
 @pytest.fixture(scope="module", params=[*CASES, RELEASED])
 def any_case(request):
-  """(model, params, golden)"""
-  config, golden = openlm.load_config(request.param), openlm.load_golden(request.param)
-  if request.param != RELEASED:
-    return Transformer(config), openlm.load_params(request.param, config), golden
-  torch = pytest.importorskip("torch")
-  tensors = torch.load(openlm.GOLDEN / RELEASED / "pytorch_model.bin", weights_only=True)
-  params = openlm.to_params({name.removeprefix("model."): t.numpy() for name, t in tensors.items()}, config)
-  return Transformer(config), params, golden
+  if request.param == RELEASED:
+    pytest.importorskip("torch")
+  return _load(request.param)
 
 
 @pytest.fixture(scope="module", params=CASES)
 def case(request):
-  config = openlm.load_config(request.param)
-  return Transformer(config), openlm.load_params(request.param, config), openlm.load_golden(request.param)
+  return _load(request.param)
 
 
 def _close(got, want, tol=1e-4):
@@ -120,32 +120,6 @@ def test_inside_the_layers(case, monkeypatch):
   _close(np.stack(hidden)[:, :1, :16], golden["hidden_after_layer"])
 
 
-def _to_reference(tree, config):
-  """Our parameters, or their gradients, under the reference's names: the inverse of `openlm.to_params`."""
-  named = {
-    "tok_embeddings.weight": tree["embed_tokens"]["embedding"],
-    "norm.weight": tree["norm"]["weight"],
-    "output.weight": tree["lm_head"]["kernel"].T,
-  }
-  for i in range(config.num_layers):
-    layer = tree[f"layers_{i}"]
-    at, ffn = layer["self_attn"], layer["mlp"]
-    names = {
-      "attention_norm.weight": layer["input_layernorm"]["weight"],
-      "ffn_norm.weight": layer["post_attention_layernorm"]["weight"],
-      "attention.in_proj.weight": np.concatenate([at[p]["kernel"].T for p in ("q_proj", "k_proj", "v_proj")]),
-      "attention.out_proj.weight": at["o_proj"]["kernel"].T,
-      "feed_forward.w12.weight": np.concatenate([ffn[p]["kernel"].T for p in ("gate_proj", "up_proj")]),
-      "feed_forward.w3.weight": ffn["down_proj"]["kernel"].T,
-    }
-    for ours, theirs in (("feature_map", "_totrain_embed"), ("feature_map_kv", "_totrain_embed_kv")):
-      if ours in at:
-        names[f"attention.{theirs}.weight"] = at[ours]["kernel"].T
-        names[f"attention.{theirs}.bias"] = at[ours]["bias"]
-    named |= {f"layers.{i}.{name}": leaf for name, leaf in names.items()}
-  return {name: np.asarray(leaf) for name, leaf in named.items()}
-
-
 def _mean_loss(model, tokens, z_loss):
   def loss(params):
     sums = language_model_loss(model, params, {"tokens": tokens}, z_loss=z_loss)
@@ -160,7 +134,7 @@ def test_loss_and_gradients(case):
   (loss, nll), grads = run(params)
   np.testing.assert_allclose(nll, golden["loss_ce"], rtol=1e-5)
   np.testing.assert_allclose(loss, golden["loss_ce_zloss1e4"], rtol=1e-5)
-  grads = _to_reference(grads, model.config)
+  grads = openlm.to_reference(grads, model.config)
   assert set(grads) == set(golden["grad_names"])
   norms = np.stack([np.linalg.norm(grads[name]) for name in golden["grad_names"]])
   np.testing.assert_allclose(norms, golden["grad_norms"], rtol=1e-4)
@@ -169,9 +143,8 @@ def test_loss_and_gradients(case):
 
 
 def test_eight_optimizer_steps():
-  config = openlm.load_config("mha_decay")
-  model, params = Transformer(config), jax.tree.map(jnp.asarray, openlm.load_params("mha_decay", config))
-  tokens, golden = openlm.load_golden("mha_decay")["input_ids"], openlm.load_golden("mha_decay", "golden_train.npz")
+  model, params, golden = _load("mha_decay")
+  tokens, golden = golden["input_ids"], openlm.load_golden("mha_decay", "golden_train.npz")
   recipe = OptimizerConfig(
     learning_rate=1e-3,
     end_learning_rate=1e-5,
@@ -186,7 +159,7 @@ def test_eight_optimizer_steps():
   )
   schedule, mesh = make_schedule(recipe, 8), make_mesh("", jax.devices()[:1])
   train_step, loss = TrainStep(model, recipe, 8), jax.jit(_mean_loss(model, tokens, recipe.z_loss))
-  state = train_step.init(params)
+  state = train_step.init(jax.tree.map(jnp.asarray, params))
   step, losses, norms = train_step.compiled(train_step.shardings(state, mesh)), [], []
   for _ in range(8):
     losses.append(loss(state.params)[0])  # z-loss included
@@ -197,7 +170,7 @@ def test_eight_optimizer_steps():
   np.testing.assert_allclose(losses, golden["losses"], rtol=1e-5)
   # A relu so close to 0 that rounding picks its side moves one norm by 1e-4; beta2 = 0.98 instead moves it by 3e-3.
   np.testing.assert_allclose(norms, golden["grad_norms_preclip"], rtol=3e-4)
-  params = _to_reference(params, config)
+  params = openlm.to_reference(params, model.config)
   norms_after = [np.linalg.norm(params[name]) for name in golden["param_names"]]
   np.testing.assert_allclose(norms_after, golden["param_norms_after"], rtol=1e-5)
   rows = params["layers.0.attention._totrain_embed.weight"][:8]

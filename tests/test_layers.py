@@ -29,6 +29,17 @@ def _frequencies(rope, width):
         f /= rope.factor
       elif wavelength > rope.original_max_positions / rope.high_freq_factor:
         f = (1 - smooth) * f / rope.factor + smooth * f
+    elif rope.scaling == "yarn":
+      # The pair that makes `beta` turns within the original context; these formulas are YaRN's own, appendix A.2.
+      first, last = (
+        width * np.log(rope.original_max_positions / (2 * np.pi * beta)) / (2 * np.log(rope.base))
+        for beta in (rope.beta_fast, rope.beta_slow)
+      )
+      if rope.truncate:
+        first, last = np.floor(first), np.ceil(last)
+      first, last = max(first, 0), min(last, width - 1)
+      ramp = min(max((i / 2 - first) / (last - first if last != first else 0.001), 0), 1)
+      f = f / rope.factor * ramp + f * (1 - ramp)
     out.append(f)
   return np.array(out)
 
@@ -39,6 +50,9 @@ ROPES = [
   RopeConfig(base=5e5, scaling="linear", factor=2.5),
   LLAMA3,
   RopeConfig(scaling="llama3", factor=8.0, low_freq_factor=2.0, high_freq_factor=3.0, original_max_positions=64),
+  RopeConfig(base=1e6, scaling="yarn", factor=4.0, original_max_positions=32768),
+  RopeConfig(scaling="yarn", factor=8.0, original_max_positions=300, beta_fast=20.5, beta_slow=2.5, truncate=False),
+  RopeConfig(scaling="yarn", factor=3.0, original_max_positions=64, beta_fast=2.0, beta_slow=2.0, truncate=False),
 ]
 
 
@@ -65,6 +79,10 @@ def test_rope_frequencies_as_transformers_has_them(rope):
       "low_freq_factor": rope.low_freq_factor,
       "high_freq_factor": rope.high_freq_factor,
       "original_max_position_embeddings": rope.original_max_positions,
+      "beta_fast": rope.beta_fast,
+      "beta_slow": rope.beta_slow,
+      "truncate": rope.truncate,
+      "attention_factor": 1.0,
     },
   )
   if kind == "default":
@@ -89,14 +107,23 @@ def test_rope_table_is_exact_at_any_position(rope):
   assert np.abs(np.sin(angles) - sin).max() < 1e-6
 
 
-def test_apply_rope_rotates_halves():
+def test_the_attention_factor_is_on_both_q_and_k():
+  plain, scaled = (layers.rope_table(RopeConfig(attention_factor=f), 8, jnp.arange(3)) for f in (1.0, 1.25))
+  jax.tree.map(lambda x, y: np.testing.assert_array_equal(x * 1.25, y), plain, scaled)
+
+
+def test_apply_rope_rotates_halves_or_neighbours():
   rng = np.random.default_rng(0)
   x = rng.standard_normal((2, 5, 3, 8), np.float32)
   angle = rng.uniform(0, 6, (2, 5, 4))
-  turned = layers.apply_rope(x, np.cos(angle).astype(np.float32), np.sin(angle).astype(np.float32))
+  cos, sin = (f(angle)[:, :, None].astype(np.float32) for f in (np.cos, np.sin))
+  turned = layers.apply_rope(x, cos, sin)
   # As a complex number, component i with component i + K/2.
   want = (x[..., :4] + 1j * x[..., 4:]) * np.exp(1j * angle)[:, :, None]
   np.testing.assert_allclose(turned, np.concatenate([want.real, want.imag], -1), atol=1e-6)
+  want = (x[..., ::2] + 1j * x[..., 1::2]) * np.exp(1j * angle)[:, :, None]
+  turned = layers.apply_rope(x, cos, sin, interleaved=True)
+  np.testing.assert_allclose(turned, np.stack([want.real, want.imag], -1).reshape(x.shape), atol=1e-6)
 
 
 def test_rope_scores_depend_on_distance_only():
@@ -105,7 +132,7 @@ def test_rope_scores_depend_on_distance_only():
 
   def score(i, j):
     turned = (
-      layers.apply_rope(x, *layers.rope_table(RopeConfig(), 16, jnp.full((1, 1), at))) for x, at in ((q, i), (k, j))
+      layers.apply_rope(x, *layers.rope_table(RopeConfig(), 16, jnp.full((1, 1, 1), at))) for x, at in ((q, i), (k, j))
     )
     return float(jnp.vdot(*turned))
 

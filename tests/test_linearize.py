@@ -42,6 +42,7 @@ def test_what_is_kept_and_what_is_new(kind, heads, groups, qk_norm, random_param
     num_kv_heads=groups,
     value_head_dim=12,
     qkv_bias=True,
+    qk_norm="head" if qk_norm else "none",
     norm="layer_norm" if qk_norm else "rms_norm",
     tie_embeddings=qk_norm,
   )

@@ -26,19 +26,18 @@ TIME = 2 * WIDTH
 DOCUMENTS = ROWS * TIME  # at most: each token its own
 
 TINY = config.tiny()
-LLAMA3 = RopeConfig(scaling="llama3", factor=8.0, original_max_positions=32)
+BIASES = {"qkv_bias": True, "output_bias": True, "mlp_bias": True}
 CASES = {
   "plain": TINY,
   "teacher": TINY.replace(
     mixers=("softmax",) * 2,
     sliding_window=5,
     norm="layer_norm",
-    rope=LLAMA3,
+    rope=RopeConfig(scaling="llama3", factor=8.0, original_max_positions=32),
+    qk_norm="head",
     value_head_dim=4,
-    qkv_bias=True,
-    output_bias=True,
-    mlp_bias=True,
     tie_embeddings=True,
+    **BIASES,
   ),
   "hybrid_grouped": TINY.replace(
     mixers=("supra", "softmax"),
@@ -46,16 +45,17 @@ CASES = {
     norm="layer_norm_gain",
     rope=RopeConfig(scaling="linear", factor=2.0),
     value_head_dim=12,
-    mlp_bias=True,
   ),
   "hybrid_ungrouped": TINY.replace(
     mixers=("softmax", "supra", "supra"),
     num_heads=2,
     supra=SupraConfig(decay="none"),
+    qk_norm="all_heads",
+    post_embed_norm=True,
     value_head_dim=4,
-    qkv_bias=True,
     sliding_window=7,
     tie_embeddings=True,
+    **BIASES,
   ),
   "one_group": TINY.replace(
     mixers=("supra",),
@@ -63,7 +63,7 @@ CASES = {
     num_kv_heads=1,
     supra=SupraConfig(feature_map="per_head_separate", decay_start=0.3, qk_norm=True),
     norm="layer_norm",
-    output_bias=True,
+    rope=RopeConfig(scaling="yarn", factor=4.0, attention_factor=1.1, kind="interleaved"),
   ),
 }
 

@@ -16,7 +16,7 @@ from supra_jax.linearize import Calibration, linearize_checkpoint
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Model directory to start from.", required=True)
 _OUTPUT = flags.DEFINE_string("output", None, "Model directory to write; must not exist.", required=True)
 _METHOD = flags.DEFINE_enum(
-  "method", "calibrated", ["calibrated", "identity", "random"], "How new weights begin; the paper's are random."
+  "method", "random", ["random", "identity", "calibrated"], "How new weights begin; the paper's are random."
 )
 _DATA = flags.DEFINE_string("calibration_data", "", "Text, as prepare_data takes it, or directories that it packed.")
 _TOKENS = flags.DEFINE_integer("calibration_tokens", 131072, "How many tokens of it are read.", lower_bound=1)

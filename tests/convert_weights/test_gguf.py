@@ -79,6 +79,14 @@ def test_quantised(tmp_path):
   assert model.source["stored_types"] == ["BF16", "F16", "F32", "Q4_1"] and model.source["dtype"] == "float32"
 
 
+@pytest.mark.parametrize("kind", [Kind.F32, Kind.BF16, Kind.Q8_0])
+def test_rows_alone(tmp_path, kind):
+  stored = open_gguf(write_gguf(tmp_path / "m.gguf", quantisation={"ffn_down": kind})).tensors
+  assert stored["blk.0.ffn_down.weight"].dtype == (jnp.bfloat16 if kind == Kind.BF16 else np.float32)
+  for name in ("blk.0.ffn_down.weight", "output_norm.weight"):
+    np.testing.assert_array_equal(stored[name].read_rows(5, 11), stored[name].read()[5:11], strict=True)
+
+
 def test_quantised_to_8_bits_in_bfloat16(tmp_path):
   path = write_gguf(tmp_path / "m.gguf", quantisation={"ffn_down": Kind.Q8_0})
   model = converted(path, tmp_path, "bfloat16")
@@ -196,6 +204,14 @@ def test_every_cut_and_every_flipped_byte_of_a_header_is_handled(tmp_path):
         open_gguf(damaged)
       except ConversionError as error:
         assert str(damaged) in str(error)
+
+
+def test_lists_within_lists(tmp_path):
+  """Each takes 12 bytes; read by recursion they would end Python's stack."""
+  deep = struct.pack("<IQ", 9, 1) * 100_000
+  header = struct.pack("<4sIQQ", b"GGUF", 3, 0, 1) + struct.pack("<Q3sI", 3, b"key", 9)
+  (tmp_path / "m.gguf").write_bytes(header + deep)
+  refuse(tmp_path / "m.gguf", tmp_path, "lists within lists")
 
 
 @pytest.mark.parametrize(

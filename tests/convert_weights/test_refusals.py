@@ -54,8 +54,21 @@ def source(tmp_path):
     ({"attention_bias": True}, "attention_bias=True"),
     ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types=["),
     ({"auto_map": {"AutoModel": "x.Y"}}, "auto_map="),
-    ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, "rope_parameters.rope_type='yarn'"),
-    ({"rope_parameters": None, "rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_scaling.type='dynamic'"),
+    ({"num_hidden_layers": 10**12}, "num_hidden_layers=1000000000000: wanted at most"),
+    ({"rope_parameters": {"rope_type": "yarn"}}, "rope_parameters.factor: missing, yarn scaling needs it"),
+    ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "beta_fast": 0.5}}, "beta_fast >= beta_slow"),
+    ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "truncate": 1}}, "rope_parameters.truncate=1"),
+    ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}, "rope_theta": 0.5}, "base > 1"),
+    ({"rope_parameters": {"rope_type": "yarn", "factor": 10**400}}, "rope_parameters.factor=1000"),
+    (
+      {"rope_parameters": None, "rope_scaling": {"type": "dynamic", "factor": 2.0}},
+      "rope_scaling.type='dynamic': its frequencies depend on the length of the whole text",
+    ),
+    (
+      {"rope_parameters": {"rope_type": "longrope", "short_factor": [1]}},
+      "rope_type='longrope': its frequencies change",
+    ),
+    ({"use_sliding_window": True}, "use_sliding_window=True: unknown key"),
     ({"rope_parameters": {"rope_type": "default", "mscale": 2.0}}, "rope_parameters.mscale=2.0"),
     ({"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, "rope_parameters.low_freq_factor: missing"),
     ({"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, "rope_parameters.full_attention="),
@@ -143,7 +156,7 @@ def test_numbers(source, tmp_path, value, dtype, fragment):
 def test_unequal_tied_unembedding(tmp_path):
   source = copy_case("llama_gqa_tied", tmp_path / "source")
   change_tensors(source, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"] + 1}))
-  refuse(source, tmp_path, "tie_word_embeddings", "lm_head.weight differs")
+  refuse(source, tmp_path, "the config ties the embeddings", "lm_head.weight differs")
 
 
 @pytest.mark.parametrize("keep", [0, 5, 100, 5000, -1])
@@ -210,7 +223,7 @@ def write_index(source, weight_map):
 
 
 @pytest.mark.parametrize(
-  "outside", ["../part-0.safetensors", "/etc/part-0.safetensors", "sub/part-0.safetensors", ".."]
+  "outside", ["../part-0.safetensors", "/etc/part-0.safetensors", "sub/part-0.safetensors", "..", ""]
 )
 def test_index_points_outside(sharded, tmp_path, outside):
   source, weight_map = sharded
@@ -248,14 +261,18 @@ def test_both_one_file_and_an_index(source, tmp_path):
   refuse(source, tmp_path, "holds both")
 
 
-def test_no_safetensors(source, tmp_path):
-  (source / "model.safetensors").rename(source / "pytorch_model.bin")
-  refuse(source, tmp_path, "only pytorch_model.bin")
+def test_no_weights(source, tmp_path):
+  (source / "model.safetensors").rename(source / "adapter_model.safetensors")
+  refuse(source, tmp_path, "it holds adapter_model.safetensors. Give the file that is meant")
+  (source / "adapter_model.safetensors").unlink()
+  refuse(source, tmp_path, "wanted model.safetensors or pytorch_model.bin")
 
 
 def test_sources_that_are_none(source, tmp_path):
   refuse(tmp_path / "nowhere", tmp_path, "does not exist")
-  refuse(source / "config.json", tmp_path, "wanted a directory or a .gguf file")
+  refuse(source / "config.json", tmp_path, "wanted a directory or a .gguf, .safetensors, .bin, .pt, .pth file")
+  (tmp_path / "model.safetensors").write_bytes(b"")
+  refuse(tmp_path / "model.safetensors", tmp_path, "config.json: cannot be read: No such file")
   (source / "config.json").unlink()
   refuse(source, tmp_path, "has no config.json and 0 .gguf files")
 

@@ -1,5 +1,6 @@
 """Small checkpoints for the tests here: golden directories to mutate, and GGUF files made from them."""
 
+import functools
 import json
 import shutil
 from pathlib import Path
@@ -7,6 +8,9 @@ from pathlib import Path
 import gguf
 import numpy as np
 from safetensors.numpy import load_file
+
+from convert_weights.open_source import open_source
+from supra_jax import LM
 
 GOLDEN = Path(__file__).resolve().parent.parent / "golden" / "hf"
 CASES = sorted(path.name for path in GOLDEN.iterdir() if path.is_dir())
@@ -28,6 +32,16 @@ def change_config(directory: Path, **changes) -> None:
 
 def source_tensors(case: str) -> dict[str, np.ndarray]:
   return load_file(GOLDEN / case / "model.safetensors")
+
+
+def read(source: Path) -> LM:
+  """The model of a source, its leaves read and nothing written."""
+  opened = open_source(source)
+  params: dict = {}
+  for leaf in opened.leaves:
+    node = functools.reduce(lambda node, key: node.setdefault(key, {}), leaf.path[:-1], params)
+    node[leaf.path[-1]] = leaf.read()
+  return LM(opened.config, params)
 
 
 def leaf(params, path: str) -> np.ndarray:

@@ -12,18 +12,13 @@ from kernels_pallas.primitive import Coefficients
 from tests.kernels_pallas import cross, truth
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
-needs_kernel = pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="the kernel needs jax 0.11")
 OPTIONAL = ("initial_state", "segment_ids", "lengths")
 SHAPE = jax.ShapeDtypeStruct
 
 
-def _bfloat16(case):
-  return {k: np.asarray(jnp.asarray(x, jnp.bfloat16), np.float32) if k in "qkv" else x for k, x in case.items()}
-
-
 # One worker and two, one tile of the key width and several, widths that are padded; parts, and rows that end inside one
 # or before it; heads that share keys or values.
-@needs_kernel
+@truth.needs_mosaic_gpu
 @pytest.mark.parametrize(
   "tokens, count, groups, widths, given",
   [
@@ -39,7 +34,7 @@ def test_interpreted(monkeypatch, tokens, count, groups, widths, given):
   monkeypatch.setattr(parts, "choose_count", lambda *_: count)
   sizes = {"batch": 1 + ("lengths" in given), "heads": 2, "key_width": widths[0], "value_width": widths[1]}
   case = truth.make_case(tokens, *groups, given, **sizes)
-  case = _bfloat16(case) | {"slopes": np.array([0.02, 14.0], np.float32)}
+  case = truth.rounded(case, jnp.bfloat16) | {"slopes": np.array([0.02, 14.0], np.float32)}
   truth.assert_close(truth.run(truth.direct(mosaic_gpu.attend), case, jnp.bfloat16), truth.by_loop(case), 1e-2)
 
 
@@ -62,13 +57,13 @@ def _complaints():
     interpreter.reset_gpu_interpret_mode_state()
 
 
-@needs_kernel
+@truth.needs_mosaic_gpu
 def test_no_races():
   assert _complaints() == []
 
 
 # What is copied or multiplied is committed first, what was copied is waited for, and no chunk is overwritten too early.
-@needs_kernel
+@truth.needs_mosaic_gpu
 @pytest.mark.parametrize("left_out", ["commit_smem", "wait_smem_to_gmem", "filled", "emptied"])
 def test_what_is_not_waited_for_is_found(monkeypatch, left_out):
   if left_out in ("filled", "emptied"):
@@ -92,7 +87,7 @@ def _kernels(lowered):
   return re.findall(r"stablehlo.custom_call @(mosaic_gpu\w*)", lowered.as_text())
 
 
-@needs_kernel
+@truth.needs_mosaic_gpu
 @pytest.mark.parametrize("width", [64, 128, 200])
 def test_lowers_for_an_h100(width):
   forward, operands, gradients, more = _program(width=width)
@@ -103,7 +98,7 @@ def test_lowers_for_an_h100(width):
   assert "stablehlo.while" not in lowered.as_text()
 
 
-@needs_kernel
+@truth.needs_mosaic_gpu
 def test_many_heads_are_not_cut():
   forward, operands, *_ = _program(batch=64)
   assert len(_kernels(cross.lower(forward, *operands))) == 1

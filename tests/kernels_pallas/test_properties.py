@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels_pallas import chunked_xla, decay, linear_attention, linear_attention_step
-from kernels_pallas.api import IMPLEMENTATIONS
+from kernels_pallas import chunked_xla, decay, linear_attention, linear_attention_step, parts
+from kernels_pallas.api import IMPLEMENTATIONS, REFUSALS
 from tests.kernels_pallas import truth
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -20,16 +20,11 @@ OPS = {name: functools.partial(linear_attention, implementation=name) for name i
 
 @pytest.mark.parametrize(
   "name, first",
-  [
-    ("reference", 37),
-    ("recurrent", 37),
-    ("triton", 37),
-    ("tpu", 37),
-    *(("chunked_xla", first) for first in (1, 37, 64, 99)),
-  ],
+  [*(truth.params(name, 37) for name in IMPLEMENTATIONS), *(("chunked_xla", first) for first in (1, 64, 99))],
 )
 def test_split_anywhere_is_the_whole(name, first):
-  case = truth.make_case(100, 2, 3, ("initial_state",))
+  dtype, tolerance = truth.precision(name)
+  case = truth.rounded(truth.make_case(100, 2, 1, ("initial_state",), heads=2 if name == "mosaic_gpu" else 6), dtype)
   case["lengths"] = np.array([100, 40], np.int32)
 
   def in_two(q, k, v, slopes, *, scale, initial_state, lengths):
@@ -39,17 +34,19 @@ def test_split_anywhere_is_the_whole(name, first):
     rest, state = part(*tail, slopes, initial_state=state, lengths=lengths - first)
     return jnp.concatenate([output, rest], axis=1), state
 
-  truth.assert_close(truth.run(in_two, case), truth.by_loop(case), 1e-5)
+  truth.assert_close(truth.run(in_two, case, dtype), truth.by_loop(case), tolerance)
 
 
-@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+@pytest.mark.parametrize("name", truth.NAMES)
 def test_packed_documents_are_separate_ones(name):
   ends, ids = [17, 81, 86, 100], [7, 2, 7, 7 - 9]
-  case = truth.make_case(100, 2, 6, ("initial_state",), batch=1)
+  dtype, tolerance = truth.precision(name)
+  heads = 2 if name == "mosaic_gpu" else 6
+  case = truth.rounded(truth.make_case(100, 2, heads, ("initial_state",), batch=1, heads=heads), dtype)
   starts = [0, *ends[:-1]]
   case["segment_ids"] = np.repeat(ids, np.diff([0, *ends]))[None].astype(np.int32)
 
-  actual = truth.run(OPS[name], case)
+  actual = truth.run(OPS[name], case, dtype)
   d_output, d_state = truth.cotangents(case)
   for start, end in zip(starts, ends, strict=True):
     document = {x: case[x][:, start:end] for x in "qkv"} | {"slopes": case["slopes"]}
@@ -57,17 +54,17 @@ def test_packed_documents_are_separate_ones(name):
     state_counts = end == ends[-1]
     expected = truth.by_loop(document, (d_output[:, start:end], d_state * state_counts))
     tokens = {x: actual[x][:, start:end] for x in ("output", "d_q", "d_k", "d_v")}
-    truth.assert_close(tokens, {x: expected[x] for x in tokens}, 1e-5)
+    truth.assert_close(tokens, {x: expected[x] for x in tokens}, tolerance)
     if start == 0:
-      truth.assert_close({"d": actual["d_initial_state"]}, {"d": expected["d_initial_state"]}, 1e-5)
+      truth.assert_close({"d": actual["d_initial_state"]}, {"d": expected["d_initial_state"]}, tolerance)
     if state_counts:
-      truth.assert_close({"s": actual["state"]}, {"s": expected["state"]}, 1e-5)
+      truth.assert_close({"s": actual["state"]}, {"s": expected["state"]}, tolerance)
 
 
-@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+@pytest.mark.parametrize("name", truth.NAMES)
 @pytest.mark.parametrize("poison", [np.nan, np.inf])
 def test_padding_does_not_leak(name, poison):
-  case = truth.make_case(100, 2, 3, ("initial_state", "segment_ids"))
+  case = truth.make_case(100, 2, 1, ("initial_state", "segment_ids"), heads=2 if name == "mosaic_gpu" else 6)
   case["lengths"] = np.array([70, 0], np.int32)
   padding = np.arange(100) >= case["lengths"][:, None]
   for x in "qkv":
@@ -75,7 +72,7 @@ def test_padding_does_not_leak(name, poison):
   # The cotangent of an output that is constant may be anything too.
   d_output, d_state = truth.cotangents(case)
   d_output[padding] = poison
-  differentiable, options = truth.arrays(case, jnp.float32)
+  differentiable, options = truth.arrays(case, truth.precision(name)[0])
   output, state, gradients = truth.value_and_gradients(
     OPS[name], differentiable, case["slopes"], options, d_output, d_state
   )
@@ -129,6 +126,44 @@ def test_any_segments_and_lengths(ids, repeat, lengths, slopes, seed):
   truth.assert_close(_small_chunks(True, *arguments), _small_chunks(False, *arguments), 1e-5)
 
 
+@pytest.mark.parametrize("name", [truth.params(name) for name in REFUSALS])
+@hypothesis.settings(max_examples=4, deadline=None, derandomize=True)
+@hypothesis.given(data=st.data())
+def test_any_shape(name, data):
+  dtype, tolerance = truth.precision(name)
+  heads = data.draw(st.sampled_from([1, 2] if name == "mosaic_gpu" else [1, 2, 3, 6]), "heads")
+  groups = [data.draw(st.sampled_from([g for g in (1, 2, 3, 6) if heads % g == 0]), "groups") for _ in "kv"]
+  widths = [data.draw(st.integers(1, 140), "width") for _ in "kv"]
+  given = [option for option in ("initial_state", *truth.OPTIONS) if data.draw(st.booleans(), option)]
+  tokens, count = data.draw(st.integers(1, 150), "tokens"), data.draw(st.integers(1, 4), "parts")
+  sizes = {"heads": heads, "key_width": widths[0], "value_width": widths[1]}
+  case = truth.rounded(truth.make_case(tokens, *groups, given, **sizes), dtype)
+  case["slopes"] = np.array(data.draw(st.lists(st.floats(0, 14, width=32), min_size=heads, max_size=heads)), np.float32)
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(parts, "choose_count", lambda *_: count)
+    actual = truth.run(truth.direct(IMPLEMENTATIONS[name]), case, dtype)
+  truth.assert_close(actual, truth.by_loop(case), tolerance)
+
+
+@pytest.mark.parametrize("name", truth.NAMES)
+def test_the_gradient_is_the_transpose(name):
+  """<LA(v), u> = <v, LA_rev(u)>, to the rounding of the products' own size."""
+  dtype, tolerance = truth.precision(name)
+  case = truth.make_case(100, 2, 1, truth.OPTIONS, heads=2 if name == "mosaic_gpu" else 6)
+  q, k, v = (jnp.nan_to_num(jnp.asarray(case[x], dtype)) for x in "qkv")
+  u = jnp.asarray(truth.cotangents(case)[0], dtype)
+  options = {option: case[option] for option in truth.OPTIONS}
+
+  def products(v, u):
+    output, pullback = jax.vjp(lambda v: OPS[name](q, k, v, case["slopes"], scale=truth.SCALE, **options)[0], v)
+    return [(np.asarray(x, np.float64), np.asarray(y, np.float64)) for x, y in ((output, u), (v, pullback(u)[0]))]
+
+  (output, u), (v, transposed) = products(v, u)
+  size = np.linalg.norm(output) * np.linalg.norm(u)
+  assert abs(np.vdot(output, u)) > 10 * tolerance * size / 100
+  assert abs(np.vdot(output, u) - np.vdot(v, transposed)) <= tolerance * size / 100
+
+
 def _call(slopes, name="chunked_xla", q=None):
   q = jnp.ones((1, 6, 2, 3)) if q is None else q
   return linear_attention(q, q, q, slopes, scale=1.0, implementation=name)[0].sum()
@@ -149,7 +184,7 @@ WAYS = {
 }
 
 
-@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+@pytest.mark.parametrize("name", truth.FLOAT32)
 @pytest.mark.parametrize("way", WAYS)
 def test_slopes_cannot_be_differentiated(way, name):
   with pytest.raises(TypeError, match="slopes, which are constants"):
@@ -162,7 +197,7 @@ def test_slopes_of_a_step_cannot_be_differentiated():
     jax.grad(lambda slopes: linear_attention_step(x, x, x, slopes, state, scale=1.0)[0].sum())(SLOPES)
 
 
-@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+@pytest.mark.parametrize("name", truth.FLOAT32)
 def test_slopes_may_be_traced_or_closed_over(name):
   q = jnp.arange(36.0).reshape(1, 6, 2, 3) / 36
   traced = jax.jit(lambda q, slopes: jax.grad(lambda q: _call(slopes, name, q))(q))(q, SLOPES)

@@ -33,7 +33,7 @@ def test_parts_are_the_whole(monkeypatch, tokens, count, given):
 )
 def test_widths_beyond_one_tile(monkeypatch, dtype, capability, widths):
   case = truth.make_case(100, 1, 2, OPTIONAL, heads=2, key_width=widths[0], value_width=widths[1])
-  case = {k: np.asarray(jnp.asarray(x, dtype), np.float32) if k in "qkv" else x for k, x in case.items()}
+  case = truth.rounded(case, dtype)
   actual = _run(monkeypatch, case, 2, dtype, capability)
   truth.assert_close(actual, truth.by_loop(case), 1e-5 if dtype == jnp.float32 else 1e-2)
 

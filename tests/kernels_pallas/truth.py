@@ -9,13 +9,31 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from kernels_pallas import decay
+from kernels_pallas.api import IMPLEMENTATIONS
 
 SCALE = 0.3
 SLOPES = (0.0, 0.01, 0.2, 1.0, 4.0, 14.0)
 ARRAYS = ("q", "k", "v", "initial_state")
 OPTIONS = ("segment_ids", "lengths")
+# All but mosaic_gpu, whose products are of bfloat16 alone and which older releases of jax cannot run.
+FLOAT32 = [name for name in IMPLEMENTATIONS if name != "mosaic_gpu"]
+needs_mosaic_gpu = pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="mosaic_gpu needs jax 0.11")
+
+
+def params(name, *values):
+  """Parameters of a test that begin with the name of an implementation."""
+  return pytest.param(name, *values, marks=() if name in FLOAT32 else needs_mosaic_gpu)
+
+
+NAMES = [params(name) for name in IMPLEMENTATIONS]
+
+
+def precision(name):
+  """The dtype that an implementation is tested in, and the relative error that is allowed."""
+  return (jnp.float32, 1e-5) if name in FLOAT32 else (jnp.bfloat16, 1e-2)
 
 
 def make_case(num_tokens, key_groups, value_groups, given, *, batch=2, heads=6, key_width=8, value_width=5, seed=0):
@@ -37,6 +55,11 @@ def make_case(num_tokens, key_groups, value_groups, given, *, batch=2, heads=6, 
     for name in ("q", "k", "v"):
       case[name][1, case["lengths"][1] :] = np.nan
   return case
+
+
+def rounded(case, dtype):
+  """The case with q, k and v as `dtype` has them."""
+  return {name: np.asarray(jnp.asarray(x, dtype), np.float32) if name in "qkv" else x for name, x in case.items()}
 
 
 def cotangents(case, seed=1):

@@ -1,0 +1,81 @@
+"""Holds the tensors of a source against our parameters, both ways, and reads the one as the other."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from convert_weights.errors import ConversionError, listing
+from convert_weights.names import Parameter
+from convert_weights.source import Leaf, StoredTensor
+
+
+def check_tensors(
+  source: str,
+  wanted: Mapping[str, tuple[int, ...]],
+  found: Mapping[str, StoredTensor],
+  optional: Mapping[str, tuple[int, ...]],
+) -> None:
+  """Holds the tensors a source has against those its config asks for.
+
+  Args:
+    source: what to call the source in a message.
+    wanted: name -> shape of each tensor that must be there.
+    found: name -> each tensor that is there, ignored ones left out.
+    optional: name -> shape of tensors that may be there besides.
+
+  Raises:
+    ConversionError: the two differ; lists missing, unknown, mis-shaped and unreadable tensors.
+  """
+  known = {**optional, **wanted}
+  lines = [
+    *listing("missing tensors", (f"{name} {list(wanted[name])}" for name in wanted if name not in found)),
+    *listing("unknown tensors", (f"{name} {list(found[name].shape)}" for name in sorted(set(found) - set(known)))),
+    *listing(
+      "tensors of another shape than the config gives",
+      (
+        f"{name}: wanted {list(shape)}, got {list(found[name].shape)}"
+        for name, shape in known.items()
+        if name in found and found[name].shape != shape
+      ),
+    ),
+    *listing(
+      "tensors of a type that cannot be read",
+      (f"{name}: {tensor.type_name}" for name, tensor in found.items() if tensor.dtype is None),
+    ),
+  ]
+  if lines:
+    raise ConversionError("\n".join([f"{source}: the tensors are not those its config describes.", *lines]))
+
+
+def make_leaf(
+  source: str,
+  parameter: Parameter,
+  name: str,
+  tensors: Mapping[str, StoredTensor],
+  *,
+  first_row: int = 0,
+  twin: str | None = None,
+) -> Leaf:
+  """The leaf of a parameter that is some rows of a tensor.
+
+  Args:
+    source: what to call the source in a message.
+    parameter: whose leaf it is.
+    name: of the tensor.
+    tensors: of the source, checked.
+    first_row: where the parameter's rows begin.
+    twin: name of a tensor that has to hold the same, if it is there: of tied embeddings some sources store both.
+  """
+  stored, other = tensors[name], tensors.get(twin) if twin else None
+  rows = parameter.source_shape[0]
+
+  def read() -> np.ndarray:
+    array = stored.read_rows(first_row, first_row + rows)
+    if other is not None and not np.array_equal(other.read(), array):
+      raise ConversionError(f"{source}: the config ties the embeddings, but {twin} differs from {name}.")
+    return array.T if parameter.transposed else array
+
+  num_bytes = stored.num_bytes * rows // stored.shape[0] + (other.num_bytes if other else 0)
+  return Leaf(parameter.path, parameter.shape, name, num_bytes, read)

@@ -1,0 +1,67 @@
+"""A directory of OpenLM, the paper's code: config.json with model_type `openlm`, and weights in any form."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from convert_weights import names, openlm_config
+from convert_weights.errors import ConversionError, listing
+from convert_weights.leaves import check_tensors, make_leaf
+from convert_weights.source import Source, StoredTensor, tokenizer_files
+from convert_weights.weights import open_weights
+
+# What wraps a model leaves its name before those of the tensors: transformers, data parallelism, torch.compile.
+_PREFIX = re.compile(r"^((model|module|_orig_mod)\.)+")
+# Old checkpoints store the rotary frequencies, which follow from the config.
+_ROTARY_BUFFER = re.compile(r"layers\.\d+\.attention\.pos_embed\.inv_freq")
+
+
+def open_openlm(directory: Path, original: Mapping[str, Any], file: Path | None = None) -> Source:
+  """Opens a directory and checks all that can be checked without reading the tensors.
+
+  Args:
+    directory: with a tokenizer, where there is one.
+    original: contents of its config.json.
+    file: the one that holds the weights; None finds them in the directory.
+
+  Raises:
+    ConversionError: what stands in the way, by name.
+  """
+  config = openlm_config.model_config(original, str(directory / "config.json"))
+  weight_files, found = open_weights(directory, file)
+  path = directory if file is None else file
+  tensors = _without_prefix(found, path)
+  twin = names.OPENLM_UNEMBEDDING if config.tie_embeddings else None
+  if twin in tensors and names.OPENLM_EMBEDDING not in tensors:
+    # Of the two names of the one tensor safetensors keep either.
+    tensors[names.OPENLM_EMBEDDING] = tensors.pop(twin)
+  parameters = names.parameters(config)
+  wanted = names.openlm_shapes(parameters)
+  check_tensors(str(path), wanted, tensors, optional={twin: wanted[names.OPENLM_EMBEDDING]} if twin else {})
+  leaves = [
+    make_leaf(
+      str(path), p, p.openlm, tensors, first_row=p.openlm_row, twin=twin if p.openlm == names.OPENLM_EMBEDDING else None
+    )
+    for p in parameters
+    if p.openlm is not None
+  ]
+  return Source(
+    "openlm", path, path.absolute().name, config, original, weight_files, tensors, leaves, tokenizer_files(directory)
+  )
+
+
+def _without_prefix(found: Mapping[str, StoredTensor], path: Path) -> dict[str, StoredTensor]:
+  tensors: dict[str, StoredTensor] = {}
+  twice = []
+  for name, tensor in found.items():
+    short = _PREFIX.sub("", name)
+    if short in tensors:
+      twice.append(short)
+    elif not _ROTARY_BUFFER.fullmatch(short):
+      tensors[short] = tensor
+  if twice:
+    raise ConversionError("\n".join([f"{path}: refused.", *listing("tensors with and without a prefix", twice)]))
+  return tensors

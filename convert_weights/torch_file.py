@@ -1,0 +1,165 @@
+"""PyTorch files (`torch.save`): a checked archive, and tensors read one at a time.
+
+The file is a zip archive: a pickle that describes the tensors, and a record a storage. torch reads the pickle, with
+`weights_only=True`, so that it can name tensors and nothing that runs; it makes them on its "meta" device, where they
+have a place in the file and no data. The data are then read from there, and never mapped: mapped pages would count as
+memory.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import pickletools
+import re
+import struct
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from convert_weights.errors import ConversionError, listing
+from convert_weights.source import BFLOAT16, StoredTensor, read_array
+
+# Ten times what the tensors of a large model and its optimizer take to describe.
+_MAX_PICKLE_BYTES = 20_000_000
+# What tensors are made of. torch's own list has constructors besides that take any amount of memory, `bytearray` say.
+_NAMES = re.compile(
+  r"collections (OrderedDict|defaultdict|Counter)|torch (?!Untyped)\w+Storage|torch (Size|device|[a-z]\w*)|"
+  r"torch\._utils _rebuild_\w+|torch\._tensor _rebuild_from_type_v2|torch\.nn\.parameter Parameter|"
+  r"torch\.serialization _get_layout"
+)
+_LOCAL_HEADER_BYTES = 30
+
+
+def open_torch(path: Path) -> dict[str, StoredTensor]:
+  """Reads and checks a file of `torch.save`: a state dict, or a training checkpoint that has one as `state_dict`.
+
+  Returns:
+    name -> tensor.
+
+  Raises:
+    ConversionError: torch is not installed; the file is missing, truncated, corrupt or of the form before PyTorch 1.6;
+      its pickle wants more than tensors; it holds no state dict.
+  """
+  try:
+    import torch
+  except ImportError as error:
+    raise ConversionError(f"{path}: reading it needs torch: pip install 'supra_jax[torch]'.") from error
+  records = _records(path)
+  try:
+    loaded = torch.load(path, map_location="meta", weights_only=True)
+  except Exception as error:  # whatever a damaged or hostile pickle makes of torch's unpickler
+    raise ConversionError(f"{path}: torch refuses it: {_reason(error)}.") from error
+  state = loaded.get("state_dict", loaded) if isinstance(loaded, dict) else loaded
+  if not isinstance(state, dict) or not state:
+    raise ConversionError(f"{path}: holds no state dict, the names of a model's tensors.")
+  others = [str(name)[:200] for name, value in state.items() if type(name) is not str or not torch.is_tensor(value)]
+  if others:
+    raise ConversionError("\n".join([f"{path}: wanted names and tensors only.", *listing("no tensors", others)]))
+  dtypes = {torch.float64: "<f8", torch.float32: "<f4", torch.float16: "<f2", torch.bfloat16: BFLOAT16}
+  return {
+    name: _stored_tensor(
+      path, name, tensor, dtypes.get(tensor.dtype) if tensor.layout == torch.strided else None, records
+    )
+    for name, tensor in state.items()
+  }
+
+
+def _records(path: Path) -> dict[int, int]:
+  """Where the data of each record of the archive begin -> how many bytes they are."""
+  records: dict[int, int] = {}
+  try:
+    with path.open("rb") as file, zipfile.ZipFile(file) as archive:
+      size = file.seek(0, 2)
+      for info in archive.infolist():
+        if info.compress_type != zipfile.ZIP_STORED or info.compress_size != info.file_size:
+          raise ConversionError(f"{path}: corrupt: the record {info.filename} is compressed, which torch never does.")
+        if info.filename.endswith("/data.pkl"):
+          _check_pickle(path, archive, info)
+        if info.filename.endswith("/byteorder") and archive.open(info).read(10) != b"little":
+          raise ConversionError(f"{path}: big-endian numbers are not supported.")
+        file.seek(info.header_offset)
+        begin = info.header_offset + _LOCAL_HEADER_BYTES + sum(struct.unpack("<26xHH", file.read(_LOCAL_HEADER_BYTES)))
+        if begin + info.file_size > size:
+          raise ConversionError(
+            f"{path}: truncated: {info.filename} ends at byte {begin + info.file_size}, the file at {size}."
+          )
+        records[begin] = info.file_size
+  except ConversionError:
+    raise
+  except OSError as error:
+    raise ConversionError(f"{path}: cannot be read: {error.strerror}.") from error
+  except Exception as error:  # whatever a damaged archive makes of zipfile and pickletools
+    raise ConversionError(
+      f"{path}: truncated, corrupt, or not of the form that torch.save writes since PyTorch 1.6: {error}."
+    ) from error
+  end = 0
+  for begin, count in sorted(records.items()):
+    if begin < end:
+      raise ConversionError(f"{path}: corrupt: records that overlap at byte {begin}.")
+    end = begin + count
+  return records
+
+
+def _check_pickle(path: Path, archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> None:
+  """Refuses a pickle that names more than tensors."""
+  if info.file_size > _MAX_PICKLE_BYTES:
+    raise ConversionError(f"{path}: corrupt: its pickle claims {info.file_size} bytes.")
+  named = [str(argument) for opcode, argument, _ in pickletools.genops(archive.read(info)) if opcode.name == "GLOBAL"]
+  others = sorted({name[:200] for name in named if not _NAMES.fullmatch(name)})
+  if others:
+    raise ConversionError(
+      "\n".join([f"{path}: its pickle wants more than tensors, which could run code.", *listing("names", others)])
+    )
+
+
+def _reason(error: Exception) -> str:
+  """What is of use in a message of torch.load, which begins with advice to switch its safety off."""
+  text = str(error)
+  named = re.search(r"WeightsUnpickler error: (.*)|(.*TorchScript.*)", text)
+  return (named[0] if named else text or type(error).__name__).splitlines()[0].removesuffix(".")
+
+
+def _stored_tensor(path: Path, name: str, tensor: Any, dtype: Any, records: Mapping[int, int]) -> StoredTensor:
+  shape, type_name = tuple(tensor.shape), str(tensor.dtype).removeprefix("torch.")
+  if dtype is None:
+    layout = str(tensor.layout).removeprefix("torch.")
+    return StoredTensor(shape, f"{layout} {type_name}", None, 0, lambda first, last: np.empty(0))
+  dtype = np.dtype(dtype)
+  storage = tensor.untyped_storage()
+  begin = getattr(storage, "_checkpoint_offset", None)
+  if begin is None:
+    raise ConversionError(
+      f"{path}: this torch does not say where in the file a tensor lies: pip install 'torch>=2.13'."
+    )
+  if records.get(begin) != storage.nbytes():
+    raise ConversionError(
+      f"{path}: corrupt: {name} claims a record of {storage.nbytes()} bytes at byte {begin}, and there is none."
+    )
+  strides, first_item = tensor.stride(), tensor.storage_offset()
+  items = first_item + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True)) + 1
+  # A stride of 0 can make terabytes of one number.
+  if math.prod(shape) and (items > storage.nbytes() // dtype.itemsize or math.prod(shape) > items - first_item):
+    raise ConversionError(f"{path}: corrupt: {name} {list(shape)} does not lie within its {storage.nbytes()} bytes.")
+  read_rows = functools.partial(_read_rows, path, name, begin + first_item * dtype.itemsize, shape, strides, dtype)
+  return StoredTensor(shape, type_name, dtype, math.prod(shape) * dtype.itemsize, read_rows)
+
+
+def _read_rows(
+  path: Path,
+  name: str,
+  offset: int,
+  shape: tuple[int, ...],
+  strides: tuple[int, ...],
+  dtype: np.dtype,
+  first: int,
+  last: int,
+) -> np.ndarray:
+  shape, strides = (last - first, *shape[1:]), strides or (1,)
+  items = sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True)) + 1 if math.prod(shape) else 0
+  raw = read_array(path, name, dtype, items, offset + first * strides[0] * dtype.itemsize)
+  steps = tuple(stride * dtype.itemsize for stride in strides)
+  return np.lib.stride_tricks.as_strided(raw, shape, steps, writeable=False)

@@ -1,0 +1,93 @@
+"""The tensors of a directory: one file or several with an index, safetensors or PyTorch's."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from convert_weights.errors import ConversionError, listing, read_json_object
+from convert_weights.safetensors_file import open_safetensors
+from convert_weights.source import StoredTensor
+from convert_weights.torch_file import open_torch
+
+# Where a directory has both, the first, which transformers takes too.
+_NAMES: Mapping[str, Callable[[Path], dict[str, StoredTensor]]] = {
+  "model.safetensors": open_safetensors,
+  "pytorch_model.bin": open_torch,
+}
+# Of a file whose name is up to its author.
+_SUFFIXES: Mapping[str, Callable[[Path], dict[str, StoredTensor]]] = {
+  ".safetensors": open_safetensors,
+  ".bin": open_torch,
+  ".pt": open_torch,
+  ".pth": open_torch,
+}
+WEIGHT_SUFFIXES = tuple(_SUFFIXES)
+
+
+def open_weights(directory: Path, file: Path | None = None) -> tuple[list[Path], dict[str, StoredTensor]]:
+  """Opens the one file that is given, or what the directory holds.
+
+  Returns:
+    The files and name -> tensor.
+
+  Raises:
+    ConversionError: there are no weights, or more than one kind of name for them; a file is missing, corrupt or
+      contradicts its index.
+  """
+  if file is not None:
+    return [file], _SUFFIXES[file.suffix](file)
+  for name, open_file in _NAMES.items():
+    single, index = directory / name, directory / f"{name}.index.json"
+    if single.exists() and index.exists():
+      raise ConversionError(f"{directory}: holds both {name} and {index.name}; remove the one that is not meant.")
+    if single.exists():
+      return [single], open_file(single)
+    if index.exists():
+      return _open_shards(directory, index, open_file)
+  others = sorted(p.name for p in directory.iterdir() if p.suffix in _SUFFIXES)
+  checkpoints = [name for name in others if name.endswith((".pt", ".pth"))]
+  if len(checkpoints) == 1:
+    return [directory / checkpoints[0]], open_torch(directory / checkpoints[0])
+  raise ConversionError(
+    f"{directory}: wanted {' or '.join(_NAMES)}, each also in parts with an index, or a single .pt file"
+    + (f"; it holds {', '.join(others[:20])}. Give the file that is meant." if others else ".")
+  )
+
+
+def _open_shards(
+  directory: Path, index: Path, open_file: Callable[[Path], dict[str, StoredTensor]]
+) -> tuple[list[Path], dict[str, StoredTensor]]:
+  weight_map = read_json_object(index).get("weight_map")
+  if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
+    raise ConversionError(f"{index}: weight_map: wanted an object of tensor name -> file name.")
+  shards = sorted(set(weight_map.values()))
+  # By name and not by resolved path: the hub's cache holds links to files that lie elsewhere.
+  outside = [s for s in shards if Path(s).name != s or s in ("", "..") or "\\" in s]
+  if outside:
+    raise ConversionError("\n".join([f"{index}: refused.", *listing("files outside its directory", outside)]))
+  missing = [s for s in shards if not os.path.isfile(directory / s)]
+  if missing:
+    raise ConversionError("\n".join([f"{index}: refused.", *listing("missing files", missing)]))
+  tensors: dict[str, StoredTensor] = {}
+  twice, misplaced = [], []
+  for shard in shards:
+    found = open_file(directory / shard)
+    twice += [f"{name}: again in {shard}" for name in found if name in tensors]
+    misplaced += [f"{name}: in {shard}, {weight_map.get(name)} in the index" for name in found
+                  if weight_map.get(name) != shard]  # fmt: skip
+    tensors.update(found)
+  absent = [f"{name}: not in {shard}" for name, shard in weight_map.items() if name not in tensors]
+  if twice or misplaced or absent:
+    raise ConversionError(
+      "\n".join(
+        [
+          f"{index}: does not describe its files.",
+          *listing("tensors in two files", twice),
+          *listing("tensors in another file than the index says", misplaced),
+          *listing("tensors in no file", absent),
+        ]
+      )
+    )
+  return [directory / shard for shard in shards], tensors
