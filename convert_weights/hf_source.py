@@ -1,4 +1,4 @@
-"""A Hugging Face directory of one of `hf_config.FAMILIES`."""
+"""A Hugging Face directory of one of `hf_config.FAMILIES`, or with the code that `hf_export` writes."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from convert_weights import hf_config, names
+from convert_weights import hf_config, hf_export, names
 from convert_weights.errors import read_json_object
 from convert_weights.leaves import check_tensors, make_leaf
 from convert_weights.source import Source, tokenizer_files
@@ -30,7 +30,11 @@ def open_huggingface(directory: Path, original: Mapping[str, Any], file: Path | 
   """
   generation_path = directory / "generation_config.json"
   generation = read_json_object(generation_path) if generation_path.exists() else {}
-  config = hf_config.model_config(original, generation, str(directory / "config.json"))
+  where = str(directory / "config.json")
+  if original.get("model_type") == hf_export.OWN_MODEL_TYPE:
+    config = hf_export.own_config(original, where)
+  else:
+    config = hf_config.model_config(original, generation, where)
   weight_files, tensors = open_weights(directory, file)
   tensors = {name: tensor for name, tensor in tensors.items() if not _ROTARY_BUFFER.fullmatch(name)}
   parameters = names.parameters(config)

@@ -23,12 +23,12 @@ from tqdm import tqdm
 
 from convert_weights.errors import ConversionError
 from convert_weights.open_source import open_source
+from convert_weights.rounding import DTYPES, rounded
 from convert_weights.source import BFLOAT16, Source
 from supra_jax import checkpoint
 from supra_jax.bin.entry import run
 from supra_jax.tokenizer import Tokenizer
 
-DTYPES = {"float32": np.dtype(np.float32), "bfloat16": BFLOAT16}
 _CHUNK_BYTES = 1 << 24
 
 
@@ -101,20 +101,9 @@ def _read_parameters(source: Source, dtype: np.dtype, bar: tqdm) -> dict[str, An
     node = params
     for parent in parents:
       node = node.setdefault(parent, {})
-    node[name] = _rounded(leaf.read(), dtype, f"{source.path}: {leaf.name}")
+    node[name] = np.ascontiguousarray(rounded(leaf.read(), dtype, f"{source.path}: {leaf.name}"))
     bar.update(leaf.num_bytes)
   return params
-
-
-def _rounded(array: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
-  if not np.isfinite(array).all():
-    raise ConversionError(f"{name} holds numbers that are not finite.")
-  if array.dtype != dtype:
-    with np.errstate(over="ignore"):
-      array = array.astype(np.float32).astype(dtype, copy=False)
-    if not np.isfinite(array).all():
-      raise ConversionError(f"{name} holds numbers too large for {dtype.name}.")
-  return np.ascontiguousarray(array)
 
 
 def _describe(path: Path, bar: tqdm) -> dict[str, Any]:

@@ -75,7 +75,7 @@ def make_leaf(
     array = stored.read_rows(first_row, first_row + rows)
     if other is not None and not np.array_equal(other.read(), array):
       raise ConversionError(f"{source}: the config ties the embeddings, but {twin} differs from {name}.")
-    return array.T if parameter.transposed else array
+    return array.swapaxes(-1, -2) if parameter.transposed else array
 
   num_bytes = stored.num_bytes * rows // stored.shape[0] + (other.num_bytes if other else 0)
   return Leaf(parameter.path, parameter.shape, name, num_bytes, read)

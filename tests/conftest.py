@@ -6,7 +6,17 @@ import numpy as np
 import pytest
 
 # Real models, real processes, 7B compiled: half of the time of all tests. CI runs them on one of its two Pythons.
-HEAVY = {"test_faults", "test_generate", "test_plan", "test_processes", "test_sharded", "test_smollm2", "test_train"}
+HEAVY = {
+  "test_export_torch",
+  "test_faults",
+  "test_generate",
+  "test_notebooks",
+  "test_plan",
+  "test_processes",
+  "test_sharded",
+  "test_smollm2",
+  "test_train",
+}
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -22,6 +22,7 @@ FLOORS = {
   "F2": ("layers", "feature_maps", "attention", "transformer"),
   "F3": (
     "checkpoint",
+    "parameter_reader",
     "tokenizer",
     "text",
     "packed",
@@ -44,18 +45,24 @@ FLOORS = {
 ORDER = [f"supra_jax.{name}" for floor in FLOORS.values() for name in floor]
 
 # Modules of supra_jax that convert_weights may use, and those of supra_jax that may use convert_weights.
-OPEN_TO_CONVERTERS = {"supra_jax.bin.entry", "supra_jax.config", "supra_jax.checkpoint", "supra_jax.tokenizer"}
+OPEN_TO_CONVERTERS = {
+  "supra_jax.bin.entry",
+  "supra_jax.config",
+  "supra_jax.checkpoint",
+  "supra_jax.parameter_reader",
+  "supra_jax.tokenizer",
+}
 USES_CONVERTERS = {"supra_jax.demo", "supra_jax.bin.demo"}
 
 # Packages that only some modules may import.
 RESERVED = {
-  "orbax": r"supra_jax\.checkpoint",
+  "orbax": r"supra_jax\.(checkpoint|parameter_reader)",
   "grain": r"supra_jax\.(data|checkpoint)",
   "tensorboardX": r"supra_jax\.metrics",
   "matplotlib": r"supra_jax\.picture",
   "absl": r"supra_jax\.bin\..*|convert_weights\..*",
-  "torch": r"convert_weights\.torch_file",
-  "transformers": "nowhere: golden data and tests compare with it",
+  "torch": r"convert_weights\.(torch_file|for_transformers\..*)",
+  "transformers": r"convert_weights\.for_transformers\..*",
 }
 KERNELS_MAY_IMPORT = {"jax", "numpy"}
 

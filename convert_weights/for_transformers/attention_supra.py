@@ -1,0 +1,246 @@
+"""The attention of `modeling_supra.py`, and what it is made of: norms, RoPE, feature maps, the linear attention itself.
+
+Shape suffixes: B batch, T time, C time within a chunk, S slots of a cache, D width, N heads of some kind, H query
+heads, G key/value heads, K key width, V value width.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .configuration_supra import SupraConfig
+
+CHUNK = 128  # tokens that meet each other as in softmax attention; what lies before them comes as a state
+GROUP_NORM_EPS = 1e-5
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+  return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+class SupraNorm(nn.Module):
+  """RMSNorm or LayerNorm over the last axis, in float32."""
+
+  def __init__(self, config: SupraConfig, width: int):
+    super().__init__()
+    self.centred, self.eps = config.norm != "rms_norm", config.norm_eps
+    self.weight = nn.Parameter(torch.ones(width))
+    self.bias = nn.Parameter(torch.zeros(width)) if config.norm == "layer_norm" else None
+
+  def forward(self, x: Tensor) -> Tensor:
+    y = at_least_float32(x)
+    if self.centred:
+      y = y - y.mean(-1, keepdim=True)
+    y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps) * self.weight.to(y.dtype)
+    return (y if self.bias is None else y + self.bias.to(y.dtype)).to(x.dtype)
+
+
+def head_slopes(config: SupraConfig) -> list[float]:
+  """s_h >= 0 of the decays exp(-s_h), one a head: those of lightning attention, of RetNet, or none."""
+  heads, decay, start = config.num_heads, config.supra["decay"], config.supra["decay_start"]
+  if decay == "none":
+    return [0.0] * heads
+  if decay == "retnet":
+    return [-math.log1p(-(2.0 ** -(5 + h))) for h in range(heads)]
+
+  def series(count: int) -> list[float]:
+    ratio = 2.0 ** -(2.0 ** -(math.log2(count) - 3))
+    return [(ratio if start is None else start) * ratio**h for h in range(count)]
+
+  below = 2 ** math.floor(math.log2(heads))
+  return series(below) + (series(2 * below)[::2][: heads - below] if below < heads else [])
+
+
+def rope_frequencies(rope: dict[str, Any], width: int) -> Tensor:
+  """Angles a position, float64 [K/2]."""
+  frequency = rope["base"] ** (-torch.arange(0, width, 2, dtype=torch.float64) / width)
+  slow = frequency / rope["factor"]
+  if rope["scaling"] == "none":
+    return frequency
+  if rope["scaling"] == "linear":
+    return slow
+  if rope["scaling"] == "llama3":
+    turns = rope["original_max_positions"] * frequency / (2 * math.pi)
+    low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+    keep = ((turns - low) / (high - low)).clamp(0, 1)
+  else:
+    keep = yarn_keep(rope, width)
+  return (1 - keep) * slow + keep * frequency
+
+
+def yarn_keep(rope: dict[str, Any], width: int) -> Tensor:
+  """How much of each frequency YaRN keeps."""
+
+  def pair(turns: float) -> float:
+    return width * math.log(rope["original_max_positions"] / (turns * 2 * math.pi)) / (2 * math.log(rope["base"]))
+
+  first, last = pair(rope["beta_fast"]), pair(rope["beta_slow"])
+  if rope["truncate"]:
+    first, last = math.floor(first), math.ceil(last)
+  first, last = max(first, 0), min(last, width - 1)
+  ramp = (torch.arange(width // 2, dtype=torch.float64) - first) / (last - first or 0.001)
+  return 1 - ramp.clamp(0, 1)
+
+
+def rope_table(rope: dict[str, Any], width: int, position: Tensor) -> tuple[Tensor, Tensor]:
+  """(cos, sin), float32 [..., K/2]. Angles are made in float64: in float32 they are off by 0.03 at a million."""
+  where = torch.device("cpu") if position.device.type == "mps" else position.device  # it has no float64
+  angle = position.to(where, torch.float64)[..., None] * rope_frequencies(rope, width).to(where)
+  cos, sin = ((rope["attention_factor"] * x).to(position.device, torch.float32) for x in (angle.cos(), angle.sin()))
+  return cos, sin
+
+
+def apply_rope(x_BTNK: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+  """Turns pairs of features of each head, (2i, 2i + 1) or (i, i + K/2)."""
+  x = at_least_float32(x_BTNK)
+  first, second = (x[..., ::2], x[..., 1::2]) if interleaved else x.chunk(2, -1)
+  turned = (first * cos - second * sin, second * cos + first * sin)
+  return (torch.stack(turned, -1).flatten(-2) if interleaved else torch.cat(turned, -1)).to(x_BTNK.dtype)
+
+
+class DenseFeatureMap(nn.Linear):
+  """phi(x) = relu(W x + b) over all heads together."""
+
+  def __init__(self, heads: int, width: int):
+    super().__init__(heads * width, heads * width)
+
+  def forward(self, x_BTNK: Tensor) -> Tensor:
+    return F.relu(super().forward(x_BTNK.flatten(2))).view_as(x_BTNK)
+
+
+class PerHeadFeatureMap(nn.Module):
+  """phi(x) = relu(W x + b) with `maps` matrices, each shared by as many neighbouring heads."""
+
+  def __init__(self, maps: int, width: int):
+    super().__init__()
+    self.weight = nn.Parameter(torch.empty(maps, width, width))
+    self.bias = nn.Parameter(torch.empty(maps, width))
+
+  def forward(self, x_BTNK: Tensor) -> Tensor:
+    x = x_BTNK.unflatten(2, (len(self.weight), -1))
+    return F.relu(torch.einsum("btmrk,mjk->btmrj", x, self.weight) + self.bias[:, None]).reshape(x_BTNK.shape)
+
+
+def linear_attention(
+  q_BHTK: Tensor, k_BHTK: Tensor, v_BHTV: Tensor, slopes_H: Tensor, real_BT: Tensor, state_BHKV: Tensor
+) -> tuple[Tensor, Tensor]:
+  """(o, state after the last token), o_i = sum over j <= i of exp(-slope (i - j)) (q_i . k_j) v_j, in float32.
+
+  Tokens that are not real are passed over, wherever they stand: their k has to be 0, and no time goes by. A single
+  token is a step of the RNN; a text no longer than a chunk is the quadratic form.
+  """
+  slopes, outs = slopes_H[:, None], []
+  for q, k, v, real in zip(*(x.split(CHUNK, -2) for x in (q_BHTK, k_BHTK, v_BHTV, real_BT[..., None])), strict=True):
+    time_B1C = real[..., 0].to(q.dtype).cumsum(-1)[:, None]
+    left_BHC = torch.exp(-slopes * (time_B1C[..., -1:] - time_B1C))
+    age_B1CC = (time_B1C[..., None] - time_B1C[..., None, :]).clamp(min=0)
+    weights = (q @ k.transpose(-1, -2)) * torch.exp(-slopes[..., None] * age_B1CC).tril()
+    outs.append(weights @ v + torch.exp(-slopes * time_B1C)[..., None] * (q @ state_BHKV))
+    before = torch.exp(-slopes * time_B1C[..., -1:])[..., None] * state_BHKV
+    state_BHKV = before + (k * left_BHC[..., None]).transpose(-1, -2) @ v
+  return torch.cat(outs, -2), state_BHKV
+
+
+class Tokens(NamedTuple):
+  """Where the tokens of one call stand; the same for all layers.
+
+  Attributes:
+    real_BT: bool, false for padding.
+    position_BT: int64, how many real tokens came before.
+    slot_BS: int64, the position of each key, those of earlier calls included; beyond all others for padding.
+    rotation: (cos, sin) of RoPE, float32 [B, T, 1, K/2]; None where it does not go by position.
+    slopes_H: of the decays.
+  """
+
+  real_BT: Tensor
+  position_BT: Tensor
+  slot_BS: Tensor
+  rotation: tuple[Tensor, Tensor] | None
+  slopes_H: Tensor
+
+
+class SupraAttention(nn.Module):
+  """Softmax attention, or SUPRA's linear one."""
+
+  def __init__(self, config: SupraConfig, layer: int):
+    super().__init__()
+    self.config, self.layer, self.linear = config, layer, config.mixers[layer] == "supra"
+    heads, groups, width = config.num_heads, config.num_kv_heads, config.head_dim
+    self.q_proj = nn.Linear(config.hidden_size, heads * width, bias=config.qkv_bias)
+    self.k_proj = nn.Linear(config.hidden_size, groups * width, bias=config.qkv_bias)
+    self.v_proj = nn.Linear(config.hidden_size, groups * config.value_width, bias=config.qkv_bias)
+    self.o_proj = nn.Linear(heads * config.value_width, config.hidden_size, bias=config.output_bias)
+    if config.qk_norm != "none":
+      self.q_norm = SupraNorm(config, width if config.qk_norm == "head" else heads * width)
+      self.k_norm = SupraNorm(config, width if config.qk_norm == "head" else groups * width)
+    if not self.linear:
+      return
+    kind = config.supra["feature_map"]
+    if kind == "dense":
+      self.feature_map = DenseFeatureMap(heads, width)
+      self.feature_map_kv = DenseFeatureMap(groups, width) if groups < heads else None
+    else:
+      self.feature_map = PerHeadFeatureMap(groups if kind == "per_head" else heads, width)
+      self.feature_map_kv = PerHeadFeatureMap(groups, width) if kind == "per_head_separate" else None
+    if config.supra["qk_norm"]:
+      self.q_feature_norm = SupraNorm(config, heads * width)
+      self.k_feature_norm = SupraNorm(config, heads * width)
+
+  def forward(
+    self, x_BTD: Tensor, tokens: Tokens, held: tuple[Tensor, ...] | None
+  ) -> tuple[Tensor, tuple[Tensor, ...]]:
+    c = self.config
+    q, k, v = (proj(x_BTD) for proj in (self.q_proj, self.k_proj, self.v_proj))
+    if c.qk_norm == "all_heads":
+      q, k = self.q_norm(q), self.k_norm(k)
+    q, k, v = q.unflatten(-1, (c.num_heads, -1)), *(x.unflatten(-1, (c.num_kv_heads, -1)) for x in (k, v))
+    if c.qk_norm == "head":
+      q, k = self.q_norm(q), self.k_norm(k)
+    if self.linear:
+      q, k = self._features(q, k)
+    q, k = self._rotate(q, tokens), self._rotate(k, tokens)
+    padding = ~tokens.real_BT[..., None, None]
+    # Selected, not multiplied: padding may hold what is not finite.
+    k, v = k.masked_fill(padding, 0), v.masked_fill(padding, 0)
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    out_BHTV, held = (self._linear if self.linear else self._softmax)(q, k, v, tokens, held)
+    return self.o_proj(out_BHTV.transpose(1, 2).flatten(2).to(x_BTD.dtype)), held
+
+  def _rotate(self, x_BTNK: Tensor, tokens: Tokens) -> Tensor:
+    rope, rotation = self.config.rope, tokens.rotation
+    if rope["kind"] == "by_head" and not self.linear:  # where q and k of a head turn alike, nothing changes
+      rotation = rope_table(rope, x_BTNK.shape[-1], torch.arange(x_BTNK.shape[2], device=x_BTNK.device))
+    return x_BTNK if rotation is None else apply_rope(x_BTNK, *rotation, rope["kind"] == "interleaved")
+
+  def _features(self, q_BTHK: Tensor, k_BTGK: Tensor) -> tuple[Tensor, Tensor]:
+    k_map = self.feature_map if self.feature_map_kv is None else self.feature_map_kv
+    q, k = self.feature_map(q_BTHK), k_map(k_BTGK)
+    if self.config.supra["qk_norm"]:
+      # Its gains of k are one a query head, so that k leaves with as many heads as q.
+      k = k.repeat_interleave(q.shape[2] // k.shape[2], 2)
+      q, k = self.q_feature_norm(q.flatten(2)).view_as(q), self.k_feature_norm(k.flatten(2)).view_as(q)
+    return q, k
+
+  def _linear(self, q: Tensor, k: Tensor, v: Tensor, tokens: Tokens, held: tuple[Tensor, ...] | None):
+    heads = q.shape[1]
+    q, k, v = (at_least_float32(x).repeat_interleave(heads // x.shape[1], 1) for x in (q, k, v))
+    state = q.new_zeros(*q.shape[:2], q.shape[-1], v.shape[-1]) if held is None else held[0]
+    out, state = linear_attention(q, k, v, tokens.slopes_H.to(q.dtype), tokens.real_BT, state)
+    return F.layer_norm(out * q.shape[-1] ** -0.5, out.shape[-1:], eps=GROUP_NORM_EPS), (state,)
+
+  def _softmax(self, q: Tensor, k: Tensor, v: Tensor, tokens: Tokens, held: tuple[Tensor, ...] | None):
+    if held is not None:
+      k, v = torch.cat([held[0], k], 2), torch.cat([held[1], v], 2)
+    query, key = tokens.position_BT[:, :, None], tokens.slot_BS[:, None]
+    mask_BTS = key <= query
+    if self.config.sliding_window is not None:
+      mask_BTS &= key > query - self.config.sliding_window
+    mask_BTS |= ~tokens.real_BT[:, :, None]  # padding sees everything: a softmax over nothing would be NaN
+    repeat = q.shape[1] // k.shape[1]
+    repeated = (x.repeat_interleave(repeat, 1) for x in (k, v))
+    return F.scaled_dot_product_attention(q, *repeated, attn_mask=mask_BTS[:, None]), (k, v)

@@ -1,0 +1,75 @@
+"""What a SUPRA model for transformers is: the fields of supra_jax's ModelConfig, under the same names."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from transformers import PretrainedConfig
+
+_DEFAULTS: dict[str, Any] = {
+  "vocab_size": 32000,
+  "hidden_size": 4096,
+  "intermediate_size": 14336,
+  "num_heads": 32,
+  "num_kv_heads": 8,
+  "head_dim": 128,
+  "mixers": ["supra"] * 32,
+  "value_head_dim": None,
+  "supra": {"feature_map": "dense", "decay": "lightning", "decay_start": None, "qk_norm": False},
+  "norm": "rms_norm",
+  "norm_eps": 1e-5,
+  "rope": {
+    "base": 10_000.0,
+    "scaling": "none",
+    "factor": 1.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_positions": 8192,
+    "kind": "half",
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "truncate": True,
+    "attention_factor": 1.0,
+  },
+  "qk_norm": "none",
+  "post_embed_norm": False,
+  "sliding_window": None,
+  "tie_embeddings": False,
+  "qkv_bias": False,
+  "output_bias": False,
+  "mlp_bias": False,
+  "max_positions": None,
+  "bos_token_id": None,
+  "eos_token_ids": [],
+}
+
+
+class SupraConfig(PretrainedConfig):
+  """A Llama-shaped model whose layers each have softmax attention or SUPRA's linear one (`mixers`).
+
+  Without arguments it is Mistral-7B, all of whose layers are SUPRA's. `supra_jax/config.py` says what each field means.
+  """
+
+  model_type = "supra"
+  attribute_map: ClassVar[dict[str, str]] = {
+    "num_attention_heads": "num_heads",
+    "num_key_value_heads": "num_kv_heads",
+    "max_position_embeddings": "max_positions",
+    "tie_word_embeddings": "tie_embeddings",
+  }
+
+  def __init__(self, **values: Any):
+    own = {name: values.pop(name, default) for name, default in _DEFAULTS.items()}
+    super().__init__(**values)
+    # Afterwards: the base class of some releases sets tie_word_embeddings itself.
+    for name, value in own.items():
+      setattr(self, name, value)
+
+  @property
+  def num_hidden_layers(self) -> int:
+    return len(self.mixers)
+
+  @property
+  def value_width(self) -> int:
+    """V, the width of a value head."""
+    return self.head_dim if self.value_head_dim is None else self.value_head_dim

@@ -1,0 +1,276 @@
+"""SUPRA (arXiv 2405.06640) in plain torch: parallel over a text, and an RNN from token to token.
+
+  model = AutoModelForCausalLM.from_pretrained(DIRECTORY, trust_remote_code=True)
+
+supra_jax wrote this file, and the two beside it, next to the weights; they need torch and transformers alone. Layers
+are either SUPRA's, which remember one matrix a head, or softmax attention, which remembers all keys and values.
+
+Shape suffixes: B batch, T time, S slots of a cache, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import GenerationMixin, PreTrainedModel
+from transformers.cache_utils import Cache
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+
+from .attention_supra import (
+  DenseFeatureMap,
+  PerHeadFeatureMap,
+  SupraAttention,
+  SupraNorm,
+  Tokens,
+  at_least_float32,
+  head_slopes,
+  rope_table,
+)
+from .configuration_supra import SupraConfig
+
+PADDING = torch.iinfo(torch.int64).max  # the position of a slot that nothing may see
+# Releases of transformers differ in what they call it.
+CACHE_NAME = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
+
+
+class SupraCache(Cache):
+  """All that the model remembers of what it has read.
+
+  Attributes:
+    columns: how many tokens a row it has read, padding included.
+    seen_B: how many of them were real; there is none before the first call.
+    slot_BS: the positions of the keys that softmax layers remember; likewise.
+    tensors: for each layer its state (S,) or its keys and values (k, v).
+  """
+
+  is_croppable = False  # an RNN cannot unread
+  seen_B: Tensor
+  slot_BS: Tensor
+
+  def __init__(self) -> None:
+    super().__init__(layers=[])
+    self.reset()
+
+  def reset(self) -> None:
+    self.columns = 0
+    self.tensors: dict[int, tuple[Tensor, ...]] = {}
+
+  @property
+  def is_linear(self) -> list[bool]:
+    """`generate` asks whether `get_seq_length` can be relied on: false says yes."""
+    return [False]
+
+  def get_seq_length(self, layer_idx: int = 0) -> int:
+    return self.columns
+
+  def _for_each(self, change: Callable[[Tensor], Tensor]) -> None:
+    if self.columns:
+      self.seen_B, self.slot_BS = change(self.seen_B), change(self.slot_BS)
+      self.tensors = {layer: tuple(change(x) for x in held) for layer, held in self.tensors.items()}
+
+  def reorder_cache(self, beam_idx: Tensor) -> None:
+    self.batch_select_indices(beam_idx)
+
+  def batch_select_indices(self, indices: Tensor) -> None:
+    self._for_each(lambda x: x[indices.to(x.device)])
+
+  def batch_repeat_interleave(self, repeats: int) -> None:
+    self._for_each(lambda x: x.repeat_interleave(repeats, 0))
+
+  def crop(self, *args: Any) -> None:
+    raise ValueError("A recurrent state cannot be cropped.")
+
+
+class SupraMLP(nn.Module):
+  """`down(silu(gate x) * up x)`."""
+
+  def __init__(self, config: SupraConfig):
+    super().__init__()
+    self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+    self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+    self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+
+  def forward(self, x: Tensor) -> Tensor:
+    return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class SupraBlock(nn.Module):
+  """`x + attention(norm x)`, then `x + MLP(norm x)`."""
+
+  def __init__(self, config: SupraConfig, layer: int):
+    super().__init__()
+    self.input_layernorm = SupraNorm(config, config.hidden_size)
+    self.self_attn = SupraAttention(config, layer)
+    self.post_attention_layernorm = SupraNorm(config, config.hidden_size)
+    self.mlp = SupraMLP(config)
+
+  def forward(self, x: Tensor, tokens: Tokens, held: tuple[Tensor, ...] | None) -> tuple[Tensor, tuple[Tensor, ...]]:
+    mixed, held = self.self_attn(self.input_layernorm(x), tokens, held)
+    x = x + mixed
+    return x + self.mlp(self.post_attention_layernorm(x)), held
+
+
+class SupraPreTrainedModel(PreTrainedModel):
+  """How new weights are drawn, and what transformers may do with the model."""
+
+  config_class = SupraConfig
+  base_model_prefix = "model"
+  _no_split_modules: ClassVar[list[str]] = ["SupraBlock"]
+  _supports_sdpa = True
+  _is_stateful = True
+
+  def _init_weights(self, module: nn.Module) -> None:
+    super()._init_weights(module)
+    if isinstance(module, DenseFeatureMap | PerHeadFeatureMap):
+      for parameter in (module.weight, module.bias):
+        nn.init.uniform_(parameter, -(module.weight.shape[-1] ** -0.5), module.weight.shape[-1] ** -0.5)
+
+
+class SupraModel(SupraPreTrainedModel):
+  """All but the unembedding."""
+
+  def __init__(self, config: SupraConfig):
+    super().__init__(config)
+    self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+    self.post_embed_norm = SupraNorm(config, config.hidden_size) if config.post_embed_norm else nn.Identity()
+    self.layers = nn.ModuleList(SupraBlock(config, layer) for layer in range(len(config.mixers)))
+    self.norm = SupraNorm(config, config.hidden_size)
+    self.post_init()
+
+  def get_input_embeddings(self) -> nn.Module:
+    return self.embed_tokens
+
+  def set_input_embeddings(self, value: nn.Module) -> None:
+    self.embed_tokens = value
+
+  def forward(
+    self,
+    input_ids: Tensor | None = None,
+    attention_mask: Tensor | None = None,
+    cache: SupraCache | None = None,
+    past_key_values: SupraCache | None = None,
+    inputs_embeds: Tensor | None = None,
+    use_cache: bool | None = None,
+    output_hidden_states: bool | None = None,
+  ) -> BaseModelOutputWithPast:
+    """Reads tokens, going on from the cache.
+
+    Args:
+      input_ids: int64 [B, T].
+      attention_mask: 0 for padding, on either side or between; of these tokens [B, T], or of all that were ever read.
+      cache: what an earlier call returned; it is changed. `past_key_values` is its older name.
+      inputs_embeds: [B, T, D], in place of the ids.
+      use_cache: return one.
+      output_hidden_states: return the embeddings and what each layer makes of them.
+    """
+    x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+    x = self.post_embed_norm(x)
+    cache = past_key_values if cache is None else cache
+    if cache is None and use_cache:
+      cache = SupraCache()
+    tokens = self._place(x, attention_mask, cache)
+    seen = [x]
+    for layer, block in enumerate(self.layers):
+      x, held = block(x, tokens, None if cache is None else cache.tensors.get(layer))
+      if cache is not None:
+        cache.tensors[layer] = held
+      seen.append(x)
+    if cache is not None:
+      self._forget(cache)
+    return BaseModelOutputWithPast(
+      last_hidden_state=self.norm(x), hidden_states=tuple(seen) if output_hidden_states else None, **{CACHE_NAME: cache}
+    )
+
+  def _place(self, x_BTD: Tensor, attention_mask: Tensor | None, cache: SupraCache | None) -> Tokens:
+    batch, time = x_BTD.shape[:2]
+    read = 0 if cache is None else cache.columns
+    if attention_mask is not None and attention_mask.shape not in ((batch, time), (batch, read + time)):
+      raise ValueError(f"attention_mask has shape {tuple(attention_mask.shape)}: wanted {(batch, read + time)}.")
+    if attention_mask is None:
+      real = torch.ones(batch, time, dtype=torch.bool, device=x_BTD.device)
+    else:
+      real = attention_mask[:, -time:].to(x_BTD.device, torch.bool)
+    count = real.cumsum(1)
+    if cache is not None and cache.columns:
+      count = count + cache.seen_B[:, None]
+    position = (count - 1).clamp(min=0)
+    slot = position.masked_fill(~real, PADDING)
+    if cache is not None:
+      slot = torch.cat([cache.slot_BS, slot], 1) if cache.columns else slot
+      cache.columns, cache.seen_B, cache.slot_BS = read + time, count[:, -1], slot
+    slopes = torch.tensor(head_slopes(self.config), dtype=torch.float32, device=x_BTD.device)
+    rope, rotation = self.config.rope, None
+    if rope["kind"] in ("half", "interleaved"):
+      rotation = rope_table(rope, self.config.head_dim, position[..., None])
+    return Tokens(real, position, slot, rotation, slopes)
+
+  def _forget(self, cache: SupraCache) -> None:
+    """Drops the oldest slots, those that no row's next token can see."""
+    if "softmax" not in self.config.mixers:
+      cache.slot_BS = cache.slot_BS[:, :0]
+    elif self.config.sliding_window is not None:
+      unseen = (cache.slot_BS <= cache.seen_B[:, None] - self.config.sliding_window) | (cache.slot_BS == PADDING)
+      first = int(unseen.all(0).long().cumprod(0).sum())
+      cache.slot_BS = cache.slot_BS[:, first:]
+      for layer, mixer in enumerate(self.config.mixers):
+        if mixer == "softmax":
+          cache.tensors[layer] = tuple(x[:, :, first:] for x in cache.tensors[layer])
+
+
+class SupraForCausalLM(SupraPreTrainedModel, GenerationMixin):
+  """The language model. `generate` passes its state from token to token."""
+
+  def __init__(self, config: SupraConfig):
+    super().__init__(config)
+    self.model = SupraModel(config)
+    # Tied, there is none: the embedding serves.
+    self.lm_head = None if config.tie_embeddings else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+    self.post_init()
+
+  @classmethod
+  def _supports_default_dynamic_cache(cls) -> bool:
+    return False
+
+  def get_input_embeddings(self) -> nn.Module:
+    return self.model.embed_tokens
+
+  def set_input_embeddings(self, value: nn.Module) -> None:
+    self.model.embed_tokens = value
+
+  def get_output_embeddings(self) -> nn.Module:
+    return self.model.embed_tokens if self.lm_head is None else self.lm_head
+
+  def forward(
+    self,
+    input_ids: Tensor | None = None,
+    attention_mask: Tensor | None = None,
+    cache: SupraCache | None = None,
+    past_key_values: SupraCache | None = None,
+    inputs_embeds: Tensor | None = None,
+    labels: Tensor | None = None,
+    use_cache: bool | None = None,
+    output_hidden_states: bool | None = None,
+    logits_to_keep: int | Tensor = 0,
+    return_dict: bool | None = None,
+    **kwargs: Any,
+  ) -> CausalLMOutputWithPast:
+    """Logits float32 [B, T, vocabulary], of the last `logits_to_keep` tokens if that is not 0; see `SupraModel`."""
+    if kwargs.get("position_ids") is not None:
+      raise ValueError("position_ids are not supported: positions follow from attention_mask and the cache.")
+    read = self.model(input_ids, attention_mask, cache, past_key_values, inputs_embeds, use_cache, output_hidden_states)
+    kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+    logits = at_least_float32(F.linear(read.last_hidden_state[:, kept], self.get_output_embeddings().weight))
+    loss = None
+    if labels is not None:
+      loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+    output = CausalLMOutputWithPast(
+      loss=loss,
+      logits=logits,
+      hidden_states=read.hidden_states,
+      **{CACHE_NAME: getattr(read, CACHE_NAME)},
+    )
+    return output.to_tuple() if return_dict is False else output

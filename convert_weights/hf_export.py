@@ -1,0 +1,111 @@
+"""ModelConfig -> config.json of transformers: of one of its own classes, or of the code in `for_transformers`."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from convert_weights import hf_config
+from convert_weights.errors import ConversionError
+from convert_weights.export import Export, essential, one_or_many, transformers_tensors
+from supra_jax.config import ModelConfig, RopeConfig, from_mapping
+
+OWN_MODEL_TYPE = "supra"
+_CODE = Path(__file__).parent / "for_transformers"
+_CODE_FILES = ("configuration_supra.py", "attention_supra.py", "modeling_supra.py")
+_AUTO_MAP = {
+  "AutoConfig": "configuration_supra.SupraConfig",
+  "AutoModel": "modeling_supra.SupraModel",
+  "AutoModelForCausalLM": "modeling_supra.SupraForCausalLM",
+}
+
+
+def export(config: ModelConfig) -> Export:
+  """A directory that transformers loads: by a class of its own where one is this model, else by ours."""
+  tensors = transformers_tensors(config)
+  generation = {"bos_token_id": config.bos_token_id, "eos_token_id": one_or_many(config.eos_token_ids)}
+  text = json.dumps({key: value for key, value in generation.items() if value is not None}, indent=2) + "\n"
+  files = {"generation_config.json": text.encode()}
+  for model_type, family in hf_config.FAMILIES.items():
+    values = _family_config(config, model_type, family)
+    if _is_same_model(values, config):
+      return Export(values, tensors, files)
+  values = {"architectures": ["SupraForCausalLM"], "auto_map": _AUTO_MAP, "model_type": OWN_MODEL_TYPE}
+  files |= {name: (_CODE / name).read_bytes() for name in _CODE_FILES}
+  return Export(values | dataclasses.asdict(config), tensors, files)
+
+
+def own_config(values: Mapping[str, Any], where: str) -> ModelConfig:
+  """Reads the config.json that goes with our own code.
+
+  Raises:
+    ConversionError: it does not describe a model.
+  """
+  fields = {field.name for field in dataclasses.fields(ModelConfig)}
+  try:
+    # What else is there is transformers' own.
+    return from_mapping(ModelConfig, {key: value for key, value in values.items() if key in fields}, where)
+  except (TypeError, ValueError) as error:
+    raise ConversionError(f"{where}: {error}") from error
+
+
+def _is_same_model(values: Mapping[str, Any], config: ModelConfig) -> bool:
+  """Whether transformers' config, read back, is the model: nothing in it is lost."""
+  if values["model_type"] == "llama" and config.hidden_size % config.num_heads:
+    return False  # which transformers does not load
+  try:
+    return hf_config.model_config(values, {}, "") == essential(config)
+  except ConversionError:
+    return False
+
+
+def _family_config(config: ModelConfig, model_type: str, family: hf_config.Family) -> dict[str, Any]:
+  """The config as a family would say it; what it has no word for is left out."""
+  values = {
+    "architectures": [family.architectures[0]],
+    "model_type": model_type,
+    "vocab_size": config.vocab_size,
+    "hidden_size": config.hidden_size,
+    "intermediate_size": config.intermediate_size,
+    "num_hidden_layers": config.num_layers,
+    "num_attention_heads": config.num_heads,
+    "num_key_value_heads": config.num_kv_heads,
+    "head_dim": config.head_dim,
+    "hidden_act": "silu",
+    "rms_norm_eps": config.norm_eps,
+    "rope_parameters": _rope(config.rope),
+    "tie_word_embeddings": config.tie_embeddings,
+    "bos_token_id": config.bos_token_id,
+    "eos_token_id": one_or_many(config.eos_token_ids),
+    "use_cache": True,
+  }
+  if config.max_positions is not None:
+    values["max_position_embeddings"] = config.max_positions
+  values |= {
+    key: getattr(config, field)
+    for field in ("output_bias", "qkv_bias", "mlp_bias")
+    if isinstance(key := getattr(family, field), str)
+  }
+  if family.windows != "none":
+    values["sliding_window"] = config.sliding_window
+  if family.windows == "some":
+    windowed = config.sliding_window is not None
+    values |= {"use_sliding_window": windowed, "max_window_layers": 0 if windowed else config.num_layers}
+  return values
+
+
+def _rope(rope: RopeConfig) -> dict[str, Any]:
+  values: dict[str, Any] = {"rope_theta": rope.base, "rope_type": "default" if rope.scaling == "none" else rope.scaling}
+  if rope.scaling != "none":
+    values["factor"] = rope.factor
+  if rope.scaling in ("llama3", "yarn"):
+    values["original_max_position_embeddings"] = rope.original_max_positions
+  if rope.scaling == "llama3":
+    values |= {"low_freq_factor": rope.low_freq_factor, "high_freq_factor": rope.high_freq_factor}
+  if rope.scaling == "yarn":
+    names = ("attention_factor", "beta_fast", "beta_slow", "truncate")
+    values |= {name: getattr(rope, name) for name in names}
+  return values

@@ -1,0 +1,382 @@
+"""Ours to others' and back: nothing changes, and what cannot be said is refused."""
+
+import ast
+import dataclasses
+import functools
+import json
+import shutil
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+from tiny_checkpoints import CASES, GOLDEN
+
+from convert_weights import hf_export, hf_to_orbax, openlm_config, safetensors_writer
+from convert_weights.errors import ConversionError
+from convert_weights.openlm_export import export as export_openlm
+from convert_weights.orbax_to_hf import convert
+from supra_jax.checkpoint import load_model, save_model
+from supra_jax.config import ModelConfig, RopeConfig, SupraConfig, tiny
+from supra_jax.transformer import Transformer
+from tests import openlm
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+OPENLM_CASES = ["gqa_8_2", "mha_decay", "no_decay", "released_form_bin"]
+
+
+def flat(tree, prefix=()):
+  for name, value in tree.items():
+    if isinstance(value, dict):
+      yield from flat(value, (*prefix, name))
+    else:
+      yield (*prefix, name), np.asarray(value)
+
+
+def assert_same_bits(got, want):
+  assert got.keys() == want.keys()
+  for name, array in got.items():
+    assert (array.dtype, array.shape, array.tobytes()) == (want[name].dtype, want[name].shape, want[name].tobytes()), (
+      name
+    )
+
+
+def assert_same_model(got, want):
+  assert got.config == want.config
+  assert_same_bits(dict(flat(got.params)), dict(flat(want.params)))
+  assert got.tokenizer_files == want.tokenizer_files
+
+
+def save(directory, config, params, tokenizer_files=None):
+  save_model(directory, config=config, params=params, tokenizer_files=tokenizer_files or {}, source={})
+  return directory
+
+
+def there_and_back(first, directory, **how):
+  """Model directory -> export -> model directory."""
+  convert(first, directory / "exported", **how)
+  hf_to_orbax.convert(directory / "exported", directory / "second")
+  return directory / "exported", load_model(directory / "second")
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_transformers_there_and_back(case, tmp_path):
+  hf_to_orbax.convert(GOLDEN / case, tmp_path / "first")
+  exported, second = there_and_back(tmp_path / "first", tmp_path)
+  assert_same_model(second, load_model(tmp_path / "first"))
+  assert_same_bits(load_file(exported / "model.safetensors"), load_file(GOLDEN / case / "model.safetensors"))
+  config = json.loads((exported / "config.json").read_text())
+  original = json.loads((GOLDEN / case / "config.json").read_text())
+  shared = set(config) & set(original) - {"architectures", "model_type"}  # without a window Mistral is Llama
+  assert {key: config[key] for key in shared} == {key: original[key] for key in shared}
+  assert len(shared) > 14
+  assert json.loads((exported / "generation_config.json").read_text()) == {"bos_token_id": 1, "eos_token_id": 2}
+
+
+@pytest.mark.parametrize("case", OPENLM_CASES)
+def test_openlm_there_and_back(case, tmp_path):
+  if case == "released_form_bin":
+    pytest.importorskip("torch")
+  hf_to_orbax.convert(openlm.GOLDEN / case, tmp_path / "first")
+  exported, second = there_and_back(tmp_path / "first", tmp_path, format="openlm")
+  assert_same_model(second, load_model(tmp_path / "first"))
+  config = json.loads((exported / "config.json").read_text())
+  original = json.loads((openlm.GOLDEN / case / "config.json").read_text())
+  ignored = {"transformers_version", "torch_dtype", "dtype"}
+  assert {k: config[k] for k in config if k not in ignored} == {k: original[k] for k in original if k not in ignored}
+  if case != "released_form_bin":
+    assert_same_bits(load_file(exported / "model.safetensors"), load_file(openlm.GOLDEN / case / "model.safetensors"))
+
+
+TOKENIZER = {
+  "tokenizer.json": json.dumps(
+    {
+      "version": "1.0",
+      "added_tokens": [],
+      "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True},
+      "decoder": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True},
+      "model": {"type": "BPE", "vocab": {"a": 0}, "merges": []},
+    }
+  ).encode(),
+  "tokenizer_config.json": b'{"tokenizer_class": "PreTrainedTokenizerFast"}',
+}
+EVERYTHING = tiny().replace(
+  mixers=("supra", "softmax"),
+  value_head_dim=12,
+  norm="layer_norm",
+  qk_norm="head",
+  post_embed_norm=True,
+  sliding_window=9,
+  supra=SupraConfig("per_head_separate", "retnet", qk_norm=True),
+  rope=RopeConfig(1e6, "yarn", kind="interleaved", factor=3.0, truncate=False),
+  eos_token_ids=(2, 3),
+)
+
+
+def test_everything_there_and_back(random_params, tmp_path):
+  first = save(tmp_path / "first", EVERYTHING, random_params(EVERYTHING), TOKENIZER)
+  exported, second = there_and_back(first, tmp_path)
+  assert_same_model(second, load_model(first))
+  assert {path.name for path in exported.iterdir()} == {
+    "attention_supra.py", "config.json", "configuration_supra.py", "generation_config.json", "model.safetensors",
+    "modeling_supra.py", "tokenizer.json", "tokenizer_config.json",
+  }  # fmt: skip
+
+
+SOFTMAX = tiny("softmax")
+
+
+@pytest.mark.parametrize(
+  "changes, wanted",
+  [
+    ({}, "LlamaForCausalLM"),
+    ({"qkv_bias": True, "output_bias": True}, "LlamaForCausalLM"),
+    ({"mlp_bias": True, "rope": RopeConfig(scaling="yarn", factor=2.0)}, "LlamaForCausalLM"),
+    ({"hidden_size": 50}, "MistralForCausalLM"),  # transformers' Llama wants what its heads divide
+    ({"sliding_window": 7}, "MistralForCausalLM"),
+    ({"qkv_bias": True}, "Qwen2ForCausalLM"),
+    ({"qkv_bias": True, "sliding_window": 7}, "Qwen2ForCausalLM"),
+    ({"qk_norm": "head"}, "Qwen3ForCausalLM"),
+    ({"qk_norm": "head", "qkv_bias": True, "output_bias": True, "sliding_window": 7}, "Qwen3ForCausalLM"),
+    ({"supra": SupraConfig("per_head"), "value_head_dim": 8}, "LlamaForCausalLM"),  # no layer looks at it
+    ({"output_bias": True}, "SupraForCausalLM"),
+    ({"mlp_bias": True, "sliding_window": 7}, "SupraForCausalLM"),
+    ({"qk_norm": "all_heads"}, "SupraForCausalLM"),
+    ({"norm": "layer_norm_gain"}, "SupraForCausalLM"),
+    ({"value_head_dim": 12}, "SupraForCausalLM"),
+    ({"post_embed_norm": True}, "SupraForCausalLM"),
+    ({"rope": RopeConfig(kind="interleaved")}, "SupraForCausalLM"),
+    ({"mixers": ("softmax", "supra")}, "SupraForCausalLM"),
+  ],
+)
+def test_which_class(changes, wanted):
+  values = hf_export.export(SOFTMAX.replace(**changes)).config
+  assert values["architectures"] == [wanted]
+
+
+def test_the_code_knows_every_field():
+  """A field that is new to ModelConfig is one that the torch code has to follow."""
+  code = ast.parse((ROOT / "convert_weights/for_transformers/configuration_supra.py").read_text())
+  (defaults,) = (node.value for node in code.body if isinstance(node, ast.AnnAssign))
+  known = eval(compile(ast.Expression(defaults), "", "eval"), {})
+  ours = json.loads(json.dumps(dataclasses.asdict(hf_export.own_config(known, ""))))
+  assert known == ours
+  assert set(known) == {field.name for field in dataclasses.fields(ModelConfig)}
+
+
+def test_the_code_needs_nothing_of_ours_and_is_installed():
+  project = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
+  assert project == {"convert_weights": ["for_transformers/*.py"]}
+  for path in (ROOT / "convert_weights/for_transformers").iterdir():
+    for node in ast.walk(ast.parse(path.read_text())):
+      if isinstance(node, ast.Import):
+        assert {alias.name.split(".")[0] for alias in node.names} <= {"math", "torch"}
+      elif isinstance(node, ast.ImportFrom) and not node.level:
+        assert str(node.module).split(".")[0] in {"__future__", "collections", "torch", "transformers", "typing"}
+
+
+LINEAR = tiny()
+
+
+@pytest.mark.parametrize(
+  "changes, refused",
+  [
+    (
+      {"mixers": ("supra", "softmax"), "qkv_bias": True, "sliding_window": 7},
+      ["mixers=", "qkv_bias=True", "sliding_window=7"],
+    ),
+    ({"output_bias": True, "mlp_bias": True}, ["output_bias=True", "mlp_bias=True"]),
+    ({"rope": RopeConfig(scaling="llama3", factor=2.0)}, ["rope.scaling='llama3'", "rope.factor=2.0"]),
+    ({"rope": RopeConfig(1e6, kind="interleaved")}, ["rope.base=1000000.0"]),
+    ({"qk_norm": "head"}, ["qk_norm='head'"]),
+    ({"qk_norm": "all_heads"}, ["qk_norm='all_heads'"]),
+    ({"head_dim": 16}, ["qk_head_dim=16"]),
+    ({"num_kv_heads": 6, "supra": SupraConfig("per_head_separate")}, ["supra.feature_map='per_head_separate'"]),
+  ],
+)
+def test_what_openlm_cannot_say_is_refused(changes, refused):
+  with pytest.raises(ConversionError, match="OpenLM") as caught:
+    export_openlm(LINEAR.replace(**changes))
+  assert all(name in str(caught.value) for name in refused)
+  assert f"({len(refused)}):" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+  "config",
+  [
+    LINEAR.replace(
+      value_head_dim=12, norm="layer_norm", post_embed_norm=True, rope=RopeConfig(1e6, "linear", factor=2.0)
+    ),
+    LINEAR.replace(
+      supra=SupraConfig(decay_start=0.5, qk_norm=True), rope=RopeConfig(kind="interleaved"), max_positions=64
+    ),
+    LINEAR.replace(supra=SupraConfig(decay="retnet"), norm="layer_norm_gain", rope=RopeConfig(kind="none")),
+    SOFTMAX.replace(num_kv_heads=6, qk_norm="all_heads", rope=RopeConfig(kind="by_head"), eos_token_ids=()),
+  ],
+)
+def test_what_openlm_can_say(config):
+  export = export_openlm(config)
+  assert openlm_config.model_config(export.config, "") == config
+  parameters = sum(leaf.size for leaf in jax.tree.leaves(shapes_of(config)))
+  assert sum(np.prod(tensor.shape) for tensor in export.tensors) == parameters
+
+
+def shapes_of(config):
+  init = functools.partial(Transformer(config).init, method="logits")
+  return jax.eval_shape(init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
+
+
+@pytest.mark.parametrize("kind, groups", [("per_head", 2), ("per_head", 6), ("per_head_separate", 2)])
+def test_maps_of_single_heads_become_openlm_s_dense_ones(kind, groups, random_params, tmp_path):
+  config = LINEAR.replace(mixers=("supra",), num_kv_heads=groups, supra=SupraConfig(kind), sliding_window=4)
+  params = random_params(config)
+  _, second = there_and_back(save(tmp_path / "first", config, params), tmp_path, format="openlm")
+  assert second.config == config.replace(supra=SupraConfig("dense"), sliding_window=None)
+  old, new = params["layers_0"]["self_attn"], second.params["layers_0"]["self_attn"]
+  for heads, ours, theirs in ((6, "feature_map", "feature_map"), (groups, "feature_map_kv", "feature_map_kv")):
+    maps = old.get(ours, old["feature_map"])
+    x = np.random.default_rng(0).standard_normal((heads, config.head_dim))
+    share = heads // len(maps["bias"])
+    want = [x[h] @ maps["kernel"][h // share] + maps["bias"][h // share] for h in range(heads)]
+    dense = new.get(theirs, new["feature_map"])
+    np.testing.assert_allclose(x.reshape(-1) @ dense["kernel"] + dense["bias"], np.concatenate(want), atol=1e-5)
+
+
+def test_tied_embeddings_in_openlm(random_params, tmp_path):
+  config = LINEAR.replace(tie_embeddings=True)
+  first = save(tmp_path / "first", config, random_params(config))
+  exported, second = there_and_back(first, tmp_path, format="openlm")
+  assert_same_model(second, load_model(first))
+  tensors = load_file(exported / "model.safetensors")
+  np.testing.assert_array_equal(tensors["model.output.weight"], tensors["model.tok_embeddings.weight"])
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+  directory = tmp_path_factory.mktemp("model") / "orbax"
+  hf_to_orbax.convert(GOLDEN / "llama_mha_untied", directory)
+  return directory
+
+
+def test_shards(model, monkeypatch, tmp_path):
+  monkeypatch.setattr(safetensors_writer, "MAX_SHARD_BYTES", 40_000)
+  monkeypatch.setattr(safetensors_writer, "_BLOCK_BYTES", 1000)
+  monkeypatch.setattr(safetensors_writer, "_TILE", 7)
+  exported, second = there_and_back(model, tmp_path)
+  assert_same_model(second, load_model(model))
+  index = json.loads((exported / "model.safetensors.index.json").read_text())
+  shards = {path.name: load_file(path) for path in exported.glob("model-*-of-*.safetensors")}
+  assert len(shards) == 6 and set(index["weight_map"].values()) == set(shards)
+  assert all(sum(t.nbytes for t in shard.values()) <= 40_000 for shard in shards.values())
+  assert index["metadata"]["total_size"] == sum(t.nbytes for shard in shards.values() for t in shard.values())
+
+
+@pytest.mark.parametrize(
+  "stored, dtype, wanted",
+  [
+    (np.float32, "bfloat16", ml_dtypes.bfloat16),
+    (np.float16, None, np.float16),
+    (ml_dtypes.bfloat16, None, ml_dtypes.bfloat16),
+    (ml_dtypes.bfloat16, "float32", np.float32),
+  ],
+)
+def test_dtypes(model, stored, dtype, wanted, tmp_path):
+  ours = load_model(model)
+  params = {path: array.astype(stored) for path, array in flat(ours.params)}
+  save(tmp_path / "first", ours.config, nested(params))
+  convert(tmp_path / "first", tmp_path / "out", dtype=dtype)
+  tensors = load_file(tmp_path / "out" / "model.safetensors")
+  want = params["lm_head", "kernel"].astype(np.float32).astype(wanted).T
+  np.testing.assert_array_equal(tensors["lm_head.weight"], want, strict=True)
+  assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == np.dtype(wanted).name
+
+
+def nested(params):
+  tree = {}
+  for (*parents, name), array in params.items():
+    node = tree
+    for parent in parents:
+      node = node.setdefault(parent, {})
+    node[name] = array
+  return tree
+
+
+def test_mixed_dtypes_become_float32(model, tmp_path):
+  ours = load_model(model)
+  params = {path: array.astype(jnp.bfloat16 if array.ndim > 1 else np.float32) for path, array in flat(ours.params)}
+  save(tmp_path / "first", ours.config, nested(params))
+  convert(tmp_path / "first", tmp_path / "out")
+  tensors = load_file(tmp_path / "out" / "model.safetensors")
+  assert {array.dtype for array in tensors.values()} == {np.dtype(np.float32)}
+
+
+def broken(model, directory, change):
+  ours = load_model(model)
+  params = {path: array.copy() for path, array in flat(ours.params)}
+  change(params)
+  return save(directory, ours.config, nested(params))
+
+
+@pytest.mark.parametrize(
+  "change, said",
+  [
+    (lambda p: p["norm", "weight"].__setitem__(0, np.nan), "norm.weight holds numbers that are not finite"),
+    (lambda p: p.pop(("norm", "weight")), "missing tensors (1):\n  norm/weight [48]"),
+    (lambda p: p.update({("norm", "gain"): np.ones(3)}), "unknown tensors (1):\n  norm/gain [3]"),
+    (lambda p: p.update({("norm", "weight"): np.ones(3)}), "norm/weight: wanted [48], got [3]"),
+    (lambda p: p.update({("norm", "weight"): np.ones(48, np.int32)}), "cannot be read (1):\n  norm/weight: int32"),
+  ],
+)  # fmt: skip
+def test_parameters_that_are_not_the_model_s_are_refused(model, change, said, tmp_path):
+  source = broken(model, tmp_path / "first", change)
+  with pytest.raises(ConversionError) as caught:
+    convert(source, tmp_path / "out")
+  assert said in str(caught.value)
+  assert {path.name for path in tmp_path.iterdir()} == {"first"}
+
+
+def test_a_damaged_checkpoint_is_named_and_leaves_nothing(model, tmp_path):
+  shutil.copytree(model, tmp_path / "first")
+  largest = max((tmp_path / "first" / "params").rglob("d/*"), key=lambda path: path.stat().st_size)
+  largest.write_bytes(largest.read_bytes()[:1000])
+  with pytest.raises(ValueError, match=r"first/params: \S+ cannot be read: "):
+    convert(tmp_path / "first", tmp_path / "out")
+  assert {path.name for path in tmp_path.iterdir()} == {"first"}
+
+
+def test_arguments(model, tmp_path):
+  with pytest.raises(ConversionError, match="format='gguf': wanted one of transformers, openlm"):
+    convert(model, tmp_path / "out", format="gguf")
+  with pytest.raises(ConversionError, match="dtype='int8': wanted one of float32, bfloat16"):
+    convert(model, tmp_path / "out", dtype="int8")
+  with pytest.raises(FileNotFoundError, match="is not a supra_jax model"):
+    convert(tmp_path, tmp_path / "out")
+  (tmp_path / "out").mkdir()
+  (tmp_path / "out" / "precious").touch()
+  with pytest.raises(FileExistsError, match="already exists"):
+    convert(model, tmp_path / "out")
+  assert [path.name for path in tmp_path.rglob("*")] == ["out", "precious"]
+
+
+def test_program_and_a_file_that_cannot_be_written(model, tmp_path):
+  command = [sys.executable, "-m", "convert_weights.orbax_to_hf", f"--source={model}", f"--output={tmp_path / 'out'}"]
+  done = subprocess.run([*command, "--dtype=bfloat16"], capture_output=True, text=True, cwd=ROOT)
+  assert done.returncode == 0, done.stderr
+  assert "100%" in done.stderr and "00:00" in done.stderr
+  assert load_file(tmp_path / "out" / "model.safetensors")["model.norm.weight"].dtype == ml_dtypes.bfloat16
+  shutil.rmtree(tmp_path / "out")
+  limited = (
+    "import resource, runpy; resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY)); "
+    "runpy.run_module('convert_weights.orbax_to_hf', run_name='__main__')"
+  )
+  command[1:3] = ["-c", limited]
+  done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+  assert done.returncode == 1 and "error: " in done.stderr and "Traceback" not in done.stderr
+  assert f"{tmp_path / 'out'} could not be written: File too large. It takes" in done.stderr
+  assert not any(tmp_path.iterdir())

@@ -1,0 +1,188 @@
+"""What transformers makes of an exported directory, against our own model."""
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+import supra_jax  # noqa: E402
+from convert_weights.orbax_to_hf import convert  # noqa: E402
+from supra_jax.checkpoint import save_model  # noqa: E402
+from supra_jax.config import RopeConfig, SupraConfig, tiny  # noqa: E402
+from tests.tiny import write_checkpoint  # noqa: E402
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+LENGTH = 150  # longer than a chunk of the torch code
+BASE = tiny("softmax").replace(mixers=("softmax",))
+MODELS = {
+  # transformers has classes for these
+  "LlamaForCausalLM": BASE.replace(
+    qkv_bias=True,
+    output_bias=True,
+    mlp_bias=True,
+    tie_embeddings=True,
+    rope=RopeConfig(1e5, "llama3", factor=8.0, original_max_positions=32),
+  ),
+  "MistralForCausalLM": BASE.replace(sliding_window=16, rope=RopeConfig(scaling="linear", factor=2.0)),
+  "Qwen2ForCausalLM": BASE.replace(qkv_bias=True, sliding_window=16),
+  "Qwen3ForCausalLM": BASE.replace(
+    head_dim=16,
+    qk_norm="head",
+    rope=RopeConfig(scaling="yarn", factor=4.0, original_max_positions=64, attention_factor=1.2, truncate=False),
+  ),
+  # and for these not
+  "dense": tiny().replace(
+    mixers=("supra",),
+    tie_embeddings=True,
+    qkv_bias=True,
+    output_bias=True,
+    mlp_bias=True,
+    sliding_window=16,
+    rope=RopeConfig(1e5, "llama3", factor=8.0, original_max_positions=32),
+  ),
+  "dense for q and k": tiny().replace(
+    mixers=("supra",), num_kv_heads=6, supra=SupraConfig(decay_start=0.5), rope=RopeConfig(kind="none")
+  ),
+  "hybrid": tiny().replace(
+    mixers=("softmax", "supra"),
+    sliding_window=9,
+    value_head_dim=12,
+    norm="layer_norm",
+    supra=SupraConfig("per_head", "retnet", qk_norm=True),
+    rope=RopeConfig(kind="interleaved"),
+    post_embed_norm=True,
+  ),
+  "other hybrid": tiny().replace(
+    mixers=("supra", "softmax"),
+    norm="layer_norm_gain",
+    qk_norm="head",
+    supra=SupraConfig("per_head_separate", "none"),
+    rope=RopeConfig(scaling="yarn", factor=4.0, original_max_positions=64, attention_factor=1.2),
+  ),
+  "by head": tiny().replace(
+    mixers=("softmax", "supra"), num_heads=4, num_kv_heads=4, qk_norm="all_heads", rope=RopeConfig(kind="by_head")
+  ),
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def modules(tmp_path_factory):
+  """Where transformers copies the code of a directory to before it imports it."""
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path_factory.mktemp("modules")))
+    yield
+
+
+def load(directory, **kwargs):
+  return transformers.AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True, **kwargs).eval()
+
+
+def exported(config, params, directory):
+  save_model(directory / "orbax", config=config, params=params, tokenizer_files={}, source={})
+  convert(directory / "orbax", directory / "hf")
+  return load(directory / "hf")
+
+
+def tokens_of(config, batch=2, length=LENGTH, seed=0):
+  return np.random.default_rng(seed).integers(3, config.vocab_size, (batch, length))
+
+
+def close(got, want, tol=1e-4):
+  np.testing.assert_allclose(np.asarray(got), np.asarray(want), rtol=0, atol=tol)
+
+
+def carried(output):
+  """What is passed on, by the first of its names that this release of transformers knows."""
+  name = next(name for name in ("cache", "past_key_values") if name in output)
+  return {name: output[name]}
+
+
+@pytest.mark.parametrize("name", MODELS)
+@torch.no_grad()
+def test_logits(name, random_params, tmp_path):
+  """Read at once, in pieces, token by token, and with padding on either side."""
+  config = MODELS[name]
+  params = random_params(config)
+  model = exported(config, params, tmp_path)
+  own = not name.endswith("LM")
+  assert type(model).__name__ == ("SupraForCausalLM" if own else name)
+  tokens = tokens_of(config)
+  want, _ = supra_jax.LM(config, params)(tokens)
+  tokens = torch.from_numpy(tokens)
+  close(model(tokens).logits, want)
+  if not own:
+    return
+
+  cut = LENGTH - 4
+  output = model(tokens[:, :cut], use_cache=True)
+  logits = [output.logits]
+  for t in range(cut, LENGTH):
+    output = model(tokens[:, t : t + 1], use_cache=True, **carried(output))
+    logits.append(output.logits)
+  close(torch.cat(logits, 1), want)
+  window = config.sliding_window if "softmax" in config.mixers else 0
+  if window is not None:  # it remembers no more keys than the next token can see
+    (cache,) = carried(output).values()
+    keys = [cache.tensors[i][0].shape[2] for i, mixer in enumerate(config.mixers) if mixer == "softmax"]
+    assert {cache.slot_BS.shape[1], *keys} == {max(window - 1, 0)}
+
+  # Row 1 is shorter; what follows it then is read with a cache that has seen padding.
+  pad = 7
+  short = tokens[1:, : LENGTH - pad]
+  filler = torch.full((1, pad), 5)
+  for side in ("left", "right"):
+    row = torch.cat([filler, short] if side == "left" else [short, filler], 1)
+    mask = torch.ones(2, LENGTH, dtype=torch.long)
+    real = slice(pad, None) if side == "left" else slice(LENGTH - pad)
+    mask[1] = 0
+    mask[1, real] = 1
+    output = model(torch.cat([tokens[:1], row]), attention_mask=mask, use_cache=True)
+    close(output.logits[0], want[0])
+    close(output.logits[1, real], want[1, : LENGTH - pad])
+    further = model(tokens[1:, LENGTH - pad :].expand(2, -1), use_cache=True, **carried(output))
+    close(further.logits[1], want[1, LENGTH - pad :])
+
+
+@pytest.fixture(scope="module")
+def hybrid(tmp_path_factory):
+  """(our model, theirs, its directory), softmax with a window below SUPRA, with a tokenizer."""
+  directory = tmp_path_factory.mktemp("hybrid")
+  write_checkpoint(directory / "orbax", "supra", mixers=("softmax", "supra"), sliding_window=8)
+  convert(directory / "orbax", directory / "hf")
+  return supra_jax.load(directory / "orbax"), load(directory / "hf"), directory / "hf"
+
+
+def test_generate_is_ours(hybrid):
+  ours, theirs, directory = hybrid
+  tokenizer = transformers.AutoTokenizer.from_pretrained(directory, trust_remote_code=True)
+  texts = ["A function is", "The for statement is used to iterate over the elements of a sequence"]
+  ids = [tokenizer(text)["input_ids"] for text in texts]
+  assert ids == [ours.tokenizer.encode(text) for text in texts]
+  tokenizer.pad_token_id, tokenizer.padding_side = 0, "left"
+  batch = tokenizer(texts, return_tensors="pt", padding=True)
+  how = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+  new = theirs.generate(**batch, **how)
+  assert new.tolist() == theirs.generate(**batch, **how, use_cache=False).tolist()
+  logits, _ = ours(new[:, :-1].numpy(), lengths=[len(i) + 11 for i in ids], padding="left")
+  np.testing.assert_array_equal(logits[:, -12:].argmax(-1), new[:, -12:])
+
+
+def test_generate_with_beams_and_many_sequences(hybrid):
+  _, theirs, _ = hybrid
+  prompt = torch.tensor([[5, 6, 7, 8], [90, 80, 70, 60]])
+  how = {"max_new_tokens": 10, "pad_token_id": 0, "num_beams": 3, "num_return_sequences": 2, "do_sample": False}
+  with_cache = theirs.generate(prompt, **how, use_cache=True)
+  assert with_cache.tolist() == theirs.generate(prompt, **how, use_cache=False).tolist()
+
+
+def test_generate_goes_on(hybrid):
+  """A text in two calls, the second given all tokens or the new ones, is the text in one."""
+  _, theirs, _ = hybrid
+  prompt = torch.tensor([[5, 6, 7, 8, 9, 10, 11]])
+  how = {"do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+  whole = theirs.generate(prompt, **how, max_new_tokens=9)
+  first = theirs.generate(prompt, **how, max_new_tokens=4, return_dict_in_generate=True)
+  second = theirs.generate(first.sequences, **how, max_new_tokens=5, **carried(first))
+  assert second.tolist() == whole.tolist()
