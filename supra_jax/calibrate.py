@@ -67,7 +67,7 @@ def solve(moments: Moments, *, ridge: float, bias: bool) -> tuple[np.ndarray, np
   whole = kernel if offset is None else np.vstack([kernel, offset])
   a_a, a_y = (gram, cross) if bias else (gram[:-1, :-1], cross[:-1])
   left = float(moments.energy) - 2 * np.sum(whole * a_y) + np.sum(whole * (a_a @ whole))
-  return kernel, offset, left / float(moments.energy)
+  return kernel, offset, left / max(float(moments.energy), 1e-30)
 
 
 def calibrate(
@@ -147,7 +147,8 @@ class _Run:
 
   def __init__(self, teacher: ModelConfig, student: ModelConfig, dtype: Any, mesh: Mesh):
     self.teacher, self.student, self.dtype, self.mesh = teacher, student, dtype, mesh
-    self.embed, self.attend, self.leave, self.keep = map(jax.jit, (self._embed, self._attend, self._leave, self._keep))
+    self.embed, self.attend = jax.jit(self._embed), jax.jit(self._attend)
+    self.leave, self.keep = jax.jit(self._leave), jax.jit(self._keep)
 
   def put(self, batch: Batch) -> dict[str, jax.Array]:
     inputs = {name: x[:, :-1] for name, x in batch.items() if name in ("tokens", "segment_ids")}

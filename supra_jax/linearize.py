@@ -115,7 +115,10 @@ def linearize_checkpoint(
   with jax.set_mesh(mesh):
     start = load_model(checkpoint, shardings=lambda stored: param_shardings(stored, mesh))
     params, config = linearize(start.params, start.config, supra=supra, layers=layers, phi=phi, seed=seed)
-    made = {"supra": dataclasses.asdict(config.supra), "layers": None if layers is None else list(layers)}
+    made: dict[str, Any] = {
+      "supra": dataclasses.asdict(config.supra),
+      "layers": None if layers is None else list(layers),
+    }
     made |= {"phi": phi, "seed": seed}
     if calibration is not None:
       batches, of = _first_batches(calibration, start, mesh), (start.params, start.config)
@@ -145,9 +148,14 @@ def _first_batches(calibration: Calibration, start: ModelCheckpoint, mesh: Mesh)
     else:
       if tokenizer is None:
         raise ValueError(f"The model has no tokenizer to read {calibration.data} with.")
-      packed, text = Path(directory) / "rows", {"text_key": calibration.text_key}
+      packed = Path(directory) / "rows"
       prepare(
-        calibration.data, tokenizer, packed, vocab_size=vocab_size, sequence_length=calibration.sequence_length, **text
+        calibration.data,
+        tokenizer,
+        packed,
+        vocab_size=vocab_size,
+        sequence_length=calibration.sequence_length,
+        text_key=calibration.text_key,
       )
       sources = ((str(packed / "train"), 1.0),)
     loader = make_loader(
