@@ -111,28 +111,30 @@ def linearize_checkpoint(
   Returns:
     The new config.
   """
-  mesh = make_mesh(calibration.mesh if calibration else "")
-  with jax.set_mesh(mesh):
-    start = load_model(checkpoint, shardings=lambda stored: param_shardings(stored, mesh))
-    params, config = linearize(start.params, start.config, supra=supra, layers=layers, phi=phi, seed=seed)
-    made: dict[str, Any] = {
-      "supra": dataclasses.asdict(config.supra),
-      "layers": None if layers is None else list(layers),
-    }
-    made |= {"phi": phi, "seed": seed}
-    if calibration is not None:
-      batches, of = _first_batches(calibration, start, mesh), (start.params, start.config)
-      params = calibrate(
-        of, (params, config), batches, mesh, ridge=calibration.ridge, dtype=calibration.dtype, report=report
-      )
-      made["calibration"] = dataclasses.asdict(calibration)
-    save_model(
-      output,
-      config=config,
-      params=params,
-      tokenizer_files=start.tokenizer_files,
-      source={"linearized_from": start.source, **made},
-    )
+  new: dict[str, Any] = {"supra": supra, "layers": layers, "phi": phi, "seed": seed}
+  if calibration is None:
+    start = load_model(checkpoint)
+    params, config = linearize(start.params, start.config, **new)
+  else:
+    mesh = make_mesh(calibration.mesh)
+    with jax.set_mesh(mesh):
+      start = load_model(checkpoint, shardings=lambda stored: param_shardings(stored, mesh))
+      params, config = linearize(start.params, start.config, **new)
+      batches, teacher = _first_batches(calibration, start, mesh), (start.params, start.config)
+      how: dict[str, Any] = {"ridge": calibration.ridge, "dtype": calibration.dtype, "report": report}
+      params = calibrate(teacher, (params, config), batches, mesh, **how)
+  made = new | {
+    "supra": dataclasses.asdict(config.supra),
+    "layers": None if layers is None else list(layers),
+    "calibration": None if calibration is None else dataclasses.asdict(calibration),
+  }
+  save_model(
+    output,
+    config=config,
+    params=params,
+    tokenizer_files=start.tokenizer_files,
+    source={"linearized_from": start.source, **made},
+  )
   return config
 
 
