@@ -1,10 +1,8 @@
-r"""Converts a pretrained Llama or Mistral into a supra_jax model directory.
+r"""Converts a pretrained model into a supra_jax model directory.
 
-python -m convert_weights.hf_to_orbax --source=DIR_OR_GGUF --output=DIR [--dtype=float32|bfloat16]
+python -m convert_weights.hf_to_orbax --source=SOURCE --output=DIR [--dtype=float32|bfloat16]
 
-The source is a Hugging Face directory with safetensors, a .gguf file of the llama architecture, or a directory that
-holds exactly one .gguf and no config.json. What cannot be converted exactly is refused by name before anything is
-written.
+`open_source` says what a source can be. What cannot be converted exactly is refused by name before anything is written.
 """
 
 from __future__ import annotations
@@ -27,7 +25,6 @@ from convert_weights.rounding import DTYPES, rounded
 from convert_weights.source import BFLOAT16, Source
 from supra_jax import checkpoint
 from supra_jax.bin.entry import run
-from supra_jax.tokenizer import Tokenizer
 
 _CHUNK_BYTES = 1 << 24
 
@@ -53,7 +50,6 @@ def convert(
   if final.exists() and (not final.is_dir() or any(final.iterdir())):
     raise ConversionError(f"{output} already exists. Remove it or choose another output directory.")
   opened = open_source(source)
-  _check_tokenizer(opened)
   target = DTYPES[dtype] if dtype else _common_dtype(opened)
   with tqdm(
     total=2 * sum(path.stat().st_size for path in opened.weight_files),
@@ -79,13 +75,6 @@ def convert(
       "config": opened.original_config,
     },
   )
-
-
-def _check_tokenizer(source: Source) -> None:
-  try:
-    Tokenizer.from_files(source.tokenizer_files, source.config)
-  except ValueError as error:
-    raise ConversionError(f"{source.path}: the tokenizer cannot be used: {error}") from error
 
 
 def _common_dtype(source: Source) -> np.dtype:
@@ -134,7 +123,7 @@ def main() -> None:
 
 if __name__ == "__main__":
   _SOURCE = flags.DEFINE_string(
-    "source", None, "Hugging Face directory, or a .gguf file of the llama architecture.", required=True
+    "source", None, "A directory, a weights file, or owner/name[@revision] on the hub.", required=True
   )
   _OUTPUT = flags.DEFINE_string("output", None, "Model directory to write; must not exist yet.", required=True)
   _DTYPE = flags.DEFINE_enum("dtype", None, list(DTYPES), "Type of the parameters; unset keeps the source's.")

@@ -33,7 +33,7 @@ def open_source(source: str | os.PathLike[str], tokenizer: str | os.PathLike[str
     if not files:
       raise ConversionError(f"{tokenizer}: holds neither tokenizer.json nor tokenizer.model.")
     opened = dataclasses.replace(opened, tokenizer_files=files)
-  return _with_token_ids(opened) if opened.kind == openlm_config.MODEL_TYPE else opened
+  return _with_checked_tokenizer(opened)
 
 
 def _open(source: str | os.PathLike[str]) -> Source:
@@ -66,13 +66,13 @@ def _open_directory(directory: Path, file: Path | None = None) -> Source:
   return (open_openlm if is_openlm else open_huggingface)(directory, original, file)
 
 
-def _with_token_ids(source: Source) -> Source:
-  """OpenLM's configs do not say which tokens begin and end a text; its tokenizer does."""
+def _with_checked_tokenizer(source: Source) -> Source:
+  """The source, if its tokenizer can be used; OpenLM's configs leave the ids that begin and end a text to it."""
   try:
     tokenizer = Tokenizer.from_files(source.tokenizer_files, source.config)
   except ValueError as error:
     raise ConversionError(f"{source.path}: the tokenizer cannot be used: {error}") from error
-  if tokenizer is None:
+  if tokenizer is None or source.kind != openlm_config.MODEL_TYPE:
     return source
   config = source.config.replace(bos_token_id=tokenizer.bos_id, eos_token_ids=tokenizer.eos_ids)
   return dataclasses.replace(source, config=config)

@@ -26,9 +26,8 @@ from tqdm import tqdm
 from convert_weights import hf_export, names, openlm_export
 from convert_weights.errors import ConversionError
 from convert_weights.export import Export, Part
-from convert_weights.hf_to_orbax import DTYPES
 from convert_weights.leaves import check_tensors
-from convert_weights.rounding import rounded
+from convert_weights.rounding import DTYPES, rounded
 from convert_weights.safetensors_writer import TYPES, num_bytes, write_safetensors
 from convert_weights.source import StoredTensor
 from supra_jax.bin.entry import run

@@ -267,7 +267,7 @@ class TrainingCheckpoints:
         # The manager has already struck those off its list that were to give way to this one.
         self._manager.reload()
       where = self.directory / str(self._saving)
-      raise OSError(f"checkpoint {where} could not be written: {_first_line(error)}") from error
+      raise OSError(f"checkpoint {where} could not be written: {first_line(error)}") from error
 
   def _remove_partial(self) -> None:
     for partial in self.directory.glob("*.orbax-checkpoint-tmp*"):
@@ -355,7 +355,7 @@ def _damage(directory: Path) -> str:
   try:
     wanted = json.loads((directory / MANIFEST_FILE).read_text())
   except (OSError, ValueError) as error:
-    return f"{MANIFEST_FILE} cannot be read ({_first_line(error)})"
+    return f"{MANIFEST_FILE} cannot be read ({first_line(error)})"
   found = _digests(directory)
   for name, digest in wanted.items():
     if name not in found:
@@ -365,7 +365,8 @@ def _damage(directory: Path) -> str:
   return ""
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+  """What an error says, or is, in one line."""
   return (str(error).strip() or repr(error)).splitlines()[0]
 
 

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from supra_jax.checkpoint import PARAMS_DIRECTORY
+from supra_jax.checkpoint import PARAMS_DIRECTORY, first_line
 
 
 class ParameterReader:
@@ -34,7 +34,7 @@ class ParameterReader:
     try:
       metadata = self._checkpointer.metadata(self._path).item_metadata
     except Exception as error:  # of Orbax's and tensorstore's many kinds
-      raise ValueError(f"{self._path}: no parameters can be read: {_first_line(error)}") from error
+      raise ValueError(f"{self._path}: no parameters can be read: {first_line(error)}") from error
     if metadata is None:
       raise ValueError(f"{self._path}: no parameters can be read: it is no Orbax checkpoint, or a damaged one.")
     tree = metadata.tree
@@ -58,7 +58,7 @@ class ParameterReader:
     try:
       found = self._checkpointer.restore(self._path, args=args)
     except Exception as error:
-      raise ValueError(f"{self._path}: {'.'.join(path)} cannot be read: {_first_line(error)}") from error
+      raise ValueError(f"{self._path}: {'.'.join(path)} cannot be read: {first_line(error)}") from error
     for name in path:
       found = found[name]
     return found
@@ -68,7 +68,3 @@ class ParameterReader:
 
   def __exit__(self, *_: object) -> None:
     self._checkpointer.close()
-
-
-def _first_line(error: Exception) -> str:
-  return (str(error).strip() or repr(error)).splitlines()[0]

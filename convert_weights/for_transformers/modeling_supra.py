@@ -123,6 +123,12 @@ class SupraPreTrainedModel(PreTrainedModel):
   _supports_sdpa = True
   _is_stateful = True
 
+  def get_input_embeddings(self) -> nn.Module:
+    return self.base_model.embed_tokens
+
+  def set_input_embeddings(self, value: nn.Module) -> None:
+    self.base_model.embed_tokens = value
+
   def _init_weights(self, module: nn.Module) -> None:
     super()._init_weights(module)
     if isinstance(module, DenseFeatureMap | PerHeadFeatureMap):
@@ -140,12 +146,6 @@ class SupraModel(SupraPreTrainedModel):
     self.layers = nn.ModuleList(SupraBlock(config, layer) for layer in range(len(config.mixers)))
     self.norm = SupraNorm(config, config.hidden_size)
     self.post_init()
-
-  def get_input_embeddings(self) -> nn.Module:
-    return self.embed_tokens
-
-  def set_input_embeddings(self, value: nn.Module) -> None:
-    self.embed_tokens = value
 
   def forward(
     self,
@@ -235,14 +235,8 @@ class SupraForCausalLM(SupraPreTrainedModel, GenerationMixin):
   def _supports_default_dynamic_cache(cls) -> bool:
     return False
 
-  def get_input_embeddings(self) -> nn.Module:
-    return self.model.embed_tokens
-
-  def set_input_embeddings(self, value: nn.Module) -> None:
-    self.model.embed_tokens = value
-
   def get_output_embeddings(self) -> nn.Module:
-    return self.model.embed_tokens if self.lm_head is None else self.lm_head
+    return self.get_input_embeddings() if self.lm_head is None else self.lm_head
 
   def forward(
     self,

@@ -13,7 +13,7 @@ from kernels_pallas.api import IMPLEMENTATIONS, REFUSALS
 from tests.kernels_pallas import truth
 
 GROUPS = {"G=H": (6, 6), "G<H": (2, 2), "Gk=H>Gv": (6, 3), "Gk<Gv": (1, 2)}
-# Two heads, where each takes seconds.
+# Of two heads.
 SMALL_GROUPS = {"G=H": (2, 2), "G<H": (1, 1), "Gk=H>Gv": (2, 1), "Gk<Gv": (1, 2)}
 OPTIONAL = ("initial_state", "segment_ids", "lengths")
 GIVEN = [given for n in range(4) for given in itertools.combinations(OPTIONAL, n)]
@@ -35,9 +35,9 @@ OPS = {name: functools.partial(linear_attention, implementation=name) for name i
 
 
 @functools.cache
-def case_and_truth(tokens, groups, given, dtype=jnp.float32, small=False):
-  heads = (SMALL_GROUPS if small else GROUPS)[groups]
-  case = truth.rounded(truth.make_case(tokens, *heads, given, heads=2 if small else 6), dtype)
+def case_and_truth(tokens, groups, given, dtype=jnp.float32, heads=6):
+  of_keys_and_values = (GROUPS if heads == 6 else SMALL_GROUPS)[groups]
+  case = truth.rounded(truth.make_case(tokens, *of_keys_and_values, given, heads=heads), dtype)
   return case, truth.by_loop(case)
 
 
@@ -48,14 +48,14 @@ def case_id(case):
 @pytest.mark.parametrize("name, case", NAMES_AND_CASES, ids=lambda x: x if isinstance(x, str) else case_id(x))
 def test_truth(name, case):
   dtype, tolerance = truth.precision(name)
-  case, expected = case_and_truth(*case, dtype, small=name == "mosaic_gpu")
+  case, expected = case_and_truth(*case, dtype, heads=truth.heads_for(name))
   truth.assert_close(truth.run(OPS[name], case, dtype), expected, tolerance)
 
 
 @pytest.mark.parametrize("groups", ["G<H", "Gk=H>Gv"])
 @pytest.mark.parametrize("name", truth.NAMES)
 def test_bfloat16(name, groups):
-  case, expected = case_and_truth(100, groups, OPTIONAL, jnp.bfloat16, small=name == "mosaic_gpu")
+  case, expected = case_and_truth(100, groups, OPTIONAL, jnp.bfloat16, heads=truth.heads_for(name))
   actual = truth.run(OPS[name], case, jnp.bfloat16)
   assert {k: x.dtype for k, x in actual.items() if k in ("output", "state", "d_k", "d_initial_state")} == {
     "output": jnp.bfloat16,

@@ -24,7 +24,8 @@ OPS = {name: functools.partial(linear_attention, implementation=name) for name i
 )
 def test_split_anywhere_is_the_whole(name, first):
   dtype, tolerance = truth.precision(name)
-  case = truth.rounded(truth.make_case(100, 2, 1, ("initial_state",), heads=2 if name == "mosaic_gpu" else 6), dtype)
+  heads = truth.heads_for(name)
+  case = truth.rounded(truth.make_case(100, 2, heads // 2, ("initial_state",), heads=heads), dtype)
   case["lengths"] = np.array([100, 40], np.int32)
 
   def in_two(q, k, v, slopes, *, scale, initial_state, lengths):
@@ -41,7 +42,7 @@ def test_split_anywhere_is_the_whole(name, first):
 def test_packed_documents_are_separate_ones(name):
   ends, ids = [17, 81, 86, 100], [7, 2, 7, 7 - 9]
   dtype, tolerance = truth.precision(name)
-  heads = 2 if name == "mosaic_gpu" else 6
+  heads = truth.heads_for(name)
   case = truth.rounded(truth.make_case(100, 2, heads, ("initial_state",), batch=1, heads=heads), dtype)
   starts = [0, *ends[:-1]]
   case["segment_ids"] = np.repeat(ids, np.diff([0, *ends]))[None].astype(np.int32)
@@ -64,7 +65,8 @@ def test_packed_documents_are_separate_ones(name):
 @pytest.mark.parametrize("name", truth.NAMES)
 @pytest.mark.parametrize("poison", [np.nan, np.inf])
 def test_padding_does_not_leak(name, poison):
-  case = truth.make_case(100, 2, 1, ("initial_state", "segment_ids"), heads=2 if name == "mosaic_gpu" else 6)
+  heads = truth.heads_for(name)
+  case = truth.make_case(100, 2, heads // 2, ("initial_state", "segment_ids"), heads=heads)
   case["lengths"] = np.array([70, 0], np.int32)
   padding = np.arange(100) >= case["lengths"][:, None]
   for x in "qkv":
@@ -131,7 +133,7 @@ def test_any_segments_and_lengths(ids, repeat, lengths, slopes, seed):
 @hypothesis.given(data=st.data())
 def test_any_shape(name, data):
   dtype, tolerance = truth.precision(name)
-  heads = data.draw(st.sampled_from([1, 2] if name == "mosaic_gpu" else [1, 2, 3, 6]), "heads")
+  heads = data.draw(st.sampled_from([n for n in (1, 2, 3, 6) if n <= truth.heads_for(name)]), "heads")
   groups = [data.draw(st.sampled_from([g for g in (1, 2, 3, 6) if heads % g == 0]), "groups") for _ in "kv"]
   widths = [data.draw(st.integers(1, 140), "width") for _ in "kv"]
   given = [option for option in ("initial_state", *truth.OPTIONS) if data.draw(st.booleans(), option)]
@@ -149,7 +151,8 @@ def test_any_shape(name, data):
 def test_the_gradient_is_the_transpose(name):
   """<LA(v), u> = <v, LA_rev(u)>."""
   dtype, tolerance = truth.precision(name)
-  case = truth.make_case(100, 2, 1, truth.OPTIONS, heads=2 if name == "mosaic_gpu" else 6)
+  heads = truth.heads_for(name)
+  case = truth.make_case(100, 2, heads // 2, truth.OPTIONS, heads=heads)
   q, k, v = (jnp.nan_to_num(jnp.asarray(case[x], dtype)) for x in "qkv")
   options = {option: case[option] for option in truth.OPTIONS}
 

@@ -36,6 +36,11 @@ def precision(name):
   return (jnp.float32, 1e-5) if name in FLOAT32 else (jnp.bfloat16, 1e-2)
 
 
+def heads_for(name):
+  """How many heads a case has: two where each takes seconds to interpret."""
+  return 6 if name in FLOAT32 else 2
+
+
 def make_case(num_tokens, key_groups, value_groups, given, *, batch=2, heads=6, key_width=8, value_width=5, seed=0):
   rng = np.random.default_rng(seed)
   case = {
