@@ -35,7 +35,8 @@ def cache(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def start(tmp_path_factory) -> Path:
-  return tiny.write_checkpoint(tmp_path_factory.mktemp("start") / "model", "supra")
+  # Wide, so that one array alone has more than SMALL bytes: Orbax spreads arrays over files as time has it.
+  return tiny.write_checkpoint(tmp_path_factory.mktemp("start") / "model", "supra", hidden_size=96)
 
 
 @pytest.fixture(scope="module")
