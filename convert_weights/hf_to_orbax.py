@@ -1,17 +1,22 @@
 r"""Converts a pretrained model into a supra_jax model directory.
 
-python -m convert_weights.hf_to_orbax --source=SOURCE --output=DIR [--dtype=float32|bfloat16]
+python -m convert_weights.hf_to_orbax --source=SOURCE --output=DIR [--dtype=float32|bfloat16] [--tokenizer=DIR]
 
 `open_source` says what a source can be. What cannot be converted exactly is refused by name before anything is written.
 """
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import hashlib
 import importlib.metadata
+import math
 import os
 import sys
-from collections.abc import Iterator
+import threading
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -22,59 +27,65 @@ from tqdm import tqdm
 from convert_weights.errors import ConversionError
 from convert_weights.open_source import open_source
 from convert_weights.rounding import DTYPES, rounded
-from convert_weights.source import BFLOAT16, Source
+from convert_weights.source import BFLOAT16, Leaf, Source
 from supra_jax import checkpoint
 from supra_jax.bin.entry import run
+from supra_jax.params_io import UnreadArray
 
-_CHUNK_BYTES = 1 << 24
+_CHUNK_BYTES = 2**18
 
 
 def convert(
-  source: str | os.PathLike[str], output: str | os.PathLike[str], dtype: str | None = None, *, progress: bool = False
+  source: str | os.PathLike[str],
+  output: str | os.PathLike[str],
+  dtype: str | None = None,
+  *,
+  tokenizer: str | os.PathLike[str] | None = None,
+  progress: bool = False,
 ) -> None:
-  """Converts a checkpoint.
+  """Converts a checkpoint, tensor by tensor: in memory are a few at a time.
 
   Args:
     source: a directory, a weights file, or a name on the hub; see `open_source`.
     output: the model directory to write; must not exist yet, or be empty.
     dtype: `float32` or `bfloat16`; None keeps the source's: the one type that holds all its tensors exactly, where
       float64 becomes float32, as do quantised tensors.
+    tokenizer: a directory whose tokenizer takes the place of the source's own.
     progress: show bytes and time left on stderr.
 
   Raises:
-    ConversionError: the source cannot be converted exactly, or `output` holds something; nothing was written.
+    ConversionError: the source cannot be converted exactly, or `output` holds something; nothing is left behind.
+    OSError: the output could not be written; nothing is left behind.
   """
   if dtype is not None and dtype not in DTYPES:
     raise ConversionError(f"dtype={dtype!r}: wanted one of {', '.join(DTYPES)}.")
   final = Path(output)
   if final.exists() and (not final.is_dir() or any(final.iterdir())):
     raise ConversionError(f"{output} already exists. Remove it or choose another output directory.")
-  opened = open_source(source)
+  opened = open_source(source, tokenizer)
   target = DTYPES[dtype] if dtype else _common_dtype(opened)
-  with tqdm(
-    total=2 * sum(path.stat().st_size for path in opened.weight_files),
-    desc="Reading", unit="B", unit_scale=True, unit_divisor=1024, disable=not progress, file=sys.stderr,
-  ) as bar:  # fmt: skip
-    files = [_describe(path, bar) for path in opened.weight_files]
-    params = _read_parameters(opened, target, bar)
-    bar.update(bar.total - bar.n)
-  if progress:
-    print(f"Writing {output} ...", file=sys.stderr)
-  checkpoint.save_model(
-    final,
-    config=opened.config,
-    params=params,
-    tokenizer_files=opened.tokenizer_files,
-    source={
-      "kind": opened.kind,
-      "name": opened.name,
-      "files": files,
-      "stored_types": sorted({tensor.type_name for tensor in opened.tensors.values()}),
-      "dtype": target.name,
-      "supra_jax": _version(),
-      "config": opened.original_config,
-    },
-  )
+  with (
+    tqdm(
+      total=sum(leaf.num_bytes for leaf in opened.leaves),
+      desc="Converting", unit="B", unit_scale=True, unit_divisor=1024, disable=not progress, file=sys.stderr,
+    ) as bar,
+    _described(opened.weight_files) as files,
+  ):  # fmt: skip
+    checkpoint.save_model(
+      final,
+      config=opened.config,
+      params=_parameters(opened, target, bar),
+      tokenizer_files=opened.tokenizer_files,
+      source=lambda: {
+        "kind": opened.kind,
+        "name": opened.name,
+        "files": files.result(),
+        "stored_types": sorted({tensor.type_name for tensor in opened.tensors.values()}),
+        "dtype": target.name,
+        "supra_jax": _version(),
+        "config": opened.original_config,
+      },
+    )
 
 
 def _common_dtype(source: Source) -> np.dtype:
@@ -83,31 +94,41 @@ def _common_dtype(source: Source) -> np.dtype:
   return only if only in (np.dtype(np.float16), BFLOAT16) else DTYPES["float32"]
 
 
-def _read_parameters(source: Source, dtype: np.dtype, bar: tqdm) -> dict[str, Any]:
+def _parameters(source: Source, dtype: np.dtype, bar: tqdm) -> dict[str, Any]:
   params: dict[str, Any] = {}
   for leaf in source.leaves:
     *parents, name = leaf.path
     node = params
     for parent in parents:
       node = node.setdefault(parent, {})
-    node[name] = np.ascontiguousarray(rounded(leaf.read(), dtype, f"{source.path}: {leaf.name}"))
-    bar.update(leaf.num_bytes)
+    read = functools.partial(_read, leaf, dtype, f"{source.path}: {leaf.name}", bar)
+    node[name] = UnreadArray(math.prod(leaf.shape) * dtype.itemsize, read)
   return params
 
 
-def _describe(path: Path, bar: tqdm) -> dict[str, Any]:
-  """Name, size and sha256 of a whole file: the digest that model hubs show."""
-  digest = hashlib.sha256()
-  for chunk in _chunks(path):
-    digest.update(chunk)
-    bar.update(len(chunk))
-  return {"name": path.name, "bytes": path.stat().st_size, "sha256": digest.hexdigest()}
+def _read(leaf: Leaf, dtype: np.dtype, name: str, bar: tqdm) -> np.ndarray:
+  array = rounded(leaf.read(), dtype, name)
+  bar.update(leaf.num_bytes)
+  return array
 
 
-def _chunks(path: Path) -> Iterator[bytes]:
-  with path.open("rb") as file:
-    while chunk := file.read(_CHUNK_BYTES):
-      yield chunk
+@contextlib.contextmanager
+def _described(paths: Sequence[Path]) -> Iterator[Future[list[dict[str, Any]]]]:
+  """Yields name, size and sha256 of whole files, the digest that model hubs show; they are read by another thread."""
+  stopped = threading.Event()
+
+  def describe(path: Path) -> dict[str, Any]:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+      while not stopped.is_set() and (chunk := file.read(_CHUNK_BYTES)):
+        digest.update(chunk)
+    return {"name": path.name, "bytes": path.stat().st_size, "sha256": digest.hexdigest()}
+
+  with ThreadPoolExecutor(1) as pool:
+    try:
+      yield pool.submit(lambda: [describe(path) for path in paths])
+    finally:
+      stopped.set()
 
 
 def _version() -> str | None:
@@ -118,7 +139,7 @@ def _version() -> str | None:
 
 
 def main() -> None:
-  convert(_SOURCE.value, _OUTPUT.value, _DTYPE.value, progress=True)
+  convert(_SOURCE.value, _OUTPUT.value, _DTYPE.value, tokenizer=_TOKENIZER.value, progress=True)
 
 
 if __name__ == "__main__":
@@ -127,4 +148,5 @@ if __name__ == "__main__":
   )
   _OUTPUT = flags.DEFINE_string("output", None, "Model directory to write; must not exist yet.", required=True)
   _DTYPE = flags.DEFINE_enum("dtype", None, list(DTYPES), "Type of the parameters; unset keeps the source's.")
+  _TOKENIZER = flags.DEFINE_string("tokenizer", None, "Directory whose tokenizer to take; unset takes the source's.")
   run(main)

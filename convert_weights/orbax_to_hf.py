@@ -31,8 +31,9 @@ from convert_weights.rounding import DTYPES, rounded
 from convert_weights.safetensors_writer import TYPES, num_bytes, write_safetensors
 from convert_weights.source import StoredTensor
 from supra_jax.bin.entry import run
-from supra_jax.checkpoint import load_model_without_params, new_directory
+from supra_jax.checkpoint import load_model_without_params
 from supra_jax.config import ModelConfig
+from supra_jax.files import new_directory
 from supra_jax.parameter_reader import ParameterReader
 
 FORMATS = {"transformers": hf_export.export, "openlm": openlm_export.export}

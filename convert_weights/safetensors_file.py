@@ -52,7 +52,9 @@ def open_safetensors(path: Path) -> dict[str, StoredTensor]:
   if len(raw) < header_bytes:
     raise ConversionError(f"{path}: truncated inside its header: {size} bytes of {8 + header_bytes}.")
   header = _parse_header(path, raw)
-  header.pop("__metadata__", None)
+  metadata = header.pop("__metadata__", {})
+  if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+    raise ConversionError(f"{path}: corrupt header: __metadata__: wanted an object of strings.")
   tensors: dict[str, StoredTensor] = {}
   end = 0
   for name, entry in sorted(header.items(), key=lambda item: _offsets(path, *item)):

@@ -22,14 +22,13 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from supra_jax.config import ModelConfig
-
-Params = Mapping[str, Any]
+from supra_jax.files import new_directory, temporary_directory
+from supra_jax.params_io import Params, check_space, first_line, read_params, write_params
 
 CONFIG_FILE = "config.json"
 SOURCE_FILE = "source.json"
@@ -56,34 +55,6 @@ class ModelCheckpoint:
   source: Mapping[str, Any]
 
 
-@contextlib.contextmanager
-def new_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
-  """Yields a temporary sibling of `path` that becomes `path` only if the block succeeds.
-
-  Raises:
-    FileExistsError: `path` exists and is not an empty directory.
-  """
-  final = Path(path).absolute()
-  if final.exists() and (not final.is_dir() or any(final.iterdir())):
-    raise FileExistsError(f"{path} already exists. Remove it or choose another output directory.")
-  final.parent.mkdir(parents=True, exist_ok=True)
-  partial = _partial(final, os.getpid())
-  shutil.rmtree(partial, ignore_errors=True)
-  partial.mkdir()
-  try:
-    yield partial
-    if final.exists():
-      final.rmdir()
-    os.rename(partial, final)
-  except BaseException:
-    shutil.rmtree(partial, ignore_errors=True)
-    raise
-
-
-def _partial(final: Path, owner: int) -> Path:
-  return final.with_name(f"{final.name}.partial-{owner}")
-
-
 def together(what: str) -> None:
   """Waits until all processes have come here."""
   if jax.process_count() > 1:
@@ -93,14 +64,11 @@ def together(what: str) -> None:
 @contextlib.contextmanager
 def _new_shared_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
   """`new_directory` for all processes together: the first makes it and renames it."""
-  owner = os.getpid()
-  if jax.process_count() > 1:
-    owner = int(multihost_utils.broadcast_one_to_all(np.int32(owner)))
   with contextlib.ExitStack() as stack:
     if jax.process_index() == 0:
       stack.enter_context(new_directory(path))
     together("directory made")
-    yield _partial(Path(path).absolute(), owner)
+    yield temporary_directory(Path(path).absolute())
     together("directory written")
   together("directory renamed")
 
@@ -111,31 +79,32 @@ def save_model(
   config: ModelConfig,
   params: Params,
   tokenizer_files: Mapping[str, bytes],
-  source: Mapping[str, Any],
+  source: Mapping[str, Any] | Callable[[], Mapping[str, Any]],
 ) -> None:
   """Writes a model directory, whole or not at all; all processes together, each its own shards.
 
   Args:
     directory: must not exist yet, or be empty.
     config: what the model is.
-    params: nested dict of jax or numpy arrays, one subtree a layer.
+    params: nested dict of jax or numpy arrays, or UnreadArray, one subtree a layer.
     tokenizer_files: file name -> contents; may be empty.
-    source: a JSON object that says where the model came from.
+    source: a JSON object that says where the model came from, or what returns it, called when the rest is written.
 
   Raises:
     FileExistsError: the directory holds something already.
+    OSError: it could not be written.
   """
   unknown = sorted(set(tokenizer_files) - set(TOKENIZER_FILES))
   if unknown:
     raise ValueError(f"Tokenizer files {unknown}: wanted a subset of {list(TOKENIZER_FILES)}.")
-  with _new_shared_directory(directory) as partial:
-    with ocp.PyTreeCheckpointer() as checkpointer:
-      checkpointer.save(partial / PARAMS_DIRECTORY, params)
+  with _new_shared_directory(directory) as temporary:
+    check_space(temporary.parent, params)
+    write_params(temporary / PARAMS_DIRECTORY, params)
     if jax.process_index() == 0:
-      (partial / CONFIG_FILE).write_text(config.to_json())
-      (partial / SOURCE_FILE).write_text(json.dumps(dict(source), indent=2) + "\n")
+      (temporary / CONFIG_FILE).write_text(config.to_json())
       for name, contents in tokenizer_files.items():
-        (partial / name).write_bytes(contents)
+        (temporary / name).write_bytes(contents)
+      (temporary / SOURCE_FILE).write_text(json.dumps(dict(source() if callable(source) else source), indent=2) + "\n")
 
 
 def load_model(
@@ -153,7 +122,7 @@ def load_model(
     ValueError: its config.json does not describe a model.
   """
   model = load_model_without_params(directory)
-  params = _restore(Path(directory).absolute() / PARAMS_DIRECTORY, dtype, shardings)
+  params = read_params(Path(directory).absolute() / PARAMS_DIRECTORY, dtype, shardings)
   return dataclasses.replace(model, params=params)
 
 
@@ -211,7 +180,7 @@ class TrainingCheckpoints:
       if jax.process_index() == 0:
         # Threads of a save that failed may have gone on writing after its files were removed.
         self._remove_partial()
-      self._check_space(state)
+      check_space(self.directory, state)
       self._manager.save(step, args=args)
 
   def restore(self, like: Any) -> tuple[int, Any, dict[str, Any]] | None:
@@ -246,13 +215,6 @@ class TrainingCheckpoints:
     """Waits as `wait` does, and gives its threads back."""
     self.wait()
     self._manager.close()
-
-  def _check_space(self, state: Any) -> None:
-    # Orbax fails on a full disk too, but with hundreds of lines on stderr, and meanwhile no metrics can be written.
-    needed, disk = sum(leaf.nbytes for leaf in jax.tree.leaves(state)), shutil.disk_usage(self.directory)
-    # Some network file systems say that they have 0 bytes in all.
-    if disk.total and disk.free < needed:
-      raise OSError(f"it has {needed:,} bytes; {disk.free:,} are free")
 
   @contextlib.contextmanager
   def _as_os_error(self) -> Iterator[None]:
@@ -363,27 +325,3 @@ def _damage(directory: Path) -> str:
     if found[name] != digest:
       return f"{name} is not what was written"
   return ""
-
-
-def first_line(error: Exception) -> str:
-  """What an error says, or is, in one line."""
-  return (str(error).strip() or repr(error)).splitlines()[0]
-
-
-def _restore(path: Path, dtype: Any, shardings: Callable[[Params], Params] | None) -> Params:
-  with ocp.PyTreeCheckpointer() as checkpointer:
-    metadata = checkpointer.metadata(path).item_metadata.tree
-    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), metadata)
-    if shardings is None:
-      first = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-      places = jax.tree.map(lambda _: first, shapes)
-    else:
-      places = shardings(shapes)
-
-    def restore_args(leaf, sharding):
-      wanted = np.dtype(leaf.dtype)
-      if dtype is not None and jnp.issubdtype(wanted, jnp.floating):
-        wanted = np.dtype(dtype)
-      return ocp.ArrayRestoreArgs(sharding=sharding, dtype=wanted, global_shape=leaf.shape)
-
-    return checkpointer.restore(path, restore_args=jax.tree.map(restore_args, shapes, places))

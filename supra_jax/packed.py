@@ -7,23 +7,23 @@ DIR/rows-00001.array_record    the rows after those
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import numpy as np
 from array_record.python import array_record_module
 
+from supra_jax.files import into_place
+
 Join = Literal["join", "separate"]
 
 META_FILE = "meta.json"
 FORMAT_VERSION = 2
-TEMPORARY = ".tmp"
 
 # What tokenizers disagree on: digits, runs of blanks, case, contractions, accents, scripts, emoji, code.
 _PROBE = (
@@ -307,18 +307,3 @@ class RowsWriter:
     self.shards.append(Shard(file.name, rows, file.stat().st_size, _sha256(file)))
     done = rows * self._length
     self._ids, self._starts, self._size = [ids[done:]], [starts[done:]], self._size - done
-
-
-@contextlib.contextmanager
-def into_place(path: Path) -> Iterator[Path]:
-  """Yields a temporary sibling that becomes `path` when the block succeeds, and not before it is on the disk."""
-  temporary = path.with_name(path.name + TEMPORARY)
-  yield temporary
-  for kept in (temporary, path.parent):
-    handle = os.open(kept, os.O_RDONLY)
-    try:
-      os.fsync(handle)
-    finally:
-      os.close(handle)
-    if kept is temporary:
-      os.replace(temporary, path)

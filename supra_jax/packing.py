@@ -12,26 +12,24 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import datetime
-import fcntl
 import json
 import os
 import shutil
 import zipfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
 from supra_jax.encoding import Encoded, Encoder, PackingProgress, Place, encode_in_order, pieces_from, worker_count
+from supra_jax.files import TEMPORARY, into_place, locked
 from supra_jax.packed import (
-  TEMPORARY,
   Join,
   PackedInfo,
   RowsWriter,
   Shard,
   TextEncoder,
-  into_place,
   load_info,
   tokenizer_fingerprint,
 )
@@ -123,7 +121,7 @@ def prepare(
 
   files = find_files(input)
   partial = output.with_name(f"{output.name}.partial")
-  with _locked(partial):
+  with locked(partial):
     job = _Job(partial, arguments, files)
     first = job.bytes_read
     encode = Encoder(tokenizer, text_key, bos, vocab_size, job.dtype)
@@ -162,23 +160,6 @@ def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]
   names = [name for name in dict.fromkeys([*before, *now]) if before.get(name) != now.get(name)]
   said = [f"{name}: {before.get(name, 'absent')} before, {now.get(name, 'absent')} now" for name in names]
   return said[:10] + ([f"and {len(said) - 10} more"] if said[10:] else [])
-
-
-@contextlib.contextmanager
-def _locked(directory: Path) -> Iterator[None]:
-  """Makes a directory if need be, and keeps other processes from writing into it."""
-  directory.mkdir(parents=True, exist_ok=True)
-  handle = os.open(directory, os.O_RDONLY)
-  try:
-    try:
-      fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-      raise ValueError(f"{directory} is being written by another process.") from error
-    except OSError:
-      pass  # some network file systems have no locks
-    yield
-  finally:
-    os.close(handle)
 
 
 class _Job:

@@ -11,7 +11,8 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from supra_jax.checkpoint import PARAMS_DIRECTORY, first_line
+from supra_jax.checkpoint import PARAMS_DIRECTORY
+from supra_jax.params_io import first_line
 
 
 class ParameterReader:

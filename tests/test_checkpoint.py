@@ -1,13 +1,18 @@
+import functools
+import json
 import shutil
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
 from supra_jax import checkpoint
 from supra_jax.checkpoint import load_model, save_model
 from supra_jax.config import SupraConfig, tiny
+from supra_jax.files import locked, temporary_directory
+from supra_jax.params_io import UnreadArray
 
 CONFIG = tiny().replace(mixers=("supra", "softmax"), supra=SupraConfig(qk_norm=True), norm="layer_norm")
 FILES = {"tokenizer.model": bytes(range(256)), "tokenizer_config.json": b"{}"}
@@ -25,16 +30,20 @@ def _assert_same_bits(got, want):
     np.testing.assert_array_equal(np.asarray(g).view(np.uint8), np.asarray(w).view(np.uint8))
 
 
+def _unread(array):
+  return UnreadArray(array.nbytes, lambda: np.asarray(array))
+
+
 @pytest.fixture(scope="module")
 def params(random_params):
   return random_params(CONFIG)
 
 
 @pytest.mark.parametrize("stored", ["float32", "bfloat16"])
-@pytest.mark.parametrize("kind", [np.asarray, jnp.asarray])
+@pytest.mark.parametrize("kind", [np.asarray, jnp.asarray, _unread])
 def test_round_trip(stored, kind, params, tmp_path):
-  params = jax.tree.map(lambda x: kind(x.astype(stored)), params)
-  _save(tmp_path / "new" / "model", params)
+  params = jax.tree.map(lambda x: x.astype(stored), params)
+  _save(tmp_path / "new" / "model", jax.tree.map(kind, params))
   got = load_model(str(tmp_path / "new" / "model"))
   assert got.config == CONFIG
   assert got.tokenizer_files == FILES
@@ -44,6 +53,58 @@ def test_round_trip(stored, kind, params, tmp_path):
     converted = load_model(tmp_path / "new" / "model", dtype=wanted).params
     _assert_same_bits(converted, jax.tree.map(lambda x, to=wanted: jnp.asarray(x).astype(to), params))
   assert [path.name for path in (tmp_path / "new").iterdir()] == ["model"]
+
+
+def test_what_is_unread_lies_on_disk_as_what_orbax_itself_saves(params, tmp_path):
+  _save(tmp_path / "model", jax.tree.map(_unread, params))
+  with ocp.PyTreeCheckpointer() as checkpointer:
+    checkpointer.save(tmp_path / "orbax", jax.tree.map(np.asarray, params))
+    ours, theirs = (checkpointer.restore(path) for path in (tmp_path / "model" / "params", tmp_path / "orbax"))
+  jax.tree.map(functools.partial(np.testing.assert_array_equal, strict=True), ours, theirs)
+  metadata = [
+    json.loads((path / "_METADATA").read_text()) for path in (tmp_path / "model" / "params", tmp_path / "orbax")
+  ]
+  assert metadata[0] == metadata[1]
+
+
+def test_unread_arrays_are_read_in_turn_and_once(tmp_path):
+  read = []
+
+  def array(name):
+    return UnreadArray(8, lambda: read.append(name) or np.full(2, len(read), np.float32))
+
+  _save(tmp_path / "model", {name: array(name) for name in "abc"}, source=lambda: {"read": list(read)})
+  assert load_model(tmp_path / "model").source == {"read": ["a", "b", "c"]}
+  assert [int(x[0]) for x in load_model(tmp_path / "model").params.values()] == [1, 2, 3]
+
+
+def test_more_than_the_disk_has_room_for_is_not_begun(tmp_path):
+  huge = {"a": UnreadArray(2**60, lambda: pytest.fail("it was read"))}
+  with pytest.raises(
+    OSError, match=rf"1,152,921,504,606,846,976 bytes are to be written to {tmp_path}; [\d,]+ are free"
+  ):
+    _save(tmp_path / "model", huge)
+  assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_killed_process_left_is_replaced(params, tmp_path):
+  left = temporary_directory(tmp_path / "model")
+  (left / "params").mkdir(parents=True)
+  (left / "params" / "junk").write_text("half of it")
+  (left / "tokenizer.json").write_text("{")
+  _save(tmp_path / "model", params)
+  assert [path.name for path in tmp_path.iterdir()] == ["model"]
+  assert load_model(tmp_path / "model").tokenizer_files == FILES
+  assert not list((tmp_path / "model").rglob("junk"))
+
+
+def test_what_another_process_writes_is_left_to_it(params, tmp_path):
+  other = temporary_directory(tmp_path / "model")
+  with locked(other):
+    (other / "params").mkdir()
+    with pytest.raises(ValueError, match=r"model.partial-directory is being written by another process"):
+      _save(tmp_path / "model", params)
+    assert [path.name for path in tmp_path.rglob("*")] == ["model.partial-directory", "params"]
 
 
 def test_odd_numbers_survive(tmp_path):

@@ -18,9 +18,10 @@ PACKAGES = ("kernels_pallas", "supra_jax", "convert_weights")
 
 # supra_jax, from the ground up. `__init__` is the front door; `bin.*` are the programs, `bin.entry` what they share.
 FLOORS = {
-  "F1": ("config", "sharding"),
+  "F1": ("config", "sharding", "files"),
   "F2": ("layers", "feature_maps", "attention", "transformer"),
   "F3": (
+    "params_io",
     "checkpoint",
     "parameter_reader",
     "tokenizer",
@@ -45,23 +46,20 @@ ORDER = [f"supra_jax.{name}" for floor in FLOORS.values() for name in floor]
 
 # Modules of supra_jax that convert_weights may use, and those of supra_jax that may use convert_weights.
 OPEN_TO_CONVERTERS = {
-  "supra_jax.bin.entry",
-  "supra_jax.config",
-  "supra_jax.checkpoint",
-  "supra_jax.parameter_reader",
-  "supra_jax.tokenizer",
+  f"supra_jax.{name}"
+  for name in ("bin.entry", "config", "checkpoint", "files", "lm", "parameter_reader", "params_io", "tokenizer")
 }
 USES_CONVERTERS = {"supra_jax.demo", "supra_jax.bin.demo"}
 
 # Packages that only some modules may import.
 RESERVED = {
-  "orbax": r"supra_jax\.(checkpoint|parameter_reader)",
+  "orbax": r"supra_jax\.(checkpoint|params_io|parameter_reader)",
   "grain": r"supra_jax\.(data|checkpoint)",
   "tensorboardX": r"supra_jax\.metrics",
   "matplotlib": r"supra_jax\.picture",
   "absl": r"supra_jax\.bin\..*|convert_weights\..*",
-  "torch": r"convert_weights\.(torch_file|for_transformers\..*)",
-  "transformers": r"convert_weights\.for_transformers\..*",
+  "torch": r"convert_weights\.(torch_file|verify|for_transformers\..*)",
+  "transformers": r"convert_weights\.(verify|for_transformers\..*)",
 }
 KERNELS_MAY_IMPORT = {"jax", "numpy"}
 

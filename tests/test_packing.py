@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from supra_jax import data, encoding, packed, packing
+from supra_jax.files import locked
 
 ROOT = Path(__file__).parent.parent
 EOS, BOS = 1, 2
@@ -303,7 +304,7 @@ class TestResume:
       prepare(text, tmp_path / "out")
 
   def test_two_at_once(self, tmp_path, text):
-    with packing._locked(tmp_path / "out.partial"), pytest.raises(ValueError, match="written by another process"):
+    with locked(tmp_path / "out.partial"), pytest.raises(ValueError, match="written by another process"):
       prepare(text, tmp_path / "out")
 
 

@@ -50,6 +50,28 @@ def leaf(params, path: str) -> np.ndarray:
   return np.asarray(params)
 
 
+def flatten(tree, prefix=""):
+  for key, value in tree.items():
+    if isinstance(value, dict):
+      yield from flatten(value, f"{prefix}{key}/")
+    else:
+      yield f"{prefix}{key}", np.asarray(value)
+
+
+def check_parameters(params, source, tied):
+  """Every parameter against its tensor, through a mapping written independently of the converter's."""
+  ours = dict(flatten(params))
+  for name, tensor in source.items():
+    path = name.removeprefix("model.").removesuffix(".weight").replace("layers.", "layers_", 1).replace(".", "/")
+    if path.endswith("_proj") or path == "lm_head":
+      path, tensor = f"{path}/kernel", tensor.T
+    else:
+      path += "/embedding" if path == "embed_tokens" else "/weight"
+    np.testing.assert_array_equal(ours.pop(path), tensor, strict=True, err_msg=name)
+  assert not ours
+  assert ("lm_head" in params) == (not tied)
+
+
 def permute(weights: np.ndarray, heads: int) -> np.ndarray:
   """What llama.cpp's converter does to q and k: halves (i, i + K/2) to pairs (2i, 2i+1)."""
   return weights.reshape(heads, 2, -1, *weights.shape[1:]).swapaxes(1, 2).reshape(weights.shape)

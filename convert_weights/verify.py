@@ -1,0 +1,144 @@
+r"""Holds a converted model against its source: both run on the same text, in float32.
+
+python -m convert_weights.verify --source=SOURCE --checkpoint=DIR [--tolerance=1e-3] [--text=FILE]
+
+The source is run by transformers (pip install 'supra_jax[torch]'). Exits 1 where the logits differ by more than the
+tolerance.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from pydoc_data.topics import topics
+from typing import Any
+
+import jax
+import numpy as np
+from absl import flags
+
+from convert_weights.errors import ConversionError
+from convert_weights.open_source import open_source
+from convert_weights.source import Source
+from supra_jax import lm
+from supra_jax.bin.entry import run
+
+# Of a text no more is read: enough for any rotary angle or window to show, and few enough for a CPU.
+MAX_TOKENS = 512
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+  """How far a converted model is from its source.
+
+  Attributes:
+    num_tokens: after each of which the logits were compared.
+    largest, mean: difference of two logits, in absolute terms.
+    deviation: standard deviation of the source's logits.
+    agreeing: after how many tokens both find the same next one the likeliest.
+  """
+
+  num_tokens: int
+  largest: float
+  mean: float
+  deviation: float
+  agreeing: int
+
+
+def compare(source: str | os.PathLike[str], checkpoint: str | os.PathLike[str], text: str | None = None) -> Comparison:
+  """Runs a source and what was converted from it.
+
+  Args:
+    source: what `hf_to_orbax.convert` was given.
+    checkpoint: the model directory that it wrote.
+    text: which is encoded by the checkpoint's tokenizer; None takes Python's own documentation. A checkpoint without a
+      tokenizer gets random tokens.
+
+  Raises:
+    ConversionError: there is nothing to run the source with, or the two are not of one size.
+  """
+  opened = open_source(source)
+  if opened.kind not in _RUNNERS:
+    raise ConversionError(f"{source}: transformers has no model for a source of the kind {opened.kind!r}.")
+  tokens, ours = _run_checkpoint(checkpoint, text)
+  if ours.shape[-1] != opened.config.vocab_size:
+    raise ConversionError(
+      f"{checkpoint} was not converted from {source}: it has {ours.shape[-1]} logits, not {opened.config.vocab_size}."
+    )
+  theirs = _RUNNERS[opened.kind](opened, tokens)
+  difference = np.abs(ours - theirs)
+  return Comparison(
+    len(tokens),
+    float(difference.max()),
+    float(difference.mean(dtype=np.float64)),
+    float(theirs.std(dtype=np.float64)),
+    int((ours.argmax(-1) == theirs.argmax(-1)).sum()),
+  )
+
+
+def _run_checkpoint(checkpoint: str | os.PathLike[str], text: str | None) -> tuple[np.ndarray, np.ndarray]:
+  """Token ids [T] and logits [T, vocabulary]; the parameters are gone when it returns."""
+  model = lm.load(checkpoint, "float32")
+  if model.tokenizer is None:
+    tokens = np.random.default_rng(0).integers(model.config.vocab_size, size=MAX_TOKENS)
+  else:
+    given = "\n".join(topics[name] for name in sorted(topics)[:20]) if text is None else text
+    tokens = np.array(model.tokenizer.encode(given)[:MAX_TOKENS], np.int64)
+  if not len(tokens):
+    raise ConversionError("The text is empty.")
+  # Accelerators multiply float32 with fewer bits unless told otherwise.
+  with jax.default_matmul_precision("highest"):
+    return tokens, np.asarray(model(tokens[None])[0][0])
+
+
+def _run_transformers(source: Source, tokens: np.ndarray) -> np.ndarray:
+  try:
+    import torch
+    import transformers
+  except ImportError as error:
+    raise ConversionError(f"To run the source takes {error.name}: pip install 'supra_jax[torch]'.") from error
+  transformers.utils.logging.set_verbosity_error()
+  transformers.utils.logging.disable_progress_bar()
+  directory = source.path if source.path.is_dir() else source.path.parent
+  arguments: dict[str, Any] = {"gguf_file": source.path.name} if source.kind == "gguf" else {}
+  model = transformers.AutoModelForCausalLM.from_pretrained(
+    str(directory), dtype=torch.float32, local_files_only=True, **arguments
+  )
+  with torch.no_grad():
+    return model.eval()(torch.from_numpy(tokens[None])).logits[0].numpy()
+
+
+# Kind of a source -> (source, token ids [T]) -> logits float32 [T, vocabulary].
+_RUNNERS: Mapping[str, Callable[[Source, np.ndarray], np.ndarray]] = {
+  "huggingface": _run_transformers,
+  "gguf": _run_transformers,
+}
+
+
+def main() -> None:
+  text = None if _TEXT.value is None else Path(_TEXT.value).read_text()
+  found = compare(_SOURCE.value, _CHECKPOINT.value, text)
+  print(f"After each of {found.num_tokens} tokens, all logits, in float32:")
+  print(f"  largest difference   {found.largest:.2e}")
+  print(f"  mean difference      {found.mean:.2e}")
+  print(f"  standard deviation   {found.deviation:.2e}")
+  print(f"  same next token      {found.agreeing} of {found.num_tokens}")
+  # Written so that NaN is no pass.
+  if not found.largest <= _TOLERANCE.value * found.deviation:
+    raise ConversionError(
+      f"{_CHECKPOINT.value} and {_SOURCE.value} differ by {found.largest / found.deviation:.2e} standard deviations of "
+      f"the logits, more than the tolerance of {_TOLERANCE.value:g}."
+    )
+  print(f"They are the same, to {_TOLERANCE.value:g} standard deviations of the logits.")
+
+
+if __name__ == "__main__":
+  _SOURCE = flags.DEFINE_string("source", None, "What was converted.", required=True)
+  _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "The model directory that came of it.", required=True)
+  _TOLERANCE = flags.DEFINE_float(
+    "tolerance", 1e-3, "How far two logits may be apart, in standard deviations of the logits.", lower_bound=0
+  )
+  _TEXT = flags.DEFINE_string("text", None, "Text file; unset takes Python's documentation.")
+  run(main)

@@ -1,0 +1,51 @@
+"""Random checkpoints of any size, written a tensor at a time; for benchmarks too."""
+
+import json
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+
+
+def write(directory: Path, **config) -> Path:
+  """Makes a directory with a Llama or Mistral in bfloat16; the numbers are normal, and repeat.
+
+  Returns:
+    The file with the weights.
+  """
+  directory.mkdir()
+  (directory / "config.json").write_text(json.dumps({"rms_norm_eps": 1e-5, "tie_word_embeddings": False} | config))
+  header, end = {}, 0
+  for name, shape in _shapes(**config).items():
+    begin, end = end, end + 2 * int(np.prod(shape))
+    header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [begin, end]}
+  noise = (0.02 * np.random.default_rng(0).standard_normal(2**22, np.float32)).astype(ml_dtypes.bfloat16)
+  raw, path = json.dumps(header).encode(), directory / "model.safetensors"
+  with path.open("wb") as file:
+    file.write(len(raw).to_bytes(8, "little") + raw)
+    for number, entry in enumerate(header.values()):
+      file.write(np.resize(np.roll(noise, number), int(np.prod(entry["shape"]))).tobytes())
+  return path
+
+
+def _shapes(
+  *, vocab_size, hidden_size, intermediate_size, num_hidden_layers, num_attention_heads, num_key_value_heads, **_
+):
+  narrow = hidden_size // num_attention_heads * num_key_value_heads
+  layer = {
+    "input_layernorm": (hidden_size,),
+    "self_attn.q_proj": (hidden_size, hidden_size),
+    "self_attn.k_proj": (narrow, hidden_size),
+    "self_attn.v_proj": (narrow, hidden_size),
+    "self_attn.o_proj": (hidden_size, hidden_size),
+    "post_attention_layernorm": (hidden_size,),
+    "mlp.gate_proj": (intermediate_size, hidden_size),
+    "mlp.up_proj": (intermediate_size, hidden_size),
+    "mlp.down_proj": (hidden_size, intermediate_size),
+  }
+  return {
+    "model.embed_tokens.weight": (vocab_size, hidden_size),
+    **{f"model.layers.{i}.{name}.weight": s for i in range(num_hidden_layers) for name, s in layer.items()},
+    "model.norm.weight": (hidden_size,),
+    "lm_head.weight": (vocab_size, hidden_size),
+  }
