@@ -33,7 +33,7 @@ def open_source(source: str | os.PathLike[str], tokenizer: str | os.PathLike[str
     if not files:
       raise ConversionError(f"{tokenizer}: holds neither tokenizer.json nor tokenizer.model.")
     opened = dataclasses.replace(opened, tokenizer_files=files)
-  return _with_checked_tokenizer(opened)
+  return _with_checked_tokenizer(opened, opened.path if tokenizer is None else tokenizer)
 
 
 def _open(source: str | os.PathLike[str]) -> Source:
@@ -66,12 +66,12 @@ def _open_directory(directory: Path, file: Path | None = None) -> Source:
   return (open_openlm if is_openlm else open_huggingface)(directory, original, file)
 
 
-def _with_checked_tokenizer(source: Source) -> Source:
+def _with_checked_tokenizer(source: Source, where: str | os.PathLike[str]) -> Source:
   """The source, if its tokenizer can be used; OpenLM's configs leave the ids that begin and end a text to it."""
   try:
     tokenizer = Tokenizer.from_files(source.tokenizer_files, source.config)
   except ValueError as error:
-    raise ConversionError(f"{source.path}: the tokenizer cannot be used: {error}") from error
+    raise ConversionError(f"{where}: the tokenizer cannot be used: {error}") from error
   if tokenizer is None or source.kind != openlm_config.MODEL_TYPE:
     return source
   config = source.config.replace(bos_token_id=tokenizer.bos_id, eos_token_ids=tokenizer.eos_ids)

@@ -32,6 +32,8 @@ _NAMES = re.compile(
   r"torch\.serialization _get_layout"
 )
 _LOCAL_HEADER_BYTES = 30
+# An object is hashed, compared and freed with all that it holds, however often it holds the same.
+_MAX_VISITS = 500_000_000
 
 
 def open_torch(path: Path) -> dict[str, StoredTensor]:
@@ -108,12 +110,42 @@ def _check_pickle(path: Path, archive: zipfile.ZipFile, info: zipfile.ZipInfo) -
   """Refuses a pickle that names more than tensors."""
   if info.file_size > _MAX_PICKLE_BYTES:
     raise ConversionError(f"{path}: corrupt: its pickle claims {info.file_size} bytes.")
-  named = [str(argument) for opcode, argument, _ in pickletools.genops(archive.read(info)) if opcode.name == "GLOBAL"]
+  raw = archive.read(info)
+  named = [str(argument) for opcode, argument, _ in pickletools.genops(raw) if opcode.name == "GLOBAL"]
   others = sorted({name[:200] for name in named if not _NAMES.fullmatch(name)})
   if others:
     raise ConversionError(
       "\n".join([f"{path}: its pickle wants more than tensors, which could run code.", *listing("names", others)])
     )
+  if _visits(raw) > _MAX_VISITS:
+    raise ConversionError(f"{path}: its pickle holds objects within objects that would take hours to go through.")
+
+
+def _visits(raw: bytes) -> int:
+  """How many objects are visited in all if each opcode of a pickle goes through all that its operands hold.
+
+  Of a tuple of twice the same tuple of twice the same tuple and so on, hashing takes two to the power of its depth.
+  """
+  stack: list[int | None] = []  # how many objects each holds, itself included; None is a mark
+  memo: dict[Any, int | None] = {}
+  visits = 0
+  for opcode, argument, _ in pickletools.genops(raw):
+    if opcode.name == "MEMOIZE":
+      memo[len(memo)] = stack[-1]
+    elif opcode.name.endswith("PUT"):
+      memo[argument] = stack[-1]
+    elif opcode.name.endswith("GET"):
+      stack.append(memo[argument])
+    else:
+      taken, before = [], opcode.stack_before
+      if pickletools.markobject in before:
+        while (size := stack.pop()) is not None:
+          taken.append(size)
+        before = before[: before.index(pickletools.markobject)]
+      taken += [stack.pop() or 0 for _ in before]
+      visits += sum(taken)
+      stack += [None if made is pickletools.markobject else 1 + sum(taken) for made in opcode.stack_after]
+  return visits
 
 
 def _reason(error: Exception) -> str:

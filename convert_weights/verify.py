@@ -117,21 +117,33 @@ _RUNNERS: Mapping[str, Callable[[Source, np.ndarray], np.ndarray]] = {
 }
 
 
-def main() -> None:
-  text = None if _TEXT.value is None else Path(_TEXT.value).read_text()
-  found = compare(_SOURCE.value, _CHECKPOINT.value, text)
+def report(found: Comparison, tolerance: float) -> None:
+  """Prints how far two models are apart.
+
+  Args:
+    found: what to print.
+    tolerance: how far two logits may be, in standard deviations of the logits.
+
+  Raises:
+    ConversionError: they are further.
+  """
   print(f"After each of {found.num_tokens} tokens, all logits, in float32:")
   print(f"  largest difference   {found.largest:.2e}")
   print(f"  mean difference      {found.mean:.2e}")
   print(f"  standard deviation   {found.deviation:.2e}")
   print(f"  same next token      {found.agreeing} of {found.num_tokens}")
   # Written so that NaN is no pass.
-  if not found.largest <= _TOLERANCE.value * found.deviation:
+  if not found.largest <= tolerance * found.deviation:
     raise ConversionError(
-      f"{_CHECKPOINT.value} and {_SOURCE.value} differ by {found.largest / found.deviation:.2e} standard deviations of "
-      f"the logits, more than the tolerance of {_TOLERANCE.value:g}."
+      f"The models differ by {found.largest / found.deviation:.2e} standard deviations of the logits, more than the "
+      f"tolerance of {tolerance:g}."
     )
-  print(f"They are the same, to {_TOLERANCE.value:g} standard deviations of the logits.")
+  print(f"They are the same, to {tolerance:g} standard deviations of the logits.")
+
+
+def main() -> None:
+  text = None if _TEXT.value is None else Path(_TEXT.value).read_text()
+  report(compare(_SOURCE.value, _CHECKPOINT.value, text), _TOLERANCE.value)
 
 
 if __name__ == "__main__":

@@ -19,12 +19,14 @@ import shutil
 import signal
 import tempfile
 import time
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import gguf
 import hypothesis
+import jax
 import ml_dtypes
 import numpy as np
 from hypothesis import strategies as st
@@ -33,8 +35,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from convert_weights.errors import ConversionError
 from convert_weights.hf_to_orbax import convert
-from supra_jax.checkpoint import load_model
+from supra_jax.checkpoint import ModelCheckpoint, load_model
 from supra_jax.config import ModelConfig
+from tests import openlm
+from tests.convert_weights import openlm_reference as reference
 from tests.convert_weights import tiny_checkpoints as tiny
 
 SECONDS, MEBIBYTES = 20, 1024
@@ -47,12 +51,14 @@ class Kind:
   """A kind of source.
 
   Attributes:
-    write: writes a small one into an empty directory.
-    read: its tensors under Hugging Face's names, as a package that is not ours reads them; it may use the config.
+    write: writes a small one into a new directory.
+    read: its tensors under the names of its format, as a package that is not ours reads them; it may use the config.
+    compare: raises where a converted model has not the tensors that were read.
   """
 
   write: Callable[[Path], Any]
   read: Callable[[Path, ModelConfig], dict[str, np.ndarray]]
+  compare: Callable[[ModelCheckpoint, dict[str, np.ndarray]], None]
 
 
 def _write_directory(directory: Path) -> dict[str, np.ndarray]:
@@ -108,11 +114,62 @@ def _read_gguf(directory: Path, config: ModelConfig) -> dict[str, np.ndarray]:
   return tensors
 
 
+def _write_torch(directory: Path) -> None:
+  _save_torch(_write_directory(directory), directory / "pytorch_model.bin")
+
+
+def _write_openlm(directory: Path) -> None:
+  directory.mkdir()
+  config = json.loads((openlm.GOLDEN / "gqa_8_2" / "config.json").read_text()) | {"n_layers": 1}
+  (directory / "config.json").write_text(json.dumps(config))
+  _save_torch(reference.random_tensors(config), directory / "epoch_1.pt", prefix="module.")
+
+
+def _save_torch(tensors: dict[str, np.ndarray], path: Path, prefix: str = "") -> None:
+  import torch
+
+  types = (torch.float32, torch.float16, torch.bfloat16)
+  state = {
+    prefix + name: torch.from_numpy(x.astype(np.float32)).to(types[i % 3])
+    for i, (name, x) in enumerate(tensors.items())
+  }
+  training = {"epoch": 1, "state_dict": state, "optimizer": {"betas": (0.9, 0.95), "state": [1, None, True]}}
+  torch.save(training if prefix else state, path)
+
+
+def _read_torch(directory: Path, config: ModelConfig) -> dict[str, np.ndarray]:
+  import torch
+
+  (path,) = (path for path in directory.iterdir() if path.suffix in (".bin", ".pt"))
+  loaded = torch.load(path, weights_only=True)
+  state = loaded.get("state_dict", loaded)
+  return {name.removeprefix("module."): tensor.double().numpy() for name, tensor in state.items()}
+
+
+def _compare_huggingface(model: ModelCheckpoint, wanted: dict[str, np.ndarray]) -> None:
+  if model.config.tie_embeddings:
+    wanted.pop("lm_head.weight", None)
+  tiny.check_parameters(model.params, wanted, model.config.tie_embeddings)
+
+
+def _compare_openlm(model: ModelCheckpoint, wanted: dict[str, np.ndarray]) -> None:
+  # Of tied embeddings either name will do.
+  tied = {"output.weight", "tok_embeddings.weight"} if model.config.tie_embeddings else set()
+  found = openlm.to_reference(jax.tree.map(np.asarray, model.params), model.config)
+  wanted = {name.removeprefix("model."): x for name, x in wanted.items() if not name.endswith("inv_freq")}
+  assert found.keys() - tied == wanted.keys() - tied
+  for name, x in wanted.items():
+    np.testing.assert_array_equal(found[name if name in found else "tok_embeddings.weight"], x, err_msg=name)
+
+
 KINDS = {
-  "safetensors": Kind(_write_safetensors, _read_safetensors),
-  "shards": Kind(_write_shards, _read_safetensors),
-  "gguf": Kind(_write_gguf, _read_gguf),
+  "safetensors": Kind(_write_safetensors, _read_safetensors, _compare_huggingface),
+  "shards": Kind(_write_shards, _read_safetensors, _compare_huggingface),
+  "torch": Kind(_write_torch, _read_torch, _compare_huggingface),
+  "openlm": Kind(_write_openlm, _read_torch, _compare_openlm),
+  "gguf": Kind(_write_gguf, _read_gguf, _compare_huggingface),
 }
+NEED_TORCH = ("torch", "openlm")
 
 _INTEGERS = st.sampled_from([0, 1, 2, 7, 97, 255, 2**16, 2**31 - 1, 2**31, 2**32, 2**40, 2**63 - 1, 2**63, 2**64 - 1])
 _VALUES = st.one_of(
@@ -172,16 +229,37 @@ def _places(value: Any) -> list[tuple[Any, Any]]:
 
 def damage(draw, path: Path) -> None:
   raw = path.read_bytes()
-  header = int.from_bytes(raw[:8], "little") if path.suffix == ".safetensors" else 0
-  try:
-    tree = json.loads(raw[8 : 8 + header] if header else raw) if path.suffix in (".json", ".safetensors") else None
-  except ValueError:
-    tree = None
-  if tree is None or draw(st.integers(0, 2)) == 0:
+  if draw(st.integers(0, 2)) == 0:
     path.write_bytes(damage_bytes(draw, raw))
-    return
-  text = json.dumps(damage_json(draw, tree)).encode()
-  path.write_bytes(len(text).to_bytes(8, "little") + text + raw[8 + header :] if header else text)
+  elif path.suffix in (".bin", ".pt") and zipfile.is_zipfile(path):
+    _damage_archive(draw, path)
+  else:
+    header = int.from_bytes(raw[:8], "little") if path.suffix == ".safetensors" else 0
+    try:
+      tree = json.loads(raw[8 : 8 + header] if header else raw)
+    except ValueError:
+      path.write_bytes(damage_bytes(draw, raw))
+      return
+    text = json.dumps(damage_json(draw, tree)).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + raw[8 + header :] if header else text)
+
+
+def _damage_archive(draw, path: Path) -> None:
+  """A record damaged in an archive that is whole; the pickle, as likely as not."""
+  with zipfile.ZipFile(path) as archive:
+    try:
+      records = {info.filename: archive.read(info) for info in archive.infolist()}
+    except zipfile.BadZipFile:  # damaged before
+      return
+  names = sorted(records)
+  pickles = [name for name in names if name.endswith(".pkl")]
+  name = draw(st.sampled_from(pickles if pickles and draw(st.booleans()) else names))
+  records[name] = damage_bytes(draw, records[name])
+  if draw(st.booleans()):  # or torch takes the records to be where it would put them
+    records = {name: data for name, data in records.items() if not name.endswith(".format_version")}
+  with zipfile.ZipFile(path, "w") as archive:
+    for name, data in records.items():
+      archive.writestr(name, data)
 
 
 def check(kind: Kind, source: Path, output: Path) -> bool:
@@ -193,12 +271,8 @@ def check(kind: Kind, source: Path, output: Path) -> bool:
     assert not [path for path in output.parent.iterdir() if path.name.startswith(output.name)], "something is left"
     return False
   model = load_model(output)
-  wanted = {
-    name: x.astype(np.float32).astype(model.source["dtype"]) for name, x in kind.read(source, model.config).items()
-  }
-  if model.config.tie_embeddings:
-    wanted.pop("lm_head.weight", None)
-  tiny.check_parameters(model.params, wanted, model.config.tie_embeddings)
+  read = kind.read(source, model.config)
+  kind.compare(model, {name: x.astype(np.float32).astype(model.source["dtype"]) for name, x in read.items()})
   return True
 
 

@@ -16,7 +16,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
-from tiny_checkpoints import CASES, GOLDEN
+from tiny_checkpoints import CASES, GOLDEN, TOKENIZER
 
 from convert_weights import hf_export, hf_to_orbax, openlm_config, safetensors_writer
 from convert_weights.errors import ConversionError
@@ -94,18 +94,6 @@ def test_openlm_there_and_back(case, tmp_path):
     assert_same_bits(load_file(exported / "model.safetensors"), load_file(openlm.GOLDEN / case / "model.safetensors"))
 
 
-TOKENIZER = {
-  "tokenizer.json": json.dumps(
-    {
-      "version": "1.0",
-      "added_tokens": [],
-      "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True},
-      "decoder": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True},
-      "model": {"type": "BPE", "vocab": {"a": 0}, "merges": []},
-    }
-  ).encode(),
-  "tokenizer_config.json": b'{"tokenizer_class": "PreTrainedTokenizerFast"}',
-}
 EVERYTHING = tiny().replace(
   mixers=("supra", "softmax"),
   value_head_dim=12,

@@ -6,10 +6,12 @@ import sys
 
 import pytest
 
-from tests.convert_weights.fuzz import KINDS
+from tests.convert_weights.fuzz import KINDS, NEED_TORCH
 
 
 def fuzz(kind: str, examples: int) -> None:
+  if kind in NEED_TORCH:
+    pytest.importorskip("torch")
   command = [sys.executable, "-m", "tests.convert_weights.fuzz", f"--kind={kind}", f"--examples={examples}"]
   # Each thread would reserve memory for its own heap, which counts.
   done = subprocess.run(

@@ -11,7 +11,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
-from tiny_checkpoints import CASES, GOLDEN, change_config, check_parameters, copy_case, leaf, source_tensors
+from tiny_checkpoints import CASES, GOLDEN, TOKENIZER, change_config, check_parameters, copy_case, leaf, source_tensors
 
 from convert_weights import hf_config
 from convert_weights.hf_to_orbax import convert
@@ -260,6 +260,17 @@ def test_tokenizer_files_are_copied(tmp_path):
     "tokenizer.json": contents.encode(),
     "tokenizer_config.json": b"{}",
   }
+
+
+def test_program_with_a_tokenizer_from_elsewhere(tmp_path):
+  source, other = copy_case("mistral_gqa", tmp_path / "source"), tmp_path / "tokenizer"
+  other.mkdir()
+  for name, contents in TOKENIZER.items():
+    (other / name).write_bytes(contents)
+  flags = f"--source={source}", f"--output={tmp_path / 'out'}", f"--tokenizer={other}"
+  done = subprocess.run([sys.executable, "-m", "convert_weights.hf_to_orbax", *flags], capture_output=True, text=True)
+  assert done.returncode == 0, done.stderr
+  assert load_model(tmp_path / "out").tokenizer_files == TOKENIZER
 
 
 def test_program(tmp_path):

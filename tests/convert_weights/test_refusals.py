@@ -186,6 +186,8 @@ def repeat_key(header):
     (lambda h: b"\xff\xfe", "corrupt header"),
     (lambda h: b"[1, 2]", "wanted a JSON object"),
     (repeat_key, "given twice"),
+    (lambda h: h.update(__metadata__={"format": 1}), "__metadata__"),
+    (lambda h: h.update(__metadata__=None), "__metadata__"),
     (lambda h: h[Q_PROJ].update(dtype="F12"), "unknown dtype 'F12'"),
     (lambda h: h[Q_PROJ].update(shape=[48, 49]), "does not fill"),
     (lambda h: h[Q_PROJ].update(shape=[48, -48]), "shape [48, -48]"),

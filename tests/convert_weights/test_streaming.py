@@ -41,9 +41,9 @@ def converted(source):
     path.unlink()
 
 
-def program(source: Path, output: Path, **kwargs) -> subprocess.Popen:
+def program(source: Path, output: Path) -> subprocess.Popen:
   command = [sys.executable, "-m", "convert_weights.hf_to_orbax", f"--source={source}", f"--output={output}"]
-  return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, **kwargs)
+  return subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
 
 
 def measured(code: str, *arguments: Path | str, **environment: str) -> int:
@@ -113,10 +113,8 @@ def test_killed_it_leaves_nothing_that_looks_whole_and_finishes_when_started_aga
 
 
 def test_a_full_disk_is_one_line_and_nothing_is_left(source, tmp_path):
-  def fill():
-    resource.setrlimit(resource.RLIMIT_FSIZE, (MIB, MIB))
-
-  run = program(source, tmp_path / "out", preexec_fn=fill)
+  run = program(source, tmp_path / "out")
+  resource.prlimit(run.pid, resource.RLIMIT_FSIZE, (MIB, MIB))
   said = run.communicate()[1].replace("\r", "\n").strip().splitlines()
   assert run.returncode == 1
   errors = [line for line in said if not line.startswith("Converting:")]

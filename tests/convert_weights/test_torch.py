@@ -207,6 +207,15 @@ def test_a_pickle_that_asks_for_memory(torch, tmp_path):
   refuse(tmp_path / "a.pt", "__builtin__ bytearray")
 
 
+@pytest.mark.parametrize("width, depth", [(2, 60), (1000, 6)])
+def test_a_pickle_that_asks_for_time(torch, tmp_path, width, depth):
+  """A dict with a key that takes forever to hash: (k, k, ...), where k = (j, j, ...), and so on."""
+  torch.save({"a": torch.zeros(1)}, tmp_path / "a.pt")
+  code = b"\x80\x02})" + b"".join(b"q%c0" % i + b"(" + width * (b"h%c" % i) + b"t" for i in range(depth)) + b"Ns."
+  rewrite(tmp_path / "a.pt", lambda records: records.update({"a/data.pkl": code}))
+  refuse(tmp_path / "a.pt", "objects within objects that would take hours")
+
+
 def test_every_cut_and_many_flipped_bytes_are_handled(torch, tmp_path):
   """A damaged file ends in a ConversionError or is read: no crash, no hang."""
   path = tmp_path / "a.pt"

@@ -1,5 +1,6 @@
 """verify tells a right conversion from a wrong one, with transformers as the judge."""
 
+import dataclasses
 import subprocess
 import sys
 
@@ -35,27 +36,27 @@ def test_gguf(transformers, tmp_path):
   assert found.largest < 1e-4 * found.deviation
 
 
-def run(*arguments):
-  command = [sys.executable, "-m", "convert_weights.verify", *arguments]
-  return subprocess.run(command, capture_output=True, text=True)
-
-
-def test_wrong(transformers, tmp_path):
+def test_wrong(transformers, tmp_path, capsys):
   """The k of two layers exchanged: every shape fits."""
   source = copy_case("llama_gqa_tied", tmp_path / "source")
   convert(source, tmp_path / "out")
-  arguments = f"--source={source}", f"--checkpoint={tmp_path / 'out'}"
-  done = run(*arguments)
-  assert done.returncode == 0 and "512 of 512" in done.stdout and "They are the same" in done.stdout, done.stderr
+  found = verify.compare(source, tmp_path / "out")
+  verify.report(found, 1e-3)
+  said = capsys.readouterr().out
+  assert "512 of 512" in said and "They are the same" in said
 
   tensors = load_file(source / "model.safetensors")
   names = [f"model.layers.{i}.self_attn.k_proj.weight" for i in (0, 1)]
   tensors |= {names[0]: tensors[names[1]], names[1]: tensors[names[0]]}
   save_file(tensors, source / "model.safetensors")
-  done = run(*arguments)
+  # As a program: what it prints, and that it fails.
+  command = [sys.executable, "-m", "convert_weights.verify", f"--source={source}", f"--checkpoint={tmp_path / 'out'}"]
+  done = subprocess.run(command, capture_output=True, text=True)
   assert done.returncode == 1 and "more than the tolerance of 0.001" in done.stderr
-  assert "Traceback" not in done.stderr and "512 of 512" not in done.stdout
-  assert run(*arguments, "--tolerance=1000").returncode == 0
+  assert "Traceback" not in done.stderr and "512 of 512" not in done.stdout and "They are" not in done.stdout
+  verify.report(verify.compare(source, tmp_path / "out"), 1000)
+  with pytest.raises(ConversionError, match="the tolerance"):
+    verify.report(dataclasses.replace(found, largest=np.nan), 1e-3)
 
 
 def test_what_it_cannot_do_is_said(tmp_path, monkeypatch):

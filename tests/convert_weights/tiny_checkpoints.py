@@ -17,6 +17,21 @@ CASES = sorted(path.name for path in GOLDEN.iterdir() if path.is_dir())
 HEADS, KV_HEADS, HEAD_DIM, WIDTH, FFN, VOCAB, LAYERS = 6, 2, 8, 48, 64, 97, 2
 
 
+# Files of a tokenizer of one token.
+TOKENIZER = {
+  "tokenizer.json": json.dumps(
+    {
+      "version": "1.0",
+      "added_tokens": [],
+      "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True},
+      "decoder": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True},
+      "model": {"type": "BPE", "vocab": {"a": 0}, "merges": []},
+    }
+  ).encode(),
+  "tokenizer_config.json": b'{"tokenizer_class": "PreTrainedTokenizerFast"}',
+}
+
+
 def copy_case(case: str, directory: Path, **config_changes) -> Path:
   """Copies a golden case; a change of None removes the key."""
   shutil.copytree(GOLDEN / case, directory)
