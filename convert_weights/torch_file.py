@@ -13,6 +13,7 @@ import math
 import pickletools
 import re
 import struct
+import warnings
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -52,7 +53,8 @@ def open_torch(path: Path) -> dict[str, StoredTensor]:
     raise ConversionError(f"{path}: reading it needs torch: pip install 'supra_jax[torch]'.") from error
   records = _records(path)
   try:
-    loaded = torch.load(path, map_location="meta", weights_only=True)
+    with warnings.catch_warnings(action="ignore"):  # what is odd and no error is nothing that a user could mend
+      loaded = torch.load(path, map_location="meta", weights_only=True)
   except Exception as error:  # whatever a damaged or hostile pickle makes of torch's unpickler
     raise ConversionError(f"{path}: torch refuses it: {_reason(error)}.") from error
   state = loaded.get("state_dict", loaded) if isinstance(loaded, dict) else loaded

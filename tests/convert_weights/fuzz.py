@@ -246,11 +246,11 @@ def damage(draw, path: Path) -> None:
 
 def _damage_archive(draw, path: Path) -> None:
   """A record damaged in an archive that is whole; the pickle, as likely as not."""
-  with zipfile.ZipFile(path) as archive:
-    try:
+  try:
+    with zipfile.ZipFile(path) as archive:
       records = {info.filename: archive.read(info) for info in archive.infolist()}
-    except zipfile.BadZipFile:  # damaged before
-      return
+  except Exception:  # damaged before, and zipfile has no one error for that
+    return
   names = sorted(records)
   pickles = [name for name in names if name.endswith(".pkl")]
   name = draw(st.sampled_from(pickles if pickles and draw(st.booleans()) else names))
