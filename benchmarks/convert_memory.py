@@ -1,6 +1,6 @@
 """Memory and time of a conversion, beside those of copying the same files.
 
-    python -m benchmarks.convert_memory --workdir=DIR [--layers=32]
+    python -m benchmarks.convert_memory --workdir=DIR [--layers=32] [--rounds=3]
 
 Writes a random checkpoint of Mistral-7B's shapes (14.5 GB with 32 layers), and takes three times its size of the disk.
 Files are out of the page cache before each measurement, and on the disk at the end of it.
@@ -8,8 +8,9 @@ Files are out of the page cache before each measurement, and on the disk at the 
 
 from __future__ import annotations
 
+import json
 import os
-import resource
+import platform
 import shutil
 import subprocess
 import sys
@@ -38,24 +39,39 @@ def forget(directory: Path) -> None:
       os.close(handle)
 
 
+def measure(command: list[str], source: Path, output: Path) -> tuple[float, float]:
+  """Seconds until what a command writes is on the disk, and the GB of memory that it had at most."""
+  forget(source)
+  began = time.monotonic()
+  process = subprocess.Popen(command)
+  _, status, usage = os.wait4(process.pid, 0)
+  process.returncode = os.waitstatus_to_exitcode(status)
+  if process.returncode:
+    raise subprocess.CalledProcessError(process.returncode, command)
+  forget(output)
+  seconds = time.monotonic() - began
+  shutil.rmtree(output)
+  return seconds, usage.ru_maxrss * 1024 / 1e9
+
+
 def main() -> None:
   workdir = Path(_WORKDIR.value)
   source, output = workdir / "source", workdir / "output"
   workdir.mkdir(parents=True)
+  copy = ["cp", "-r", str(source), str(output)]
+  convert = [sys.executable, "-m", "convert_weights.hf_to_orbax", f"--source={source}", f"--output={output}"]
   try:
     size = random_checkpoint.write(source, num_hidden_layers=_LAYERS.value, **MISTRAL_7B).stat().st_size
-    print(f"{size / 1e9:.1f} GB, {cpu_name()}, {os.cpu_count()} cores")
-    convert = [sys.executable, "-m", "convert_weights.hf_to_orbax", f"--source={source}", f"--output={output}"]
-    seconds = []
-    for what, command in (("copy", ["cp", "-r", str(source), str(output)]), ("conversion", convert)):
-      forget(source)
-      began = time.monotonic()
-      subprocess.run(command, check=True)
-      forget(output)
-      seconds.append(time.monotonic() - began)
-      shutil.rmtree(output)
-      peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
-      print(f"{what}: {seconds[-1]:.1f} s, {seconds[-1] / seconds[0]:.2f} times the copy's; peak {peak:.2f} GiB")
+    machine = {"cpu": cpu_name(), "cores": os.cpu_count(), "python": platform.python_version()}
+    result = {**machine, "source_gb": round(size / 1e9, 2), "rounds": []}
+    for _ in range(_ROUNDS.value):
+      # cp's own peak is below that of this process, which the system counts until cp is there.
+      copy_seconds, _ = measure(copy, source, output)
+      seconds, peak = measure(convert, source, output)
+      times = {"copy_seconds": copy_seconds, "seconds": seconds, "ratio": seconds / copy_seconds, "peak_gb": peak}
+      result["rounds"].append({name: round(x, 2) for name, x in times.items()})
+      print(result["rounds"][-1], flush=True)
+    Path(_OUTPUT.value).write_text(json.dumps(result, indent=1) + "\n")
   finally:
     shutil.rmtree(workdir)
 
@@ -63,4 +79,6 @@ def main() -> None:
 if __name__ == "__main__":
   _WORKDIR = flags.DEFINE_string("workdir", None, "Directory to make, and to remove at the end.", required=True)
   _LAYERS = flags.DEFINE_integer("layers", 32, "Of the model: 4 have 2.3 GB.", lower_bound=1)
+  _ROUNDS = flags.DEFINE_integer("rounds", 3, "How often each is measured, in turn.", lower_bound=1)
+  _OUTPUT = flags.DEFINE_string("output", "benchmarks/results/convert_memory.json", "Where the numbers go.")
   run(main)
