@@ -217,6 +217,11 @@ class LinearAttention(_Projections):
     return LinearState(jnp.zeros((batch, c.num_heads, c.head_dim, c.value_width), jnp.float32))
 
   def __call__(self, x_BTD: jax.Array, state: LinearState | None, context: Context) -> tuple[jax.Array, LinearState]:
+    out, state = self.mix(x_BTD, state, context)
+    return self.merge(out), state
+
+  def mix(self, x_BTD: jax.Array, state: LinearState | None, context: Context) -> tuple[jax.Array, LinearState]:
+    """All but the output projection: GroupNorm's result [B, T, H, V], and the state."""
     q, k, v = self.project(x_BTD)
     q = self.feature_map(q)
     k = self.feature_map_kv(k) if self.has_own_k_map else self.feature_map(k)
@@ -237,7 +242,7 @@ class LinearAttention(_Projections):
       sequence = functools.partial(_sequence, scale=scale, implementation=self.implementation)
       op = per_device(sequence, (HEADS, HEADS, HEADS, ("heads",), STATE, ("batch", "time"), ("batch",)), (HEADS, STATE))
       out, s = op(q, k, v, slopes, initial, context.segment_ids, context.lengths)
-    return self.merge(group_norm(out)), LinearState(s)
+    return group_norm(out), LinearState(s)
 
   def _qk_norm(self, q_BTHK: jax.Array, k_BTGK: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Norms over all heads together. k's gains are one a query head, so that k leaves with H heads."""

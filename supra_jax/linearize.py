@@ -3,16 +3,28 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import os
+import tempfile
 from collections.abc import Mapping, Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
-from supra_jax.checkpoint import load_model, save_model
+from supra_jax.calibrate import Report, calibrate
+from supra_jax.checkpoint import ModelCheckpoint, load_model, save_model
 from supra_jax.config import ModelConfig, SupraConfig
+from supra_jax.data import Batch, make_loader, parse_sources
+from supra_jax.packed import META_FILE, check_packed
+from supra_jax.packing import prepare
+from supra_jax.sharding import make_mesh, param_shardings, process_shard
+from supra_jax.tokenizer import Tokenizer
 from supra_jax.transformer import Transformer
+
+Phi = Literal["random", "identity"]
 
 
 def linearize(
@@ -21,20 +33,22 @@ def linearize(
   *,
   supra: SupraConfig | None = None,
   layers: Sequence[int] | None = None,
+  phi: Phi = "random",
   seed: int = 0,
 ) -> tuple[dict[str, Any], ModelConfig]:
   """Turns softmax layers into SUPRA layers (paper, section 3).
 
-  What both mixers have (projections and their norms, MLP, embeddings) is kept as it is, bit for bit; what only `supra`
-  has (phi, and the gains of its own qk-norm) is drawn as the reference draws it: weight and bias from
-  U(-1/sqrt(fan_in), 1/sqrt(fan_in)).
+  What both mixers have (projections and their norms, MLP, embeddings) is kept as it is, bit for bit. What only `supra`
+  has is new: gains of its own qk-norm are 1; phi is drawn as the reference draws it, weight and bias from
+  U(-1/sqrt(fan_in), 1/sqrt(fan_in)), or else W is the identity and b is 0.
 
   Args:
     params: of the softmax model, one subtree a layer.
     config: of the softmax model.
     supra: phi, decay and qk-norm; None means the paper's.
     layers: which layers, negative ones counted from the end; None means all.
-    seed: of the new weights; a layer's draw depends on the seed and on its place alone.
+    phi: what it begins as, "random" or "identity".
+    seed: of the random ones; a layer's draw depends on the seed and on its place alone.
 
   Returns:
     (params, config) of the new model. New parameters have the dtype of the layer's q_proj.
@@ -45,7 +59,33 @@ def linearize(
   chosen = _chosen_layers(config, layers)
   mixers = tuple("supra" if i in chosen else mixer for i, mixer in enumerate(config.mixers))
   new_config = config.replace(mixers=mixers, supra=config.supra if supra is None else supra)
-  return {name: tree for name, tree in params.items()} | _new_layers(params, new_config, chosen, seed), new_config
+  return {name: tree for name, tree in params.items()} | _new_layers(params, new_config, chosen, phi, seed), new_config
+
+
+@dataclasses.dataclass(frozen=True)
+class Calibration:
+  """How `calibrate` is to solve for the output projections.
+
+  Attributes:
+    data: directories that `prepare_data` packed, with weights, as `data.parse_sources` reads them; or text.
+    text_key, sequence_length: of text, as `packing.prepare` takes them.
+    tokens: so many are read, rounded up to whole batches.
+    batch_size: rows at a time.
+    ridge: weight of |W_o|^2.
+    seed: of the order of the rows.
+    dtype: of the computation.
+    mesh: as `sharding.make_mesh` takes it.
+  """
+
+  data: str
+  text_key: str = "text"
+  sequence_length: int = 512
+  tokens: int = 131072
+  batch_size: int = 8
+  ridge: float = 1e-2
+  seed: int = 0
+  dtype: str = "float32"
+  mesh: str = ""
 
 
 def linearize_checkpoint(
@@ -54,12 +94,40 @@ def linearize_checkpoint(
   *,
   supra: SupraConfig | None = None,
   layers: Sequence[int] | None = None,
+  phi: Phi = "random",
   seed: int = 0,
+  calibration: Calibration | None = None,
+  report: Report | None = None,
 ) -> ModelConfig:
-  """`linearize` from model directory to model directory; returns the new config."""
-  start = load_model(checkpoint)
-  params, config = linearize(start.params, start.config, supra=supra, layers=layers, seed=seed)
-  made = {"supra": dataclasses.asdict(config.supra), "layers": None if layers is None else list(layers), "seed": seed}
+  """`linearize`, and where it is asked for `calibrate`, from model directory to model directory.
+
+  Args:
+    checkpoint: of the softmax model.
+    output: must not exist yet, or be empty.
+    supra, layers, phi, seed: as `linearize` takes them.
+    calibration: None: the teacher's output projections stay.
+    report: as `calibrate` takes it.
+
+  Returns:
+    The new config.
+  """
+  new: dict[str, Any] = {"supra": supra, "layers": layers, "phi": phi, "seed": seed}
+  if calibration is None:
+    start = load_model(checkpoint)
+    params, config = linearize(start.params, start.config, **new)
+  else:
+    mesh = make_mesh(calibration.mesh)
+    with jax.set_mesh(mesh):
+      start = load_model(checkpoint, shardings=lambda stored: param_shardings(stored, mesh))
+      params, config = linearize(start.params, start.config, **new)
+      batches, teacher = _first_batches(calibration, start, mesh), (start.params, start.config)
+      how: dict[str, Any] = {"ridge": calibration.ridge, "dtype": calibration.dtype, "report": report}
+      params = calibrate(teacher, (params, config), batches, mesh, **how)
+  made = new | {
+    "supra": dataclasses.asdict(config.supra),
+    "layers": None if layers is None else list(layers),
+    "calibration": None if calibration is None else dataclasses.asdict(calibration),
+  }
   save_model(
     output,
     config=config,
@@ -68,6 +136,36 @@ def linearize_checkpoint(
     source={"linearized_from": start.source, **made},
   )
   return config
+
+
+def _first_batches(calibration: Calibration, start: ModelCheckpoint, mesh: Mesh) -> list[Batch]:
+  """Of the rows in shuffled order the first, as many as were asked for; this process' part of them."""
+  index, count = process_shard(mesh)
+  sources, vocab_size = parse_sources(calibration.data), start.config.vocab_size
+  tokenizer = Tokenizer.from_files(start.tokenizer_files, start.config)
+  with tempfile.TemporaryDirectory() as directory:
+    if (Path(sources[0][0]) / META_FILE).exists():
+      for path, _ in sources:
+        check_packed(path, vocab_size=vocab_size, tokenizer=tokenizer)
+    else:
+      if tokenizer is None:
+        raise ValueError(f"The model has no tokenizer to read {calibration.data} with.")
+      packed = Path(directory) / "rows"
+      prepare(
+        calibration.data,
+        tokenizer,
+        packed,
+        vocab_size=vocab_size,
+        sequence_length=calibration.sequence_length,
+        text_key=calibration.text_key,
+      )
+      sources = ((str(packed / "train"), 1.0),)
+    loader = make_loader(
+      sources, batch_size=calibration.batch_size, seed=calibration.seed, shard_index=index, shard_count=count
+    )
+    first = next(loader)
+    tokens = calibration.batch_size * (first["tokens"].shape[1] - 1)
+    return [first, *itertools.islice(loader, -(-calibration.tokens // tokens) - 1)]
 
 
 def _chosen_layers(config: ModelConfig, layers: Sequence[int] | None) -> list[int]:
@@ -83,7 +181,9 @@ def _chosen_layers(config: ModelConfig, layers: Sequence[int] | None) -> list[in
   return sorted({i % count for i in wanted})
 
 
-def _new_layers(params: Mapping[str, Any], config: ModelConfig, chosen: Sequence[int], seed: int) -> dict[str, Any]:
+def _new_layers(
+  params: Mapping[str, Any], config: ModelConfig, chosen: Sequence[int], phi: Phi, seed: int
+) -> dict[str, Any]:
   """The chosen layers, with `new` parameters added to the teacher's.
 
   The shapes of what is new come from the model's own initialiser, run for one layer with everything else left out.
@@ -95,7 +195,8 @@ def _new_layers(params: Mapping[str, Any], config: ModelConfig, chosen: Sequence
   @jax.jit
   def draw(key):
     attention = one_layer.init(key, tokens)["params"]["layers_0"]["self_attn"]
-    return {name: tree for name, tree in attention.items() if name not in kept}
+    new = {name: tree for name, tree in attention.items() if name not in kept}
+    return {name: _identity(tree) if phi == "identity" and "kernel" in tree else tree for name, tree in new.items()}
 
   new_layers = {}
   for i in chosen:
@@ -104,3 +205,9 @@ def _new_layers(params: Mapping[str, Any], config: ModelConfig, chosen: Sequence
     new = jax.tree.map(lambda x, dtype=dtype: x.astype(dtype), draw(jax.random.fold_in(jax.random.key(seed), i)))
     new_layers[f"layers_{i}"] = {**layer, "self_attn": {**layer["self_attn"], **new}}
   return new_layers
+
+
+def _identity(phi: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+  """W = I, of each head where there are several, and b = 0."""
+  kernel, bias = phi["kernel"], phi["bias"]
+  return {"kernel": jnp.broadcast_to(jnp.eye(kernel.shape[-1]), kernel.shape), "bias": jnp.zeros_like(bias)}

@@ -190,7 +190,7 @@ class Transformer(nn.Module):
       tokens_BT = _roll_rows(tokens_BT, -shift)
       segment_ids = None if segment_ids is None else _roll_rows(segment_ids, -shift)
 
-    context, end = self._place(tokens_BT, state, lengths, segment_ids)
+    context, end = self.place(tokens_BT, state, lengths, segment_ids)
     x_BTD = self.embed_tokens(jnp.clip(tokens_BT, 0, self.config.vocab_size - 1))
     if self.config.post_embed_norm:
       x_BTD = self.post_embed_norm(x_BTD)
@@ -224,12 +224,12 @@ class Transformer(nn.Module):
     return self.unembed(hidden_BTD), state
 
   @nn.nowrap
-  def _place(
+  def place(
     self,
     tokens_BT: jax.Array,
-    state: DecodeState | None,
-    lengths: jax.Array | None,
-    segment_ids: jax.Array | None,
+    state: DecodeState | None = None,
+    lengths: jax.Array | None = None,
+    segment_ids: jax.Array | None = None,
   ) -> tuple[Context, DecodeState]:
     """Where each token stands, and the state's counters after the last real one (layers are still to come)."""
     batch, time = tokens_BT.shape

@@ -37,6 +37,7 @@ FLOORS = {
     "flops",
     "run_record",
     "compiled",
+    "calibrate",
     "linearize",
   ),
   "F4": ("generate", "lm", "evaluate", "train_config", "train_step", "train_setup", "plan", "reporter", "train"),

@@ -3,29 +3,51 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import typing
 
 from absl import flags
+from tqdm import tqdm
 
 from supra_jax.bin.entry import run
 from supra_jax.config import Decay, FeatureMapKind, SupraConfig, from_mapping
-from supra_jax.linearize import linearize_checkpoint
+from supra_jax.linearize import Calibration, linearize_checkpoint
 
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Model directory to start from.", required=True)
 _OUTPUT = flags.DEFINE_string("output", None, "Model directory to write; must not exist.", required=True)
+_METHOD = flags.DEFINE_enum(
+  "method", "random", ["random", "identity", "calibrated"], "How new weights begin; the paper's are random."
+)
+_DATA = flags.DEFINE_string("calibration_data", "", "Text, as prepare_data takes it, or directories that it packed.")
+_TOKENS = flags.DEFINE_integer("calibration_tokens", 131072, "How many tokens of it are read.", lower_bound=1)
+_TEXT_KEY = flags.DEFINE_string("text_key", "text", "Key of a JSON line, or column, that holds the text.")
+_MESH = flags.DEFINE_string("mesh", "", "Of the devices that calibrate, as in train.")
 _LAYERS = flags.DEFINE_list("layers", None, "Layers to linearise, e.g. 0,1,-1. Default: all softmax layers.")
 flags.DEFINE_enum("feature_map", "dense", typing.get_args(FeatureMapKind), "W of phi(x) = relu(W x + b).")
 flags.DEFINE_enum("decay", "lightning", typing.get_args(Decay), "Decay of the heads.")
 flags.DEFINE_float("decay_start", None, "First lightning slope. Default: the series' own ratio.")
 flags.DEFINE_bool("qk_norm", False, "Normalise phi(q) and phi(k) before RoPE.")
-_SEED = flags.DEFINE_integer("seed", 0, "Of the new weights.")
+_SEED = flags.DEFINE_integer("seed", 0, "Of new weights, and of the order of the text.")
+
+
+def _show(bar: tqdm, layer: int, layers: int, missed: float) -> None:
+  bar.total = layers
+  bar.set_postfix_str(f"layer {layer} misses {missed:.0%}")
+  bar.update()
 
 
 def main() -> None:
   values = {field.name: flags.FLAGS[field.name].value for field in dataclasses.fields(SupraConfig)}
   supra = from_mapping(SupraConfig, values, "flags")
   layers = None if _LAYERS.value is None else [int(layer) for layer in _LAYERS.value]
-  config = linearize_checkpoint(_CHECKPOINT.value, _OUTPUT.value, supra=supra, layers=layers, seed=_SEED.value)
+  data, phi, calibration = _DATA.value, "random" if _METHOD.value == "random" else "identity", None
+  if _METHOD.value == "calibrated":
+    if not data:
+      raise ValueError("--method=calibrated wants --calibration_data: text of the kind that the model is for.")
+    calibration = Calibration(data, _TEXT_KEY.value, tokens=_TOKENS.value, seed=_SEED.value, mesh=_MESH.value)
+  new = {"supra": supra, "layers": layers, "phi": phi, "seed": _SEED.value, "calibration": calibration}
+  with tqdm(disable=calibration is None, desc="Calibrating", unit="layer") as bar:
+    config = linearize_checkpoint(_CHECKPOINT.value, _OUTPUT.value, **new, report=functools.partial(_show, bar))
   print(f"{_OUTPUT.value}: {config.mixers.count('supra')} of {config.num_layers} layers are SUPRA layers.")
 
 

@@ -1,0 +1,235 @@
+"""Calibrated linearisation: each layer's output projection is solved for, so that the RNN meets its teacher.
+
+Teacher and student read the same text, layer by layer in order. With x_t, x_s the residual streams that enter a layer,
+a_s the student's normalised attention output (phi as it begins, everything else as the teacher has it), the student's
+W_o (and b_o, if wanted) is what ridge regression makes of
+
+  x_s + a_s W_o + b_o = x_t + softmax attention(x_t);
+
+both streams then go on through the MLP. No gradient step is taken, and the parameters have the shapes that they had.
+Memory does not grow with the text: the streams lie on disk, of which a batch at a time is read.
+"""
+
+from __future__ import annotations
+
+import functools
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from supra_jax.attention import LinearAttention, SoftmaxAttention
+from supra_jax.config import ModelConfig
+from supra_jax.layers import Dense, Embed, Norm, SwiGLU, at_least_float32
+from supra_jax.sharding import BATCH_AXES, put_batch
+from supra_jax.transformer import Block, Transformer
+
+Batch = Mapping[str, np.ndarray]
+Report = Callable[[int, int, float], None]
+
+
+class Moments(NamedTuple):
+  """Sums over tokens for a regression of y [D] on features a [F]; the last feature is a constant 1.
+
+  Attributes:
+    gram: [F + 1, F + 1], of a a^T.
+    cross: [F + 1, D], of a y^T.
+    energy: of |y|^2.
+  """
+
+  gram: Any
+  cross: Any
+  energy: Any
+
+
+def solve(moments: Moments, *, ridge: float, bias: bool) -> tuple[np.ndarray, np.ndarray | None, float]:
+  """The W [F, D] and b [D] that make a W + b closest to y in the mean square, W kept small.
+
+  Minimises sum |a W + b - y|^2 + ridge * mean(diag(gram)) * |W|^2; b is free.
+
+  Returns:
+    (W, b, the share of |y|^2 that is left), float64; b is None without `bias`.
+  """
+  gram, cross = (np.asarray(x, np.float64) for x in (moments.gram, moments.cross))
+  count, sums, targets = gram[-1, -1], gram[-1, :-1], cross[-1]
+  inner, outer = gram[:-1, :-1], cross[:-1]
+  if bias:
+    inner, outer = inner - np.outer(sums, sums) / count, outer - np.outer(sums, targets) / count
+  size = ridge * np.trace(inner) / len(inner)
+  kernel = np.linalg.solve(inner + size * np.eye(len(inner)), outer)
+  offset = (targets - sums @ kernel) / count if bias else None
+  whole = kernel if offset is None else np.vstack([kernel, offset])
+  a_a, a_y = (gram, cross) if bias else (gram[:-1, :-1], cross[:-1])
+  left = float(moments.energy) - 2 * np.sum(whole * a_y) + np.sum(whole * (a_a @ whole))
+  return kernel, offset, left / max(float(moments.energy), 1e-30)
+
+
+def calibrate(
+  teacher: tuple[Mapping[str, Any], ModelConfig],
+  student: tuple[Mapping[str, Any], ModelConfig],
+  batches: Sequence[Batch],
+  mesh: Mesh,
+  *,
+  ridge: float = 1e-2,
+  dtype: Any = jnp.float32,
+  directory: Path | None = None,
+  report: Report | None = None,
+) -> dict[str, Any]:
+  """Solves for the output projection of every SUPRA layer; call it under `jax.set_mesh(mesh)`.
+
+  Args:
+    teacher: parameters, one subtree a layer, and config of the softmax model.
+    student: what `linearize` made of them. Where its config has `output_bias` a bias is solved for too.
+    batches: this process' rows, "tokens" int32 [rows, T], and "segment_ids" alike where documents are apart.
+    mesh: over which parameters and batches are cut.
+    ridge: weight of |W_o|^2, in means of the features' squares.
+    dtype: of the computation; moments are float32, and their sums over batches float64.
+    directory: where the streams lie meanwhile, 3 * tokens * hidden_size numbers; None: a temporary one.
+    report: called with (layer, number of layers, share of the attention's energy that is missed) after each.
+
+  Returns:
+    The student's parameters, in the dtypes that they had.
+  """
+  (teacher_params, teacher_config), (student_params, config) = teacher, student
+  params = dict(student_params)
+  run = _Run(teacher_config, config, jnp.dtype(dtype), mesh)
+  last = max(i for i, mixer in enumerate(config.mixers) if mixer == "supra")
+  with tempfile.TemporaryDirectory(dir=directory, prefix="calibration-") as spool:
+    streams = _Streams(Path(spool), mesh)
+    for number, batch in enumerate(batches):
+      x = run.embed(params["embed_tokens"], run.put(batch))
+      streams.write(number, teacher=x, student=x)
+    for i in range(last + 1):
+      name, missed = f"layers_{i}", 0.0
+      if config.mixers[i] == "supra":
+        params[name], missed = _calibrate_layer(run, streams, teacher_params[name], params[name], batches, ridge)
+      else:
+        for number, batch in enumerate(batches):
+          before = streams.read(number, "teacher", "student")
+          both = run.keep(teacher_params[name], params[name], *before, run.put(batch))
+          streams.write(number, teacher=both[0], student=both[1])
+      if report is not None:
+        report(i, last + 1, missed)
+  return params
+
+
+def _calibrate_layer(
+  run: _Run, streams: _Streams, teacher: Any, student: Any, batches: Sequence[Batch], ridge: float
+) -> tuple[dict[str, Any], float]:
+  """(the student's layer, the share that is missed); the streams leave the layer."""
+  total: Moments | None = None
+  for number, batch in enumerate(batches):
+    before = streams.read(number, "teacher", "student")
+    target, features, moments = run.attend(teacher, student, *before, run.put(batch))
+    streams.write(number, teacher=target, features=features)
+    moments = Moments(*(np.asarray(x.addressable_data(0), np.float64) for x in moments))
+    total = moments if total is None else Moments(*map(np.add, total, moments))
+  assert total is not None, "there are batches"
+  old = student["self_attn"]["o_proj"]
+  kernel, bias, missed = solve(total, ridge=ridge, bias=run.student.output_bias)
+  solved = {"kernel": kernel} if bias is None else {"kernel": kernel, "bias": bias}
+  new = {name: jax.device_put(x.astype(old[name].dtype), old[name].sharding) for name, x in solved.items()}
+  student = {**student, "self_attn": {**student["self_attn"], "o_proj": new}}
+  for number in range(len(batches)):
+    after = run.leave(student, *streams.read(number, "teacher", "student", "features"))
+    streams.write(number, teacher=after[0], student=after[1])
+  return student, missed
+
+
+class _Run:
+  """The compiled parts of a layer; each compiles once, since all layers have the same shapes."""
+
+  def __init__(self, teacher: ModelConfig, student: ModelConfig, dtype: Any, mesh: Mesh):
+    self.teacher, self.student, self.dtype, self.mesh = teacher, student, dtype, mesh
+    self.embed, self.attend = jax.jit(self._embed), jax.jit(self._attend)
+    self.leave, self.keep = jax.jit(self._leave), jax.jit(self._keep)
+
+  def put(self, batch: Batch) -> dict[str, jax.Array]:
+    inputs = {name: x[:, :-1] for name, x in batch.items() if name in ("tokens", "segment_ids")}
+    return jax.tree.map(lambda x: x[0], put_batch(inputs, self.mesh))
+
+  def _context(self, batch):
+    return Transformer(self.student).place(batch["tokens"], segment_ids=batch.get("segment_ids"))[0]
+
+  def _norm(self, layer, name, x_BTD):
+    return Norm(self.student.norm, self.student.norm_eps, self.dtype).apply({"params": layer[name]}, x_BTD)
+
+  def _embed(self, params, batch):
+    embed = Embed(self.student.vocab_size, self.student.hidden_size, self.dtype)
+    return embed.apply({"params": params}, batch["tokens"])
+
+  def _attend(self, teacher, student, x_teacher, x_student, batch):
+    """(x_t + softmax attention, the student's features [B, T, F], moments)."""
+    context = self._context(batch)
+    normed = self._norm(teacher, "input_layernorm", x_teacher)
+    softmax = SoftmaxAttention(self.teacher, self.dtype)
+    attended, _ = softmax.apply({"params": teacher["self_attn"]}, normed, None, context)
+    target = x_teacher + attended
+    linear = LinearAttention(self.student, self.dtype)
+    normed = self._norm(student, "input_layernorm", x_student)
+    out_BTHV, _ = linear.apply({"params": student["self_attn"]}, normed, None, context, method="mix")
+    features = out_BTHV.reshape(*out_BTHV.shape[:2], -1)
+    return target, features, _moments(features, at_least_float32(target) - at_least_float32(x_student))
+
+  def _leave(self, student, target, x_student, features):
+    """The streams behind the layer."""
+    project = Dense(self.student.hidden_size, self.student.output_bias, self.dtype)
+    x_student = x_student + project.apply({"params": student["self_attn"]["o_proj"]}, features)
+    return self._mlp(student, target), self._mlp(student, x_student)
+
+  def _mlp(self, layer, x_BTD):
+    normed = self._norm(layer, "post_attention_layernorm", x_BTD)
+    return x_BTD + SwiGLU(self.student, self.dtype).apply({"params": layer["mlp"]}, normed)
+
+  def _keep(self, teacher, student, x_teacher, x_student, batch):
+    """The streams behind a layer that stays softmax."""
+    context = self._context(batch)
+    blocks = ((self.teacher, teacher, x_teacher), (self.student, student, x_student))
+    return [Block(c, "softmax", self.dtype).apply({"params": p}, x, None, context)[0] for c, p, x in blocks]
+
+
+def _moments(features_BTF: jax.Array, y_BTD: jax.Array) -> Moments:
+  a = at_least_float32(features_BTF).reshape(-1, features_BTF.shape[-1])
+  a = jnp.concatenate([a, jnp.ones((len(a), 1), a.dtype)], axis=1)
+  y = y_BTD.reshape(-1, y_BTD.shape[-1])
+  product = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
+  moments = Moments(product(a.T, a), product(a.T, y), jnp.sum(y * y))
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty:
+    return moments
+  return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, PartitionSpec()), moments)
+
+
+class _Streams:
+  """Activations [rows, T, width] of this process on disk, a file a name and batch."""
+
+  def __init__(self, directory: Path, mesh: Mesh):
+    self._directory, self._mesh, self._spec = directory, mesh, PartitionSpec(BATCH_AXES)
+    self._kinds: dict[str, tuple[tuple[int, ...], np.dtype]] = {}
+
+  def write(self, number: int, **streams: jax.Array) -> None:
+    for name, x in streams.items():
+      local = x if jax.process_count() == 1 else self._own_rows(x)
+      array = np.asarray(local)
+      self._kinds[name] = array.shape, array.dtype
+      array.tofile(self._file(name, number))
+
+  def read(self, number: int, *names: str) -> list[jax.Array]:
+    return [self._read(name, number) for name in names]
+
+  def _read(self, name: str, number: int) -> jax.Array:
+    shape, dtype = self._kinds[name]
+    array = np.fromfile(self._file(name, number), dtype).reshape(shape)
+    return jax.make_array_from_process_local_data(NamedSharding(self._mesh, self._spec), array)
+
+  def _own_rows(self, x: jax.Array) -> jax.Array:
+    return multihost_utils.global_array_to_host_local_array(x, self._mesh, self._spec)
+
+  def _file(self, name: str, number: int) -> Path:
+    return self._directory / f"{name}-{number}"

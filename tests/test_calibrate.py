@@ -1,0 +1,151 @@
+"""The solve against numpy's least squares; a mesh against one device; a teacher that can be met exactly."""
+
+import functools
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from supra_jax.calibrate import Moments, calibrate, solve
+from supra_jax.config import SupraConfig, tiny
+from supra_jax.linearize import linearize
+from supra_jax.sharding import make_mesh, param_shardings
+from supra_jax.transformer import Transformer
+
+ROOT = Path(__file__).parents[1]
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+
+def _moments(a, y):
+  a = np.column_stack([a, np.ones(len(a))])
+  return Moments(a.T @ a, a.T @ y, np.sum(y * y))
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("ridge", [0.0, 0.1])
+def test_solve_is_least_squares(ridge, bias):
+  rng = np.random.default_rng(0)
+  a, y = rng.standard_normal((200, 7)) + 1, rng.standard_normal((200, 3)) + 2
+  kernel, offset, left = solve(_moments(a, y), ridge=ridge, bias=bias)
+  # As rows of a larger least squares problem; a free offset is what centring takes away.
+  inner, outer = (a - a.mean(0), y - y.mean(0)) if bias else (a, y)
+  size = np.sqrt(ridge * np.mean(np.sum(inner**2, axis=0)))
+  wanted, *_ = np.linalg.lstsq(np.vstack([inner, size * np.eye(7)]), np.vstack([outer, np.zeros((7, 3))]), rcond=None)
+  np.testing.assert_allclose(kernel, wanted, rtol=1e-10)
+  if bias:
+    np.testing.assert_allclose(offset, y.mean(0) - a.mean(0) @ wanted, rtol=1e-10)
+  else:
+    assert offset is None
+  missed = y - a @ wanted - (0 if offset is None else offset)
+  np.testing.assert_allclose(left, np.sum(missed**2) / np.sum(y**2), rtol=1e-10)
+
+
+TEACHER = tiny("softmax").replace(
+  vocab_size=96, mixers=("softmax",) * 3, hidden_size=24, num_heads=6, value_head_dim=12
+)
+SUPRA = SupraConfig(feature_map="per_head")
+
+
+def _batches(count, rows=8, time=32, **more):
+  rng = np.random.default_rng(1)
+  return [
+    {"tokens": rng.integers(0, TEACHER.vocab_size, (rows, time + 1)).astype(np.int32), **more} for _ in range(count)
+  ]
+
+
+def _calibrated(params, *, batches, mesh="data:1", devices=1, layers=None, config=TEACHER, **options):
+  student, student_config = linearize(params, config, supra=SUPRA, layers=layers, phi="identity")
+  where = make_mesh(mesh, jax.devices()[:devices])
+  with jax.set_mesh(where):
+    place = lambda tree: jax.device_put(tree, param_shardings(tree, where))  # noqa: E731
+    teacher = place(params), config
+    return calibrate(teacher, (place(student), student_config), batches, where, **options), student, student_config
+
+
+def _logits(params, config, tokens):
+  return Transformer(config).apply({"params": params}, tokens, method="logits")[0]
+
+
+def test_only_output_projections_change(random_params):
+  params = random_params(TEACHER)
+  got, student, _ = _calibrated(params, batches=_batches(2), layers=[0, 2])
+  changed = jax.tree.map(lambda a, b: bool(np.any(np.asarray(a) != np.asarray(b))), got, student)
+  paths = {jax.tree_util.keystr(path) for path, x in jax.tree_util.tree_leaves_with_path(changed) if x}
+  assert paths == {f"['layers_{i}']['self_attn']['o_proj']['kernel']" for i in (0, 2)}
+
+
+def test_a_teacher_that_can_be_met_is_met(random_params):
+  """Softmax attention that is 0 wants W_o = 0, and then student and teacher are one function."""
+  params = random_params(TEACHER)
+  for i in range(3):
+    kernel = params[f"layers_{i}"]["self_attn"]["o_proj"]["kernel"]
+    params[f"layers_{i}"]["self_attn"]["o_proj"] = {"kernel": jnp.zeros_like(kernel)}
+  got, _, config = _calibrated(params, batches=_batches(2))
+  tokens = _batches(1)[0]["tokens"]
+  np.testing.assert_allclose(_logits(got, config, tokens), _logits(params, TEACHER, tokens), atol=1e-4)
+
+
+def test_layer_by_layer_is_what_least_squares_says(random_params):
+  """The first layer's projection from whole activations, in float64."""
+  params, batches = random_params(TEACHER), _batches(3)
+  got, student, config = _calibrated(params, batches=batches, ridge=1e-2)
+  tokens = np.concatenate([batch["tokens"][:, :-1] for batch in batches])
+  features, attended = [], []
+
+  def watch(next_fun, args, kwargs, context):
+    result = next_fun(*args, **kwargs)
+    if context.module.name == "self_attn" and context.method_name == "mix":
+      features.append(result[0])
+    if context.module.name == "self_attn" and context.method_name == "__call__":
+      attended.append(result[0])
+    return result
+
+  with nn.intercept_methods(watch):
+    Transformer(config).apply({"params": student}, tokens)
+    first = features[0].reshape(-1, features[0].shape[2] * features[0].shape[3])
+    attended.clear()
+    Transformer(TEACHER).apply({"params": params}, tokens)
+  wanted, *_ = solve(
+    _moments(np.float64(first), np.float64(attended[0]).reshape(len(first), -1)), ridge=1e-2, bias=False
+  )
+  np.testing.assert_allclose(got["layers_0"]["self_attn"]["o_proj"]["kernel"], wanted, atol=2e-5)
+
+
+INSIDE = """
+import jax, numpy as np
+from tests.conftest import _random_params
+from tests.test_calibrate import TEACHER, _batches, _calibrated
+
+params, batches = _random_params(TEACHER), _batches(2)
+alone, *_ = _calibrated(params, batches=batches)
+for mesh in ("data:2,fsdp:2,tensor:2", "fsdp:8"):
+  cut, *_ = _calibrated(params, batches=batches, mesh=mesh, devices=8)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4), cut, alone)
+"""
+
+
+def test_a_mesh_is_one_device():
+  environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+  ran = subprocess.run([sys.executable, "-c", INSIDE], cwd=ROOT, env=environment, capture_output=True, text=True)
+  assert ran.returncode == 0, ran.stderr[-2000:]
+
+
+def test_documents_stay_apart(random_params):
+  """Rows of two documents give what the documents alone give."""
+  params = random_params(TEACHER)
+  both = _batches(1)[0]["tokens"]
+  ids = np.repeat([[1, 2]], 8, axis=0).repeat(16, axis=1)
+  packed = {"tokens": both, "segment_ids": np.pad(ids, ((0, 0), (0, 1)), mode="edge").astype(np.int32)}
+  halves = np.concatenate([both[:, :16], both[:, 16:32]])
+  apart = {"tokens": np.pad(halves, ((0, 0), (0, 1)))}
+  jax.tree.map(
+    functools.partial(np.testing.assert_allclose, atol=1e-4),
+    _calibrated(params, batches=[packed])[0],
+    _calibrated(params, batches=[apart])[0],
+  )
