@@ -1,10 +1,10 @@
-"""A picture of a run: its losses against tokens."""
+"""Pictures of runs: losses against tokens, or held-out losses of several beside each other."""
 
 from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,8 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 from supra_jax.metrics import Record, read_metrics, short_number
 
 INK, GREY, TRAIN, HELDOUT = "#2b2b2b", "#8a8a8a", "#4f86c0", "#c1442e"
+# Of curves side by side, to be told apart by colour-blind eyes too.
+CURVES = (HELDOUT, TRAIN, "#3f8f5f", "#8a5fa8", "#b8860b", "#5f6f7f")
 
 _DOTS: dict[str, Any] = {
   "linestyle": "none",
@@ -50,11 +52,7 @@ def plot_losses(
   train, heldout = _points(records, "loss"), _points(records, "heldout_nll")
   if not len(train) and not len(heldout):
     raise ValueError(f"{metrics_path}: no loss to draw.")
-  # Not pyplot, which would keep the figure in global state.
-  figure = Figure(figsize=(7.2, 4.0), dpi=200, layout="constrained")
-  FigureCanvasAgg(figure)
-  axes = figure.add_subplot()
-  _draw_frame(axes, title)
+  figure, axes = _frame(title)
   ends: list[tuple[float, str, str]] = []
   if len(train):
     smooth = _smooth(train[:, 1])
@@ -70,6 +68,50 @@ def plot_losses(
   axes.set_xlim(0, max(points[:, 0].max() for points in (train, heldout) if len(points)) or 1)
   _label_ends(axes, ends)
   figure.savefig(output_png)
+
+
+def plot_curves(
+  curves: Mapping[str, Sequence[Sequence[tuple[float, float]]]],
+  output_png: str | os.PathLike[str],
+  *,
+  teacher_nll: float,
+  x: str = "tokens",
+  title: str = "",
+) -> None:
+  """Draws held-out losses beside each other, and the teacher's as a line.
+
+  Args:
+    curves: name -> runs that differ by their seed alone, each of as many (x, nats a token). Their mean is drawn, and a
+      band from the least to the greatest.
+    output_png: where the picture goes.
+    teacher_nll: nats a token of the transformer on the same text.
+    x: what x is.
+    title: one line above.
+  """
+  figure, axes = _frame(title)
+  axes.set_xlabel(x, color=INK, fontsize=10.5)
+  axes.set_title("held-out loss, nats per token, logarithmic", loc="left", color=INK, fontsize=10.5)
+  ends: list[tuple[float, str, str]] = [(teacher_nll, "teacher", INK)]
+  for (name, runs), colour in zip(curves.items(), CURVES, strict=False):
+    points = np.array(runs, float)  # [runs, points, 2]
+    at, losses = points[:, :, 0].mean(0), points[:, :, 1]
+    axes.fill_between(at, losses.min(0), losses.max(0), color=colour, alpha=0.2, linewidth=0)
+    axes.plot(at, losses.mean(0), color=colour, linewidth=1.8)
+    axes.plot(at, losses.mean(0), color=colour, **_DOTS)
+    ends.append((losses.mean(0)[-1], name, colour))
+  axes.axhline(teacher_nll, color=INK, linewidth=1, dashes=(5, 3))
+  axes.set_xlim(0, max(point[0] for runs in curves.values() for run in runs for point in run))
+  _label_ends(axes, ends)
+  figure.savefig(output_png)
+
+
+def _frame(title: str) -> tuple[Figure, Axes]:
+  # Not pyplot, which would keep the figure in global state.
+  figure = Figure(figsize=(7.2, 4.0), dpi=200, layout="constrained")
+  FigureCanvasAgg(figure)
+  axes = figure.add_subplot()
+  _draw_frame(axes, title)
+  return figure, axes
 
 
 def _points(records: Sequence[Record], name: str) -> np.ndarray:

@@ -36,6 +36,16 @@ def test_one_point(tmp_path, record):
   assert (tmp_path / "loss.png").stat().st_size > 1000
 
 
+def test_curves(tmp_path):
+  png = tmp_path / "curves.png"
+  runs = {"random": [[(0, 10), (10, 8), (20, 7)], [(0, 10.5), (10, 8.5), (20, 7.2)]], "calibrated": [[(5, 6), (20, 5)]]}
+  picture.plot_curves(runs, png, teacher_nll=3, x="minutes")
+  drawn = matplotlib.image.imread(png)
+  for colour in picture.CURVES[:2]:
+    wanted = np.array([int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)])
+    assert (np.abs(drawn[..., :3] - wanted) < 0.01).all(-1).sum() > 100, colour
+
+
 def test_nothing_to_draw(tmp_path):
   with MetricsWriter(tmp_path / "m.jsonl") as writer:
     writer.write({"step": 1, "tokens": 2})

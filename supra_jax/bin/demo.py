@@ -1,6 +1,5 @@
 """SmolLM2-135M becomes an RNN, from the package that carries it to text that streams: `make demo`."""
 
-import dataclasses
 import importlib.util
 import json
 from pathlib import Path
@@ -11,11 +10,14 @@ from ml_collections import config_flags
 import supra_jax
 from convert_weights.hf_to_orbax import convert
 from supra_jax.bin.entry import run
-from supra_jax.linearize import linearize_checkpoint
-from supra_jax.train import TrainConfig, train
-from supra_jax.train_setup import heldout_nll, prepare_data
+from supra_jax.demo import compare_starts
+from supra_jax.train_config import TrainConfig
 
 _CONFIG = config_flags.DEFINE_config_file("config", "configs/demo.py", "The recipe.", lock_config=True)
+_RANDOM_CONFIG = config_flags.DEFINE_config_file(
+  "random_config", "configs/demo_random.py", "The recipe from the paper's start; its steps follow.", lock_config=True
+)
+_CALIBRATION_TOKENS = flags.DEFINE_integer("calibration_tokens", 32768, "Of the training text.", lower_bound=1)
 _WORKDIR = flags.DEFINE_string("workdir", "runs/demo", "Where everything goes.")
 _PROMPT = flags.DEFINE_string("prompt", "The for statement is used to", "What the RNN goes on from.")
 _MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 80, "How much it writes.", lower_bound=1)
@@ -31,29 +33,20 @@ def smollm2_gguf() -> Path:
 
 def main() -> None:
   workdir = Path(_WORKDIR.value)
-  teacher, start = workdir / "teacher", workdir / "linearized"
-  config = TrainConfig.from_mapping(_CONFIG.value.to_dict() | {"init_checkpoint": str(start)})
+  calibrated, random = (TrainConfig.from_mapping(config.value.to_dict()) for config in (_CONFIG, _RANDOM_CONFIG))
+  teacher = workdir / "teacher"
   if not teacher.exists():
     print("Converting SmolLM2-135M-Instruct (4-bit GGUF) to float32 Orbax.")
     convert(smollm2_gguf(), teacher, progress=True)
-  lm = supra_jax.load(teacher)
-  _, heldout = prepare_data(config.data, lm.tokenizer, lm.config.vocab_size, workdir / "data")
-  teacher_nll = heldout_nll(lm.model, lm.params, heldout, config)
-  print(f"Teacher, a transformer: held-out loss {teacher_nll:.4f} nats a token.")
-  if not start.exists():
-    linearize_checkpoint(teacher, start, seed=config.seed)
-  print("Linearised: no softmax is left, phi is random. Uptraining, on the demo's own schedule, not the paper's.")
-  del lm
-  summary = train(config, workdir, teacher_nll=teacher_nll)
-  print(f"The RNN: held-out loss {summary.nll_before:.4f} before, {summary.nll_after:.4f} after. It writes:")
-  print(f"\n{_PROMPT.value}", end="", flush=True)
+  report = compare_starts(teacher, calibrated, random, workdir, calibration_tokens=_CALIBRATION_TOKENS.value)
+  print(f"The RNN with the calibrated start writes:\n\n{_PROMPT.value}", end="", flush=True)
   text, rnn = "", supra_jax.load(workdir / "checkpoint")
   for piece in rnn.stream(_PROMPT.value, max_new_tokens=_MAX_NEW_TOKENS.value, temperature=0.7, top_p=0.9):
     print(piece, end="", flush=True)
     text += piece
-  report = {"teacher_nll": teacher_nll, **dataclasses.asdict(summary), "prompt": _PROMPT.value, "text": text}
+  report |= {"prompt": _PROMPT.value, "text": text}
   (workdir / "report.json").write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n")
-  print(f"\n\nLeft in {workdir}: checkpoint, metrics.jsonl, loss.png, report.json.")
+  print(f"\n\nLeft in {workdir}: checkpoint, metrics.jsonl, starts.png, report.json; the paper's start in random.")
 
 
 if __name__ == "__main__":

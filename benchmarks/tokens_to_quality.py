@@ -1,0 +1,169 @@
+"""How many tokens, and how many seconds, a linearised model needs for its quality: one curve a way to begin.
+
+    python -m benchmarks.tokens_to_quality --teacher=DIR --data=DIR --workdir=DIR [--methods=random,calibrated_32k] \
+      [--seeds=0,1,2] [--num_steps=60] [--batch_size=2]
+
+`--data` is what `supra_jax.bin.prepare_data` packed, with held-out text. Every run uses `supra_jax.train` with AdamW on
+a cosine of its own length; a killed benchmark goes on where it was. Tokens of calibration are counted twice, since the
+teacher reads them too. Writes a table, JSON and a plot.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import platform
+import shutil
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+from absl import flags
+
+import supra_jax
+from benchmarks.machine import cpu_name
+from supra_jax.bin.entry import run
+from supra_jax.linearize import Calibration, Phi, linearize_checkpoint
+from supra_jax.metrics import read_metrics
+from supra_jax.optimizer import OptimizerConfig
+from supra_jax.packed import load_info
+from supra_jax.picture import plot_curves
+from supra_jax.train import METRICS_FILE, train
+from supra_jax.train_config import DataConfig, TrainConfig
+from supra_jax.train_setup import heldout_nll
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+  """A way to begin.
+
+  Attributes:
+    phi: as `linearize` takes it.
+    calibration_tokens: 0 leaves the teacher's output projections.
+    learning_rate: of the uptraining.
+  """
+
+  phi: Phi
+  calibration_tokens: int
+  learning_rate: float
+
+
+METHODS = {
+  # The paper's. Of 1e-4, 3e-4 and 1e-3 the last was best.
+  "random": Method("random", 0, 1e-3),
+  "identity": Method("identity", 0, 1e-3),
+  "calibrated_4k": Method("identity", 4096, 1e-4),
+  "calibrated_16k": Method("identity", 16384, 1e-4),
+  "calibrated_32k": Method("identity", 32768, 1e-4),
+  "calibrated_32k_3e-4": Method("identity", 32768, 3e-4),
+  "calibrated_32k_3e-5": Method("identity", 32768, 3e-5),
+  "calibrated_131k": Method("identity", 131072, 1e-4),
+}
+
+
+def one_run(name: str, seed: int, config: TrainConfig, workdir: Path) -> dict[str, Any]:
+  """Linearises and uptrains once: seconds, and [tokens, seconds, held-out loss] of each evaluation."""
+  method, directory = METHODS[name], workdir / f"{name}-{seed}"
+  result, start = directory / "result.json", directory / "linearized"
+  if result.exists():
+    return json.loads(result.read_text())
+  seconds_file = directory / "calibration_seconds.json"
+  if not seconds_file.exists():
+    shutil.rmtree(directory, ignore_errors=True)
+    calibration = None
+    if method.calibration_tokens:
+      length = config.data.sequence_length
+      rows = min(8, method.calibration_tokens // length)
+      calibration = Calibration(config.data.sources, tokens=method.calibration_tokens, batch_size=rows, seed=seed)
+    began = time.monotonic()
+    linearize_checkpoint(_TEACHER.value, start, phi=method.phi, seed=seed, calibration=calibration)
+    seconds_file.write_text(json.dumps(time.monotonic() - began if calibration else 0))
+  optimizer = dataclasses.replace(config.optimizer, learning_rate=method.learning_rate)
+  config = dataclasses.replace(config, init_checkpoint=str(start), optimizer=optimizer, seed=seed)
+  summary = train(config, directory)
+  before, seconds = 2 * method.calibration_tokens, json.loads(seconds_file.read_text())
+  points = [
+    [before + record["tokens"], seconds + record["tokens"] / summary.tokens_per_second, record["heldout_nll"]]
+    for record in read_metrics(directory / METRICS_FILE)
+    if "heldout_nll" in record
+  ]
+  made = {"seed": seed, "calibration_seconds": seconds, "tokens_per_second": summary.tokens_per_second}
+  result.write_text(json.dumps(made | {"points": points}))
+  for left in ("linearized", "checkpoint", "training"):
+    shutil.rmtree(directory / left)
+  return json.loads(result.read_text())
+
+
+def table(methods: dict[str, list[dict[str, Any]]]) -> str:
+  """Mean held-out losses of all seeds, and their range, before training, in the middle and at the end."""
+  lines = ["| start | tokens before | loss before | half of the steps | all steps |", "| --- | --- | --- | --- | --- |"]
+  for name, runs in methods.items():
+    count = len(runs[0]["points"])
+    cells = []
+    for at in (0, count // 2, count - 1):
+      losses = [r["points"][at][2] for r in runs]
+      cells.append(f"{statistics.fmean(losses):.2f} ({min(losses):.2f} to {max(losses):.2f})")
+    lines.append(f"| {name} | {runs[0]['points'][0][0]:,} | " + " | ".join(cells) + " |")
+  return "\n".join(lines)
+
+
+def main() -> None:
+  workdir, data = Path(_WORKDIR.value), Path(_DATA.value)
+  workdir.mkdir(parents=True, exist_ok=True)
+  names, seeds = _METHODS.value, [int(seed) for seed in _SEEDS.value]
+  if unknown := sorted(set(names) - METHODS.keys()):
+    raise ValueError(f"--methods={','.join(unknown)}: wanted some of {', '.join(METHODS)}.")
+  config = TrainConfig(
+    init_checkpoint=_TEACHER.value,
+    data=DataConfig(
+      sources=str(data / "train"),
+      heldout=str(data / "heldout"),
+      heldout_rows=_HELDOUT_ROWS.value,
+      sequence_length=load_info(data / "train").sequence_length,
+    ),
+    batch_size=_BATCH_SIZE.value,
+    num_steps=_NUM_STEPS.value,
+    dtype=_DTYPE.value,
+    remat="none",
+    optimizer=OptimizerConfig(warmup_steps=10, end_learning_rate=1e-5),
+    log_every=5,
+    evaluate_every=max(_NUM_STEPS.value // 6, 1),
+    save_every=max(_NUM_STEPS.value // 6, 1),
+    keep_checkpoints=1,
+  )
+  teacher = supra_jax.load(_TEACHER.value)
+  teacher_nll = heldout_nll(teacher.model, teacher.params, data / "heldout", config)
+  del teacher
+  found: dict[str, list[dict[str, Any]]] = {}
+  for seed in seeds:
+    for name in names:
+      found.setdefault(name, []).append(one_run(name, seed, config, workdir))
+      print(f"{name}, seed {seed}: {found[name][-1]['points'][-1][2]:.3f}", flush=True)
+  device = cpu_name() if jax.default_backend() == "cpu" else jax.devices()[0].device_kind
+  made = {"device": device, "cores": os.cpu_count(), "python": platform.python_version(), "jax": jax.__version__}
+  config = dataclasses.replace(
+    config, init_checkpoint="", data=dataclasses.replace(config.data, sources="-", heldout="-")
+  )
+  result = made | {"teacher_nll": teacher_nll, "config": dataclasses.asdict(config), "methods": found}
+  output = Path(_OUTPUT.value)
+  output.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
+  curves = {name: [[(p[0], p[2]) for p in r["points"]] for r in runs] for name, runs in found.items()}
+  plot_curves(curves, output.with_suffix(".png"), teacher_nll=teacher_nll)
+  print(f"Teacher: {teacher_nll:.3f}\n{table(found)}")
+
+
+if __name__ == "__main__":
+  _TEACHER = flags.DEFINE_string("teacher", None, "Model directory of the transformer.", required=True)
+  _DATA = flags.DEFINE_string("data", None, "Packed text: train and heldout.", required=True)
+  _WORKDIR = flags.DEFINE_string("workdir", None, "Where runs lie; a second call goes on.", required=True)
+  _METHODS = flags.DEFINE_list("methods", ["random", "calibrated_32k"], f"Of {', '.join(METHODS)}.")
+  _SEEDS = flags.DEFINE_list("seeds", ["0", "1", "2"], "Of phi, and of the order of the text.")
+  _NUM_STEPS = flags.DEFINE_integer("num_steps", 60, "Of each run.", lower_bound=1)
+  _BATCH_SIZE = flags.DEFINE_integer("batch_size", 2, "Rows a step.", lower_bound=1)
+  _HELDOUT_ROWS = flags.DEFINE_integer("heldout_rows", 24, "To evaluate on.", lower_bound=1)
+  _DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of the computation.")
+  _OUTPUT = flags.DEFINE_string("output", "benchmarks/results/tokens_to_quality", "JSON and plot, without the suffix.")
+  run(main)

@@ -1,0 +1,134 @@
+"""A teacher becomes an RNN twice, each time in the same seconds: from a calibrated start, and from the paper's."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from supra_jax.linearize import Calibration, Phi, linearize_checkpoint
+from supra_jax.lm import load
+from supra_jax.metrics import read_metrics
+from supra_jax.picture import plot_curves
+from supra_jax.train import METRICS_FILE, train
+from supra_jax.train_config import DataConfig, TrainConfig
+from supra_jax.train_setup import heldout_nll, prepare_data
+
+NAMES = {"calibrated": "calibrated start", "random": "the paper's start"}
+SECONDS_FILE, STEPS_FILE = "calibration_seconds.json", "random_steps.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Curve:
+  """A run beside another.
+
+  Attributes:
+    calibration_seconds: before its first step.
+    points: (seconds, calibration included, held-out loss in nats a token). Evaluations and compilation are left out.
+    tokens_trained, tokens_per_second: of its steps.
+  """
+
+  calibration_seconds: float
+  points: list[tuple[float, float]]
+  tokens_trained: int
+  tokens_per_second: float
+
+  @property
+  def seconds(self) -> float:
+    return self.points[-1][0]
+
+  @property
+  def nll(self) -> float:
+    return self.points[-1][1]
+
+
+def compare_starts(
+  teacher: Path,
+  calibrated: TrainConfig,
+  random: TrainConfig,
+  workdir: Path,
+  *,
+  calibration_tokens: int,
+  say: Callable[[str], None] = print,
+) -> dict[str, Any]:
+  """Uptrains from both starts on the same text, and draws their losses against time into `starts.png`.
+
+  The calibrated run is `workdir` itself, the other lies in `workdir/random`. A second call finds what is done.
+
+  Args:
+    teacher: model directory of the transformer.
+    calibrated, random: the recipes, which may differ in the schedule. The second's `num_steps` is passed over: it takes
+      as many steps as fit into the seconds of the first's calibration and steps.
+    workdir: where everything goes.
+    calibration_tokens: so many of the training text calibrate.
+    say: gets a line of progress at a time.
+
+  Returns:
+    What happened, for JSON.
+  """
+  lm = load(teacher)
+  _, heldout = prepare_data(calibrated.data, lm.tokenizer, lm.config.vocab_size, workdir / "data")
+  teacher_nll = heldout_nll(lm.model, lm.params, heldout, calibrated)
+  del lm
+  say(f"Teacher, a transformer: held-out loss {teacher_nll:.4f} nats a token.")
+  packed = DataConfig(
+    sources=str(workdir / "data" / "train"),
+    heldout=str(heldout),
+    heldout_rows=calibrated.data.heldout_rows,
+    sequence_length=calibrated.data.sequence_length,
+  )
+  say(f"Calibrating: no softmax is left, and output projections are solved for on {calibration_tokens:,} tokens.")
+  calibration = Calibration(packed.sources, tokens=calibration_tokens, seed=calibrated.seed)
+  curves = {"calibrated": _run(teacher, calibrated, packed, workdir, teacher_nll, calibration)}
+  first = curves["calibrated"]
+  steps = _once(
+    workdir / STEPS_FILE, lambda: max(round(first.seconds * first.tokens_per_second / calibrated.tokens_a_step), 1)
+  )
+  say(f"The same {first.seconds / 60:.1f} minutes from the paper's start, phi random: {steps} steps.")
+  random = dataclasses.replace(random, num_steps=steps)
+  curves["random"] = _run(teacher, random, packed, workdir / "random", teacher_nll, None)
+  minutes = {NAMES[name]: [[(s / 60, nll) for s, nll in curve.points]] for name, curve in curves.items()}
+  plot_curves(minutes, workdir / "starts.png", teacher_nll=teacher_nll, x="minutes")
+  for name, curve in curves.items():
+    say(f"After {curve.seconds / 60:.1f} minutes from {NAMES[name]}: {curve.nll:.4f} nats a token.")
+  return {"teacher_nll": teacher_nll} | {name: dataclasses.asdict(curve) for name, curve in curves.items()}
+
+
+def _run(
+  teacher: Path,
+  config: TrainConfig,
+  data: DataConfig,
+  workdir: Path,
+  teacher_nll: float,
+  calibration: Calibration | None,
+) -> Curve:
+  start = workdir / "linearized"
+
+  def linearize() -> float:
+    shutil.rmtree(start, ignore_errors=True)
+    began = time.monotonic()
+    phi: Phi = "random" if calibration is None else "identity"
+    linearize_checkpoint(teacher, start, phi=phi, seed=config.seed, calibration=calibration)
+    return 0.0 if calibration is None else time.monotonic() - began
+
+  seconds = _once(workdir / SECONDS_FILE, linearize)
+  summary = train(dataclasses.replace(config, init_checkpoint=str(start), data=data), workdir, teacher_nll=teacher_nll)
+  points = [
+    (seconds + record["tokens"] / summary.tokens_per_second, record["heldout_nll"])
+    for record in read_metrics(workdir / METRICS_FILE)
+    if "heldout_nll" in record
+  ]
+  return Curve(seconds, points, summary.tokens_trained, summary.tokens_per_second)
+
+
+def _once(path: Path, measure: Callable[[], Any]) -> Any:
+  """What was measured the first time, so that a second run has the same recipe."""
+  if not path.exists():
+    value = measure()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(value))
+  return json.loads(path.read_text())
