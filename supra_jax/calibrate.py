@@ -175,7 +175,10 @@ class _Run:
     normed = self._norm(student, "input_layernorm", x_student)
     out_BTHV, _ = linear.apply({"params": student["self_attn"]}, normed, None, context, method="mix")
     features = out_BTHV.reshape(*out_BTHV.shape[:2], -1)
-    return target, features, _moments(features, at_least_float32(target) - at_least_float32(x_student))
+    stream = at_least_float32(target)
+    # What follows normalises each token; a few have activations a thousand times the others', and would be all that counts.
+    weights = jax.lax.rsqrt(jnp.mean(stream * stream, axis=-1, keepdims=True) + self.student.norm_eps)
+    return target, features, _moments(features, stream - at_least_float32(x_student), weights)
 
   def _leave(self, student, target, x_student, features):
     """The streams behind the layer."""
@@ -194,10 +197,11 @@ class _Run:
     return [Block(c, "softmax", self.dtype).apply({"params": p}, x, None, context)[0] for c, p, x in blocks]
 
 
-def _moments(features_BTF: jax.Array, y_BTD: jax.Array) -> Moments:
+def _moments(features_BTF: jax.Array, y_BTD: jax.Array, weights_BT1: jax.Array) -> Moments:
+  weights = weights_BT1.reshape(-1, 1)
   a = at_least_float32(features_BTF).reshape(-1, features_BTF.shape[-1])
-  a = jnp.concatenate([a, jnp.ones((len(a), 1), a.dtype)], axis=1)
-  y = y_BTD.reshape(-1, y_BTD.shape[-1])
+  a = jnp.concatenate([a, jnp.ones((len(a), 1), a.dtype)], axis=1) * weights
+  y = y_BTD.reshape(-1, y_BTD.shape[-1]) * weights
   product = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
   moments = Moments(product(a.T, a), product(a.T, y), jnp.sum(y * y))
   mesh = jax.sharding.get_abstract_mesh()
