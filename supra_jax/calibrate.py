@@ -1,13 +1,19 @@
-"""Calibrated linearisation: each layer's output projection is solved for, so that the RNN meets its teacher.
+"""Calibrated linearisation: projections are solved for, layer by layer, so that the RNN meets its teacher.
 
-Teacher and student read the same text, layer by layer in order. With x_t, x_s the residual streams that enter a layer,
-a_s the student's normalised attention output (phi as it begins, everything else as the teacher has it), the student's
-W_o (and b_o, if wanted) is what ridge regression makes of
+Teacher and student read the same text. With x_t, x_s the residual streams that enter a layer, a_s the student's
+normalised attention output (phi as it begins, everything else as the teacher has it), the student's W_o (and b_o, if
+wanted) is what ridge regression makes of
 
-  x_s + a_s W_o + b_o = x_t + softmax attention(x_t);
+  x_s + a_s W_o + b_o = x_t + softmax attention(x_t),
 
-both streams then go on through the MLP. No gradient step is taken, and the parameters have the shapes that they had.
-Memory does not grow with the text: the streams lie on disk, of which a batch at a time is read.
+and then, h_s being what the MLP's last projection reads, what is added to the teacher's W_down of
+
+  x_s' + h_s W_down = x_t' + MLP(x_t').
+
+Each token weighs what it weighs after the norm that follows: 1 / mean square of the teacher's stream. (Some tokens, the
+first of a text above all, have activations a thousand times the others'; unweighted they are all that is fitted.) No
+gradient step is taken, and parameters have the shapes that they had. Memory does not grow with the text: the streams
+lie on disk, of which a batch at a time is read.
 """
 
 from __future__ import annotations
@@ -30,6 +36,9 @@ from supra_jax.layers import Dense, Embed, Norm, SwiGLU, at_least_float32
 from supra_jax.sharding import BATCH_AXES, put_batch
 from supra_jax.transformer import Block, Transformer
 
+# Of 2k, 8k and 32k tokens of SmolLM2's, about the best for each.
+RIDGE = 4000.0
+
 Batch = Mapping[str, np.ndarray]
 Report = Callable[[int, int, float], None]
 
@@ -38,30 +47,32 @@ class Moments(NamedTuple):
   """Sums over tokens for a regression of y [D] on features a [F]; the last feature is a constant 1.
 
   Attributes:
-    gram: [F + 1, F + 1], of a a^T.
-    cross: [F + 1, D], of a y^T.
-    energy: of |y|^2.
+    gram: [F + 1, F + 1], of w a a^T, w being a token's weight.
+    cross: [F + 1, D], of w a y^T.
+    energy: of w |y|^2.
+    tokens: how many.
   """
 
   gram: Any
   cross: Any
   energy: Any
+  tokens: Any
 
 
 def solve(moments: Moments, *, ridge: float, bias: bool) -> tuple[np.ndarray, np.ndarray | None, float]:
-  """The W [F, D] and b [D] that make a W + b closest to y in the mean square, W kept small.
+  """The W [F, D] and b [D] that make a W + b closest to y in the weighted mean square, W kept small.
 
-  Minimises sum |a W + b - y|^2 + ridge * mean(diag(gram)) * |W|^2; b is free.
+  Minimises sum w |a W + b - y|^2 + ridge / tokens * mean(diag(gram)) * |W|^2; b is free.
 
   Returns:
-    (W, b, the share of |y|^2 that is left), float64; b is None without `bias`.
+    (W, b, the share of w |y|^2 that is left), float64; b is None without `bias`.
   """
   gram, cross = (np.asarray(x, np.float64) for x in (moments.gram, moments.cross))
   count, sums, targets = gram[-1, -1], gram[-1, :-1], cross[-1]
   inner, outer = gram[:-1, :-1], cross[:-1]
   if bias:
     inner, outer = inner - np.outer(sums, sums) / count, outer - np.outer(sums, targets) / count
-  size = ridge * np.trace(inner) / len(inner)
+  size = ridge / float(moments.tokens) * np.trace(inner) / len(inner)
   kernel = np.linalg.solve(inner + size * np.eye(len(inner)), outer)
   offset = (targets - sums @ kernel) / count if bias else None
   whole = kernel if offset is None else np.vstack([kernel, offset])
@@ -76,19 +87,22 @@ def calibrate(
   batches: Sequence[Batch],
   mesh: Mesh,
   *,
-  ridge: float = 1e-2,
+  ridge: float = RIDGE,
+  mlp: bool = True,
   dtype: Any = jnp.float32,
   directory: Path | None = None,
   report: Report | None = None,
 ) -> dict[str, Any]:
-  """Solves for the output projection of every SUPRA layer; call it under `jax.set_mesh(mesh)`.
+  """Solves for the projections of every SUPRA layer; call it under `jax.set_mesh(mesh)`.
 
   Args:
     teacher: parameters, one subtree a layer, and config of the softmax model.
     student: what `linearize` made of them. Where its config has `output_bias` a bias is solved for too.
     batches: this process' rows, "tokens" int32 [rows, T], and "segment_ids" alike where documents are apart.
     mesh: over which parameters and batches are cut.
-    ridge: weight of |W_o|^2, in means of the features' squares.
+    ridge: how much small weights are preferred: as much as by so many tokens more whose features are noise of the same
+      size, and which want 0.
+    mlp: solve for the MLP's last projection too, which doubles the time.
     dtype: of the computation; moments are float32, and their sums over batches float64.
     directory: where the streams lie meanwhile, 3 * tokens * hidden_size numbers; None: a temporary one.
     report: called with (layer, number of layers, share of the attention's energy that is missed) after each.
@@ -103,12 +117,12 @@ def calibrate(
   with tempfile.TemporaryDirectory(dir=directory, prefix="calibration-") as spool:
     streams = _Streams(Path(spool), mesh)
     for number, batch in enumerate(batches):
-      x = run.embed(params["embed_tokens"], run.put(batch))
+      x = run.embed(params, run.put(batch))
       streams.write(number, teacher=x, student=x)
     for i in range(last + 1):
       name, missed = f"layers_{i}", 0.0
       if config.mixers[i] == "supra":
-        params[name], missed = _calibrate_layer(run, streams, teacher_params[name], params[name], batches, ridge)
+        params[name], missed = _calibrate_layer(run, streams, teacher_params[name], params[name], batches, ridge, mlp)
       else:
         for number, batch in enumerate(batches):
           before = streams.read(number, "teacher", "student")
@@ -120,26 +134,57 @@ def calibrate(
 
 
 def _calibrate_layer(
-  run: _Run, streams: _Streams, teacher: Any, student: Any, batches: Sequence[Batch], ridge: float
+  run: _Run, streams: _Streams, teacher: Any, student: Any, batches: Sequence[Batch], ridge: float, mlp: bool
 ) -> tuple[dict[str, Any], float]:
-  """(the student's layer, the share that is missed); the streams leave the layer."""
+  """(the student's layer, the share of attention that is missed); the streams leave the layer."""
   total: Moments | None = None
   for number, batch in enumerate(batches):
     before = streams.read(number, "teacher", "student")
     target, features, moments = run.attend(teacher, student, *before, run.put(batch))
     streams.write(number, teacher=target, features=features)
-    moments = Moments(*(np.asarray(x.addressable_data(0), np.float64) for x in moments))
-    total = moments if total is None else Moments(*map(np.add, total, moments))
-  assert total is not None, "there are batches"
-  old = student["self_attn"]["o_proj"]
-  kernel, bias, missed = solve(total, ridge=ridge, bias=run.student.output_bias)
-  solved = {"kernel": kernel} if bias is None else {"kernel": kernel, "bias": bias}
-  new = {name: jax.device_put(x.astype(old[name].dtype), old[name].sharding) for name, x in solved.items()}
-  student = {**student, "self_attn": {**student["self_attn"], "o_proj": new}}
+    total = _add(total, moments)
+  kernel, bias, missed = solve(_there(total), ridge=ridge, bias=run.student.output_bias)
+  student = _replaced(student, "self_attn", "o_proj", kernel, bias)
+
+  total = None
   for number in range(len(batches)):
-    after = run.leave(student, *streams.read(number, "teacher", "student", "features"))
-    streams.write(number, teacher=after[0], student=after[1])
+    before = streams.read(number, "teacher", "student", "features")
+    if mlp:
+      target, stream, moments = run.feed(teacher, student, *before)
+      total = _add(total, moments)
+    else:
+      target, stream = run.leave(teacher, student, *before)
+    streams.write(number, teacher=target, student=stream)
+  if not mlp:
+    return student, missed
+
+  kernel, bias, _ = solve(_there(total), ridge=ridge, bias=run.student.mlp_bias)
+  old = jax.tree.map(lambda x: np.asarray(x, np.float64), student["mlp"]["down_proj"])
+  student = _replaced(student, "mlp", "down_proj", old["kernel"] + kernel, None if bias is None else old["bias"] + bias)
+  for number in range(len(batches)):
+    streams.write(number, student=run.finish(student, *streams.read(number, "student")))
   return student, missed
+
+
+def _add(total: Moments | None, moments: Moments) -> Moments:
+  moments = Moments(*(np.asarray(x.addressable_data(0), np.float64) for x in moments))
+  return moments if total is None else Moments(*map(np.add, total, moments))
+
+
+def _there(total: Moments | None) -> Moments:
+  if total is None:
+    raise ValueError("There are no batches to calibrate with.")
+  return total
+
+
+def _replaced(
+  layer: Mapping[str, Any], part: str, name: str, kernel: np.ndarray, bias: np.ndarray | None
+) -> dict[str, Any]:
+  """The layer with another projection, of the old one's dtype and where that one was."""
+  old = layer[part][name]
+  values = {"kernel": kernel} if bias is None else {"kernel": kernel, "bias": bias}
+  new = {key: jax.device_put(x.astype(old[key].dtype), old[key].sharding) for key, x in values.items()}
+  return {**layer, part: {**layer[part], name: new}}
 
 
 class _Run:
@@ -148,6 +193,7 @@ class _Run:
   def __init__(self, teacher: ModelConfig, student: ModelConfig, dtype: Any, mesh: Mesh):
     self.teacher, self.student, self.dtype, self.mesh = teacher, student, dtype, mesh
     self.embed, self.attend = jax.jit(self._embed), jax.jit(self._attend)
+    self.feed, self.finish = jax.jit(self._feed), jax.jit(self._finish)
     self.leave, self.keep = jax.jit(self._leave), jax.jit(self._keep)
 
   def put(self, batch: Batch) -> dict[str, jax.Array]:
@@ -162,7 +208,8 @@ class _Run:
 
   def _embed(self, params, batch):
     embed = Embed(self.student.vocab_size, self.student.hidden_size, self.dtype)
-    return embed.apply({"params": params}, batch["tokens"])
+    x_BTD = embed.apply({"params": params["embed_tokens"]}, batch["tokens"])
+    return self._norm(params, "post_embed_norm", x_BTD) if self.student.post_embed_norm else x_BTD
 
   def _attend(self, teacher, student, x_teacher, x_student, batch):
     """(x_t + softmax attention, the student's features [B, T, F], moments)."""
@@ -175,20 +222,38 @@ class _Run:
     normed = self._norm(student, "input_layernorm", x_student)
     out_BTHV, _ = linear.apply({"params": student["self_attn"]}, normed, None, context, method="mix")
     features = out_BTHV.reshape(*out_BTHV.shape[:2], -1)
-    stream = at_least_float32(target)
-    # What follows normalises each token; a few have activations a thousand times the others', and would be all that counts.
-    weights = jax.lax.rsqrt(jnp.mean(stream * stream, axis=-1, keepdims=True) + self.student.norm_eps)
-    return target, features, _moments(features, stream - at_least_float32(x_student), weights)
+    missing = at_least_float32(target) - at_least_float32(x_student)
+    return target, features, _moments(features, missing, self._weights(target))
 
-  def _leave(self, student, target, x_student, features):
-    """The streams behind the layer."""
+  def _feed(self, teacher, student, target, x_student, features):
+    """(the teacher's stream behind the MLP, the student's before it, moments for what its MLP is to add)."""
+    x_student = self._attended(student, x_student, features)
+    target = self._mlp(self.teacher, teacher, target)
+    normed = self._norm(student, "post_attention_layernorm", x_student)
+    hidden: Any = SwiGLU(self.student, self.dtype).apply({"params": student["mlp"]}, normed, method="hidden")
+    missing = at_least_float32(target) - at_least_float32(self._mlp(self.student, student, x_student))
+    return target, x_student, _moments(hidden, missing, self._weights(target))
+
+  def _finish(self, student, x_student):
+    return self._mlp(self.student, student, x_student)
+
+  def _leave(self, teacher, student, target, x_student, features):
+    """The streams behind a layer whose MLP stays."""
+    x_student = self._attended(student, x_student, features)
+    return self._mlp(self.teacher, teacher, target), self._mlp(self.student, student, x_student)
+
+  def _attended(self, student, x_student, features):
     project = Dense(self.student.hidden_size, self.student.output_bias, self.dtype)
-    x_student = x_student + project.apply({"params": student["self_attn"]["o_proj"]}, features)
-    return self._mlp(student, target), self._mlp(student, x_student)
+    return x_student + project.apply({"params": student["self_attn"]["o_proj"]}, features)
 
-  def _mlp(self, layer, x_BTD):
+  def _weights(self, stream):
+    """[B, T, 1]: what the norm that follows multiplies by."""
+    stream = at_least_float32(stream)
+    return jax.lax.rsqrt(jnp.mean(stream * stream, axis=-1, keepdims=True) + self.student.norm_eps)
+
+  def _mlp(self, config, layer, x_BTD):
     normed = self._norm(layer, "post_attention_layernorm", x_BTD)
-    return x_BTD + SwiGLU(self.student, self.dtype).apply({"params": layer["mlp"]}, normed)
+    return x_BTD + SwiGLU(config, self.dtype).apply({"params": layer["mlp"]}, normed)
 
   def _keep(self, teacher, student, x_teacher, x_student, batch):
     """The streams behind a layer that stays softmax."""
@@ -203,7 +268,7 @@ def _moments(features_BTF: jax.Array, y_BTD: jax.Array, weights_BT1: jax.Array) 
   a = jnp.concatenate([a, jnp.ones((len(a), 1), a.dtype)], axis=1) * weights
   y = y_BTD.reshape(-1, y_BTD.shape[-1]) * weights
   product = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
-  moments = Moments(product(a.T, a), product(a.T, y), jnp.sum(y * y))
+  moments = Moments(product(a.T, a), product(a.T, y), jnp.sum(y * y), jnp.float32(len(a)))
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty:
     return moments

@@ -274,10 +274,14 @@ class SwiGLU(nn.Module):
   config: ModelConfig
   dtype: Any = jnp.float32
 
-  @nn.compact
-  def __call__(self, x_BTD: jax.Array) -> jax.Array:
+  def setup(self):
     dense = functools.partial(Dense, use_bias=self.config.mlp_bias, dtype=self.dtype)
-    gate = dense(self.config.intermediate_size, name="gate_proj")(x_BTD)
-    up = dense(self.config.intermediate_size, name="up_proj")(x_BTD)
-    hidden = constrain(nn.silu(gate) * up, "batch", "time", "ffn")
-    return dense(self.config.hidden_size, name="down_proj")(hidden)
+    self.gate_proj, self.up_proj = (dense(self.config.intermediate_size) for _ in range(2))
+    self.down_proj = dense(self.config.hidden_size)
+
+  def __call__(self, x_BTD: jax.Array) -> jax.Array:
+    return self.down_proj(self.hidden(x_BTD))
+
+  def hidden(self, x_BTD: jax.Array) -> jax.Array:
+    """What `down_proj` reads, [B, T, F]."""
+    return constrain(nn.silu(self.gate_proj(x_BTD)) * self.up_proj(x_BTD), "batch", "time", "ffn")

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from supra_jax.calibrate import Report, calibrate
+from supra_jax.calibrate import RIDGE, Report, calibrate
 from supra_jax.checkpoint import ModelCheckpoint, load_model, save_model
 from supra_jax.config import ModelConfig, SupraConfig
 from supra_jax.data import Batch, make_loader, parse_sources
@@ -71,7 +71,7 @@ class Calibration:
     text_key, sequence_length: of text, as `packing.prepare` takes them.
     tokens: so many are read, rounded up to whole batches.
     batch_size: rows at a time.
-    ridge: weight of |W_o|^2.
+    ridge, mlp: as `calibrate` takes them.
     seed: of the order of the rows.
     dtype: of the computation.
     mesh: as `sharding.make_mesh` takes it.
@@ -80,9 +80,10 @@ class Calibration:
   data: str
   text_key: str = "text"
   sequence_length: int = 512
-  tokens: int = 131072
+  tokens: int = 32768
   batch_size: int = 8
-  ridge: float = 1e-2
+  ridge: float = RIDGE
+  mlp: bool = True
   seed: int = 0
   dtype: str = "float32"
   mesh: str = ""
@@ -121,7 +122,12 @@ def linearize_checkpoint(
       start = load_model(checkpoint, shardings=lambda stored: param_shardings(stored, mesh))
       params, config = linearize(start.params, start.config, **new)
       batches, teacher = _first_batches(calibration, start, mesh), (start.params, start.config)
-      how: dict[str, Any] = {"ridge": calibration.ridge, "dtype": calibration.dtype, "report": report}
+      how: dict[str, Any] = {
+        "ridge": calibration.ridge,
+        "mlp": calibration.mlp,
+        "dtype": calibration.dtype,
+        "report": report,
+      }
       params = calibrate(teacher, (params, config), batches, mesh, **how)
   made = new | {
     "supra": dataclasses.asdict(config.supra),

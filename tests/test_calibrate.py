@@ -24,18 +24,18 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 def _moments(a, y):
   a = np.column_stack([a, np.ones(len(a))])
-  return Moments(a.T @ a, a.T @ y, np.sum(y * y))
+  return Moments(a.T @ a, a.T @ y, np.sum(y * y), len(y))
 
 
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("ridge", [0.0, 0.1])
+@pytest.mark.parametrize("ridge", [0.0, 20.0])
 def test_solve_is_least_squares(ridge, bias):
   rng = np.random.default_rng(0)
   a, y = rng.standard_normal((200, 7)) + 1, rng.standard_normal((200, 3)) + 2
   kernel, offset, left = solve(_moments(a, y), ridge=ridge, bias=bias)
   # As rows of a larger least squares problem; a free offset is what centring takes away.
   inner, outer = (a - a.mean(0), y - y.mean(0)) if bias else (a, y)
-  size = np.sqrt(ridge * np.mean(np.sum(inner**2, axis=0)))
+  size = np.sqrt(ridge / 200 * np.mean(np.sum(inner**2, axis=0)))
   wanted, *_ = np.linalg.lstsq(np.vstack([inner, size * np.eye(7)]), np.vstack([outer, np.zeros((7, 3))]), rcond=None)
   np.testing.assert_allclose(kernel, wanted, rtol=1e-10)
   if bias:
@@ -72,12 +72,14 @@ def _logits(params, config, tokens):
   return Transformer(config).apply({"params": params}, tokens, method="logits")[0]
 
 
-def test_only_output_projections_change(random_params):
+@pytest.mark.parametrize("mlp", [False, True])
+def test_only_projections_change(random_params, mlp):
   params = random_params(TEACHER)
-  got, student, _ = _calibrated(params, batches=_batches(2), layers=[0, 2])
+  got, student, _ = _calibrated(params, batches=_batches(2), layers=[0, 2], mlp=mlp)
   changed = jax.tree.map(lambda a, b: bool(np.any(np.asarray(a) != np.asarray(b))), got, student)
   paths = {jax.tree_util.keystr(path) for path, x in jax.tree_util.tree_leaves_with_path(changed) if x}
-  assert paths == {f"['layers_{i}']['self_attn']['o_proj']['kernel']" for i in (0, 2)}
+  wanted = ["['self_attn']['o_proj']['kernel']"] + ["['mlp']['down_proj']['kernel']"] * mlp
+  assert paths == {f"['layers_{i}']{name}" for i in (0, 2) for name in wanted}
 
 
 def test_a_teacher_that_can_be_met_is_met(random_params):
@@ -91,30 +93,43 @@ def test_a_teacher_that_can_be_met_is_met(random_params):
   np.testing.assert_allclose(_logits(got, config, tokens), _logits(params, TEACHER, tokens), atol=1e-4)
 
 
-def test_layer_by_layer_is_what_least_squares_says(random_params):
-  """The first layer's projection from whole activations, in float64."""
+def test_a_layer_is_what_least_squares_says(random_params):
+  """The first layer's two projections from whole activations, in float64."""
   params, batches = random_params(TEACHER), _batches(3)
-  got, student, config = _calibrated(params, batches=batches, ridge=1e-2)
+  got, student, config = _calibrated(params, batches=batches, ridge=50.0)
   tokens = np.concatenate([batch["tokens"][:, :-1] for batch in batches])
-  features, attended = [], []
+  seen = {}
 
   def watch(next_fun, args, kwargs, context):
     result = next_fun(*args, **kwargs)
-    if context.module.name == "self_attn" and context.method_name == "mix":
-      features.append(result[0])
-    if context.module.name == "self_attn" and context.method_name == "__call__":
-      attended.append(result[0])
+    name = f"{'.'.join(context.module.path)}.{context.method_name}"
+    seen[name] = np.float64(result[0] if isinstance(result, tuple) else result)
     return result
 
-  with nn.intercept_methods(watch):
-    Transformer(config).apply({"params": student}, tokens)
-    first = features[0].reshape(-1, features[0].shape[2] * features[0].shape[3])
-    attended.clear()
-    Transformer(TEACHER).apply({"params": params}, tokens)
-  wanted, *_ = solve(
-    _moments(np.float64(first), np.float64(attended[0]).reshape(len(first), -1)), ridge=1e-2, bias=False
-  )
+  def run(config, params):
+    seen.clear()
+    with nn.intercept_methods(watch):
+      Transformer(config).apply({"params": params}, tokens)
+    return {name: x.reshape(tokens.size, -1) for name, x in seen.items() if x.shape[:2] == tokens.shape}
+
+  def solved(features, missing, stream):
+    weights = 1 / np.sqrt(np.mean(stream**2, axis=-1, keepdims=True) + config.norm_eps)
+    rows = np.sqrt(50.0 / tokens.size * np.mean(np.sum((weights * features) ** 2, axis=0))) * np.eye(features.shape[1])
+    a = np.vstack([weights * features, rows])
+    y = np.vstack([weights * missing, np.zeros((len(rows), missing.shape[1]))])
+    return np.linalg.lstsq(a, y, rcond=None)[0]
+
+  teacher, begun = run(TEACHER, params), run(config, student)
+  stream = teacher["embed_tokens.__call__"] + teacher["layers_0.self_attn.__call__"]
+  wanted = solved(begun["layers_0.self_attn.mix"], teacher["layers_0.self_attn.__call__"], stream)
   np.testing.assert_allclose(got["layers_0"]["self_attn"]["o_proj"]["kernel"], wanted, atol=2e-5)
+
+  half = {**student, "layers_0": {**got["layers_0"], "mlp": student["layers_0"]["mlp"]}}
+  halfway = run(config, half)
+  missing = teacher["layers_0.__call__"] - halfway["layers_0.__call__"]
+  more = solved(halfway["layers_0.mlp.hidden"], missing, teacher["layers_0.__call__"])
+  down = student["layers_0"]["mlp"]["down_proj"]["kernel"]
+  np.testing.assert_allclose(got["layers_0"]["mlp"]["down_proj"]["kernel"], down + more, atol=5e-5)
 
 
 INSIDE = """
