@@ -5,13 +5,13 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 
 from supra_jax.calibrate import RIDGE, Report, calibrate
@@ -19,8 +19,8 @@ from supra_jax.checkpoint import ModelCheckpoint, load_model, save_model
 from supra_jax.config import ModelConfig, SupraConfig
 from supra_jax.data import Batch, make_loader, parse_sources
 from supra_jax.packed import META_FILE, check_packed
-from supra_jax.packing import prepare
-from supra_jax.sharding import make_mesh, param_shardings, process_shard
+from supra_jax.sharding import batch_shards, make_mesh, param_shardings, process_shard
+from supra_jax.text import documents_of, find_files
 from supra_jax.tokenizer import Tokenizer
 from supra_jax.transformer import Transformer
 
@@ -67,12 +67,13 @@ class Calibration:
   """How `calibrate` is to solve for the output projections.
 
   Attributes:
-    data: directories that `prepare_data` packed, with weights, as `data.parse_sources` reads them; or text.
-    text_key, sequence_length: of text, as `packing.prepare` takes them.
+    data: directories that `prepare_data` packed, with weights, as `data.parse_sources` reads them; or text, as
+      `text.find_files` finds it, of which no more is read than it takes.
+    text_key, sequence_length: of text.
     tokens: so many are read, rounded up to whole batches.
-    batch_size: rows at a time.
+    batch_size: rows at a time; more where the mesh has more shards.
     ridge, mlp: as `calibrate` takes them.
-    seed: of the order of the rows.
+    seed: of the order of packed rows.
     dtype: of the computation.
     mesh: as `sharding.make_mesh` takes it.
   """
@@ -145,33 +146,62 @@ def linearize_checkpoint(
 
 
 def _first_batches(calibration: Calibration, start: ModelCheckpoint, mesh: Mesh) -> list[Batch]:
-  """Of the rows in shuffled order the first, as many as were asked for; this process' part of them."""
-  index, count = process_shard(mesh)
-  sources, vocab_size = parse_sources(calibration.data), start.config.vocab_size
+  """As many whole batches as hold the tokens that were asked for; this process' part of them."""
+  shards = batch_shards(mesh)
+  rows = -(-calibration.batch_size // shards) * shards
+  sources = parse_sources(calibration.data)
   tokenizer = Tokenizer.from_files(start.tokenizer_files, start.config)
-  with tempfile.TemporaryDirectory() as directory:
-    if (Path(sources[0][0]) / META_FILE).exists():
-      for path, _ in sources:
-        check_packed(path, vocab_size=vocab_size, tokenizer=tokenizer)
-    else:
-      if tokenizer is None:
-        raise ValueError(f"The model has no tokenizer to read {calibration.data} with.")
-      packed = Path(directory) / "rows"
-      prepare(
-        calibration.data,
-        tokenizer,
-        packed,
-        vocab_size=vocab_size,
-        sequence_length=calibration.sequence_length,
-        text_key=calibration.text_key,
-      )
-      sources = ((str(packed / "train"), 1.0),)
-    loader = make_loader(
-      sources, batch_size=calibration.batch_size, seed=calibration.seed, shard_index=index, shard_count=count
-    )
+  index, count = process_shard(mesh)
+  if (Path(sources[0][0]) / META_FILE).exists():
+    for path, _ in sources:
+      check_packed(path, vocab_size=start.config.vocab_size, tokenizer=tokenizer)
+    loader = make_loader(sources, batch_size=rows, seed=calibration.seed, shard_index=index, shard_count=count)
     first = next(loader)
-    tokens = calibration.batch_size * (first["tokens"].shape[1] - 1)
-    return [first, *itertools.islice(loader, -(-calibration.tokens // tokens) - 1)]
+    length = first["tokens"].shape[1] - 1
+    return [first, *itertools.islice(loader, -(-calibration.tokens // (rows * length)) - 1)]
+  if tokenizer is None:
+    raise ValueError(f"The model has no tokenizer to read {calibration.data} with.")
+  wanted = -(-calibration.tokens // (rows * calibration.sequence_length)) * rows
+  texts = rows_of_text(
+    calibration.data, tokenizer, rows=wanted, length=calibration.sequence_length + 1, text_key=calibration.text_key
+  )
+  whole = len(texts) // rows * rows
+  if not whole:
+    raise ValueError(
+      f"{calibration.data} has {len(texts)} rows of {calibration.sequence_length} tokens for calibration; wanted at "
+      f"least {rows}. Give more text."
+    )
+  return [{"tokens": texts[at + index : at + rows : count]} for at in range(0, whole, rows)]
+
+
+def rows_of_text(pattern: str, tokenizer: Tokenizer, *, rows: int, length: int, text_key: str = "text") -> np.ndarray:
+  """Reads no more of some text than it takes to fill rows.
+
+  Files take turns, and no document gives more than a row, so that rows differ; documents are joined by the end-of-text
+  id.
+
+  Args:
+    pattern, text_key: as `text.find_files` and `text.read_documents` take them.
+    tokenizer: that encodes.
+    rows: at most so many.
+    length: tokens of each.
+
+  Returns:
+    int32 [rows or fewer, length].
+  """
+  end = list(tokenizer.eos_ids[:1])
+  readers = [documents_of(file, text_key) for file in find_files(pattern)]
+  ids: list[int] = []
+  while readers and len(ids) < rows * length:
+    for reader in list(readers):
+      text = next(reader, None)
+      if text is None:
+        readers.remove(reader)
+      else:
+        # No tokenizer has 16 characters a token on average.
+        ids += [*tokenizer.encode(text[: 16 * length], bos=False)[: length - 1], *end]
+  found = min(len(ids) // length, rows)
+  return np.asarray(ids[: found * length], np.int32).reshape(found, length)
 
 
 def _chosen_layers(config: ModelConfig, layers: Sequence[int] | None) -> list[int]:

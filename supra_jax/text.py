@@ -130,8 +130,13 @@ def read_documents(pattern: str, text_key: str = "text") -> Iterator[str]:
     ValueError: a file, line or row cannot be read, by name and number.
   """
   for file in find_files(pattern):
-    for piece in read_pieces(file.path, text_key):
-      yield from (text for _, text in parse(piece, text_key))
+    yield from documents_of(file, text_key)
+
+
+def documents_of(file: InputFile, text_key: str = "text") -> Iterator[str]:
+  """Yields the documents of one file, as `read_documents` does."""
+  for piece in read_pieces(file.path, text_key):
+    yield from (text for _, text in parse(piece, text_key))
 
 
 def _json_text(line: bytes, text_key: str, where: str) -> str:

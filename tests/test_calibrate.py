@@ -1,6 +1,7 @@
 """The solve against numpy's least squares; a mesh against one device; a teacher that can be met exactly."""
 
 import functools
+import json
 import os
 import subprocess
 import sys
@@ -13,10 +14,15 @@ import numpy as np
 import pytest
 
 from supra_jax.calibrate import Moments, calibrate, solve
+from supra_jax.checkpoint import load_model
 from supra_jax.config import SupraConfig, tiny
-from supra_jax.linearize import linearize
+from supra_jax.linearize import Calibration, linearize, linearize_checkpoint, rows_of_text
+from supra_jax.lm import load
+from supra_jax.packing import prepare
 from supra_jax.sharding import make_mesh, param_shardings
+from supra_jax.tokenizer import Tokenizer
 from supra_jax.transformer import Transformer
+from tests import tiny as tiny_model
 
 ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -164,3 +170,53 @@ def test_documents_stay_apart(random_params):
     _calibrated(params, batches=[packed])[0],
     _calibrated(params, batches=[apart])[0],
   )
+
+
+def test_no_more_text_is_read_than_it_takes(tmp_path):
+  tokenizer = Tokenizer.from_files({"tokenizer.json": tiny_model.tokenizer_json()}, tiny_model.tiny_config("softmax"))
+  documents = [f"{letter} {'word ' * 50}" for letter in "abc"]
+  for name in ("one", "two"):
+    lines = [json.dumps({"body": f"{name} {document}"}) for document in documents]
+    (tmp_path / f"{name}.jsonl").write_text("\n".join([*lines, "no JSON, and never read"]))
+  rows = rows_of_text(f"{tmp_path}/*.jsonl", tokenizer, rows=4, length=20, text_key="body")
+  assert rows.shape == (4, 20) and rows.dtype == np.int32
+  texts = [tokenizer.decode(row.tolist()) for row in rows]
+  assert [text.split()[:2] for text in texts] == [["one", "a"], ["two", "a"], ["one", "b"], ["two", "b"]]
+  assert (rows[:, -1] == tokenizer.eos_ids[0]).all()
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_checkpoint_nearer_to_its_teacher(tmp_path, packed):
+  """As a user has it: from a model directory and text to a model directory that loads and generates."""
+  teacher = tiny_model.write_checkpoint(tmp_path / "teacher", "softmax")
+  text = str(tiny_model.write_text(tmp_path / "topics.jsonl"))
+  start = load(teacher)
+  if packed:
+    prepare(text, start.tokenizer, tmp_path / "packed", vocab_size=tiny_model.VOCAB, sequence_length=48)
+    text = f"{tmp_path}/packed/train"
+  how = Calibration(text, tokens=2000, sequence_length=48, batch_size=4, ridge=100.0)
+  reported = []
+  linearize_checkpoint(
+    teacher, tmp_path / "calibrated", phi="identity", calibration=how, report=lambda *x: reported.append(x[:2])
+  )
+  linearize_checkpoint(teacher, tmp_path / "random")
+  assert reported == [(0, 2), (1, 2)]
+  tokens = [start.tokenizer.encode(Path(tmp_path / "topics.jsonl").read_text()[-400:])]
+  wanted = jax.nn.log_softmax(start(tokens)[0])
+  divergence = {}
+  for name in ("calibrated", "random"):
+    model = load(tmp_path / name)
+    got = jax.nn.log_softmax(model(tokens)[0])
+    divergence[name] = float((jnp.exp(wanted) * (wanted - got)).sum(-1).mean())
+  assert divergence["calibrated"] < 0.75 * divergence["random"], divergence
+  calibrated = load(tmp_path / "calibrated")
+  assert calibrated.config.mixers == ("supra", "supra") and len(calibrated.generate("The", max_new_tokens=5)) > 0
+  assert load_model(tmp_path / "calibrated").source["calibration"]["tokens"] == 2000
+
+
+def test_too_little_text_is_said(tmp_path):
+  teacher = tiny_model.write_checkpoint(tmp_path / "teacher", "softmax")
+  (tmp_path / "a.txt").write_text("Little.")
+  with pytest.raises(ValueError, match=r"a\.txt has 0 rows of 512 tokens for calibration; wanted at least 8"):
+    linearize_checkpoint(teacher, tmp_path / "out", calibration=Calibration(str(tmp_path / "a.txt")))
+  assert not (tmp_path / "out").exists()

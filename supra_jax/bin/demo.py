@@ -17,7 +17,7 @@ _CONFIG = config_flags.DEFINE_config_file("config", "configs/demo.py", "The reci
 _RANDOM_CONFIG = config_flags.DEFINE_config_file(
   "random_config", "configs/demo_random.py", "The recipe from the paper's start; its steps follow.", lock_config=True
 )
-_CALIBRATION_TOKENS = flags.DEFINE_integer("calibration_tokens", 32768, "Of the training text.", lower_bound=1)
+_CALIBRATION_TOKENS = flags.DEFINE_integer("calibration_tokens", 8192, "Of the training text.", lower_bound=1)
 _WORKDIR = flags.DEFINE_string("workdir", "runs/demo", "Where everything goes.")
 _PROMPT = flags.DEFINE_string("prompt", "The for statement is used to", "What the RNN goes on from.")
 _MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 80, "How much it writes.", lower_bound=1)

@@ -16,10 +16,13 @@ from supra_jax.linearize import Calibration, linearize_checkpoint
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Model directory to start from.", required=True)
 _OUTPUT = flags.DEFINE_string("output", None, "Model directory to write; must not exist.", required=True)
 _METHOD = flags.DEFINE_enum(
-  "method", "random", ["random", "identity", "calibrated"], "How new weights begin; the paper's are random."
+  "method", "calibrated", ["calibrated", "identity", "random"], "How it begins; the paper's way is random."
 )
-_DATA = flags.DEFINE_string("calibration_data", "", "Text, as prepare_data takes it, or directories that it packed.")
-_TOKENS = flags.DEFINE_integer("calibration_tokens", 131072, "How many tokens of it are read.", lower_bound=1)
+_DATA = flags.DEFINE_string(
+  "calibration_data", "pydoc:topics", "Text of the kind that the model is for, or directories that prepare_data packed."
+)
+_TOKENS = flags.DEFINE_integer("calibration_tokens", 32768, "How many tokens of it are read.", lower_bound=1)
+_MLP = flags.DEFINE_bool("calibrate_mlp", True, "Solve for the MLPs' last projections too.")
 _TEXT_KEY = flags.DEFINE_string("text_key", "text", "Key of a JSON line, or column, that holds the text.")
 _MESH = flags.DEFINE_string("mesh", "", "Of the devices that calibrate, as in train.")
 _LAYERS = flags.DEFINE_list("layers", None, "Layers to linearise, e.g. 0,1,-1. Default: all softmax layers.")
@@ -40,11 +43,10 @@ def main() -> None:
   values = {field.name: flags.FLAGS[field.name].value for field in dataclasses.fields(SupraConfig)}
   supra = from_mapping(SupraConfig, values, "flags")
   layers = None if _LAYERS.value is None else [int(layer) for layer in _LAYERS.value]
-  data, phi, calibration = _DATA.value, "random" if _METHOD.value == "random" else "identity", None
+  phi, calibration = "random" if _METHOD.value == "random" else "identity", None
   if _METHOD.value == "calibrated":
-    if not data:
-      raise ValueError("--method=calibrated wants --calibration_data: text of the kind that the model is for.")
-    calibration = Calibration(data, _TEXT_KEY.value, tokens=_TOKENS.value, seed=_SEED.value, mesh=_MESH.value)
+    how: dict[str, typing.Any] = {"tokens": _TOKENS.value, "mlp": _MLP.value, "seed": _SEED.value, "mesh": _MESH.value}
+    calibration = Calibration(_DATA.value, _TEXT_KEY.value, **how)
   new = {"supra": supra, "layers": layers, "phi": phi, "seed": _SEED.value, "calibration": calibration}
   with tqdm(disable=calibration is None, desc="Calibrating", unit="layer") as bar:
     config = linearize_checkpoint(_CHECKPOINT.value, _OUTPUT.value, **new, report=functools.partial(_show, bar))
