@@ -55,7 +55,8 @@ METHODS = {
   # The paper's. Of 1e-4, 3e-4 and 1e-3 the last was best.
   "random": Method("random", 0, 1e-3),
   "identity": Method("identity", 0, 1e-3),
-  "calibrated_4k": Method("identity", 4096, 1e-4),
+  "calibrated_2k": Method("identity", 2048, 1e-4),
+  "calibrated_8k": Method("identity", 8192, 1e-4),
   "calibrated_16k": Method("identity", 16384, 1e-4),
   "calibrated_32k": Method("identity", 32768, 1e-4),
   "calibrated_32k_3e-4": Method("identity", 32768, 3e-4),

@@ -18,9 +18,10 @@ lie on disk, of which a batch at a time is read.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,6 +30,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from tqdm import tqdm
 
 from supra_jax.attention import LinearAttention, SoftmaxAttention
 from supra_jax.config import ModelConfig
@@ -79,6 +81,19 @@ def solve(moments: Moments, *, ridge: float, bias: bool) -> tuple[np.ndarray, np
   a_a, a_y = (gram, cross) if bias else (gram[:-1, :-1], cross[:-1])
   left = float(moments.energy) - 2 * np.sum(whole * a_y) + np.sum(whole * (a_a @ whole))
   return kernel, offset, left / max(float(moments.energy), 1e-30)
+
+
+@contextlib.contextmanager
+def shown() -> Iterator[Report]:
+  """Yields a `report` for `calibrate` that shows a bar with time left on stderr."""
+  with tqdm(desc="Calibrating", unit="layer") as bar:
+
+    def report(layer: int, layers: int, missed: float) -> None:
+      bar.total = layers
+      bar.set_postfix_str(f"attention of layer {layer} missed by {missed:.0%}")
+      bar.update()
+
+    yield report
 
 
 def calibrate(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import shutil
@@ -10,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from supra_jax.calibrate import shown
 from supra_jax.linearize import Calibration, Phi, linearize_checkpoint
 from supra_jax.lm import load
 from supra_jax.metrics import read_metrics
@@ -81,7 +83,7 @@ def compare_starts(
     heldout_rows=calibrated.data.heldout_rows,
     sequence_length=calibrated.data.sequence_length,
   )
-  say(f"Calibrating: no softmax is left, and output projections are solved for on {calibration_tokens:,} tokens.")
+  say(f"No softmax is left. Projections are solved for on {calibration_tokens:,} tokens, then the RNN is uptrained.")
   calibration = Calibration(packed.sources, tokens=calibration_tokens, seed=calibrated.seed)
   curves = {"calibrated": _run(teacher, calibrated, packed, workdir, teacher_nll, calibration)}
   first = curves["calibrated"]
@@ -112,7 +114,8 @@ def _run(
     shutil.rmtree(start, ignore_errors=True)
     began = time.monotonic()
     phi: Phi = "random" if calibration is None else "identity"
-    linearize_checkpoint(teacher, start, phi=phi, seed=config.seed, calibration=calibration)
+    with contextlib.nullcontext() if calibration is None else shown() as report:
+      linearize_checkpoint(teacher, start, phi=phi, seed=config.seed, calibration=calibration, report=report)
     return 0.0 if calibration is None else time.monotonic() - began
 
   seconds = _once(workdir / SECONDS_FILE, linearize)

@@ -9,12 +9,14 @@ import pytest
 HEAVY = {
   "test_export_torch",
   "test_faults",
+  "test_fuzz",
   "test_generate",
   "test_notebooks",
   "test_plan",
   "test_processes",
   "test_sharded",
   "test_smollm2",
+  "test_streaming",
   "test_train",
 }
 

@@ -121,24 +121,28 @@ def test_the_chunked_scan_is_as_exact_as_the_token_recurrence(teacher, text_ids)
 def test_the_demo_leaves_what_it_promises(tmp_path):
   """`make demo` with two steps, and once more: a second run needs nothing that the first had."""
   command = [sys.executable, "-m", "supra_jax.bin.demo", f"--workdir={tmp_path / 'demo'}", "--max_new_tokens=5"]
-  short = ["--config.num_steps=2", "--config.data.heldout_rows=1", "--config.data.sequence_length=64"]
+  config = {"num_steps": 2, "evaluate_every": 0, "data.heldout_rows": 1, "data.sequence_length": 64}
+  command += [f"--{recipe}.{key}={value}" for recipe in ("config", "random_config") for key, value in config.items()]
+  command += ["--calibration_tokens=512"]
   root = Path(__file__).parent.parent
-  first = subprocess.run(command + short, cwd=root, capture_output=True, text=True, check=True)
-  assert "Converting" in first.stdout
+  first = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True)
+  assert "Converting" in first.stdout and "layer 29" in first.stderr
   made = {path.name for path in (tmp_path / "demo").iterdir()}
-  assert {"checkpoint", "metrics.jsonl", "loss.png", "report.json"} <= made
+  assert {"checkpoint", "metrics.jsonl", "starts.png", "report.json"} <= made
   report = json.loads((tmp_path / "demo" / "report.json").read_text())
-  keys = {"teacher_nll", "nll_before", "nll_after", "tokens_trained", "tokens_per_second", "prompt", "text"}
-  assert set(report) == keys and report["tokens_trained"] == 2 * 64
-  # Two steps of warmup move the loss, as likely up as down.
-  assert 2 < report["teacher_nll"] < 5 < report["nll_before"] < 15 and 5 < report["nll_after"] < 15
-  assert report["nll_after"] != report["nll_before"]
+  assert set(report) == {"teacher_nll", "calibrated", "random", "prompt", "text"}
+  calibrated, random = report["calibrated"], report["random"]
+  assert calibrated["tokens_trained"] == 2 * 64 < random["tokens_trained"]
+  assert 0 == random["calibration_seconds"] < calibrated["calibration_seconds"]
+  # The same time, to half a step of the second's speed.
+  assert random["points"][-1][0] == pytest.approx(calibrated["points"][-1][0], rel=0.5)
+  # Without training: 512 tokens of calibration are worth nats.
+  assert 2 < report["teacher_nll"] < calibrated["points"][0][1] < random["points"][0][1] - 1.5
   assert report["prompt"] + report["text"] in first.stdout
   assert supra_jax.load(tmp_path / "demo" / "checkpoint").config.mixers == ("supra",) * 30
 
-  again = subprocess.run(command + short, cwd=root, capture_output=True, text=True, check=True)
-  assert "Converting" not in again.stdout
+  again = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True)
+  assert "Converting" not in again.stdout and "Calibrating" not in again.stderr
   second = json.loads((tmp_path / "demo" / "report.json").read_text())
-  assert {k: v for k, v in second.items() if k != "tokens_per_second"} == {
-    k: v for k, v in report.items() if k != "tokens_per_second"
-  }
+  for name in ("calibrated", "random"):
+    assert [nll for _, nll in second[name]["points"]] == [nll for _, nll in report[name]["points"]]

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import functools
 import typing
 
 from absl import flags
-from tqdm import tqdm
 
 from supra_jax.bin.entry import run
+from supra_jax.calibrate import shown
 from supra_jax.config import Decay, FeatureMapKind, SupraConfig, from_mapping
 from supra_jax.linearize import Calibration, linearize_checkpoint
 
@@ -33,12 +33,6 @@ flags.DEFINE_bool("qk_norm", False, "Normalise phi(q) and phi(k) before RoPE.")
 _SEED = flags.DEFINE_integer("seed", 0, "Of new weights, and of the order of the text.")
 
 
-def _show(bar: tqdm, layer: int, layers: int, missed: float) -> None:
-  bar.total = layers
-  bar.set_postfix_str(f"layer {layer} misses {missed:.0%}")
-  bar.update()
-
-
 def main() -> None:
   values = {field.name: flags.FLAGS[field.name].value for field in dataclasses.fields(SupraConfig)}
   supra = from_mapping(SupraConfig, values, "flags")
@@ -48,8 +42,8 @@ def main() -> None:
     how: dict[str, typing.Any] = {"tokens": _TOKENS.value, "mlp": _MLP.value, "seed": _SEED.value, "mesh": _MESH.value}
     calibration = Calibration(_DATA.value, _TEXT_KEY.value, **how)
   new = {"supra": supra, "layers": layers, "phi": phi, "seed": _SEED.value, "calibration": calibration}
-  with tqdm(disable=calibration is None, desc="Calibrating", unit="layer") as bar:
-    config = linearize_checkpoint(_CHECKPOINT.value, _OUTPUT.value, **new, report=functools.partial(_show, bar))
+  with shown() if calibration else contextlib.nullcontext() as report:
+    config = linearize_checkpoint(_CHECKPOINT.value, _OUTPUT.value, **new, report=report)
   print(f"{_OUTPUT.value}: {config.mixers.count('supra')} of {config.num_layers} layers are SUPRA layers.")
 
 
