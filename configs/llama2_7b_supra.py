@@ -1,7 +1,8 @@
 """Llama-2-7B uptrained as an RNN: 20 billion tokens, as in the paper, or 100.
 
     python -m convert_weights.hf_to_orbax --source=DIR --output=models/llama2_7b
-    python -m supra_jax.bin.linearize --checkpoint=models/llama2_7b --output=models/llama2_7b_linearized --method=random
+    python -m supra_jax.bin.linearize --method=random --checkpoint=models/llama2_7b \\
+      --output=models/llama2_7b_linearized
     python -m supra_jax.bin.prepare_data --input='refinedweb/*.parquet' --text_key=content \\
       --tokenizer=models/llama2_7b --heldout_every=10000 --output=data/refinedweb_llama2
     python -m supra_jax.bin.train --config=configs/llama2_7b_supra.py --workdir=runs/llama2_7b

@@ -1,7 +1,8 @@
 """Mistral-7B uptrained as an RNN, the paper's main model: 20 billion tokens, or 100.
 
     python -m convert_weights.hf_to_orbax --source=DIR --output=models/mistral_7b
-    python -m supra_jax.bin.linearize --checkpoint=models/mistral_7b --output=models/mistral_7b_linearized --method=random
+    python -m supra_jax.bin.linearize --method=random --checkpoint=models/mistral_7b \\
+      --output=models/mistral_7b_linearized
     python -m supra_jax.bin.prepare_data --input='refinedweb/*.parquet' --text_key=content \\
       --tokenizer=models/mistral_7b --heldout_every=10000 --output=data/refinedweb_mistral
     python -m supra_jax.bin.train --config=configs/mistral_7b_supra.py --workdir=runs/mistral_7b
