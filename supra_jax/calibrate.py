@@ -38,7 +38,7 @@ from supra_jax.layers import Dense, Embed, Norm, SwiGLU, at_least_float32
 from supra_jax.sharding import BATCH_AXES, put_batch
 from supra_jax.transformer import Block, Transformer
 
-# Of 2k, 8k and 32k tokens of SmolLM2's, about the best for each.
+# The best of what was tried with SmolLM2 on 8k tokens; see BUILD_NOTES.md.
 RIDGE = 4000.0
 
 Batch = Mapping[str, np.ndarray]
@@ -75,6 +75,7 @@ def solve(moments: Moments, *, ridge: float, bias: bool) -> tuple[np.ndarray, np
   if bias:
     inner, outer = inner - np.outer(sums, sums) / count, outer - np.outer(sums, targets) / count
   size = ridge / float(moments.tokens) * np.trace(inner) / len(inner)
+  size = max(size, np.finfo(float).tiny)  # features that are all 0 get weights of 0
   kernel = np.linalg.solve(inner + size * np.eye(len(inner)), outer)
   offset = (targets - sums @ kernel) / count if bias else None
   whole = kernel if offset is None else np.vstack([kernel, offset])

@@ -52,6 +52,11 @@ def test_solve_is_least_squares(ridge, bias):
   np.testing.assert_allclose(left, np.sum(missed**2) / np.sum(y**2), rtol=1e-10)
 
 
+def test_dead_features_get_no_weights():
+  kernel, offset, left = solve(_moments(np.zeros((20, 3)), np.ones((20, 2))), ridge=4000.0, bias=False)
+  assert offset is None and left == 1 and not kernel.any()
+
+
 TEACHER = tiny("softmax").replace(
   vocab_size=96, mixers=("softmax",) * 3, hidden_size=24, num_heads=6, value_head_dim=12
 )
