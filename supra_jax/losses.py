@@ -1,10 +1,10 @@
-"""Next-token cross-entropy that never holds [B, T, vocabulary]."""
+"""Next-token cross-entropy, and divergence from a teacher, that never hold [B, T, vocabulary]."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax
 import jax
@@ -23,7 +23,7 @@ class LossSums:
   """Sums over the target tokens, float32 scalars.
 
   Attributes:
-    loss: cross-entropy plus z-loss; the one that has a gradient.
+    loss: cross-entropy, or divergence from the teacher, plus z-loss; the one that has a gradient.
     nll: cross-entropy, nats.
     weight: of the targets; divide by it for means.
   """
@@ -33,8 +33,28 @@ class LossSums:
   weight: jax.Array
 
 
+@flax.struct.dataclass
+class Teacher:
+  """A transformer whose next-token distributions the model is to have.
+
+  Attributes:
+    params: its parameters.
+    model: what reads them; its vocabulary is the model's, and it ties its embeddings if the model does.
+    weight: of the divergence KL(teacher || model) in the loss; cross-entropy has the rest of 1.
+  """
+
+  params: Any
+  model: Transformer = flax.struct.field(pytree_node=False)
+  weight: float = flax.struct.field(pytree_node=False, default=1.0)
+
+
 def language_model_loss(
-  model: Transformer, params: Mapping[str, Any], batch: Mapping[str, jax.Array], *, z_loss: float = 0.0
+  model: Transformer,
+  params: Mapping[str, Any],
+  batch: Mapping[str, jax.Array],
+  *,
+  z_loss: float = 0.0,
+  teacher: Teacher | None = None,
 ) -> LossSums:
   """The loss of a batch of packed rows.
 
@@ -45,6 +65,7 @@ def language_model_loss(
       state and position start afresh at seams, and a document's first token is no target. With `row_weights` float32
       [B], a row counts so much.
     z_loss: weight of the squared logsumexp.
+    teacher: reads the batch too; no gradient reaches it.
   """
   tokens, segment_ids = batch["tokens"], batch.get("segment_ids")
   weights = _target_weights(batch)
@@ -55,7 +76,11 @@ def language_model_loss(
   def unembed(table_params, hidden):
     return model.apply({"params": {table: table_params}}, hidden, method="unembed")
 
-  return next_token_loss(unembed, params[table], hidden_BTD, tokens[:, 1:], weights, z_loss=z_loss)
+  targets: dict[str, Any] = {"z_loss": z_loss}
+  if teacher is not None:
+    theirs_BTD, _ = teacher.model.apply({"params": teacher.params}, tokens[:, :-1], segment_ids=segment_ids)
+    targets |= {"teacher": (teacher.params[table], theirs_BTD), "teacher_weight": teacher.weight}
+  return next_token_loss(unembed, params[table], hidden_BTD, tokens[:, 1:], weights, **targets)
 
 
 def _target_weights(batch: Mapping[str, jax.Array]) -> jax.Array:
@@ -81,9 +106,11 @@ def next_token_loss(
   weights_BT: jax.Array | None = None,
   *,
   z_loss: float = 0.0,
+  teacher: tuple[Any, jax.Array] | None = None,
+  teacher_weight: float = 0.0,
   chunk: int = CHUNK_TOKENS,
 ) -> LossSums:
-  """`sum_t w_t (nll_t + z_loss * logsumexp_t^2)`, over some positions of a device's rows at a time.
+  """`sum_t w_t ((1 - a) nll_t + a KL_t + z_loss * logsumexp_t^2)`, over some positions of a device's rows at a time.
 
   The gradient is made on the way forward, where a chunk's logits exist anyway: a chunk costs three products with the
   unembedding, not the four of rematerialisation, and holds no more.
@@ -95,11 +122,21 @@ def next_token_loss(
     targets_BT: int, the token that follows each position.
     weights_BT: float, 0 where a target does not count; None means 1 everywhere.
     z_loss: weight of the squared logsumexp, 1e-4 in the paper's recipe.
+    teacher: (params, hidden [B, T, D]) of the distributions that KL is from; neither gets a gradient.
+    teacher_weight: a.
     chunk: tokens a chunk and device.
   """
   weights = jnp.ones(targets_BT.shape, jnp.float32) if weights_BT is None else weights_BT.astype(jnp.float32)
-  loss, nll = _sums(unembed, z_loss, chunk, params, hidden_BTD, targets_BT, weights)
+  how = _How(unembed, z_loss, teacher_weight if teacher else 0.0, chunk)
+  loss, nll = _sums(how, params, hidden_BTD, targets_BT, weights, teacher or ())
   return LossSums(loss, nll, weights.sum())
+
+
+class _How(NamedTuple):
+  unembed: Unembed
+  z_loss: float
+  teacher_weight: float
+  chunk: int
 
 
 def _chunks(x_BT: jax.Array, tokens: int) -> jax.Array:
@@ -110,36 +147,46 @@ def _chunks(x_BT: jax.Array, tokens: int) -> jax.Array:
   return jnp.moveaxis(x.reshape(batch, -1, positions, *x.shape[2:]), 1, 0)
 
 
-def _chunk_sums(unembed, z_loss, params, hidden_BCD, targets_BC, weights_BC):
+def _chunk_sums(how: _How, teacher_params, params, hidden_BCD, targets_BC, weights_BC, *teacher_BCD):
   # A padded position may hold NaN, and 0 * NaN is NaN, in the gradients too: hence a selection, before any product.
-  hidden_BCD = jnp.where(weights_BC[..., None] > 0, hidden_BCD, jnp.zeros((), hidden_BCD.dtype))
-  logits = unembed(params, hidden_BCD)
+  def selected(x_BCD):
+    return jnp.where(weights_BC[..., None] > 0, x_BCD, jnp.zeros((), x_BCD.dtype))
+
+  logits = how.unembed(params, selected(hidden_BCD))
   # One row a token: a leading axis of length 1 costs XLA's CPU backend a tenth of the whole chunk.
   logits, targets, weights = logits.reshape(-1, logits.shape[-1]), targets_BC.reshape(-1), weights_BC.reshape(-1)
   logsumexp = jax.nn.logsumexp(logits, axis=-1)
   nll = logsumexp - jnp.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
+  loss = nll
+  if teacher_BCD:
+    theirs = jax.nn.log_softmax(how.unembed(teacher_params[0], selected(teacher_BCD[0])).reshape(logits.shape))
+    divergence = jnp.sum(jnp.exp(theirs) * (theirs - logits), axis=-1) + logsumexp
+    loss = (1 - how.teacher_weight) * nll + how.teacher_weight * divergence
   # The same for a target outside the vocabulary.
-  nll, square = (jnp.where(weights > 0, x * weights, 0).sum() for x in (nll, jnp.square(logsumexp)))
-  return nll + z_loss * square, nll
+  loss, nll, square = (jnp.where(weights > 0, x * weights, 0).sum() for x in (loss, nll, jnp.square(logsumexp)))
+  return loss + how.z_loss * square, nll
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _sums(unembed, z_loss, chunk, params, hidden, targets, weights):
-  def scan(params, *rows):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _sums(how: _How, params, hidden, targets, weights, teacher):
+  def scan(whole, *rows):
+    params, *teacher_params = whole
+
     def step(total, part):
-      return jax.tree.map(jnp.add, total, _chunk_sums(unembed, z_loss, params, *part)), None
+      return jax.tree.map(jnp.add, total, _chunk_sums(how, teacher_params, params, *part)), None
 
     zero = jnp.zeros((), jnp.promote_types(hidden.dtype, jnp.float32))
-    return jax.lax.scan(step, (zero, zero), tuple(_chunks(x, chunk) for x in rows))
+    return jax.lax.scan(step, (zero, zero), tuple(_chunks(x, how.chunk) for x in rows))
 
-  return sum_over_tokens(scan)(params, hidden, targets, weights)[0]
+  return sum_over_tokens(scan)((params, *teacher[:1]), hidden, targets, weights, *teacher[1:])[0]
 
 
-def _sums_forward(unembed, z_loss, chunk, params, hidden, targets, weights):
-  chunk_sums = functools.partial(_chunk_sums, unembed, z_loss)
-  value_and_grad = jax.value_and_grad(chunk_sums, argnums=(0, 1), has_aux=True)
+def _sums_forward(how: _How, params, hidden, targets, weights, teacher):
+  def scan(whole, *rows):
+    params, *teacher_params = whole
+    chunk_sums = functools.partial(_chunk_sums, how, teacher_params)
+    value_and_grad = jax.value_and_grad(chunk_sums, argnums=(0, 1), has_aux=True)
 
-  def scan(params, *rows):
     def step(carry, part):
       (loss, nll), grads = carry
       (part_loss, part_nll), (part_grads, hidden_grad) = value_and_grad(params, *part)
@@ -147,19 +194,20 @@ def _sums_forward(unembed, z_loss, chunk, params, hidden, targets, weights):
 
     zero = jnp.zeros((), jnp.promote_types(hidden.dtype, jnp.float32))
     start = ((zero, zero), jax.tree.map(lambda x: at_least_float32(jnp.zeros_like(x)), params))
-    sums, hidden_grads = jax.lax.scan(step, start, tuple(_chunks(x, chunk) for x in rows))
+    sums, hidden_grads = jax.lax.scan(step, start, tuple(_chunks(x, how.chunk) for x in rows))
     batch, time, width = rows[0].shape
     return sums, jnp.moveaxis(hidden_grads, 0, 1).reshape(batch, -1, width)[:, :time]
 
-  (sums, grads), hidden_grads = sum_over_tokens(scan)(params, hidden, targets, weights)
+  whole, rows = (params, *teacher[:1]), (hidden, targets, weights, *teacher[1:])
+  (sums, grads), hidden_grads = sum_over_tokens(scan)(whole, *rows)
   return sums, (jax.tree.map(lambda grad, param: grad.astype(param.dtype), grads, params), hidden_grads)
 
 
-def _sums_backward(unembed, z_loss, chunk, residuals, cotangents):
-  del unembed, z_loss, chunk
+def _sums_backward(how, residuals, cotangents):
+  del how
   scale = cotangents[0]  # nll is reported, not differentiated
   params_grad, hidden_grad = jax.tree.map(lambda g: (g * scale).astype(g.dtype), residuals)
-  return params_grad, hidden_grad, None, None
+  return params_grad, hidden_grad, None, None, None
 
 
 _sums.defvjp(_sums_forward, _sums_backward)

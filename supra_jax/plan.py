@@ -109,6 +109,8 @@ def plan(config: TrainConfig, model: ModelConfig, mesh: Mesh) -> Plan:
     ValueError: the model or the batch cannot be cut over the mesh.
   """
   check_batch(config, mesh)
+  if config.distill_from:
+    raise ValueError(f"distill_from={config.distill_from!r}: plan does not count a teacher yet. Set it to ''.")
   rows = config.batch_size // config.microbatches
   names = ("tokens", "segment_ids") if config.data.documents == "separate" else ("tokens",)
   shape = (config.microbatches, rows, config.data.sequence_length + 1)

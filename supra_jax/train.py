@@ -36,7 +36,7 @@ from supra_jax.run_record import write_run_record
 from supra_jax.sharding import make_mesh, param_shardings, process_shard, put_batch
 from supra_jax.tokenizer import Tokenizer
 from supra_jax.train_config import TrainConfig
-from supra_jax.train_setup import check_batch, heldout_nll, make_train_step, prepare_data, state_shapes
+from supra_jax.train_setup import check_batch, heldout_nll, load_teacher, make_train_step, prepare_data, state_shapes
 from supra_jax.train_step import TrainState, TrainStep
 from supra_jax.transformer import stack_runs, unstack
 
@@ -122,6 +122,7 @@ class _Run:
   start: ModelCheckpoint  # without parameters
   step: TrainStep
   shapes: TrainState
+  extra: tuple[Any, ...]  # what each step is given besides state and batch: the teacher's parameters
   sources: Sequence[data.Source]
   batches: data.Batches
   heldout: Path
@@ -164,7 +165,8 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def _start(config: TrainConfig, start: ModelCheckpoint, workdir: Path, mesh: Mesh) -> tuple[_Run, TrainState, int]:
   """The run, its state and the steps done: the newest that was saved, or new ones."""
   tokenizer = Tokenizer.from_files(start.tokenizer_files, start.config)
-  step = make_train_step(config, start.config)
+  teacher = load_model_without_params(config.distill_from).config if config.distill_from else None
+  step = make_train_step(config, start.config, teacher)
   shapes = state_shapes(step, mesh)
   sources, heldout = prepare_data(config.data, tokenizer, start.config.vocab_size, workdir / "data")
   index, count = process_shard(mesh)
@@ -172,7 +174,8 @@ def _start(config: TrainConfig, start: ModelCheckpoint, workdir: Path, mesh: Mes
     sources, batch_size=config.batch_size, seed=config.seed, shard_index=index, shard_count=count
   )
   checkpoints = TrainingCheckpoints(workdir / "training", keep=config.keep_checkpoints)
-  run = _Run(config, workdir, mesh, start, step, shapes, sources, batches, heldout, checkpoints)
+  extra = () if teacher is None else (load_teacher(config, teacher, mesh),)
+  run = _Run(config, workdir, mesh, start, step, shapes, extra, sources, batches, heldout, checkpoints)
   restored = checkpoints.restore(shapes)
   if restored is not None:
     first, state, position = restored
@@ -228,7 +231,9 @@ def _loop(run: _Run, state: TrainState, first: int, profile_steps: int) -> Train
       batch = next(run.batches)
       waited = time.monotonic() - began
       profile(step - first, profile_steps)
-      state, values = program(config.active_groups(step))(state, put_batch(batch, run.mesh, config.microbatches))
+      state, values = program(config.active_groups(step))(
+        state, put_batch(batch, run.mesh, config.microbatches), *run.extra
+      )
       reporter.add(step, values, waited)
       last = step == config.num_steps
       stop = preempted(step) and not last

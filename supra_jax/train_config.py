@@ -63,6 +63,9 @@ class TrainConfig:
     remat: what the backward pass recomputes, see `Transformer`.
     trainable: regex; parameters whose path it is found in train, others stay as they are and have no moments.
     new_weights, new_weights_steps: for so many steps only those of them train that this regex is found in.
+    distill_from: model directory of the transformer that the model came from; it runs in each step, and its
+      distribution of the next token is a target. Empty: there is none.
+    distill_weight: of the divergence from it in the loss; cross-entropy has the rest of 1.
     max_skipped: a batch whose loss or gradient is not finite is skipped; so many in a row end the run.
     seed: of the order of the data.
     preset: what init_checkpoint is expected to be, one of `supra_jax.config.PRESETS`, for `supra_jax.plan` before it is
@@ -83,6 +86,8 @@ class TrainConfig:
   trainable: str = ".*"
   new_weights: str = "feature_map|[qk]_norm"
   new_weights_steps: int = 0
+  distill_from: str = ""
+  distill_weight: float = 1.0
   max_skipped: int = 10
   seed: int = 0
   preset: str = ""
@@ -102,6 +107,8 @@ class TrainConfig:
       raise ValueError(f"dtype={self.dtype!r}: wanted float32 or bfloat16.")
     if self.remat not in ("none", *REMAT_POLICIES):
       raise ValueError(f"remat={self.remat!r}: wanted one of none, {', '.join(REMAT_POLICIES)}.")
+    if not 0 <= self.distill_weight <= 1:
+      raise ValueError(f"distill_weight={self.distill_weight}: wanted a share of the loss, from 0 to 1.")
     if self.batch_size % self.microbatches:
       raise ValueError(f"batch_size={self.batch_size} cannot be cut into microbatches={self.microbatches} equal parts.")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from supra_jax import data
-from supra_jax.checkpoint import together
+from supra_jax.checkpoint import load_model, together
 from supra_jax.config import ModelConfig
 from supra_jax.evaluate import mean_nll
 from supra_jax.packed import check_packed
@@ -22,6 +23,7 @@ from supra_jax.sharding import (
   check_heads,
   current_batch_shards,
   current_time_shards,
+  param_shardings,
   process_shard,
   put_batch,
 )
@@ -84,10 +86,35 @@ def model_shapes(config: ModelConfig) -> Any:
   return jax.eval_shape(init)  # key and tokens too: a mesh may be of devices that are not here
 
 
-def make_train_step(config: TrainConfig, model: ModelConfig) -> TrainStep:
-  """The step that a recipe describes."""
-  transformer = Transformer(model, dtype=jnp.dtype(config.dtype), stacked=True, remat=config.remat)
-  return TrainStep(transformer, config.optimizer, config.num_steps, config.groups)
+def make_train_step(config: TrainConfig, model: ModelConfig, teacher: ModelConfig | None = None) -> TrainStep:
+  """The step that a recipe describes; with a teacher where it distils.
+
+  Raises:
+    ValueError: model and teacher have not the same vocabulary and width.
+  """
+  transformer = functools.partial(Transformer, dtype=jnp.dtype(config.dtype), stacked=True)
+  if teacher is not None:
+    for name in ("vocab_size", "hidden_size", "tie_embeddings"):
+      if getattr(teacher, name) != getattr(model, name):
+        raise ValueError(
+          f"distill_from={config.distill_from!r} has {name}={getattr(teacher, name)}, the model "
+          f"{getattr(model, name)}: wanted the transformer that the model came from."
+        )
+  return TrainStep(
+    transformer(model, remat=config.remat),
+    config.optimizer,
+    config.num_steps,
+    config.groups,
+    None if teacher is None else transformer(teacher),
+    config.distill_weight,
+  )
+
+
+def load_teacher(config: TrainConfig, teacher: ModelConfig, mesh: Mesh) -> Any:
+  """The parameters of the transformer to distil from, stacked, each device's shards, in the computation's dtype."""
+  stored = load_model(config.distill_from, config.dtype, shardings=lambda shapes: param_shardings(shapes, mesh)).params
+  stack = functools.partial(stack_runs, config=teacher)
+  return jax.jit(stack, out_shardings=param_shardings(jax.eval_shape(stack, stored), mesh))(stored)
 
 
 def state_shapes(step: TrainStep, mesh: Mesh) -> TrainState:

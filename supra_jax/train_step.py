@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from supra_jax.losses import count_targets, language_model_loss
+from supra_jax.losses import Teacher, count_targets, language_model_loss
 from supra_jax.optimizer import OptimizerConfig, clip, make_optimizer, make_schedule
 from supra_jax.sharding import like_params, param_shardings
 from supra_jax.transformer import Transformer
@@ -80,6 +80,8 @@ class TrainStep:
     optimizer: the recipe.
     num_steps: of the run; the schedule ends there.
     groups: (name, regex) of the parameters that train.
+    teacher: stacked; None where there is none. Its parameters are given to each step.
+    teacher_weight: of the divergence from it in the loss.
   """
 
   def __init__(
@@ -88,8 +90,11 @@ class TrainStep:
     optimizer: OptimizerConfig,
     num_steps: int,
     groups: Sequence[tuple[str, str]] = (("all", ".*"),),
+    teacher: Transformer | None = None,
+    teacher_weight: float = 1.0,
   ):
     self.model, self.optimizer, self.groups = model, optimizer, tuple(groups)
+    self.teacher, self.teacher_weight = teacher, teacher_weight
     self._tx = make_optimizer(optimizer)
     self._schedule = make_schedule(optimizer, num_steps)
 
@@ -109,7 +114,7 @@ class TrainStep:
     )
 
   def compiled(self, shardings: Any, active: Sequence[str] | None = None) -> Any:
-    """(state, batch) -> (state, metrics), jitted; the state is given away.
+    """(state, batch[, the teacher's parameters]) -> (state, metrics), jitted; the state is given away.
 
     A batch has leaves [microbatches, rows, T + 1]. Metrics: loss, grad_norm (before clipping), learning_rate, skipped,
     skipped_in_row.
@@ -121,10 +126,10 @@ class TrainStep:
     active = [name for name, _ in self.groups] if active is None else list(active)
     whole = shardings.step
 
-    def step(state: TrainState, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:
+    def step(state: TrainState, batch: Any, teacher_params: Any = None) -> tuple[TrainState, dict[str, jax.Array]]:
       parts = parameter_groups(state.params, self.groups)
       training = {name: parts.pop(name) for name in active}
-      nll, grads = self._gradients(training, parts, batch)
+      nll, grads = self._gradients(training, parts, batch, teacher_params)
       grads, norm = clip(grads, self.optimizer.clip_norm)
       rate = self._schedule(state.step - state.skipped)
       finite = jnp.isfinite(nll) & jnp.isfinite(norm)
@@ -150,13 +155,16 @@ class TrainStep:
 
     return jax.jit(step, donate_argnums=0, out_shardings=(shardings, whole))
 
-  def _gradients(self, training: dict[str, Any], rest: dict[str, Any], batch: Any) -> tuple[jax.Array, Any]:
+  def _gradients(
+    self, training: dict[str, Any], rest: dict[str, Any], batch: Any, teacher_params: Any
+  ) -> tuple[jax.Array, Any]:
     """Mean nll, and the gradients of the mean loss of all targets of all microbatches, float32."""
     total = count_targets(batch)
+    teacher = None if self.teacher is None else Teacher(teacher_params, self.teacher, self.teacher_weight)
 
     def loss_fn(training, microbatch):
       params = _merge({**training, **rest})
-      sums = language_model_loss(self.model, params, microbatch, z_loss=self.optimizer.z_loss)
+      sums = language_model_loss(self.model, params, microbatch, z_loss=self.optimizer.z_loss, teacher=teacher)
       return sums.loss / total, sums.nll / total
 
     def gradients(microbatch):

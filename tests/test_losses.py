@@ -58,6 +58,29 @@ def test_loss_and_gradients_are_those_of_the_formula(chunk, z_loss, weighted):
   np.testing.assert_allclose(chunked(params, hidden)[1], got[0][1], rtol=1e-6)  # not differentiated
 
 
+@pytest.mark.parametrize("chunk", [3, 100])
+@pytest.mark.parametrize("weight", [0.3, 1.0])
+def test_divergence_from_a_teacher_is_that_of_the_formula(chunk, weight):
+  params, hidden, targets, weights = _inputs()
+  keys = jax.random.split(jax.random.key(7), 2)
+  theirs = jax.tree.map(lambda x: jax.random.normal(keys[0], x.shape), params), jax.random.normal(keys[1], hidden.shape)
+
+  def chunked(params, hidden, theirs):
+    how = {"z_loss": 0.1, "chunk": chunk, "teacher": theirs, "teacher_weight": weight}
+    return next_token_loss(_unembed, params, hidden, targets, weights, **how).loss
+
+  def plain(params, hidden):
+    loss, nll = _plain(params, hidden, targets, weights, 0.1)
+    log_p, log_q = (jax.nn.log_softmax(_unembed(*model)) for model in (theirs, (params, hidden)))
+    divergence = jnp.sum(weights * jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1))
+    return loss - weight * nll + weight * divergence
+
+  got = jax.jit(jax.value_and_grad(chunked, argnums=(0, 1)))(params, hidden, theirs)
+  want = jax.value_and_grad(plain, argnums=(0, 1))(params, hidden)
+  jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5), got, want)
+  assert not any(x.any() for x in jax.tree.leaves(jax.grad(chunked, argnums=2)(params, hidden, theirs)))
+
+
 def test_what_has_no_weight_can_hold_anything():
   params, hidden, targets, weights = _inputs()
   off = weights == 0

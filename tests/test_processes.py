@@ -107,6 +107,15 @@ def test_another_mesh_goes_on_with_what_two_processes_began(devices, configured,
   assert (workdir / "checkpoint").exists()
 
 
+def test_distilled_on_a_mesh_it_is_what_one_device_makes_of_it(configured, tmp_path):
+  teacher = tiny.write_checkpoint(tmp_path / "teacher", "softmax", seed=1)
+  config = dataclasses.replace(configured(mesh="fsdp:1", distill_from=str(teacher)), num_steps=4)
+  train(config, tmp_path / "one")
+  cut = dataclasses.replace(config, mesh=CUBE, microbatches=2)
+  runs.Run(cut, tmp_path / "cut", devices=8).finish()
+  assert losses(tmp_path / "cut") == pytest.approx(losses(tmp_path / "one"), rel=0, abs=CLOSE)
+
+
 # Run where there are eight devices; prints what the tests below look at.
 INSIDE = """
 import json, re, sys

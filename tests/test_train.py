@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import supra_jax
-from supra_jax import train, train_setup
+from supra_jax import data, train, train_setup
 from supra_jax.checkpoint import load_model, save_model
 from supra_jax.metrics import read_metrics
 from supra_jax.sharding import make_mesh
@@ -191,3 +191,29 @@ def test_a_checkpoint_without_tokenizer_is_refused(start, text, tmp_path):
   save_model(bare, config=model.config, params=model.params, tokenizer_files={}, source={})
   with pytest.raises(ValueError, match="has no tokenizer"):
     train.train(make_config(bare, text), tmp_path / "run")
+
+
+def test_distils_from_a_teacher(start, text, tmp_path):
+  """The loss in the first step is what the divergence from the teacher says; the model comes nearer to it."""
+  teacher = tiny.write_checkpoint(tmp_path / "teacher", "softmax", seed=1)
+  config = make_config(start, text, distill_from=str(teacher), distill_weight=1.0, microbatches=2)
+  train.train(config, tmp_path / "run")
+  tokens = np.stack([row["tokens"] for row in data.heldout_batches(tmp_path / "run/data/heldout", batch_size=1)])[:, 0]
+  wanted = jax.nn.log_softmax(supra_jax.load(teacher)(tokens)[0])
+
+  def divergence(directory):
+    return float((np.exp(wanted) * (wanted - jax.nn.log_softmax(supra_jax.load(directory)(tokens)[0]))).sum(-1).mean())
+
+  assert divergence(tmp_path / "run/checkpoint") < 0.8 * divergence(start)
+  plain = dataclasses.replace(config, distill_from="")
+  train.train(plain, tmp_path / "plain")
+  assert divergence(tmp_path / "run/checkpoint") < 0.8 * divergence(tmp_path / "plain/checkpoint")
+
+
+def test_a_teacher_of_another_kind_is_refused(start, text, tmp_path):
+  teacher = tiny.write_checkpoint(tmp_path / "teacher", "softmax", hidden_size=96)
+  config = make_config(start, text, distill_from=str(teacher))
+  with pytest.raises(ValueError, match=r"has hidden_size=96, the model 48: wanted the transformer"):
+    train.train(config, tmp_path / "run")
+  with pytest.raises(ValueError, match=r"distill_weight=2.0: wanted a share"):
+    make_config(start, text, distill_weight=2.0)
