@@ -55,6 +55,7 @@ METHODS = {
   # The paper's. Of 1e-4, 3e-4 and 1e-3 the last was best.
   "random": Method("random", 0, 1e-3),
   "identity": Method("identity", 0, 1e-3),
+  "calibrated_512": Method("identity", 512, 1e-4),
   "calibrated_2k": Method("identity", 2048, 1e-4),
   "calibrated_8k": Method("identity", 8192, 1e-4),
   "calibrated_16k": Method("identity", 16384, 1e-4),

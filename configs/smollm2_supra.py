@@ -31,6 +31,8 @@ def get_config() -> ml_collections.ConfigDict:
   config.mesh = ""
   config.dtype = "bfloat16"
   config.remat = "block"
+  config.distill_from = ""
+  config.distill_weight = 1.0
   config.seed = 0
   config.log_every = 10
   config.evaluate_every = 500
