@@ -145,7 +145,7 @@ class TestRecipes:
   @pytest.mark.parametrize("name", RECIPES)
   def test_opens(self, name):
     config = recipe(name)
-    assert (config.preset or name == "demo") and config.preset in ("", *configs.PRESETS)
+    assert (config.preset or name.startswith("demo")) and config.preset in ("", *configs.PRESETS)
 
   @pytest.mark.parametrize(
     ("name", "rate"), [("mistral_7b_supra", 3e-5), ("llama2_7b_supra", 3e-5), ("supra_1b", 3e-4)]

@@ -91,7 +91,8 @@ print(bytes_read() - before)
 @pytest.mark.parametrize("mesh", ["fsdp:4", "fsdp:2,tensor:2"])
 def test_devices_read_little_more_than_their_own_shards(converted, source, mesh):
   read = measured(READING, converted, mesh, XLA_FLAGS="--xla_force_host_platform_device_count=4")
-  assert read < 1.1 * (source / "model.safetensors").stat().st_size
+  # Each device reading all of it would be four times as much. What else a process reads, modules for one, varies.
+  assert read < 1.3 * (source / "model.safetensors").stat().st_size
 
 
 @pytest.mark.parametrize("written", [0, 60 * MIB])
