@@ -16,7 +16,6 @@ import os
 import platform
 import shutil
 import statistics
-import time
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +25,11 @@ from absl import flags
 import supra_jax
 from benchmarks.machine import cpu_name
 from supra_jax.bin.entry import run
-from supra_jax.linearize import Calibration, Phi, linearize_checkpoint
-from supra_jax.metrics import read_metrics
+from supra_jax.demo import run_from
+from supra_jax.linearize import Calibration, Phi
 from supra_jax.optimizer import OptimizerConfig
 from supra_jax.packed import load_info
 from supra_jax.picture import plot_curves
-from supra_jax.train import METRICS_FILE, train
 from supra_jax.train_config import DataConfig, TrainConfig
 from supra_jax.train_setup import heldout_nll
 
@@ -69,30 +67,19 @@ METHODS = {
 def one_run(name: str, seed: int, config: TrainConfig, workdir: Path) -> dict[str, Any]:
   """Linearises and uptrains once: seconds, and [tokens, seconds, held-out loss] of each evaluation."""
   method, directory = METHODS[name], workdir / f"{name}-{seed}"
-  result, start = directory / "result.json", directory / "linearized"
+  result = directory / "result.json"
   if result.exists():
     return json.loads(result.read_text())
-  seconds_file = directory / "calibration_seconds.json"
-  if not seconds_file.exists():
-    shutil.rmtree(directory, ignore_errors=True)
-    calibration = None
-    if method.calibration_tokens:
-      length = config.data.sequence_length
-      rows = min(8, method.calibration_tokens // length)
-      calibration = Calibration(config.data.sources, tokens=method.calibration_tokens, batch_size=rows, seed=seed)
-    began = time.monotonic()
-    linearize_checkpoint(_TEACHER.value, start, phi=method.phi, seed=seed, calibration=calibration)
-    seconds_file.write_text(json.dumps(time.monotonic() - began if calibration else 0))
+  calibration = None
+  if method.calibration_tokens:
+    rows = min(8, method.calibration_tokens // config.data.sequence_length)
+    calibration = Calibration(config.data.sources, tokens=method.calibration_tokens, batch_size=rows, seed=seed)
   optimizer = dataclasses.replace(config.optimizer, learning_rate=method.learning_rate)
-  config = dataclasses.replace(config, init_checkpoint=str(start), optimizer=optimizer, seed=seed)
-  summary = train(config, directory)
-  before, seconds = 2 * method.calibration_tokens, json.loads(seconds_file.read_text())
-  points = [
-    [before + record["tokens"], seconds + record["tokens"] / summary.tokens_per_second, record["heldout_nll"]]
-    for record in read_metrics(directory / METRICS_FILE)
-    if "heldout_nll" in record
-  ]
-  made = {"seed": seed, "calibration_seconds": seconds, "tokens_per_second": summary.tokens_per_second}
+  config = dataclasses.replace(config, optimizer=optimizer, seed=seed)
+  done = run_from(_TEACHER.value, method.phi, calibration, config, directory)
+  before, waited = 2 * method.calibration_tokens, done.calibration_seconds
+  points = [[before + tokens, waited + seconds, nll] for tokens, seconds, nll in done.points]
+  made = {"seed": seed, "calibration_seconds": waited, "tokens_per_second": done.summary.tokens_per_second}
   result.write_text(json.dumps(made | {"points": points}))
   for left in ("linearized", "checkpoint", "training"):
     shutil.rmtree(directory / left)
@@ -146,10 +133,8 @@ def main() -> None:
       print(f"{name}, seed {seed}: {found[name][-1]['points'][-1][2]:.3f}", flush=True)
   device = cpu_name() if jax.default_backend() == "cpu" else jax.devices()[0].device_kind
   made = {"device": device, "cores": os.cpu_count(), "python": platform.python_version(), "jax": jax.__version__}
-  config = dataclasses.replace(
-    config, init_checkpoint="", data=dataclasses.replace(config.data, sources="-", heldout="-")
-  )
-  result = made | {"teacher_nll": teacher_nll, "config": dataclasses.asdict(config), "methods": found}
+  recipe = {name: getattr(config, name) for name in ("batch_size", "num_steps", "tokens_a_step", "dtype")}
+  result = made | {"teacher_nll": teacher_nll, "recipe": recipe, "methods": found}
   output = Path(_OUTPUT.value)
   output.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
   curves = {name: [[(p[0], p[2]) for p in r["points"]] for r in runs] for name, runs in found.items()}

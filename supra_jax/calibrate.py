@@ -35,7 +35,7 @@ from tqdm import tqdm
 from supra_jax.attention import LinearAttention, SoftmaxAttention
 from supra_jax.config import ModelConfig
 from supra_jax.layers import Dense, Embed, Norm, SwiGLU, at_least_float32
-from supra_jax.sharding import BATCH_AXES, put_batch
+from supra_jax.sharding import BATCH_AXES, constrain, put_batch
 from supra_jax.transformer import Block, Transformer
 
 # The best of what was tried with SmolLM2 on 8k tokens; see BUILD_NOTES.md.
@@ -59,6 +59,9 @@ class Moments(NamedTuple):
   cross: Any
   energy: Any
   tokens: Any
+
+
+NOTHING = Moments(0.0, 0.0, 0.0, 0.0)
 
 
 def solve(moments: Moments, *, ridge: float, bias: bool) -> tuple[np.ndarray, np.ndarray | None, float]:
@@ -125,7 +128,12 @@ def calibrate(
 
   Returns:
     The student's parameters, in the dtypes that they had.
+
+  Raises:
+    ValueError: there are no batches.
   """
+  if not batches:
+    raise ValueError("There are no batches to calibrate with.")
   (teacher_params, teacher_config), (student_params, config) = teacher, student
   params = dict(student_params)
   run = _Run(teacher_config, config, jnp.dtype(dtype), mesh)
@@ -153,16 +161,16 @@ def _calibrate_layer(
   run: _Run, streams: _Streams, teacher: Any, student: Any, batches: Sequence[Batch], ridge: float, mlp: bool
 ) -> tuple[dict[str, Any], float]:
   """(the student's layer, the share of attention that is missed); the streams leave the layer."""
-  total: Moments | None = None
+  total = NOTHING
   for number, batch in enumerate(batches):
     before = streams.read(number, "teacher", "student")
     target, features, moments = run.attend(teacher, student, *before, run.put(batch))
     streams.write(number, teacher=target, features=features)
     total = _add(total, moments)
-  kernel, bias, missed = solve(_there(total), ridge=ridge, bias=run.student.output_bias)
+  kernel, bias, missed = solve(total, ridge=ridge, bias=run.student.output_bias)
   student = _replaced(student, "self_attn", "o_proj", kernel, bias)
 
-  total = None
+  total = NOTHING
   for number in range(len(batches)):
     before = streams.read(number, "teacher", "student", "features")
     if mlp:
@@ -174,7 +182,7 @@ def _calibrate_layer(
   if not mlp:
     return student, missed
 
-  kernel, bias, _ = solve(_there(total), ridge=ridge, bias=run.student.mlp_bias)
+  kernel, bias, _ = solve(total, ridge=ridge, bias=run.student.mlp_bias)
   old = jax.tree.map(lambda x: np.asarray(x, np.float64), student["mlp"]["down_proj"])
   student = _replaced(student, "mlp", "down_proj", old["kernel"] + kernel, None if bias is None else old["bias"] + bias)
   for number in range(len(batches)):
@@ -182,15 +190,8 @@ def _calibrate_layer(
   return student, missed
 
 
-def _add(total: Moments | None, moments: Moments) -> Moments:
-  moments = Moments(*(np.asarray(x.addressable_data(0), np.float64) for x in moments))
-  return moments if total is None else Moments(*map(np.add, total, moments))
-
-
-def _there(total: Moments | None) -> Moments:
-  if total is None:
-    raise ValueError("There are no batches to calibrate with.")
-  return total
+def _add(total: Moments, moments: Moments) -> Moments:
+  return Moments(*(x + np.asarray(y.addressable_data(0), np.float64) for x, y in zip(total, moments, strict=True)))
 
 
 def _replaced(
@@ -285,10 +286,7 @@ def _moments(features_BTF: jax.Array, y_BTD: jax.Array, weights_BT1: jax.Array) 
   y = y_BTD.reshape(-1, y_BTD.shape[-1]) * weights
   product = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
   moments = Moments(product(a.T, a), product(a.T, y), jnp.sum(y * y), jnp.float32(len(a)))
-  mesh = jax.sharding.get_abstract_mesh()
-  if mesh.empty:
-    return moments
-  return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, PartitionSpec()), moments)
+  return jax.tree.map(constrain, moments)  # summed over devices, and whole on each
 
 
 class _Streams:

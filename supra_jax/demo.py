@@ -16,8 +16,8 @@ from supra_jax.linearize import Calibration, Phi, linearize_checkpoint
 from supra_jax.lm import load
 from supra_jax.metrics import read_metrics
 from supra_jax.picture import plot_curves
-from supra_jax.train import METRICS_FILE, train
-from supra_jax.train_config import DataConfig, TrainConfig
+from supra_jax.train import METRICS_FILE, TrainSummary, train
+from supra_jax.train_config import TrainConfig
 from supra_jax.train_setup import heldout_nll, prepare_data
 
 NAMES = {"calibrated": "calibrated start", "random": "the paper's start"}
@@ -73,26 +73,24 @@ def compare_starts(
     What happened, for JSON.
   """
   lm = load(teacher)
-  _, heldout = prepare_data(calibrated.data, lm.tokenizer, lm.config.vocab_size, workdir / "data")
+  ((text, _),), heldout = prepare_data(calibrated.data, lm.tokenizer, lm.config.vocab_size, workdir / "data")
   teacher_nll = heldout_nll(lm.model, lm.params, heldout, calibrated)
   del lm
   say(f"Teacher, a transformer: held-out loss {teacher_nll:.4f} nats a token.")
-  packed = DataConfig(
-    sources=str(workdir / "data" / "train"),
-    heldout=str(heldout),
-    heldout_rows=calibrated.data.heldout_rows,
-    sequence_length=calibrated.data.sequence_length,
-  )
+  packed = dataclasses.replace(calibrated.data, input="", sources=text, heldout=str(heldout))
+  calibrated, random = (dataclasses.replace(config, data=packed) for config in (calibrated, random))
   say(f"No softmax is left. Projections are solved for on {calibration_tokens:,} tokens, then the RNN is uptrained.")
-  calibration = Calibration(packed.sources, tokens=calibration_tokens, seed=calibrated.seed)
-  curves = {"calibrated": _run(teacher, calibrated, packed, workdir, teacher_nll, calibration)}
+  calibration = Calibration(text, tokens=calibration_tokens, seed=calibrated.seed)
+  curves = {
+    "calibrated": _curve(run_from(teacher, "identity", calibration, calibrated, workdir, teacher_nll=teacher_nll))
+  }
   first = curves["calibrated"]
   steps = _once(
     workdir / STEPS_FILE, lambda: max(round(first.seconds * first.tokens_per_second / calibrated.tokens_a_step), 1)
   )
   say(f"The same {first.seconds / 60:.1f} minutes from the paper's start, phi random: {steps} steps.")
   random = dataclasses.replace(random, num_steps=steps)
-  curves["random"] = _run(teacher, random, packed, workdir / "random", teacher_nll, None)
+  curves["random"] = _curve(run_from(teacher, "random", None, random, workdir / "random", teacher_nll=teacher_nll))
   minutes = {NAMES[name]: [[(s / 60, nll) for s, nll in curve.points]] for name, curve in curves.items()}
   plot_curves(minutes, workdir / "starts.png", teacher_nll=teacher_nll, x="minutes")
   for name, curve in curves.items():
@@ -100,32 +98,60 @@ def compare_starts(
   return {"teacher_nll": teacher_nll} | {name: dataclasses.asdict(curve) for name, curve in curves.items()}
 
 
-def _run(
-  teacher: Path,
-  config: TrainConfig,
-  data: DataConfig,
-  workdir: Path,
-  teacher_nll: float,
+@dataclasses.dataclass(frozen=True)
+class Run:
+  """A run and how it began.
+
+  Attributes:
+    calibration_seconds: before its first step; 0 without calibration.
+    points: (tokens trained on, seconds of steps for them, held-out loss in nats a token) of each evaluation.
+    summary: of the training.
+  """
+
+  calibration_seconds: float
+  points: list[tuple[int, float, float]]
+  summary: TrainSummary
+
+
+def run_from(
+  teacher: str | Path,
+  phi: Phi,
   calibration: Calibration | None,
-) -> Curve:
+  config: TrainConfig,
+  workdir: Path,
+  *,
+  teacher_nll: float | None = None,
+) -> Run:
+  """Linearises, once and timed, and uptrains.
+
+  Args:
+    teacher, phi, calibration: as `linearize_checkpoint` takes them.
+    config: of the uptraining; `init_checkpoint` is passed over, and the start lies in `workdir`.
+    workdir: of the run.
+    teacher_nll: as `train` takes it.
+  """
   start = workdir / "linearized"
 
   def linearize() -> float:
     shutil.rmtree(start, ignore_errors=True)
     began = time.monotonic()
-    phi: Phi = "random" if calibration is None else "identity"
     with contextlib.nullcontext() if calibration is None else shown() as report:
       linearize_checkpoint(teacher, start, phi=phi, seed=config.seed, calibration=calibration, report=report)
     return 0.0 if calibration is None else time.monotonic() - began
 
-  seconds = _once(workdir / SECONDS_FILE, linearize)
-  summary = train(dataclasses.replace(config, init_checkpoint=str(start), data=data), workdir, teacher_nll=teacher_nll)
+  calibration_seconds = _once(workdir / SECONDS_FILE, linearize)
+  summary = train(dataclasses.replace(config, init_checkpoint=str(start)), workdir, teacher_nll=teacher_nll)
   points = [
-    (seconds + record["tokens"] / summary.tokens_per_second, record["heldout_nll"])
+    (record["tokens"], record["tokens"] / summary.tokens_per_second, record["heldout_nll"])
     for record in read_metrics(workdir / METRICS_FILE)
     if "heldout_nll" in record
   ]
-  return Curve(seconds, points, summary.tokens_trained, summary.tokens_per_second)
+  return Run(calibration_seconds, points, summary)
+
+
+def _curve(run: Run) -> Curve:
+  points = [(run.calibration_seconds + seconds, nll) for _, seconds, nll in run.points]
+  return Curve(run.calibration_seconds, points, run.summary.tokens_trained, run.summary.tokens_per_second)
 
 
 def _once(path: Path, measure: Callable[[], Any]) -> Any:

@@ -76,11 +76,11 @@ def language_model_loss(
   def unembed(table_params, hidden):
     return model.apply({"params": {table: table_params}}, hidden, method="unembed")
 
-  targets: dict[str, Any] = {"z_loss": z_loss}
+  how: dict[str, Any] = {"z_loss": z_loss}
   if teacher is not None:
     theirs_BTD, _ = teacher.model.apply({"params": teacher.params}, tokens[:, :-1], segment_ids=segment_ids)
-    targets |= {"teacher": (teacher.params[table], theirs_BTD), "teacher_weight": teacher.weight}
-  return next_token_loss(unembed, params[table], hidden_BTD, tokens[:, 1:], weights, **targets)
+    how |= {"teacher": (teacher.params[table], theirs_BTD), "teacher_weight": teacher.weight}
+  return next_token_loss(unembed, params[table], hidden_BTD, tokens[:, 1:], weights, **how)
 
 
 def _target_weights(batch: Mapping[str, jax.Array]) -> jax.Array:
