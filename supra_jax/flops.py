@@ -84,6 +84,12 @@ def train_flops_per_token(config: ModelConfig, sequence_length: int) -> float:
   return 6.0 * (layers + width * c.vocab_size)
 
 
+def step_flops_per_token(config: ModelConfig, sequence_length: int, teacher: ModelConfig | None = None) -> float:
+  """`train_flops_per_token`, and a third of the teacher's where one runs in the step: its forward pass."""
+  own = train_flops_per_token(config, sequence_length)
+  return own if teacher is None else own + train_flops_per_token(teacher, sequence_length) / 3
+
+
 def _mixing(c: ModelConfig, mixer: Mixer, time: int) -> float:
   """Multiply-adds a token of what only this mixer does, P + A above."""
   heads, groups, key, value = c.num_heads, c.num_kv_heads, c.head_dim, c.value_width

@@ -82,8 +82,11 @@ def add_bias(x: jax.Array, bias: jax.Array) -> jax.Array:
   return (x.astype(jnp.promote_types(x.dtype, bias.dtype)) + bias).astype(x.dtype)
 
 
+ADAPTERS = ("lora_a", "lora_b")  # beside a kernel
+
+
 class Dense(nn.Module):
-  """`x W + b`; flax's, but for the gradient that `product` has.
+  """`x W + b`; flax's, but for the gradient that `product` has. With ADAPTERS A and B it is `x (W + A B) + b`.
 
   Attributes:
     features: width of the result.
@@ -101,6 +104,9 @@ class Dense(nn.Module):
   def __call__(self, x: jax.Array) -> jax.Array:
     kernel = self.param("kernel", nn.initializers.lecun_normal(), (x.shape[-1], self.features))
     y = matmul(x, kernel, self.dtype, self.out_dtype)
+    if self.has_variable("params", ADAPTERS[0]):
+      a, b = (jnp.asarray(self.get_variable("params", name)) for name in ADAPTERS)
+      y = y + matmul(matmul(x, a, self.dtype), b, self.dtype, self.out_dtype)
     return add_bias(y, self.param("bias", nn.initializers.zeros, (self.features,))) if self.use_bias else y
 
 

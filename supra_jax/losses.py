@@ -1,7 +1,8 @@
-"""Next-token cross-entropy, and divergence from a teacher, that never hold [B, T, vocabulary]."""
+"""Next-token cross-entropy, and distance from a teacher, that never hold [B, T, vocabulary]."""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -10,6 +11,7 @@ import flax
 import jax
 import jax.numpy as jnp
 
+from supra_jax.layer_losses import Streams, attention_error, read_streams, streams_error
 from supra_jax.layers import at_least_float32
 from supra_jax.sharding import sum_over_tokens
 from supra_jax.transformer import Transformer
@@ -23,7 +25,7 @@ class LossSums:
   """Sums over the target tokens, float32 scalars.
 
   Attributes:
-    loss: cross-entropy, or divergence from the teacher, plus z-loss; the one that has a gradient.
+    loss: cross-entropy, or distance from the teacher, plus z-loss; the one that has a gradient.
     nll: cross-entropy, nats.
     weight: of the targets; divide by it for means.
   """
@@ -35,17 +37,19 @@ class LossSums:
 
 @flax.struct.dataclass
 class Teacher:
-  """A transformer whose next-token distributions the model is to have.
+  """A transformer that the model is to be like.
 
   Attributes:
     params: its parameters.
     model: what reads them; its vocabulary is the model's, and it ties its embeddings if the model does.
-    weight: of the divergence KL(teacher || model) in the loss; cross-entropy has the rest of 1.
+    weight: of the divergence KL(teacher || model) of next tokens in the loss; cross-entropy has the rest of 1.
+    hidden_weight: of `layer_losses.streams_error`, which is added; then both are stacked.
   """
 
   params: Any
   model: Transformer = flax.struct.field(pytree_node=False)
   weight: float = flax.struct.field(pytree_node=False, default=1.0)
+  hidden_weight: float = flax.struct.field(pytree_node=False, default=0.0)
 
 
 def language_model_loss(
@@ -67,10 +71,9 @@ def language_model_loss(
     z_loss: weight of the squared logsumexp.
     teacher: reads the batch too; no gradient reaches it.
   """
-  tokens, segment_ids = batch["tokens"], batch.get("segment_ids")
-  weights = _target_weights(batch)
-  segment_ids = None if segment_ids is None else segment_ids[:, :-1]
-  hidden_BTD, _ = model.apply({"params": params}, tokens[:, :-1], segment_ids=segment_ids)
+  weights, inputs = _target_weights(batch), _inputs(batch)
+  read = read_streams if teacher is not None and teacher.hidden_weight else _read
+  hidden_BTD, streams = read(model, params, *inputs)
   table = "embed_tokens" if model.config.tie_embeddings else "lm_head"
 
   def unembed(table_params, hidden):
@@ -78,9 +81,39 @@ def language_model_loss(
 
   how: dict[str, Any] = {"z_loss": z_loss}
   if teacher is not None:
-    theirs_BTD, _ = teacher.model.apply({"params": teacher.params}, tokens[:, :-1], segment_ids=segment_ids)
-    how |= {"teacher": (teacher.params[table], theirs_BTD), "teacher_weight": teacher.weight}
-  return next_token_loss(unembed, params[table], hidden_BTD, tokens[:, 1:], weights, **how)
+    theirs_BTD, their_streams = read(teacher.model, teacher.params, *inputs)
+    if teacher.weight:
+      how |= {"teacher": (teacher.params[table], theirs_BTD), "teacher_weight": teacher.weight}
+  sums = next_token_loss(unembed, params[table], hidden_BTD, batch["tokens"][:, 1:], weights, **how)
+  if teacher is not None and teacher.hidden_weight:
+    error_BT = streams_error(model, streams, teacher.model, their_streams)
+    sums = dataclasses.replace(sums, loss=sums.loss + teacher.hidden_weight * _weighted_sum(error_BT, weights))
+  return sums
+
+
+def attention_transfer_loss(
+  model: Transformer, params: Mapping[str, Any], batch: Mapping[str, jax.Array], teacher: Teacher
+) -> jax.Array:
+  """The sum over a batch's targets of `layer_losses.attention_error`, a float32 scalar; see `language_model_loss`."""
+  error_BT = attention_error(model, params, teacher.model, teacher.params, *_inputs(batch))
+  return _weighted_sum(error_BT, _target_weights(batch))
+
+
+def _inputs(batch: Mapping[str, jax.Array]) -> tuple[jax.Array, jax.Array | None]:
+  """Tokens and segment ids [B, T], without the last target."""
+  segment_ids = batch.get("segment_ids")
+  return batch["tokens"][:, :-1], None if segment_ids is None else segment_ids[:, :-1]
+
+
+def _weighted_sum(x_BT: jax.Array, weights_BT: jax.Array) -> jax.Array:
+  return jnp.where(weights_BT > 0, x_BT * weights_BT, 0).sum()
+
+
+def _read(
+  model: Transformer, params: Any, tokens: jax.Array, segment_ids: jax.Array | None
+) -> tuple[jax.Array, Streams]:
+  """`read_streams` that keeps none."""
+  return model.apply({"params": params}, tokens, segment_ids=segment_ids)[0], {}
 
 
 def _target_weights(batch: Mapping[str, jax.Array]) -> jax.Array:

@@ -16,11 +16,11 @@ from jax.sharding import Mesh
 
 from supra_jax.checkpoint import load_model_without_params
 from supra_jax.compiled import Memory, Traffic, collectives, memory
-from supra_jax.config import PRESETS, ModelConfig
-from supra_jax.flops import train_flops_per_token
+from supra_jax.config import PRESETS, Mixer, ModelConfig
+from supra_jax.flops import step_flops_per_token
 from supra_jax.sharding import TIME_AXIS, batch_sharding, batch_shards, make_mesh, mesh_sizes
 from supra_jax.train_config import TrainConfig
-from supra_jax.train_setup import check_batch, make_train_step, state_shapes
+from supra_jax.train_setup import check_batch, make_train_step, state_shapes, teacher_shapes
 from supra_jax.train_step import parameter_groups
 
 _UNITS = {"GB": 10**9, "GiB": 2**30, "MB": 10**6, "MiB": 2**20}
@@ -43,12 +43,12 @@ class Plan:
     platform: what it was compiled for.
     seconds: of compilation.
     parameters, trainable, new: how many there are, train, and are not the teacher's.
-    parameter_bytes, optimizer_bytes, batch_bytes: of what a step is given.
+    parameter_bytes, optimizer_bytes, teacher_bytes, batch_bytes: of what a step is given.
     gradient_bytes: worked out: two sets of them where there are microbatches, the sum and what is added to it.
     input_bytes: worked out: what each layer keeps for the backward pass at least, its input.
     memory: the compiler's own figures; None where it has none.
     traffic: by kind of collective.
-    flops_per_token: of forward and backward pass.
+    flops_per_token: of forward and backward pass, and the teacher's forward pass.
     rows: of a device's microbatch.
   """
 
@@ -61,6 +61,7 @@ class Plan:
   new: int
   parameter_bytes: int
   optimizer_bytes: int
+  teacher_bytes: int
   batch_bytes: int
   gradient_bytes: int
   input_bytes: int
@@ -81,14 +82,22 @@ def planned_model(config: TrainConfig, preset: str = "") -> ModelConfig:
   Raises:
     ValueError: a preset is unknown, or there is nothing to go by.
   """
-  if not preset and config.init_checkpoint and Path(config.init_checkpoint).exists():
-    return load_model_without_params(config.init_checkpoint).config
+  return _planned(config, "init_checkpoint", preset, "supra")
+
+
+def planned_teacher(config: TrainConfig, preset: str = "") -> ModelConfig | None:
+  """The transformer that a recipe distils from, found as `planned_model` finds the model; None where there is none."""
+  return _planned(config, "distill_from", preset, "softmax") if config.distill_from else None
+
+
+def _planned(config: TrainConfig, field: str, preset: str, mixer: Mixer) -> ModelConfig:
+  path = getattr(config, field)
+  if not preset and path and Path(path).exists():
+    return load_model_without_params(path).config
   name = preset or config.preset
   if name not in PRESETS:
-    raise ValueError(
-      f"init_checkpoint={config.init_checkpoint!r} is not there, and preset={name!r} is none of {', '.join(PRESETS)}."
-    )
-  return PRESETS[name]("supra")
+    raise ValueError(f"{field}={path!r} is not there, and preset={name!r} is none of {', '.join(PRESETS)}.")
+  return PRESETS[name](mixer)
 
 
 def planned_mesh(text: str) -> Mesh:
@@ -102,25 +111,30 @@ def planned_mesh(text: str) -> Mesh:
   return make_mesh(text, (devices if len(devices) >= count else jax.devices("cpu"))[:count])
 
 
-def plan(config: TrainConfig, model: ModelConfig, mesh: Mesh) -> Plan:
+def plan(config: TrainConfig, model: ModelConfig, mesh: Mesh, teacher: ModelConfig | None = None) -> Plan:
   """Compiles the step of a recipe for the devices of a mesh; allocates nothing on them.
+
+  Args:
+    config: the recipe.
+    model: that trains.
+    mesh: its devices need not be here.
+    teacher: where the recipe distils.
 
   Raises:
     ValueError: the model or the batch cannot be cut over the mesh.
   """
   check_batch(config, mesh)
-  if config.distill_from:
-    raise ValueError(f"distill_from={config.distill_from!r}: plan does not count a teacher yet. Set it to ''.")
   rows = config.batch_size // config.microbatches
   names = ("tokens", "segment_ids") if config.data.documents == "separate" else ("tokens",)
   shape = (config.microbatches, rows, config.data.sequence_length + 1)
   leaf = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=batch_sharding(mesh, leading=1))
   batch = dict.fromkeys(names, leaf)
   with jax.set_mesh(mesh):
-    step = make_train_step(config, model)
+    step = make_train_step(config, model, teacher)
     state = state_shapes(step, mesh)
+    extra = () if teacher is None else (teacher_shapes(config, teacher, mesh),)
     began = time.monotonic()
-    compiled = step.compiled(jax.tree.map(lambda x: x.sharding, state)).lower(state, batch).compile()
+    compiled = step.compiled(jax.tree.map(lambda x: x.sharding, state)).lower(state, batch, *extra).compile()
     seconds = time.monotonic() - began
   groups = parameter_groups(state.params, step.groups)
   frozen = groups.pop("frozen")
@@ -136,12 +150,13 @@ def plan(config: TrainConfig, model: ModelConfig, mesh: Mesh) -> Plan:
     new=_count([leaf for path, leaf in leaves if re.search(config.new_weights, "/".join(key.key for key in path))]),
     parameter_bytes=device_bytes(state.params),
     optimizer_bytes=device_bytes(state.opt_state),
+    teacher_bytes=device_bytes(extra),
     batch_bytes=device_bytes(batch),
     gradient_bytes=device_bytes(groups) * min(config.microbatches, 2),
     input_bytes=model.num_layers * rows // batch_shards(mesh) * layer_input // mesh.shape[TIME_AXIS],
     memory=memory(compiled),
     traffic=collectives(compiled.as_text()),
-    flops_per_token=train_flops_per_token(model, config.data.sequence_length),
+    flops_per_token=step_flops_per_token(model, config.data.sequence_length, teacher),
     rows=rows // batch_shards(mesh),
   )
 
@@ -181,6 +196,7 @@ def render(plan: Plan, device_memory: int | None = None) -> str:
     ("bytes a device", "", ""),
     ("  parameters", _of(plan.parameter_bytes), "float32"),
     ("  optimizer state", _of(plan.optimizer_bytes), ""),
+    *([("  teacher", _of(plan.teacher_bytes), config.dtype)] if plan.teacher_bytes else []),
     ("  batch", _of(plan.batch_bytes), ""),
   ]
   if plan.memory is not None:
@@ -210,8 +226,9 @@ def verdict(plan: Plan, device_memory: int) -> str:
   if plan.rows > 1:
     most = plan.config.microbatches * plan.rows
     helps.append(f"microbatches up to {most}, with 1 row a device, shrink all of the temporaries but the gradients")
-  fixed = plan.parameter_bytes + plan.optimizer_bytes + plan.gradient_bytes
-  helps.append(f"more devices on fsdp share the {_of(fixed)} of parameters, optimizer state and gradients")
+  fixed = plan.parameter_bytes + plan.optimizer_bytes + plan.teacher_bytes + plan.gradient_bytes
+  what = "parameters, optimizer state and gradients" + (", and the teacher" if plan.teacher_bytes else "")
+  helps.append(f"more devices on fsdp share the {_of(fixed)} of {what}")
   return f"does not fit: {_of(-spare)} more than {_of(device_memory)}. " + "; ".join(helps) + "."
 
 

@@ -52,6 +52,7 @@ class Reporter:
     self,
     config: TrainConfig,
     model: ModelConfig,
+    teacher: ModelConfig | None,
     sources: Sequence[data.Source],
     metrics: MetricsWriter,
     progress: Progress,
@@ -61,7 +62,7 @@ class Reporter:
     self._first = self._logged = first
     self._pending: collections.deque[tuple[int, dict[str, jax.Array], float]] = collections.deque()
     self._waited: list[float] = []
-    self._flops = flops.train_flops_per_token(model, config.data.sequence_length)
+    self._flops = flops.step_flops_per_token(model, config.data.sequence_length, teacher)
     self._peak = flops.peak_flops(jax.devices()[0])
     self._written = True
     self.clock = Clock()

@@ -43,8 +43,8 @@ PARAM_RULES: tuple[tuple[str, Mapping[int, PartitionSpec]], ...] = (
   ),
   (r".*/(o_proj|down_proj)/kernel", {2: PartitionSpec("tensor", "fsdp")}),
   (r"embed_tokens/embedding", {2: PartitionSpec("tensor", "fsdp")}),
-  # Gains and biases: a thousandth of the parameters, and every device wants them whole.
-  (r"(.*/)?(weight|bias)", {1: PartitionSpec(), 2: PartitionSpec()}),
+  # Gains, biases and adapters: a thousandth of the parameters, and every device wants them whole.
+  (r"(.*/)?(weight|bias|lora_[ab])", {1: PartitionSpec(), 2: PartitionSpec()}),
 )
 
 _LAYER = re.compile(r"^(layers|run)_\d+/")

@@ -21,6 +21,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from supra_jax import data
+from supra_jax.adapters import merge_adapters
 from supra_jax.checkpoint import (
   ModelCheckpoint,
   TrainingCheckpoints,
@@ -209,7 +210,7 @@ def _preemption() -> Iterator[Any]:
 def _loop(run: _Run, state: TrainState, first: int, profile_steps: int) -> TrainState:
   config, workdir = run.config, run.workdir
   shardings = jax.tree.map(lambda x: x.sharding, run.shapes)
-  program = functools.cache(lambda active: run.step.compiled(shardings, active))
+  program = functools.cache(lambda active, transfer: run.step.compiled(shardings, active, transfer=transfer))
   speaks = jax.process_index() == 0
   with (
     MetricsWriter(
@@ -219,7 +220,10 @@ def _loop(run: _Run, state: TrainState, first: int, profile_steps: int) -> Train
     _preemption() as preempted,
     _profile(workdir / "profile") as profile,
   ):
-    reporter = Reporter(config, run.start.config, run.sources, metrics, progress, first)
+    teacher = run.step.teacher
+    reporter = Reporter(
+      config, run.start.config, teacher.config if teacher else None, run.sources, metrics, progress, first
+    )
 
     def evaluate(step: int) -> None:
       reporter.evaluated(step, heldout_nll(run.step.model, state.params, run.heldout, config, run.mesh))
@@ -231,7 +235,7 @@ def _loop(run: _Run, state: TrainState, first: int, profile_steps: int) -> Train
       batch = next(run.batches)
       waited = time.monotonic() - began
       profile(step - first, profile_steps)
-      state, values = program(config.active_groups(step))(
+      state, values = program(config.active_groups(step), config.transfers(step))(
         state, put_batch(batch, run.mesh, config.microbatches), *run.extra
       )
       reporter.add(step, values, waited)
@@ -297,7 +301,7 @@ def _export(directory: Path, start: ModelCheckpoint, params: Any, config: TrainC
   save_model(
     directory,
     config=start.config,
-    params=unstack(params, start.config),
+    params=unstack(jax.jit(merge_adapters)(params) if config.adapters.rank else params, start.config),
     tokenizer_files=start.tokenizer_files,
     source={"trained_from": start.source, "train_config": dataclasses.asdict(config)},
   )

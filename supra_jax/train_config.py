@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, Literal
 
+from supra_jax.adapters import AdapterConfig
 from supra_jax.config import from_mapping
 from supra_jax.optimizer import OptimizerConfig
 from supra_jax.packed import Join
@@ -66,6 +67,13 @@ class TrainConfig:
     distill_from: model directory of the transformer that the model came from; it runs in each step, and its
       distribution of the next token is a target. Empty: there is none.
     distill_weight: of the divergence from it in the loss; cross-entropy has the rest of 1.
+    distill_hidden: of how far the streams behind all layers are from the teacher's, see `layer_losses.streams_error`;
+      it is added.
+    transfer_steps: for so many steps, the first, the loss is `layer_losses.attention_error` alone, and only those
+      parameters train that `transfer` finds.
+    transfer: regex.
+    adapters: with a rank, kernels have low-rank adapters, and only these and new_weights train. The model that is
+      left has them merged.
     max_skipped: a batch whose loss or gradient is not finite is skipped; so many in a row end the run.
     seed: of the order of the data.
     preset: what init_checkpoint is expected to be, one of `supra_jax.config.PRESETS`, for `supra_jax.plan` before it is
@@ -88,6 +96,10 @@ class TrainConfig:
   new_weights_steps: int = 0
   distill_from: str = ""
   distill_weight: float = 1.0
+  distill_hidden: float = 0.0
+  transfer_steps: int = 0
+  transfer: str = "feature_map|[qk]_proj|[qk]_norm"
+  adapters: AdapterConfig = AdapterConfig()
   max_skipped: int = 10
   seed: int = 0
   preset: str = ""
@@ -100,7 +112,7 @@ class TrainConfig:
     for name in ("batch_size", "num_steps", "microbatches", "max_skipped", "log_every", "keep_checkpoints"):
       if getattr(self, name) < 1:
         raise ValueError(f"{name}={getattr(self, name)}: wanted at least 1.")
-    for name in ("new_weights_steps", "evaluate_every", "save_every"):
+    for name in ("new_weights_steps", "transfer_steps", "distill_hidden", "evaluate_every", "save_every"):
       if getattr(self, name) < 0:
         raise ValueError(f"{name}={getattr(self, name)}: wanted 0 or more.")
     if self.dtype not in ("float32", "bfloat16"):
@@ -109,6 +121,14 @@ class TrainConfig:
       raise ValueError(f"remat={self.remat!r}: wanted one of none, {', '.join(REMAT_POLICIES)}.")
     if not 0 <= self.distill_weight <= 1:
       raise ValueError(f"distill_weight={self.distill_weight}: wanted a share of the loss, from 0 to 1.")
+    for name in ("distill_hidden", "transfer_steps"):
+      if getattr(self, name) and not self.distill_from:
+        raise ValueError(f"{name}={getattr(self, name)}: wanted distill_from, the transformer it came from.")
+    if self.transfer_steps and self.new_weights_steps:
+      raise ValueError(
+        f"transfer_steps={self.transfer_steps}, new_weights_steps={self.new_weights_steps}: wanted one of the two; the "
+        "transfer trains the new weights first."
+      )
     if self.batch_size % self.microbatches:
       raise ValueError(f"batch_size={self.batch_size} cannot be cut into microbatches={self.microbatches} equal parts.")
 
@@ -124,12 +144,22 @@ class TrainConfig:
   @property
   def groups(self) -> tuple[tuple[str, str], ...]:
     """(name, regex) of the groups of parameters that train, for `TrainStep`."""
-    if not self.new_weights_steps:
-      return (("all", self.trainable),)
-    # Lookaheads from the start of the path: in both regexes, wherever.
-    return (("new", f"^(?=.*({self.trainable}))(?=.*({self.new_weights}))"), ("kept", self.trainable))
+
+    def both(one: str, other: str) -> str:
+      return f"^(?=.*({one}))(?=.*({other}))"  # lookaheads from the start of the path: in both regexes, wherever
+
+    trains = both(self.trainable, f"/lora_[ab]$|{self.new_weights}") if self.adapters.rank else self.trainable
+    if self.transfer_steps:
+      return (("transfer", both(trains, self.transfer)), ("kept", trains))
+    if self.new_weights_steps:
+      return (("new", both(trains, self.new_weights)), ("kept", trains))
+    return (("all", trains),)
 
   def active_groups(self, step: int) -> tuple[str, ...]:
     """Which groups step number `step`, from 1, trains."""
     names = tuple(name for name, _ in self.groups)
-    return names[:1] if step <= self.new_weights_steps else names
+    return names[:1] if step <= max(self.new_weights_steps, self.transfer_steps) else names
+
+  def transfers(self, step: int) -> bool:
+    """Whether step number `step`, from 1, is of the attention transfer."""
+    return step <= self.transfer_steps

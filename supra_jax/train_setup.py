@@ -90,11 +90,12 @@ def make_train_step(config: TrainConfig, model: ModelConfig, teacher: ModelConfi
   """The step that a recipe describes; with a teacher where it distils.
 
   Raises:
-    ValueError: model and teacher have not the same vocabulary and width.
+    ValueError: model and teacher have not the same vocabulary and width, or number of layers where these are compared.
   """
   transformer = functools.partial(Transformer, dtype=jnp.dtype(config.dtype), stacked=True)
   if teacher is not None:
-    for name in ("vocab_size", "hidden_size", "tie_embeddings"):
+    by_layer = ("num_layers",) if config.distill_hidden or config.transfer_steps else ()
+    for name in ("vocab_size", "hidden_size", "tie_embeddings", *by_layer):
       if getattr(teacher, name) != getattr(model, name):
         raise ValueError(
           f"distill_from={config.distill_from!r} has {name}={getattr(teacher, name)}, the model "
@@ -107,6 +108,9 @@ def make_train_step(config: TrainConfig, model: ModelConfig, teacher: ModelConfi
     config.groups,
     None if teacher is None else transformer(teacher),
     config.distill_weight,
+    config.distill_hidden,
+    config.adapters,
+    config.seed,
   )
 
 
@@ -115,6 +119,16 @@ def load_teacher(config: TrainConfig, teacher: ModelConfig, mesh: Mesh) -> Any:
   stored = load_model(config.distill_from, config.dtype, shardings=lambda shapes: param_shardings(shapes, mesh)).params
   stack = functools.partial(stack_runs, config=teacher)
   return jax.jit(stack, out_shardings=param_shardings(jax.eval_shape(stack, stored), mesh))(stored)
+
+
+def teacher_shapes(config: TrainConfig, teacher: ModelConfig, mesh: Mesh) -> Any:
+  """jax.ShapeDtypeStruct, with its sharding, of every array that `load_teacher` loads."""
+  shapes = jax.eval_shape(functools.partial(stack_runs, config=teacher), model_shapes(teacher))
+  return jax.tree.map(
+    lambda x, sharding: jax.ShapeDtypeStruct(x.shape, jnp.dtype(config.dtype), sharding=sharding),
+    shapes,
+    param_shardings(shapes, mesh),
+  )
 
 
 def state_shapes(step: TrainStep, mesh: Mesh) -> TrainState:

@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from supra_jax.losses import Teacher, count_targets, language_model_loss
+from supra_jax.adapters import AdapterConfig, add_adapters
+from supra_jax.losses import Teacher, attention_transfer_loss, count_targets, language_model_loss
 from supra_jax.optimizer import OptimizerConfig, clip, make_optimizer, make_schedule
 from supra_jax.sharding import like_params, param_shardings
 from supra_jax.transformer import Transformer
@@ -81,7 +82,9 @@ class TrainStep:
     num_steps: of the run; the schedule ends there.
     groups: (name, regex) of the parameters that train.
     teacher: stacked; None where there is none. Its parameters are given to each step.
-    teacher_weight: of the divergence from it in the loss.
+    teacher_weight, hidden_weight: as `Teacher` has them.
+    adapters: that `init` adds.
+    seed: of the adapters.
   """
 
   def __init__(
@@ -92,15 +95,21 @@ class TrainStep:
     groups: Sequence[tuple[str, str]] = (("all", ".*"),),
     teacher: Transformer | None = None,
     teacher_weight: float = 1.0,
+    hidden_weight: float = 0.0,
+    adapters: AdapterConfig = AdapterConfig(),
+    seed: int = 0,
   ):
     self.model, self.optimizer, self.groups = model, optimizer, tuple(groups)
-    self.teacher, self.teacher_weight = teacher, teacher_weight
+    self.teacher, self.teacher_weight, self.hidden_weight = teacher, teacher_weight, hidden_weight
+    self.adapters, self.seed = adapters, seed
     self._tx = make_optimizer(optimizer)
     self._schedule = make_schedule(optimizer, num_steps)
 
   def init(self, params: Any) -> TrainState:
     """The state of a run that begins with these parameters."""
     params = jax.tree.map(lambda x: x.astype(jnp.float32), params)
+    if self.adapters.rank:
+      params = add_adapters(params, self.adapters, self.seed)
     parts = parameter_groups(params, self.groups)
     opt_state = {name: self._tx.init(parts[name]) for name, _ in self.groups}
     # Three arrays, not one thrice: the state is given away, and no buffer can be given twice.
@@ -113,15 +122,16 @@ class TrainStep:
       param_shardings(state.params, mesh), like_params(state.opt_state, state.params, mesh), whole, whole, whole
     )
 
-  def compiled(self, shardings: Any, active: Sequence[str] | None = None) -> Any:
+  def compiled(self, shardings: Any, active: Sequence[str] | None = None, *, transfer: bool = False) -> Any:
     """(state, batch[, the teacher's parameters]) -> (state, metrics), jitted; the state is given away.
 
-    A batch has leaves [microbatches, rows, T + 1]. Metrics: loss, grad_norm (before clipping), learning_rate, skipped,
-    skipped_in_row.
+    A batch has leaves [microbatches, rows, T + 1]. Metrics: loss (or attention_error), grad_norm (before clipping),
+    learning_rate, skipped, skipped_in_row.
 
     Args:
       shardings: of the state.
       active: the groups that this step trains; None means all.
+      transfer: the loss is how far attention is from the teacher's.
     """
     active = [name for name, _ in self.groups] if active is None else list(active)
     whole = shardings.step
@@ -129,10 +139,10 @@ class TrainStep:
     def step(state: TrainState, batch: Any, teacher_params: Any = None) -> tuple[TrainState, dict[str, jax.Array]]:
       parts = parameter_groups(state.params, self.groups)
       training = {name: parts.pop(name) for name in active}
-      nll, grads = self._gradients(training, parts, batch, teacher_params)
+      loss, grads = self._gradients(training, parts, batch, teacher_params, transfer)
       grads, norm = clip(grads, self.optimizer.clip_norm)
       rate = self._schedule(state.step - state.skipped)
-      finite = jnp.isfinite(nll) & jnp.isfinite(norm)
+      finite = jnp.isfinite(loss) & jnp.isfinite(norm)
 
       opt_state = dict(state.opt_state)
       for name in active:
@@ -145,7 +155,7 @@ class TrainStep:
       bad = 1 - finite.astype(jnp.int32)
       new = TrainState(params, opt_state, state.step + 1, state.skipped + bad, (state.skipped_in_row + bad) * bad)
       metrics = {
-        "loss": nll,
+        "attention_error" if transfer else "loss": loss,
         "grad_norm": norm,
         "learning_rate": rate,
         "skipped": new.skipped,
@@ -156,20 +166,26 @@ class TrainStep:
     return jax.jit(step, donate_argnums=0, out_shardings=(shardings, whole))
 
   def _gradients(
-    self, training: dict[str, Any], rest: dict[str, Any], batch: Any, teacher_params: Any
+    self, training: dict[str, Any], rest: dict[str, Any], batch: Any, teacher_params: Any, transfer: bool
   ) -> tuple[jax.Array, Any]:
-    """Mean nll, and the gradients of the mean loss of all targets of all microbatches, float32."""
+    """What is reported, nll or attention error, and the gradients of the loss: means of all targets, float32."""
     total = count_targets(batch)
-    teacher = None if self.teacher is None else Teacher(teacher_params, self.teacher, self.teacher_weight)
+    teacher = None
+    if self.teacher is not None:
+      teacher = Teacher(teacher_params, self.teacher, self.teacher_weight, self.hidden_weight)
 
     def loss_fn(training, microbatch):
       params = _merge({**training, **rest})
+      if transfer:
+        assert teacher is not None, "TrainConfig wants a teacher for this"
+        error = attention_transfer_loss(self.model, params, microbatch, teacher) / total
+        return error, error
       sums = language_model_loss(self.model, params, microbatch, z_loss=self.optimizer.z_loss, teacher=teacher)
       return sums.loss / total, sums.nll / total
 
     def gradients(microbatch):
-      (_, nll), grads = jax.value_and_grad(loss_fn, has_aux=True)(training, microbatch)
-      return nll, grads
+      (_, shown), grads = jax.value_and_grad(loss_fn, has_aux=True)(training, microbatch)
+      return shown, grads
 
     if batch["tokens"].shape[0] == 1:
       return gradients(jax.tree.map(lambda x: x[0], batch))

@@ -49,25 +49,44 @@ class DecodeState:
     return next((layer.k.shape[1] for layer in self.layers if isinstance(layer, KVCache)), None)
 
 
+STREAMS = "streams"  # the collection that a Block fills where it is asked to
 _FRESH = {"cached": 0, "position": 0, "segment": -1}  # the counters of a DecodeState before any token
 
 
 class Block(nn.Module):
-  """`x + mixer(norm x)`, then `x + SwiGLU(norm x)`."""
+  """`x + mixer(norm x)`, then `x + SwiGLU(norm x)`.
+
+  Where the collection STREAMS is mutable it is filled with [B, T, D]: `enters`, the x that comes; `attended`, the
+  mixer's share of what follows; `leaves`, the result.
+  """
 
   config: ModelConfig
   mixer: Mixer
   dtype: Any = jnp.float32
   implementation: str = "auto"
 
-  @nn.compact
-  def __call__(self, x_BTD: jax.Array, state: LayerState | None, context: Context) -> tuple[jax.Array, LayerState]:
+  def setup(self):
     c = self.config
-    mixer: Any = MIXERS[self.mixer](c, self.dtype, self.implementation, name="self_attn")
-    mixed, state = mixer(Norm(c.norm, c.norm_eps, self.dtype, name="input_layernorm")(x_BTD), state, context)
+    mixer: Any = MIXERS[self.mixer]
+    self.self_attn = mixer(c, self.dtype, self.implementation)
+    self.input_layernorm, self.post_attention_layernorm = (Norm(c.norm, c.norm_eps, self.dtype) for _ in range(2))
+    self.mlp = SwiGLU(c, self.dtype)
+
+  def __call__(self, x_BTD: jax.Array, state: LayerState | None, context: Context) -> tuple[jax.Array, LayerState]:
+    mixed, state = self.attend(x_BTD, state, context)
+    self._keep(enters=x_BTD, attended=mixed)
     x_BTD = x_BTD + mixed
-    normed = Norm(c.norm, c.norm_eps, self.dtype, name="post_attention_layernorm")(x_BTD)
-    return constrain(x_BTD + SwiGLU(c, self.dtype, name="mlp")(normed), "batch", "time", None), state
+    x_BTD = constrain(x_BTD + self.mlp(self.post_attention_layernorm(x_BTD)), "batch", "time", None)
+    self._keep(leaves=x_BTD)
+    return x_BTD, state
+
+  def attend(self, x_BTD: jax.Array, state: LayerState | None, context: Context) -> tuple[jax.Array, LayerState]:
+    """The mixer alone, of the normalised x."""
+    return self.self_attn(self.input_layernorm(x_BTD), state, context)
+
+  def _keep(self, **streams: jax.Array) -> None:
+    for name, x_BTD in streams.items():
+      self.sow(STREAMS, name, x_BTD, reduce_fn=lambda _, x: x, init_fn=lambda: None)
 
 
 def runs(mixers: tuple[Mixer, ...]) -> list[tuple[int, int]]:
@@ -128,7 +147,7 @@ class Transformer(nn.Module):
       self.blocks = [
         nn.scan(
           block,
-          variable_axes={"params": 0},
+          variable_axes={"params": 0, STREAMS: 0},
           split_rngs={"params": True},
           in_axes=(0, nn.broadcast),
           length=length,

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import importlib.util
 import json
+import math
 import os
 import re
 import subprocess
@@ -17,6 +18,7 @@ import pytest
 from supra_jax import config as configs
 from supra_jax import plan as planning
 from supra_jax.compiled import Memory, Traffic
+from supra_jax.flops import train_flops_per_token
 from supra_jax.sharding import make_mesh
 from supra_jax.train_config import TrainConfig
 from supra_jax.train_setup import model_shapes
@@ -139,6 +141,21 @@ def test_a_transformer_has_nothing_new():
   made = planning.plan(recipe("tiny", microbatches=1), configs.tiny("softmax"), make_mesh("fsdp:1", jax.devices()[:1]))
   assert (made.new, made.traffic) == (0, {})
   assert "collectives" not in planning.render(made)
+
+
+def test_a_teacher_is_counted():
+  mesh, model = make_mesh("fsdp:1", jax.devices()[:1]), configs.tiny()
+  alone = planning.plan(recipe("tiny", microbatches=1), model, mesh)
+  config = recipe("tiny", microbatches=1, distill_from="none/yet", dtype="bfloat16")
+  teacher = planning.planned_teacher(config)
+  assert teacher == configs.tiny("softmax") and planning.planned_teacher(recipe("tiny")) is None
+  made = planning.plan(config, model, mesh, teacher)
+  parameters = sum(math.prod(x.shape) for x in jax.tree.leaves(model_shapes(teacher)))
+  assert (alone.teacher_bytes, made.teacher_bytes) == (0, 2 * parameters)
+  extra = made.flops_per_token - alone.flops_per_token
+  assert extra == pytest.approx(train_flops_per_token(teacher, config.data.sequence_length) / 3)
+  assert "  teacher " in planning.render(made) and "  teacher " not in planning.render(alone)
+  assert "and the teacher." in planning.verdict(made, 1)
 
 
 class TestRecipes:

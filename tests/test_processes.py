@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from supra_jax.adapters import AdapterConfig
 from supra_jax.train import train
 from tests import runs, tiny
 from tests.runs import losses, make_config
@@ -107,9 +108,10 @@ def test_another_mesh_goes_on_with_what_two_processes_began(devices, configured,
   assert (workdir / "checkpoint").exists()
 
 
-def test_distilled_on_a_mesh_it_is_what_one_device_makes_of_it(configured, tmp_path):
+def test_all_stages_on_a_mesh_are_what_one_device_makes_of_them(configured, tmp_path):
   teacher = tiny.write_checkpoint(tmp_path / "teacher", "softmax", seed=1)
-  config = dataclasses.replace(configured(mesh="fsdp:1", distill_from=str(teacher)), num_steps=4)
+  stages = {"transfer_steps": 2, "distill_hidden": 0.5, "adapters": AdapterConfig(rank=2)}
+  config = dataclasses.replace(configured(mesh="fsdp:1", distill_from=str(teacher)), num_steps=4, **stages)
   train(config, tmp_path / "one")
   cut = dataclasses.replace(config, mesh=CUBE, microbatches=2)
   runs.Run(cut, tmp_path / "cut", devices=8).finish()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,12 +15,14 @@ import numpy as np
 import pytest
 
 import supra_jax
-from supra_jax import data, train, train_setup
+from supra_jax import data, layer_losses, train, train_setup
+from supra_jax.adapters import AdapterConfig
 from supra_jax.checkpoint import load_model, save_model
 from supra_jax.metrics import read_metrics
 from supra_jax.sharding import make_mesh
+from supra_jax.transformer import Transformer, stack_runs
 from tests import runs, tiny
-from tests.runs import make_config
+from tests.runs import losses, make_config
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -208,6 +212,80 @@ def test_distils_from_a_teacher(start, text, tmp_path):
   plain = dataclasses.replace(config, distill_from="")
   train.train(plain, tmp_path / "plain")
   assert divergence(tmp_path / "run/checkpoint") < 0.8 * divergence(tmp_path / "plain/checkpoint")
+
+
+def test_transfers_attention_first_and_then_distils_streams(start, text, tmp_path):
+  teacher = tiny.write_checkpoint(tmp_path / "teacher", "softmax", seed=1)
+  stages = {"distill_from": str(teacher), "transfer_steps": 6, "distill_weight": 0.5, "distill_hidden": 1.0}
+  rate = {"learning_rate": 2e-3, "end_learning_rate": 2e-3}
+  config = make_config(start, text, num_steps=6, microbatches=2, optimizer=rate, **stages)
+  train.train(config, tmp_path / "first")
+  attention = {name for name in _changed(tmp_path / "first", start) if re.search(config.transfer, name)}
+  assert attention == _changed(tmp_path / "first", start) and "self_attn/q_proj/kernel" in attention
+  records = read_metrics(tmp_path / "first/metrics.jsonl")
+  assert sum("attention_error" in record for record in records) == 6 and not losses(tmp_path / "first")
+  train.train(dataclasses.replace(config, num_steps=12), tmp_path / "then")
+  assert {"embed_tokens/embedding", "mlp/up_proj/kernel"} | attention < _changed(tmp_path / "then", start)
+  assert set(losses(tmp_path / "then")) == set(range(7, 13))
+
+  tokens = np.stack([row["tokens"] for row in data.heldout_batches(tmp_path / "then/data/heldout", batch_size=1)])[:, 0]
+  models = {}
+  for name in ("teacher", "start", "first", "then"):
+    lm = supra_jax.load({"teacher": teacher, "start": start}.get(name, tmp_path / name / "checkpoint"))
+    models[name] = Transformer(lm.config, stacked=True), stack_runs(lm.params, lm.config)
+
+  def attention_error(name):
+    return float(layer_losses.attention_error(*models[name], *models["teacher"], tokens).mean())
+
+  def streams_error(name):
+    model, theirs = models[name][0], models["teacher"][0]
+    streams = (layer_losses.read_streams(*models[which], tokens, None)[1] for which in (name, "teacher"))
+    return float(layer_losses.streams_error(model, next(streams), theirs, next(streams)).mean())
+
+  assert attention_error("first") < 0.98 * attention_error("start")
+  assert streams_error("then") < 0.9 * streams_error("start")
+
+
+def test_adapters_train_alone_and_are_merged_in_the_end(start, text, tmp_path):
+  """With what is new; a run of them goes on as any other."""
+  adapters = AdapterConfig(rank=2, kernels="self_attn/[qo]_proj/|mlp/up_proj/")
+  config = make_config(start, text, num_steps=6, save_every=3, adapters=adapters, new_weights="feature_map")
+  summary = train.train(config, tmp_path / "run")
+  phi = {f"self_attn/{name}/{part}" for name in ("feature_map", "feature_map_kv") for part in ("kernel", "bias")}
+  kernels = {"self_attn/q_proj/kernel", "self_attn/o_proj/kernel", "mlp/up_proj/kernel"}
+  assert _changed(tmp_path / "run", start) == phi | kernels
+  lm = supra_jax.load(tmp_path / "run/checkpoint")
+  nll = train_setup.heldout_nll(lm.model, lm.params, tmp_path / "run/data/heldout", config)
+  assert nll == pytest.approx(summary.nll_after, abs=1e-5) and nll < summary.nll_before
+  # No moments but theirs.
+  step = train_setup.make_train_step(config, lm.config)
+  moments = train_setup.state_shapes(step, make_mesh(devices=jax.devices()[:1])).opt_state
+  names = {path[-2].key + "/" + path[-1].key for path, x in jax.tree_util.tree_leaves_with_path(moments) if x.ndim}
+  assert {name.split("/")[1] for name in names if "feature_map" not in name} == {"lora_a", "lora_b"}
+
+  shutil.rmtree(tmp_path / "run/training/6")
+  shutil.rmtree(tmp_path / "run/checkpoint")
+  assert train.train(config, tmp_path / "run").nll_after == summary.nll_after
+
+
+def test_stages_that_cannot_be_are_named(start, text):
+  for changes, named in (
+    ({"transfer_steps": 3}, "transfer_steps=3: wanted distill_from"),
+    ({"distill_hidden": 0.5}, "distill_hidden=0.5: wanted distill_from"),
+    ({"distill_from": "x", "transfer_steps": 1, "new_weights_steps": 2}, "wanted one of the two"),
+    ({"transfer_steps": -1}, "transfer_steps=-1: wanted 0 or more"),
+  ):
+    with pytest.raises(ValueError, match=named):
+      make_config(start, text, **changes)
+  with pytest.raises(ValueError, match=r"adapters.rank=-1"):
+    AdapterConfig(rank=-1)
+
+
+def test_a_teacher_of_another_depth_has_no_layers_to_compare(start, text, tmp_path):
+  teacher = tiny.write_checkpoint(tmp_path / "teacher", "softmax", mixers=("softmax",) * 3)
+  config = make_config(start, text, distill_from=str(teacher), transfer_steps=1)
+  with pytest.raises(ValueError, match=r"has num_layers=3, the model 2"):
+    train.train(config, tmp_path / "run")
 
 
 def test_a_teacher_of_another_kind_is_refused(start, text, tmp_path):

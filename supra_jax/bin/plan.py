@@ -6,13 +6,13 @@ from absl import flags
 from ml_collections import config_flags
 
 from supra_jax.bin.entry import run
-from supra_jax.plan import CPU_NOTE, parse_bytes, plan, planned_mesh, planned_model, render
+from supra_jax.plan import CPU_NOTE, parse_bytes, plan, planned_mesh, planned_model, planned_teacher, render
 from supra_jax.train_config import TrainConfig
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The recipe.", lock_config=True)
 _MESH = flags.DEFINE_string("mesh", "", "fsdp:4,tensor:2, say; it need not be here. Default: the recipe's.")
 _MODEL = flags.DEFINE_string(
-  "model", "", "A preset: mistral_7b, say. Default: init_checkpoint, or the recipe's preset."
+  "model", "", "A preset: mistral_7b, say, for teacher and model. Default: what the recipe names, or its preset."
 )
 _DEVICE_MEMORY = flags.DEFINE_string("device_memory", "", "80GB, say: is it enough?")
 flags.mark_flag_as_required("config")
@@ -25,7 +25,8 @@ def main() -> None:
     raise ValueError("Neither --mesh nor the recipe says what to plan for: wanted --mesh=fsdp:8, say.")
   device_memory = parse_bytes(_DEVICE_MEMORY.value) if _DEVICE_MEMORY.value else None
   mesh = planned_mesh(text)
-  made = plan(config, planned_model(config, _MODEL.value), mesh)
+  model, teacher = planned_model(config, _MODEL.value), planned_teacher(config, _MODEL.value)
+  made = plan(config, model, mesh, teacher)
   print(render(made, device_memory))
   if mesh.devices.flat[0].platform == "cpu":
     print(f"\n{CPU_NOTE}")
