@@ -16,6 +16,7 @@ import os
 import platform
 import shutil
 import statistics
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from absl import flags
 
 import supra_jax
 from benchmarks.machine import cpu_name
+from supra_jax.adapters import AdapterConfig
 from supra_jax.bin.entry import run
 from supra_jax.demo import run_from
 from supra_jax.linearize import Calibration, Phi
@@ -36,31 +38,46 @@ from supra_jax.train_setup import heldout_nll
 
 @dataclasses.dataclass(frozen=True)
 class Method:
-  """A way to begin.
+  """A way to begin, and to go on.
 
   Attributes:
     phi: as `linearize` takes it.
     calibration_tokens: 0 leaves the teacher's output projections.
     learning_rate: of the uptraining.
+    share: of the benchmark's steps that it takes.
+    stages: of the `TrainConfig`; those that a teacher is for have it.
   """
 
   phi: Phi
   calibration_tokens: int
   learning_rate: float
+  share: float = 1.0
+  stages: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 METHODS = {
-  # The paper's. Of 1e-4, 3e-4 and 1e-3 the last was best.
+  # The paper's.
   "random": Method("random", 0, 1e-3),
+  "random_3e-4": Method("random", 0, 3e-4),
+  "random_2e-3": Method("random", 0, 2e-3),
   "identity": Method("identity", 0, 1e-3),
-  "calibrated_512": Method("identity", 512, 1e-4),
-  "calibrated_2k": Method("identity", 2048, 1e-4),
+  # In a tenth of the tokens.
+  "calibrated_512": Method("identity", 512, 1e-4, share=0.1),
+  "calibrated_2k": Method("identity", 2048, 1e-4, share=0.1),
   "calibrated_8k": Method("identity", 8192, 1e-4),
   "calibrated_16k": Method("identity", 16384, 1e-4),
   "calibrated_32k": Method("identity", 32768, 1e-4),
   "calibrated_32k_3e-4": Method("identity", 32768, 3e-4),
   "calibrated_32k_3e-5": Method("identity", 32768, 3e-5),
   "calibrated_131k": Method("identity", 131072, 1e-4),
+  # What each stage adds to calibrated_8k in half of the steps.
+  "8k_half": Method("identity", 8192, 1e-4, share=0.5),
+  "8k_half_3e-5": Method("identity", 8192, 3e-5, share=0.5),
+  "8k_half_3e-4": Method("identity", 8192, 3e-4, share=0.5),
+  "8k_transfer": Method("identity", 8192, 1e-4, share=0.5, stages={"transfer_steps": 10}),
+  "8k_hidden": Method("identity", 8192, 1e-4, share=0.5, stages={"distill_weight": 0.0, "distill_hidden": 1.0}),
+  "8k_logits": Method("identity", 8192, 1e-4, share=0.5, stages={"distill_weight": 1.0}),
+  "8k_adapters": Method("identity", 8192, 1e-3, share=0.5, stages={"adapters": AdapterConfig(rank=16)}),
 }
 
 
@@ -74,14 +91,23 @@ def one_run(name: str, seed: int, config: TrainConfig, workdir: Path) -> dict[st
   if method.calibration_tokens:
     rows = min(8, method.calibration_tokens // config.data.sequence_length)
     calibration = Calibration(config.data.sources, tokens=method.calibration_tokens, batch_size=rows, seed=seed)
-  optimizer = dataclasses.replace(config.optimizer, learning_rate=method.learning_rate)
-  config = dataclasses.replace(config, optimizer=optimizer, seed=seed)
-  done = run_from(_TEACHER.value, method.phi, calibration, config, directory)
+  steps = max(round(config.num_steps * method.share), 1)
+  every = max(round(config.evaluate_every * method.share), 1)
+  optimizer = dataclasses.replace(
+    config.optimizer, learning_rate=method.learning_rate, warmup_steps=min(config.optimizer.warmup_steps, steps)
+  )
+  changes: dict[str, Any] = {"num_steps": steps, "evaluate_every": every, "save_every": every, **method.stages}
+  if {"distill_weight", "distill_hidden", "transfer_steps"} & changes.keys():
+    changes = {"distill_weight": 0.0, "distill_from": _TEACHER.value} | changes
+  config = dataclasses.replace(config, optimizer=optimizer, seed=seed, **changes)
+  start = workdir / "starts" / f"{method.phi}-{method.calibration_tokens}-{seed}"
+  start.parent.mkdir(exist_ok=True)
+  done = run_from(_TEACHER.value, method.phi, calibration, config, directory, start=start)
   before, waited = 2 * method.calibration_tokens, done.calibration_seconds
   points = [[before + tokens, waited + seconds, nll] for tokens, seconds, nll in done.points]
   made = {"seed": seed, "calibration_seconds": waited, "tokens_per_second": done.summary.tokens_per_second}
   result.write_text(json.dumps(made | {"points": points}))
-  for left in ("linearized", "checkpoint", "training"):
+  for left in ("checkpoint", "training"):
     shutil.rmtree(directory / left)
   return json.loads(result.read_text())
 

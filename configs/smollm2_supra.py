@@ -33,6 +33,9 @@ def get_config() -> ml_collections.ConfigDict:
   config.remat = "block"
   config.distill_from = ""
   config.distill_weight = 1.0
+  config.distill_hidden = 0.0
+  config.transfer_steps = 0
+  config.adapters = ml_collections.ConfigDict({"rank": 0})
   config.seed = 0
   config.log_every = 10
   config.evaluate_every = 500

@@ -21,7 +21,7 @@ from supra_jax.train_config import TrainConfig
 from supra_jax.train_setup import heldout_nll, prepare_data
 
 NAMES = {"calibrated": "calibrated start", "random": "the paper's start"}
-SECONDS_FILE, STEPS_FILE = "calibration_seconds.json", "random_steps.json"
+STEPS_FILE = "random_steps.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,17 +120,19 @@ def run_from(
   config: TrainConfig,
   workdir: Path,
   *,
+  start: Path | None = None,
   teacher_nll: float | None = None,
 ) -> Run:
   """Linearises, once and timed, and uptrains.
 
   Args:
     teacher, phi, calibration: as `linearize_checkpoint` takes them.
-    config: of the uptraining; `init_checkpoint` is passed over, and the start lies in `workdir`.
+    config: of the uptraining; `init_checkpoint` is passed over.
     workdir: of the run.
+    start: where the linearised model goes, or lies; None: into the workdir.
     teacher_nll: as `train` takes it.
   """
-  start = workdir / "linearized"
+  start = start or workdir / "linearized"
 
   def linearize() -> float:
     shutil.rmtree(start, ignore_errors=True)
@@ -139,7 +141,7 @@ def run_from(
       linearize_checkpoint(teacher, start, phi=phi, seed=config.seed, calibration=calibration, report=report)
     return 0.0 if calibration is None else time.monotonic() - began
 
-  calibration_seconds = _once(workdir / SECONDS_FILE, linearize)
+  calibration_seconds = _once(start.with_name(f"{start.name}_seconds.json"), linearize)
   summary = train(dataclasses.replace(config, init_checkpoint=str(start)), workdir, teacher_nll=teacher_nll)
   points = [
     (record["tokens"], record["tokens"] / summary.tokens_per_second, record["heldout_nll"])
