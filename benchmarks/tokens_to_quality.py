@@ -125,6 +125,22 @@ def table(methods: dict[str, list[dict[str, Any]]]) -> str:
   return "\n".join(lines)
 
 
+def in_a_tenth(methods: dict[str, list[dict[str, Any]]], slow: str) -> str:
+  """What `slow` has after each number of tokens, and the best that any other has after at most a tenth of them."""
+
+  def means(name: str) -> list[tuple[float, float]]:
+    curves = [run["points"] for run in methods[name]]
+    return [(at[0][0], statistics.fmean(point[2] for point in at)) for at in zip(*curves, strict=True)]
+
+  others = [(tokens, loss, name) for name in methods if name != slow for tokens, loss in means(name)]
+  lines = [f"| tokens | {slow} | in at most a tenth of them |", "| --- | --- | --- |"]
+  for tokens, loss in means(slow):
+    reached = [(other, name, at) for at, other, name in others if at <= tokens / 10]
+    best, name, at = min(reached, default=(float("nan"), "nothing measured", 0))
+    lines.append(f"| {tokens:,} | {loss:.2f} | {best:.2f} ({name} at {at:,}) |")
+  return "\n".join(lines)
+
+
 def main() -> None:
   workdir, data = Path(_WORKDIR.value), Path(_DATA.value)
   workdir.mkdir(parents=True, exist_ok=True)
@@ -164,8 +180,11 @@ def main() -> None:
   output = Path(_OUTPUT.value)
   output.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
   curves = {name: [[(p[0], p[2]) for p in r["points"]] for r in runs] for name, runs in found.items()}
-  plot_curves(curves, output.with_suffix(".png"), teacher_nll=teacher_nll)
+  slow = "random" if "random" in curves else ""
+  plot_curves(curves, output.with_suffix(".png"), teacher_nll=teacher_nll, tenth_of=slow)
   print(f"Teacher: {teacher_nll:.3f}\n{table(found)}")
+  if slow:
+    print(in_a_tenth(found, slow))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from supra_jax.metrics import Record, read_metrics, short_number
 
@@ -76,6 +76,7 @@ def plot_curves(
   *,
   teacher_nll: float,
   x: str = "tokens",
+  tenth_of: str = "",
   title: str = "",
 ) -> None:
   """Draws held-out losses beside each other, and the teacher's as a line.
@@ -86,21 +87,43 @@ def plot_curves(
     output_png: where the picture goes.
     teacher_nll: nats a token of the transformer on the same text.
     x: what x is.
+    tenth_of: one of the names; drawn once more, dashed, at a tenth of its x. Then x is logarithmic, without 0.
     title: one line above.
   """
   figure, axes = _frame(title)
   axes.set_xlabel(x, color=INK, fontsize=10.5)
   axes.set_title("held-out loss, nats per token, logarithmic", loc="left", color=INK, fontsize=10.5)
   ends: list[tuple[float, str, str]] = [(teacher_nll, "teacher", INK)]
+  places = [point[0] for runs in curves.values() for run in runs for point in run]
+  if tenth_of:
+    axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short_number(value)))
+    axes.xaxis.set_minor_locator(NullLocator())
+    places = [place for place in places if place > 0]
   for (name, runs), colour in zip(curves.items(), CURVES, strict=False):
     points = np.array(runs, float)  # [runs, points, 2]
+    if tenth_of:
+      points = points[:, points[0, :, 0] > 0]
     at, losses = points[:, :, 0].mean(0), points[:, :, 1]
     axes.fill_between(at, losses.min(0), losses.max(0), color=colour, alpha=0.2, linewidth=0)
     axes.plot(at, losses.mean(0), color=colour, linewidth=1.8)
     axes.plot(at, losses.mean(0), color=colour, **_DOTS)
     ends.append((losses.mean(0)[-1], name, colour))
+    if name == tenth_of:
+      axes.plot(at / 10, losses.mean(0), color=colour, linewidth=1.2, dashes=(3, 2))
+      axes.annotate(
+        f"{name} in a tenth of its {x}",
+        (at[-1] / 10, losses.mean(0)[-1]),
+        (0, 6),
+        textcoords="offset points",
+        ha="right",
+        va="bottom",
+        color=colour,
+        fontsize=9,
+      )
   axes.axhline(teacher_nll, color=INK, linewidth=1, dashes=(5, 3))
-  axes.set_xlim(0, max(point[0] for runs in curves.values() for run in runs for point in run))
+  axes.set_xlim(min(places) / 2 if tenth_of else 0, max(places))
   _label_ends(axes, ends)
   figure.savefig(output_png)
 

@@ -36,10 +36,11 @@ def test_one_point(tmp_path, record):
   assert (tmp_path / "loss.png").stat().st_size > 1000
 
 
-def test_curves(tmp_path):
+@pytest.mark.parametrize("tenth_of", ["", "random"])
+def test_curves(tmp_path, tenth_of):
   png = tmp_path / "curves.png"
   runs = {"random": [[(0, 10), (10, 8), (20, 7)], [(0, 10.5), (10, 8.5), (20, 7.2)]], "calibrated": [[(5, 6), (20, 5)]]}
-  picture.plot_curves(runs, png, teacher_nll=3, x="minutes")
+  picture.plot_curves(runs, png, teacher_nll=3, x="minutes", tenth_of=tenth_of)
   drawn = matplotlib.image.imread(png)
   for colour in picture.CURVES[:2]:
     wanted = np.array([int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)])
