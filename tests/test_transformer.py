@@ -40,7 +40,7 @@ CASES = {
     **BIASES,
   ),
   "hybrid_grouped": TINY.replace(
-    mixers=("supra_window", "softmax"),
+    mixers=("softmax", "supra_window"),
     supra=SupraConfig(feature_map="per_head", decay="retnet", qk_norm=True, window=5),
     norm="layer_norm_gain",
     rope=RopeConfig(scaling="linear", factor=2.0),
