@@ -40,8 +40,8 @@ CASES = {
     **BIASES,
   ),
   "hybrid_grouped": TINY.replace(
-    mixers=("softmax", "supra_window"),
-    supra=SupraConfig(feature_map="per_head", decay="retnet", qk_norm=True, window=5),
+    mixers=("supra", "softmax"),
+    supra=SupraConfig(feature_map="per_head", decay="retnet", qk_norm=True),
     norm="layer_norm_gain",
     rope=RopeConfig(scaling="linear", factor=2.0),
     value_head_dim=12,
