@@ -243,11 +243,7 @@ def _new_layers(
   @jax.jit
   def draw(key):
     attention = one_layer.init(key, tokens)["params"]["layers_0"]["self_attn"]
-    new = {name: tree for name, tree in attention.items() if name not in kept}
-    if "linear_o_proj" in new:
-      new["linear_o_proj"] = jax.tree.map(jnp.zeros_like, new["linear_o_proj"])
-    is_identity = lambda name: phi == "identity" and name.startswith("feature_map")  # noqa: E731
-    return {name: _identity(tree) if is_identity(name) else tree for name, tree in new.items()}
+    return {name: _begun(name, tree, phi) for name, tree in attention.items() if name not in kept}
 
   new_layers = {}
   for i in chosen:
@@ -258,7 +254,11 @@ def _new_layers(
   return new_layers
 
 
-def _identity(phi: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
-  """W = I, of each head where there are several, and b = 0."""
-  kernel, bias = phi["kernel"], phi["bias"]
+def _begun(name: str, drawn: Mapping[str, jax.Array], phi: Phi) -> Mapping[str, jax.Array]:
+  """What a new part begins as: phi's W = I, of each head where there are several, and b = 0 where that is wanted."""
+  if name == "linear_o_proj":
+    return jax.tree.map(jnp.zeros_like, drawn)
+  if phi == "random" or not name.startswith("feature_map"):
+    return drawn
+  kernel, bias = drawn["kernel"], drawn["bias"]
   return {"kernel": jnp.broadcast_to(jnp.eye(kernel.shape[-1]), kernel.shape), "bias": jnp.zeros_like(bias)}
