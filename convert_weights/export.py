@@ -71,10 +71,12 @@ def essential(config: ModelConfig) -> ModelConfig:
   changes: dict[str, Any] = {}
   if "softmax" not in config.mixers:
     changes["sliding_window"] = None
-  if "supra" not in config.mixers:
-    changes["supra"] = SupraConfig()
-  elif config.supra.decay != "lightning":
-    changes["supra"] = dataclasses.replace(config.supra, decay_start=None)
+  supra = SupraConfig() if set(config.mixers) == {"softmax"} else config.supra
+  if supra.decay != "lightning":
+    supra = dataclasses.replace(supra, decay_start=None)
+  if "supra_window" not in config.mixers:
+    supra = dataclasses.replace(supra, window=SupraConfig.window)
+  changes["supra"] = supra
   if config.value_width == config.head_dim:
     changes["value_head_dim"] = None
   return config.replace(**changes)

@@ -120,7 +120,9 @@ def _layer(config: ModelConfig, layer: int, mixer: Mixer) -> Iterator[Parameter]
     norm = module(f"self_attn.{name}_proj_norm", None, openlm)
     norm = norm._replace(hf=norm.hf.replace("_proj_norm", "_norm"))  # Qwen3's
     yield from _norm(c, norm, c.head_dim if c.qk_norm == "head" else width)
-  if mixer == "supra":
+  if mixer == "supra_window":
+    yield from dense(module("self_attn.linear_o_proj", None, None), h * c.value_width, c.hidden_size, False)
+  if mixer != "softmax":
     for name, shape in _feature_maps(c).items():
       openlm = f"attention.{name.replace('feature_map', '_totrain_embed')}" if c.supra.feature_map == "dense" else None
       feature_map = module(f"self_attn.{name}", None, openlm)

@@ -1,4 +1,4 @@
-"""The two mixers: softmax attention, and the linear attention of SUPRA that takes its place."""
+"""The mixers: softmax attention, the linear attention of SUPRA that takes its place, and both side by side."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from supra_jax.config import ModelConfig, SupraConfig
 from supra_jax.feature_maps import make_feature_maps
 from supra_jax.layers import Dense, Norm, apply_rope, group_norm, rope_table
 from supra_jax.sharding import TIME_AXIS, constrain, current_time_shards, per_device
+from supra_jax.softmax import masked_softmax_attention, window_softmax_attention
 
 RETNET_FIRST_EXPONENT = 5
 # Dimensions of q, k, v and of the state, for the mesh.
@@ -61,6 +62,14 @@ class LinearState:
   s: jax.Array
 
 
+@flax.struct.dataclass
+class WindowState(LinearState):
+  """S, and the last W keys [B, W, G, K], after RoPE, and values [B, W, G, V]: those of slot i of all in slot i % W."""
+
+  k: jax.Array
+  v: jax.Array
+
+
 def head_slopes(supra: SupraConfig, num_heads: int) -> np.ndarray:
   """Slopes s_h >= 0 of the decays gamma_h = exp(-s_h), float32 [H].
 
@@ -85,22 +94,12 @@ def head_slopes(supra: SupraConfig, num_heads: int) -> np.ndarray:
   return slopes.astype(np.float32)
 
 
-def masked_softmax_attention(q_BTHK: jax.Array, k_BSGK: jax.Array, v_BSGV: jax.Array, mask_BTS: jax.Array) -> jax.Array:
-  """softmax(q k^T / sqrt(K)) v over the slots where the mask is true; float32 logits, [B, T, H, V]."""
-  batch, time, heads, width = q_BTHK.shape
-  groups = k_BSGK.shape[2]
-  q = q_BTHK.reshape(batch, time, groups, heads // groups, width)
-  wide = jnp.promote_types(q.dtype, jnp.float32)
-  logits = jnp.einsum("btgrk,bsgk->bgrts", q, k_BSGK, preferred_element_type=wide) / math.sqrt(width)
-  # A finite floor: a padded row that sees nothing stays finite, so that it cannot poison the rows that are real.
-  logits = jnp.where(mask_BTS[:, None, None], logits, jnp.finfo(jnp.float32).min / 2)
-  weights = jax.nn.softmax(logits, axis=-1).astype(v_BSGV.dtype)
-  out = jnp.einsum("bgrts,bsgv->btgrv", weights, v_BSGV)
-  return out.reshape(batch, time, heads, v_BSGV.shape[-1])
+def _side_by_side(x_BTHV: jax.Array) -> jax.Array:
+  return x_BTHV.reshape(*x_BTHV.shape[:2], -1)
 
 
 class _Projections(nn.Module):
-  """q, k, v and output projections, under the names that both mixers share, so that they pass from one to the other."""
+  """q, k, v and output projections, under the names that all mixers share, so that they pass from one to the other."""
 
   config: ModelConfig
   dtype: Any = jnp.float32
@@ -136,8 +135,16 @@ class _Projections(nn.Module):
       return x_BTHK
     return apply_rope(x_BTHK, *context.rotation, interleaved=self.config.rope.kind == "interleaved")
 
+  @nn.nowrap
+  def rotate_for_softmax(self, q: jax.Array, k: jax.Array, context: Context) -> tuple[jax.Array, jax.Array]:
+    """RoPE as the teacher has it, by head as well."""
+    c = self.config
+    if c.rope.kind == "by_head":
+      q, k = (apply_rope(x, *rope_table(c.rope, c.head_dim, jnp.arange(x.shape[2]))) for x in (q, k))
+    return self.rotate(q, context), self.rotate(k, context)
+
   def merge(self, out_BTHV: jax.Array) -> jax.Array:
-    return self.o_proj(out_BTHV.reshape(*out_BTHV.shape[:2], -1))
+    return self.o_proj(_side_by_side(out_BTHV))
 
 
 class SoftmaxAttention(_Projections):
@@ -152,9 +159,7 @@ class SoftmaxAttention(_Projections):
   def __call__(self, x_BTD: jax.Array, state: KVCache | None, context: Context) -> tuple[jax.Array, KVCache]:
     c = self.config
     q, k, v = self.project(x_BTD)
-    q, k = self.rotate(q, context), self.rotate(k, context)
-    if c.rope.kind == "by_head":
-      q, k = (apply_rope(x, *rope_table(c.rope, c.head_dim, jnp.arange(x.shape[2]))) for x in (q, k))
+    q, k = self.rotate_for_softmax(q, k, context)
     cache = KVCache(k, v) if state is None else self._append(state, k, v, context)
     slot = jnp.arange(cache.k.shape[1])
     oldest = context.first
@@ -191,12 +196,8 @@ def _sequence(q, k, v, slopes, initial_state, segment_ids, lengths, *, scale, im
   )
 
 
-class LinearAttention(_Projections):
-  """SUPRA's attention, parallel over a sequence and recurrent over a token alike.
-
-  `o_i = GroupNorm(sum_{j<=i} gamma^(i-j) (q_i . k_j / sqrt(K)) v_j)` with q, k = RoPE(phi(W_q x)), RoPE(phi(W_k x)):
-  paper eq. 9 and 10, `LinearAttn` of TRI-ML/linear_open_lm. Steps in the order that released checkpoints need.
-  """
+class _LinearProjections(_Projections):
+  """And phi, with the linear attention that it is for."""
 
   def setup(self):
     super().setup()
@@ -211,18 +212,14 @@ class LinearAttention(_Projections):
       self.k_norm = Norm(c.norm, c.norm_eps, self.dtype)
 
   @nn.nowrap
-  def init_state(self, batch: int, capacity: int) -> LinearState:
-    del capacity  # what makes it an RNN
+  def init_linear_state(self, batch: int) -> jax.Array:
     c = self.config
-    return LinearState(jnp.zeros((batch, c.num_heads, c.head_dim, c.value_width), jnp.float32))
+    return jnp.zeros((batch, c.num_heads, c.head_dim, c.value_width), jnp.float32)
 
-  def __call__(self, x_BTD: jax.Array, state: LinearState | None, context: Context) -> tuple[jax.Array, LinearState]:
-    out, state = self.mix(x_BTD, state, context)
-    return self.merge(out), state
-
-  def mix(self, x_BTD: jax.Array, state: LinearState | None, context: Context) -> tuple[jax.Array, LinearState]:
-    """All but the output projection: GroupNorm's result [B, T, H, V], and the state."""
-    q, k, v = self.project(x_BTD)
+  def attend_linearly(
+    self, q: jax.Array, k: jax.Array, v: jax.Array, state: LinearState | None, context: Context
+  ) -> tuple[jax.Array, jax.Array]:
+    """GroupNorm's result [B, T, H, V] and S, of what `project` gave."""
     q = self.feature_map(q)
     k = self.feature_map_kv(k) if self.has_own_k_map else self.feature_map(k)
     if self.config.supra.qk_norm:
@@ -235,14 +232,14 @@ class LinearAttention(_Projections):
     initial = None if state is None else state.s
     if initial is not None and context.continues is not None:
       initial = jnp.where(context.continues[:, None, None, None], initial, 0)
-    if x_BTD.shape[1] == 1 and initial is not None and context.lengths is None:
+    if q.shape[1] == 1 and initial is not None and context.lengths is None:
       out, s = linear_attention_step(q[:, 0], k[:, 0], v[:, 0], slopes, initial, scale=scale)
       out = out[:, None]
     else:
       sequence = functools.partial(_sequence, scale=scale, implementation=self.implementation)
       op = per_device(sequence, (HEADS, HEADS, HEADS, ("heads",), STATE, ("batch", "time"), ("batch",)), (HEADS, STATE))
       out, s = op(q, k, v, slopes, initial, context.segment_ids, context.lengths)
-    return group_norm(out), LinearState(s)
+    return group_norm(out), s
 
   def _qk_norm(self, q_BTHK: jax.Array, k_BTGK: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Norms over all heads together. k's gains are one a query head, so that k leaves with H heads."""
@@ -252,7 +249,71 @@ class LinearAttention(_Projections):
     return q, self.k_norm(k_BTHK.reshape(*lead, -1)).reshape(q_BTHK.shape)
 
 
-MIXERS: dict[str, type[SoftmaxAttention] | type[LinearAttention]] = {
+class LinearAttention(_LinearProjections):
+  """SUPRA's attention, parallel over a sequence and recurrent over a token alike.
+
+  `o_i = GroupNorm(sum_{j<=i} gamma^(i-j) (q_i . k_j / sqrt(K)) v_j)` with q, k = RoPE(phi(W_q x)), RoPE(phi(W_k x)):
+  paper eq. 9 and 10, `LinearAttn` of TRI-ML/linear_open_lm. Steps in the order that released checkpoints need.
+  """
+
+  @nn.nowrap
+  def init_state(self, batch: int, capacity: int) -> LinearState:
+    del capacity  # what makes it an RNN
+    return LinearState(self.init_linear_state(batch))
+
+  def __call__(self, x_BTD: jax.Array, state: LinearState | None, context: Context) -> tuple[jax.Array, LinearState]:
+    out, state = self.mix(x_BTD, state, context)
+    return self.merge(out), state
+
+  def mix(self, x_BTD: jax.Array, state: LinearState | None, context: Context) -> tuple[jax.Array, LinearState]:
+    """All but the output projection: GroupNorm's result [B, T, H, V], and the state."""
+    out, s = self.attend_linearly(*self.project(x_BTD), state, context)
+    return out, LinearState(s)
+
+
+class WindowAttention(_LinearProjections):
+  """SUPRA's attention, and beside it the teacher's own over the last W tokens; not in the paper.
+
+  `W_o softmax(q k^T / sqrt(K)) v`, of the last W tokens with q, k, v and RoPE as the teacher has them, and `W_l o` with
+  the o of `LinearAttention`, of all tokens. An RNN still: what it remembers does not grow.
+  """
+
+  def setup(self):
+    super().setup()
+    self.linear_o_proj = Dense(self.config.hidden_size, dtype=self.dtype)  # one bias is enough: o_proj's
+
+  @nn.nowrap
+  def init_state(self, batch: int, capacity: int) -> WindowState:
+    del capacity
+    return WindowState(self.init_linear_state(batch), *self._empty_ring(batch))
+
+  def __call__(self, x_BTD: jax.Array, state: WindowState | None, context: Context) -> tuple[jax.Array, WindowState]:
+    (softmax_out, linear_out), state = self.mix(x_BTD, state, context)
+    return self.merge(softmax_out) + self.linear_o_proj(_side_by_side(linear_out)), state
+
+  def mix(
+    self, x_BTD: jax.Array, state: WindowState | None, context: Context
+  ) -> tuple[tuple[jax.Array, jax.Array], WindowState]:
+    """All but the output projections: what softmax and GroupNorm give, each [B, T, H, V], and the state."""
+    q, k, v = self.project(x_BTD)
+    linear_out, s = self.attend_linearly(q, k, v, state, context)
+    q, k = self.rotate_for_softmax(q, k, context)
+    batch, time = x_BTD.shape[:2]
+    ring = self._empty_ring(batch) if state is None else (state.k, state.v)
+    count = jnp.full(batch, time, jnp.int32) if context.lengths is None else context.lengths
+    where = {"cached_B": context.index[:, 0], "count_B": count, "first_BT": context.first}
+    softmax_out, ring = window_softmax_attention(q, k, v, ring, **where)
+    return (softmax_out, linear_out), WindowState(s, *ring)
+
+  @nn.nowrap
+  def _empty_ring(self, batch: int) -> tuple[jax.Array, jax.Array]:
+    c = self.config
+    k = jnp.zeros((batch, c.supra.window, c.num_kv_heads, c.head_dim), self.dtype)
+    return k, jnp.zeros((*k.shape[:-1], c.value_width), self.dtype)
+
+
+MIXERS: dict[str, type[SoftmaxAttention] | type[LinearAttention] | type[WindowAttention]] = {
   "softmax": SoftmaxAttention,
   "supra": LinearAttention,
+  "supra_window": WindowAttention,
 }

@@ -10,6 +10,10 @@ and then, h_s being what the MLP's last projection reads, what is added to the t
 
   x_s' + h_s W_down = x_t' + MLP(x_t').
 
+In a `supra_window` layer a_s is two outputs side by side, the window's softmax and the linear attention, whose
+projections are solved for together. There too it is what is added that the ridge keeps small: to the teacher's W_o,
+which would be right were the window the whole text, and to the 0 with which the linear attention's begins.
+
 Each token weighs what it weighs after the norm that follows: 1 / mean square of the teacher's stream. (Some tokens, the
 first of a text above all, have activations a thousand times the others'; unweighted they are all that is fitted.) No
 gradient step is taken, and parameters have the shapes that they had. Memory does not grow with the text: the streams
@@ -32,7 +36,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tqdm import tqdm
 
-from supra_jax.attention import LinearAttention, SoftmaxAttention
+from supra_jax.attention import LinearAttention, SoftmaxAttention, WindowAttention
 from supra_jax.config import ModelConfig
 from supra_jax.layers import Dense, Embed, Norm, SwiGLU, at_least_float32
 from supra_jax.sharding import BATCH_AXES, constrain, put_batch
@@ -64,10 +68,12 @@ class Moments(NamedTuple):
 NOTHING = Moments(0.0, 0.0, 0.0, 0.0)
 
 
-def solve(moments: Moments, *, ridge: float, bias: bool) -> tuple[np.ndarray, np.ndarray | None, float]:
-  """The W [F, D] and b [D] that make a W + b closest to y in the weighted mean square, W kept small.
+def solve(
+  moments: Moments, *, ridge: float, bias: bool, prior: np.ndarray | float = 0.0
+) -> tuple[np.ndarray, np.ndarray | None, float]:
+  """The W [F, D] and b [D] that make a W + b closest to y in the weighted mean square, W kept near a prior.
 
-  Minimises sum w |a W + b - y|^2 + ridge / tokens * mean(diag(gram)) * |W|^2; b is free.
+  Minimises sum w |a W + b - y|^2 + ridge / tokens * mean(diag(gram)) * |W - prior|^2; b is free.
 
   Returns:
     (W, b, the share of w |y|^2 that is left), float64; b is None without `bias`.
@@ -79,7 +85,7 @@ def solve(moments: Moments, *, ridge: float, bias: bool) -> tuple[np.ndarray, np
     inner, outer = inner - np.outer(sums, sums) / count, outer - np.outer(sums, targets) / count
   size = ridge / float(moments.tokens) * np.trace(inner) / len(inner)
   size = max(size, np.finfo(float).tiny)  # features that are all 0 get weights of 0
-  kernel = np.linalg.solve(inner + size * np.eye(len(inner)), outer)
+  kernel = np.linalg.solve(inner + size * np.eye(len(inner)), outer + size * prior)
   offset = (targets - sums @ kernel) / count if bias else None
   whole = kernel if offset is None else np.vstack([kernel, offset])
   a_a, a_y = (gram, cross) if bias else (gram[:-1, :-1], cross[:-1])
@@ -123,7 +129,7 @@ def calibrate(
       size, and which want 0.
     mlp: solve for the MLP's last projection too, which doubles the time.
     dtype: of the computation; moments are float32, and their sums over batches float64.
-    directory: where the streams lie meanwhile, 3 * tokens * hidden_size numbers; None: a temporary one.
+    directory: where the streams lie meanwhile, 3 * tokens * hidden_size numbers, 4 with windows; None: a temporary one.
     report: called with (layer, number of layers, share of the attention's energy that is missed) after each.
 
   Returns:
@@ -137,7 +143,7 @@ def calibrate(
   (teacher_params, teacher_config), (student_params, config) = teacher, student
   params = dict(student_params)
   run = _Run(teacher_config, config, jnp.dtype(dtype), mesh)
-  last = max(i for i, mixer in enumerate(config.mixers) if mixer == "supra")
+  last = max(i for i, mixer in enumerate(config.mixers) if mixer != "softmax")
   with tempfile.TemporaryDirectory(dir=directory, prefix="calibration-") as spool:
     streams = _Streams(Path(spool), mesh)
     for number, batch in enumerate(batches):
@@ -145,7 +151,7 @@ def calibrate(
       streams.write(number, teacher=x, student=x)
     for i in range(last + 1):
       name, missed = f"layers_{i}", 0.0
-      if config.mixers[i] == "supra":
+      if config.mixers[i] != "softmax":
         params[name], missed = _calibrate_layer(run, streams, teacher_params[name], params[name], batches, ridge, mlp)
       else:
         for number, batch in enumerate(batches):
@@ -167,8 +173,13 @@ def _calibrate_layer(
     target, features, moments = run.attend(teacher, student, *before, run.put(batch))
     streams.write(number, teacher=target, features=features)
     total = _add(total, moments)
-  kernel, bias, missed = solve(total, ridge=ridge, bias=run.student.output_bias)
-  student = _replaced(student, "self_attn", "o_proj", kernel, bias)
+  names = _outputs(student)
+  prior: Any = 0.0  # the teacher's W_o is for softmax
+  if len(names) > 1:
+    prior = np.vstack([np.asarray(student["self_attn"][name]["kernel"], np.float64) for name in names])
+  kernel, bias, missed = solve(total, ridge=ridge, bias=run.student.output_bias, prior=prior)
+  for name, rows in zip(names, np.split(kernel, len(names)), strict=True):
+    student = _replaced(student, "self_attn", name, rows, bias if name == "o_proj" else None)
 
   total = NOTHING
   for number in range(len(batches)):
@@ -188,6 +199,11 @@ def _calibrate_layer(
   for number in range(len(batches)):
     streams.write(number, student=run.finish(student, *streams.read(number, "student")))
   return student, missed
+
+
+def _outputs(layer: Mapping[str, Any]) -> list[str]:
+  """The layer's output projections, of which each reads as many features."""
+  return [name for name in ("o_proj", "linear_o_proj") if name in layer["self_attn"]]
 
 
 def _add(total: Moments, moments: Moments) -> Moments:
@@ -235,10 +251,11 @@ class _Run:
     softmax = SoftmaxAttention(self.teacher, self.dtype)
     attended, _ = softmax.apply({"params": teacher["self_attn"]}, normed, None, context)
     target = x_teacher + attended
-    linear = LinearAttention(self.student, self.dtype)
+    mixer: Any = WindowAttention if len(_outputs(student)) > 1 else LinearAttention
+    mix = functools.partial(mixer(self.student, self.dtype).apply, method="mix")
     normed = self._norm(student, "input_layernorm", x_student)
-    out_BTHV, _ = linear.apply({"params": student["self_attn"]}, normed, None, context, method="mix")
-    features = out_BTHV.reshape(*out_BTHV.shape[:2], -1)
+    outs, _ = mix({"params": student["self_attn"]}, normed, None, context)
+    features = jnp.concatenate([out.reshape(*out.shape[:2], -1) for out in jax.tree.leaves(outs)], axis=-1)
     missing = at_least_float32(target) - at_least_float32(x_student)
     return target, features, _moments(features, missing, self._weights(target))
 
@@ -260,8 +277,11 @@ class _Run:
     return self._mlp(self.teacher, teacher, target), self._mlp(self.student, student, x_student)
 
   def _attended(self, student, x_student, features):
-    project = Dense(self.student.hidden_size, self.student.output_bias, self.dtype)
-    return x_student + project.apply({"params": student["self_attn"]["o_proj"]}, features)
+    names = _outputs(student)
+    for name, part in zip(names, jnp.split(features, len(names), axis=-1), strict=True):
+      params = student["self_attn"][name]
+      x_student += Dense(self.student.hidden_size, "bias" in params, self.dtype).apply({"params": params}, part)
+    return x_student
 
   def _weights(self, stream):
     """[B, T, 1]: what the norm that follows multiplies by."""

@@ -9,7 +9,7 @@ import typing
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
-Mixer = Literal["softmax", "supra"]
+Mixer = Literal["softmax", "supra", "supra_window"]
 FeatureMapKind = Literal["dense", "per_head", "per_head_separate"]
 Decay = Literal["lightning", "retnet", "none"]
 NormKind = Literal["rms_norm", "layer_norm", "layer_norm_gain"]
@@ -82,7 +82,7 @@ class RopeConfig:
 
 @dataclasses.dataclass(frozen=True)
 class SupraConfig:
-  """How a `supra` mixer departs from softmax attention (arXiv 2405.06640, section 3).
+  """How `supra` and `supra_window` depart from softmax attention (arXiv 2405.06640, section 3).
 
   Attributes:
     feature_map: W of phi(x) = relu(W x + b). `dense`: one [H*K, H*K] over all heads, and a [G*K, G*K] of its own for k
@@ -91,15 +91,18 @@ class SupraConfig:
     decay: the slopes s_h of gamma_h = exp(-s_h).
     decay_start: the first lightning slope, where it is not the series' own ratio.
     qk_norm: normalise the concatenated head features that phi gives q and k, before RoPE.
+    window: how many tokens back, itself included, the softmax attention of a `supra_window` layer sees.
   """
 
   feature_map: FeatureMapKind = "dense"
   decay: Decay = "lightning"
   decay_start: float | None = None
   qk_norm: bool = False
+  window: int = 64
 
   def __post_init__(self):
     _check_choices(self)
+    _check_positive(self, "window")
     if self.decay_start is not None:
       _check_positive(self, "decay_start")
 
@@ -113,12 +116,13 @@ class ModelConfig:
     num_heads, num_kv_heads: H and G; G divides H.
     head_dim: K, the width of a query or key head.
     value_head_dim: V; None means K.
-    mixers: one of `softmax` and `supra` for each layer; its length is the number of layers.
-    supra: how the `supra` layers are made.
+    mixers: what each layer has: `softmax`; `supra`, linear attention in its place; `supra_window`, that and beside it
+      softmax attention over the last tokens. Its length is the number of layers.
+    supra: how the `supra` and `supra_window` layers are made.
     norm: `rms_norm`, `layer_norm` (gain and bias) or `layer_norm_gain`.
     norm_eps: epsilon of those norms (the GroupNorm of `supra` has its own, 1e-5).
-    rope: rotary positions, used by both mixers.
-    qk_norm: normalise the projected q and k, in both mixers: `head` over each head's K with one gain for all heads
+    rope: rotary positions, used by all mixers.
+    qk_norm: normalise the projected q and k, in all mixers: `head` over each head's K with one gain for all heads
       (Qwen3), `all_heads` over all heads together (OpenLM). In a `supra` layer it stands before phi, where the teacher
       has it, and is kept with the projections.
     post_embed_norm: one more norm, right after the embedding.

@@ -56,6 +56,8 @@ def train_flops_per_token(config: ModelConfig, sequence_length: int) -> float:
     A = sum over layers of  2*H*K*V  for `supra`: S += k v^T, then q S
                             H*(K + V)*n  for `softmax`: n = (T + 1)/2 keys seen on average, fewer with a window
 
+  `supra_window` has P and A of `supra`, A of `softmax` with its own window, and H*V*D for its second output projection.
+
   The unembedding is counted, tied or not; the look-up of the embedding, norms, activations, RoPE and decays are not.
   Nor is what an implementation computes beyond the model: recomputation (remat), the products inside a chunk, masked
   halves. What is left is the numerator of MFU (Chowdhery et al. 2022, PaLM, appendix B), with the causal half of
@@ -93,15 +95,21 @@ def step_flops_per_token(config: ModelConfig, sequence_length: int, teacher: Mod
 def _mixing(c: ModelConfig, mixer: Mixer, time: int) -> float:
   """Multiply-adds a token of what only this mixer does, P + A above."""
   heads, groups, key, value = c.num_heads, c.num_kv_heads, c.head_dim, c.value_width
+
+  def softmax(window: int | None) -> float:
+    window = min(time, window or time)
+    return heads * (key + value) * (window - window * (window - 1) / (2 * time))
+
+  dense = c.supra.feature_map == "dense"
+  features = (heads * key) ** 2 + (groups * key) ** 2 if dense else (heads + groups) * key**2
+  supra = features + 2 * heads * key * value
   match mixer:
     case "softmax":
-      window = min(time, c.sliding_window or time)
-      seen = window - window * (window - 1) / (2 * time)
-      return heads * (key + value) * seen
+      return softmax(c.sliding_window)
     case "supra":
-      dense = c.supra.feature_map == "dense"
-      features = (heads * key) ** 2 + (groups * key) ** 2 if dense else (heads + groups) * key**2
-      return features + 2 * heads * key * value
+      return supra
+    case "supra_window":
+      return supra + softmax(c.supra.window) + heads * value * c.hidden_size
   typing.assert_never(mixer)
 
 

@@ -1,4 +1,4 @@
-"""The parts of a block that both mixers share: norms, rotary positions, SwiGLU.
+"""The parts of a block that all mixers share: norms, rotary positions, SwiGLU.
 
 Shape suffixes, here and everywhere: B batch, T time, L layers, D width, H query heads, G key/value heads, R = H / G
 query heads a group, K key width, V value width, S slots of a key/value cache, F ffn.

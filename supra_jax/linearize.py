@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 
 from supra_jax.calibrate import RIDGE, Report, calibrate
 from supra_jax.checkpoint import ModelCheckpoint, load_model, save_model
-from supra_jax.config import ModelConfig, SupraConfig
+from supra_jax.config import Mixer, ModelConfig, SupraConfig
 from supra_jax.data import Batch, make_loader, parse_sources
 from supra_jax.packed import META_FILE, check_packed
 from supra_jax.sharding import batch_shards, make_mesh, param_shardings, process_shard
@@ -35,12 +35,15 @@ def linearize(
   layers: Sequence[int] | None = None,
   phi: Phi = "random",
   seed: int = 0,
+  window: int | None = None,
 ) -> tuple[dict[str, Any], ModelConfig]:
   """Turns softmax layers into SUPRA layers (paper, section 3).
 
   What both mixers have (projections and their norms, MLP, embeddings) is kept as it is, bit for bit. What only `supra`
   has is new: gains of its own qk-norm are 1; phi is drawn as the reference draws it, weight and bias from
-  U(-1/sqrt(fan_in), 1/sqrt(fan_in)), or else W is the identity and b is 0.
+  U(-1/sqrt(fan_in), 1/sqrt(fan_in)), or else W is the identity and b is 0. With a window the linear attention's own
+  output projection is 0, whatever phi is: the layer begins as the teacher's, its softmax cut to the window. Its
+  gradient is not 0, and with its first step phi's is not either.
 
   Args:
     params: of the softmax model, one subtree a layer.
@@ -49,16 +52,24 @@ def linearize(
     layers: which layers, negative ones counted from the end; None means all.
     phi: what it begins as, "random" or "identity".
     seed: of the random ones; a layer's draw depends on the seed and on its place alone.
+    window: the layers become `supra_window`, whose softmax sees so many tokens; None: `supra`. It is here that the new
+      config's window comes from, and not from `supra`.
 
   Returns:
     (params, config) of the new model. New parameters have the dtype of the layer's q_proj.
 
   Raises:
-    ValueError: a layer is named that there is not, or that is no softmax layer.
+    ValueError: a layer is named that there is not, or that is no softmax layer; or the window would change that of
+      layers that there are.
   """
   chosen = _chosen_layers(config, layers)
-  mixers = tuple("supra" if i in chosen else mixer for i, mixer in enumerate(config.mixers))
-  new_config = config.replace(mixers=mixers, supra=config.supra if supra is None else supra)
+  mixer: Mixer = "supra" if window is None else "supra_window"
+  supra = config.supra if supra is None else supra
+  if window not in (None, config.supra.window) and "supra_window" in config.mixers:
+    raise ValueError(f"window={window}: the model has layers with a window of {config.supra.window}.")
+  supra = dataclasses.replace(supra, window=config.supra.window if window is None else window)
+  mixers = tuple(mixer if i in chosen else old for i, old in enumerate(config.mixers))
+  new_config = config.replace(mixers=mixers, supra=supra)
   return {name: tree for name, tree in params.items()} | _new_layers(params, new_config, chosen, phi, seed), new_config
 
 
@@ -98,6 +109,7 @@ def linearize_checkpoint(
   layers: Sequence[int] | None = None,
   phi: Phi = "random",
   seed: int = 0,
+  window: int | None = None,
   calibration: Calibration | None = None,
   report: Report | None = None,
 ) -> ModelConfig:
@@ -106,14 +118,14 @@ def linearize_checkpoint(
   Args:
     checkpoint: of the softmax model.
     output: must not exist yet, or be empty.
-    supra, layers, phi, seed: as `linearize` takes them.
+    supra, layers, phi, seed, window: as `linearize` takes them.
     calibration: None: the teacher's output projections stay.
     report: as `calibrate` takes it.
 
   Returns:
     The new config.
   """
-  new: dict[str, Any] = {"supra": supra, "layers": layers, "phi": phi, "seed": seed}
+  new: dict[str, Any] = {"supra": supra, "layers": layers, "phi": phi, "seed": seed, "window": window}
   if calibration is None:
     start = load_model(checkpoint)
     params, config = linearize(start.params, start.config, **new)
@@ -224,15 +236,14 @@ def _new_layers(
 
   The shapes of what is new come from the model's own initialiser, run for one layer with everything else left out.
   """
-  one_layer = Transformer(config.replace(mixers=("supra",)))
+  one_layer = Transformer(config.replace(mixers=config.mixers[chosen[0] : chosen[0] + 1]))
   tokens = jnp.zeros((1, 1), jnp.int32)
   kept = params[f"layers_{chosen[0]}"]["self_attn"].keys()
 
   @jax.jit
   def draw(key):
     attention = one_layer.init(key, tokens)["params"]["layers_0"]["self_attn"]
-    new = {name: tree for name, tree in attention.items() if name not in kept}
-    return {name: _identity(tree) if phi == "identity" and "kernel" in tree else tree for name, tree in new.items()}
+    return {name: _begun(name, tree, phi) for name, tree in attention.items() if name not in kept}
 
   new_layers = {}
   for i in chosen:
@@ -243,7 +254,11 @@ def _new_layers(
   return new_layers
 
 
-def _identity(phi: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
-  """W = I, of each head where there are several, and b = 0."""
-  kernel, bias = phi["kernel"], phi["bias"]
+def _begun(name: str, drawn: Mapping[str, jax.Array], phi: Phi) -> Mapping[str, jax.Array]:
+  """What a new part begins as: phi's W = I, of each head where there are several, and b = 0 where that is wanted."""
+  if name == "linear_o_proj":
+    return jax.tree.map(jnp.zeros_like, drawn)
+  if phi == "random" or not name.startswith("feature_map"):
+    return drawn
+  kernel, bias = drawn["kernel"], drawn["bias"]
   return {"kernel": jnp.broadcast_to(jnp.eye(kernel.shape[-1]), kernel.shape), "bias": jnp.zeros_like(bias)}

@@ -41,7 +41,7 @@ PARAM_RULES: tuple[tuple[str, Mapping[int, PartitionSpec]], ...] = (
     r"((.*/)?(q_proj|k_proj|v_proj|gate_proj|up_proj|feature_map|feature_map_kv)|lm_head)/kernel",
     {2: PartitionSpec("fsdp", "tensor"), 3: PartitionSpec("tensor", "fsdp", None)},
   ),
-  (r".*/(o_proj|down_proj)/kernel", {2: PartitionSpec("tensor", "fsdp")}),
+  (r".*/(o_proj|linear_o_proj|down_proj)/kernel", {2: PartitionSpec("tensor", "fsdp")}),
   (r"embed_tokens/embedding", {2: PartitionSpec("tensor", "fsdp")}),
   # Gains, biases and adapters: a thousandth of the parameters, and every device wants them whole.
   (r"(.*/)?(weight|bias|lora_[ab])", {1: PartitionSpec(), 2: PartitionSpec()}),

@@ -35,14 +35,16 @@ def _moments(a, y):
 
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("ridge", [0.0, 20.0])
-def test_solve_is_least_squares(ridge, bias):
+@pytest.mark.parametrize("has_prior", [False, True])
+def test_solve_is_least_squares(has_prior, ridge, bias):
   rng = np.random.default_rng(0)
+  prior = has_prior * rng.standard_normal((7, 3))
   a, y = rng.standard_normal((200, 7)) + 1, rng.standard_normal((200, 3)) + 2
-  kernel, offset, left = solve(_moments(a, y), ridge=ridge, bias=bias)
+  kernel, offset, left = solve(_moments(a, y), ridge=ridge, bias=bias, prior=prior)
   # As rows of a larger least squares problem; a free offset is what centring takes away.
   inner, outer = (a - a.mean(0), y - y.mean(0)) if bias else (a, y)
   size = np.sqrt(ridge / 200 * np.mean(np.sum(inner**2, axis=0)))
-  wanted, *_ = np.linalg.lstsq(np.vstack([inner, size * np.eye(7)]), np.vstack([outer, np.zeros((7, 3))]), rcond=None)
+  wanted, *_ = np.linalg.lstsq(np.vstack([inner, size * np.eye(7)]), np.vstack([outer, size * prior]), rcond=None)
   np.testing.assert_allclose(kernel, wanted, rtol=1e-10)
   if bias:
     np.testing.assert_allclose(offset, y.mean(0) - a.mean(0) @ wanted, rtol=1e-10)
@@ -70,8 +72,8 @@ def _batches(count, rows=8, time=32, **more):
   ]
 
 
-def _calibrated(params, *, batches, mesh="data:1", devices=1, layers=None, config=TEACHER, **options):
-  student, student_config = linearize(params, config, supra=SUPRA, layers=layers, phi="identity")
+def _calibrated(params, *, batches, mesh="data:1", devices=1, layers=None, window=None, config=TEACHER, **options):
+  student, student_config = linearize(params, config, supra=SUPRA, layers=layers, phi="identity", window=window)
   where = make_mesh(mesh, jax.devices()[:devices])
   with jax.set_mesh(where):
     place = lambda tree: jax.device_put(tree, param_shardings(tree, where))  # noqa: E731
@@ -83,13 +85,15 @@ def _logits(params, config, tokens):
   return Transformer(config).apply({"params": params}, tokens, method="logits")[0]
 
 
+@pytest.mark.parametrize("window", [None, 5])
 @pytest.mark.parametrize("mlp", [False, True])
-def test_only_projections_change(random_params, mlp):
+def test_only_projections_change(random_params, mlp, window):
   params = random_params(TEACHER)
-  got, student, _ = _calibrated(params, batches=_batches(2), layers=[0, 2], mlp=mlp)
+  got, student, _ = _calibrated(params, batches=_batches(2), layers=[0, 2], mlp=mlp, window=window)
   changed = jax.tree.map(lambda a, b: bool(np.any(np.asarray(a) != np.asarray(b))), got, student)
   paths = {jax.tree_util.keystr(path) for path, x in jax.tree_util.tree_leaves_with_path(changed) if x}
   wanted = ["['self_attn']['o_proj']['kernel']"] + ["['mlp']['down_proj']['kernel']"] * mlp
+  wanted += ["['self_attn']['linear_o_proj']['kernel']"] * (window is not None)
   assert paths == {f"['layers_{i}']{name}" for i in (0, 2) for name in wanted}
 
 
@@ -104,17 +108,19 @@ def test_a_teacher_that_can_be_met_is_met(random_params):
   np.testing.assert_allclose(_logits(got, config, tokens), _logits(params, TEACHER, tokens), atol=1e-4)
 
 
-def test_a_layer_is_what_least_squares_says(random_params):
-  """The first layer's two projections from whole activations, in float64."""
+@pytest.mark.parametrize("window", [None, 5])
+def test_a_layer_is_what_least_squares_says(random_params, window):
+  """The first layer's projections from whole activations, in float64."""
   params, batches = random_params(TEACHER), _batches(3)
-  got, student, config = _calibrated(params, batches=batches, ridge=50.0)
+  got, student, config = _calibrated(params, batches=batches, ridge=50.0, window=window)
   tokens = np.concatenate([batch["tokens"][:, :-1] for batch in batches])
   seen = {}
 
   def watch(next_fun, args, kwargs, context):
     result = next_fun(*args, **kwargs)
     name = f"{'.'.join(context.module.path)}.{context.method_name}"
-    seen[name] = np.float64(result[0] if isinstance(result, tuple) else result)
+    first = result[0] if isinstance(result, tuple) else result
+    seen[name] = np.float64(np.concatenate(first, axis=2) if isinstance(first, tuple) else first)
     return result
 
   def run(config, params):
@@ -123,17 +129,20 @@ def test_a_layer_is_what_least_squares_says(random_params):
       Transformer(config).apply({"params": params}, tokens)
     return {name: x.reshape(tokens.size, -1) for name, x in seen.items() if x.shape[:2] == tokens.shape}
 
-  def solved(features, missing, stream):
+  def solved(features, missing, stream, prior=0.0):
     weights = 1 / np.sqrt(np.mean(stream**2, axis=-1, keepdims=True) + config.norm_eps)
     rows = np.sqrt(50.0 / tokens.size * np.mean(np.sum((weights * features) ** 2, axis=0))) * np.eye(features.shape[1])
     a = np.vstack([weights * features, rows])
-    y = np.vstack([weights * missing, np.zeros((len(rows), missing.shape[1]))])
+    y = np.vstack([weights * missing, rows @ (prior + np.zeros((len(rows), missing.shape[1])))])
     return np.linalg.lstsq(a, y, rcond=None)[0]
 
   teacher, begun = run(TEACHER, params), run(config, student)
   stream = teacher["embed_tokens.__call__"] + teacher["layers_0.self_attn.__call__"]
-  wanted = solved(begun["layers_0.self_attn.mix"], teacher["layers_0.self_attn.__call__"], stream)
-  np.testing.assert_allclose(got["layers_0"]["self_attn"]["o_proj"]["kernel"], wanted, atol=2e-5)
+  old, new = student["layers_0"]["self_attn"], got["layers_0"]["self_attn"]
+  names = ["o_proj"] if window is None else ["o_proj", "linear_o_proj"]
+  prior = 0.0 if window is None else np.vstack([old[name]["kernel"] for name in names])
+  wanted = solved(begun["layers_0.self_attn.mix"], teacher["layers_0.self_attn.__call__"], stream, prior)
+  np.testing.assert_allclose(np.vstack([new[name]["kernel"] for name in names]), wanted, atol=2e-5)
 
   half = {**student, "layers_0": {**got["layers_0"], "mlp": student["layers_0"]["mlp"]}}
   halfway = run(config, half)
@@ -143,15 +152,28 @@ def test_a_layer_is_what_least_squares_says(random_params):
   np.testing.assert_allclose(got["layers_0"]["mlp"]["down_proj"]["kernel"], down + more, atol=5e-5)
 
 
+def test_a_window_comes_nearer(random_params):
+  """Layer by layer less of the attention is missed, and what comes out is nearer to the teacher."""
+  params, batches, tokens = random_params(TEACHER), _batches(4), _batches(5)[4]["tokens"]
+  wanted, missed, distance = _logits(params, TEACHER, tokens), {}, {}
+  for window in (None, 8, 16):
+    missed[window] = []
+    report = lambda layer, layers, share, window=window: missed[window].append(share)  # noqa: E731
+    got, _, config = _calibrated(params, batches=batches, window=window, ridge=200.0, report=report)
+    distance[window] = float(jnp.square(_logits(got, config, tokens) - wanted).mean())
+  assert (np.diff([missed[window] for window in (None, 8, 16)], axis=0) < 0).all(), missed
+  assert distance[16] < distance[8] < distance[None], distance
+
+
 INSIDE = """
 import jax, numpy as np
 from tests.conftest import _random_params
 from tests.test_calibrate import TEACHER, _batches, _calibrated
 
 params, batches = _random_params(TEACHER), _batches(2)
-alone, *_ = _calibrated(params, batches=batches)
-for mesh in ("data:2,fsdp:2,tensor:2", "fsdp:8"):
-  cut, *_ = _calibrated(params, batches=batches, mesh=mesh, devices=8)
+for mesh, window in (("data:2,fsdp:2,tensor:2", None), ("fsdp:8", None), ("data:2,fsdp:2,tensor:2", 5)):
+  alone, *_ = _calibrated(params, batches=batches, window=window)
+  cut, *_ = _calibrated(params, batches=batches, mesh=mesh, devices=8, window=window)
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4), cut, alone)
 """
 

@@ -32,7 +32,7 @@ ODD = ModelConfig(
 )
 
 
-@pytest.mark.parametrize("mixer", ["softmax", "supra"])
+@pytest.mark.parametrize("mixer", ["softmax", "supra", "supra_window"])
 @pytest.mark.parametrize("preset", [config.smollm2_135m, config.mistral_7b, tiny])
 def test_presets_survive_json(preset, mixer):
   c = preset(mixer)
@@ -51,6 +51,12 @@ def test_what_is_absent_has_its_default():
   for name in ("supra", "rope", "norm", "value_head_dim", "eos_token_ids"):
     del values[name]
   assert ModelConfig.from_json(json.dumps(values)) == tiny().replace(eos_token_ids=())
+
+
+def test_a_config_from_before_there_were_windows():
+  values = json.loads(tiny().to_json())
+  del values["supra"]["window"]
+  assert ModelConfig.from_json(json.dumps(values)) == tiny()
 
 
 def test_presets_have_published_sizes():
@@ -146,6 +152,7 @@ def test_invalid_values_are_named(changes, message):
   [
     (lambda: SupraConfig(feature_map="elu"), r"SupraConfig.feature_map='elu'.*'dense'"),
     (lambda: SupraConfig(decay="fast"), r"SupraConfig.decay='fast'"),
+    (lambda: SupraConfig(window=0), r"SupraConfig.window=0.*positive"),
     (lambda: SupraConfig(decay_start=0.0), r"SupraConfig.decay_start=0.0.*positive"),
     (lambda: RopeConfig(base=0.0), r"RopeConfig.base=0.0.*positive"),
     (lambda: RopeConfig(scaling="ntk"), r"RopeConfig.scaling='ntk'.*'llama3'"),

@@ -60,6 +60,17 @@ class TestFlops:
     masked = 6 * c.num_layers * c.num_heads * (c.head_dim + c.value_width) * (TIME - (TIME + 1) / 2)
     assert traced_products(c, gradient=True) - masked == flops.train_flops_per_token(c, TIME)
 
+  @pytest.mark.parametrize("window", [1, 4, 5, TIME, 100])
+  def test_supra_window_forward_is_what_the_model_multiplies(self, window):
+    c = SMALL.replace(mixers=("supra_window",) * 2, supra=config.SupraConfig(window=window))
+    block = min(window, TIME)
+    traced = -(-TIME // block) * block * (window + block) / TIME  # keys a token, masked and padded ones included
+    seen = sum(min(i + 1, window) for i in range(TIME)) / TIME
+    masked = 2 * c.num_layers * c.num_heads * (c.head_dim + c.value_width) * (traced - seen)
+    outer_products = 2 * c.num_layers * c.num_heads * c.head_dim * c.value_width
+    wanted = flops.train_flops_per_token(c, TIME) / 3
+    assert traced_products(c, gradient=False) - masked + outer_products == pytest.approx(wanted, rel=1e-12)
+
   def test_mistral_by_hand(self):
     layer = 4096 * (4096 + 2 * 1024) + 4096 * 4096 + 3 * 4096 * 14336
     softmax, supra = 32 * 256 * 4097 / 2, 4096**2 + 1024**2 + 2 * 32 * 128 * 128

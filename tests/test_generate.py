@@ -26,10 +26,11 @@ def models(tmp_path_factory):
     "supra": supra_jax.load(tiny.write_checkpoint(root / "supra", "supra")),
     "softmax": supra_jax.load(tiny.write_checkpoint(root / "softmax", "softmax")),
     "hybrid": supra_jax.load(tiny.write_checkpoint(root / "hybrid", "supra", **hybrid)),
+    "supra_window": supra_jax.load(tiny.write_checkpoint(root / "supra_window", "supra_window")),
   }
 
 
-@pytest.mark.parametrize("kind", ["supra", "softmax", "hybrid"])
+@pytest.mark.parametrize("kind", ["supra", "softmax", "hybrid", "supra_window"])
 @pytest.mark.parametrize("prompt_length", [1, 7, 530])
 def test_greedy_is_the_argmax_of_the_whole_text(models, kind, prompt_length, monkeypatch):
   lm = models[kind]

@@ -125,6 +125,27 @@ def test_wrong_layers_are_named(layers, message):
     linearize({}, TEACHER.replace(mixers=("softmax", "supra", "softmax")), layers=layers)
 
 
+@pytest.mark.parametrize("phi", ["random", "identity"])
+def test_a_window(phi, random_params):
+  """The linear attention's own projection begins as 0, all else as without a window."""
+  kept = random_params(TEACHER)
+  params, config = linearize(kept, TEACHER, window=7, layers=[0, 2], phi=phi, seed=3)
+  plain, _ = linearize(kept, TEACHER, layers=[0, 2], phi=phi, seed=3)
+  assert config.mixers == ("supra_window", "softmax", "supra_window") and config.supra == SupraConfig(window=7)
+  for i in (0, 2):
+    attention = dict(params[f"layers_{i}"]["self_attn"])
+    (name,) = attention.pop("linear_o_proj").items()
+    assert name[0] == "kernel" and name[1].shape == (48, 48) and not name[1].any()
+    if phi == "identity":
+      _assert_same_bits(attention, plain[f"layers_{i}"]["self_attn"])
+    else:
+      assert attention.keys() == plain[f"layers_{i}"]["self_attn"].keys()
+  assert linearize(params, config, window=7)[1].mixers == ("supra_window",) * 3
+  assert linearize(params, config)[1].supra.window == 7
+  with pytest.raises(ValueError, match="window=8: the model has layers with a window of 7"):
+    linearize(params, config, window=8)
+
+
 def test_nothing_left_to_linearise():
   with pytest.raises(ValueError, match="No layer to linearise"):
     linearize({}, tiny("supra"))

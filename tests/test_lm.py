@@ -14,7 +14,7 @@ from tests import tiny
 TOKENS = np.random.default_rng(0).integers(0, tiny.VOCAB, (2, 37))
 
 
-@pytest.fixture(scope="module", params=["supra", "softmax"])
+@pytest.fixture(scope="module", params=["supra", "softmax", "supra_window"])
 def lm(request, tmp_path_factory):
   return supra_jax.load(tiny.write_checkpoint(tmp_path_factory.mktemp("model") / "model", request.param))
 

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from supra_jax import attention, config
-from supra_jax.attention import KVCache, LinearState
+from supra_jax.attention import LinearState
 from supra_jax.config import RopeConfig, SupraConfig
 from supra_jax.transformer import Transformer, runs, stack_runs, unstack
 
@@ -47,9 +47,9 @@ CASES = {
     value_head_dim=12,
   ),
   "hybrid_ungrouped": TINY.replace(
-    mixers=("softmax", "supra", "supra"),
+    mixers=("softmax", "supra_window", "supra_window"),
     num_heads=2,
-    supra=SupraConfig(decay="none"),
+    supra=SupraConfig(decay="none", window=3),
     qk_norm="all_heads",
     post_embed_norm=True,
     value_head_dim=4,
@@ -58,10 +58,10 @@ CASES = {
     **BIASES,
   ),
   "one_group": TINY.replace(
-    mixers=("supra",),
+    mixers=("supra_window",),
     num_heads=5,
     num_kv_heads=1,
-    supra=SupraConfig(feature_map="per_head_separate", decay_start=0.3, qk_norm=True),
+    supra=SupraConfig(feature_map="per_head_separate", decay_start=0.3, qk_norm=True, window=1),
     norm="layer_norm",
     rope=RopeConfig(scaling="yarn", factor=4.0, attention_factor=1.1, kind="interleaved"),
   ),
@@ -100,7 +100,7 @@ def _make_case(name, random_params):
   rng = np.random.default_rng(1)
   state = (DOCUMENTS, c.num_heads, c.head_dim, c.value_width)
   logits = rng.standard_normal((DOCUMENTS, TIME, c.vocab_size), np.float32)
-  states = [rng.standard_normal(state, np.float32) for mixer in c.mixers if mixer == "supra"]
+  states = [rng.standard_normal(state, np.float32) for mixer in c.mixers if mixer != "softmax"]
   return Case(Transformer(c), random_params(c), [logits, *states])
 
 
@@ -321,7 +321,7 @@ def test_implementations_agree(random_params):
 
 @pytest.mark.parametrize("name", ["teacher", "hybrid_grouped"])
 def test_unstack_undoes_stack_runs(name, random_params):
-  c = CASES[name].replace(mixers=("supra", "supra", "softmax", "supra", "softmax", "softmax"))
+  c = CASES[name].replace(mixers=("supra", "supra", "softmax", "supra_window", "softmax", "softmax"))
   params = random_params(c)
   stacked = stack_runs(params, c)
   assert runs(c.mixers) == [(0, 2), (2, 1), (3, 1), (4, 2)]
@@ -374,9 +374,8 @@ def test_bfloat16(random_params):
   for params in (case.params, narrow):
     logits, state = jax.eval_shape(functools.partial(run, dtype=jnp.bfloat16), params)
     assert logits.dtype == jnp.float32
-    for layer in state.layers:
-      wanted = jnp.bfloat16 if isinstance(layer, KVCache) else jnp.float32
-      assert all(x.dtype == wanted for x in jax.tree.leaves(layer))
+    for path, x in jax.tree_util.tree_leaves_with_path(state.layers):
+      assert x.dtype == (jnp.float32 if path[-1].name == "s" else jnp.bfloat16)
   run = jax.jit(run, static_argnums=1)
   want = run(case.params, jnp.float32)[0]
   error = jnp.sqrt(jnp.square(run(narrow, jnp.bfloat16)[0] - want).mean() / jnp.square(want).mean())

@@ -17,6 +17,7 @@ from .configuration_supra import SupraConfig
 
 CHUNK = 128  # tokens that meet each other as in softmax attention; what lies before them comes as a state
 GROUP_NORM_EPS = 1e-5
+PADDING = torch.iinfo(torch.int64).max  # the position of a slot that nothing may see
 
 
 def at_least_float32(x: Tensor) -> Tensor:
@@ -146,6 +147,19 @@ def linear_attention(
   return torch.cat(outs, -2), state_BHKV
 
 
+def unseen_slots(slot_BS: Tensor, position_B: Tensor, window: int | None) -> int:
+  """How many of the oldest slots no row sees from there on."""
+  if window is None:
+    return 0
+  unseen = (slot_BS <= position_B[:, None] - window) | (slot_BS == PADDING)
+  return int(unseen.all(0).long().cumprod(0).sum())
+
+
+def softmax_windows(config: SupraConfig) -> dict[str, int | None]:
+  """How many tokens back, itself included, softmax attention sees, by mixer; None: all."""
+  return {"softmax": config.sliding_window, "supra_window": config.supra["window"]}
+
+
 class Tokens(NamedTuple):
   """Where the tokens of one call stand; the same for all layers.
 
@@ -165,11 +179,11 @@ class Tokens(NamedTuple):
 
 
 class SupraAttention(nn.Module):
-  """Softmax attention, or SUPRA's linear one."""
+  """Softmax attention, SUPRA's linear one, or that and beside it softmax attention over the last tokens."""
 
   def __init__(self, config: SupraConfig, layer: int):
     super().__init__()
-    self.config, self.layer, self.linear = config, layer, config.mixers[layer] == "supra"
+    self.config, self.layer, self.mixer = config, layer, config.mixers[layer]
     heads, groups, width = config.num_heads, config.num_kv_heads, config.head_dim
     self.q_proj = nn.Linear(config.hidden_size, heads * width, bias=config.qkv_bias)
     self.k_proj = nn.Linear(config.hidden_size, groups * width, bias=config.qkv_bias)
@@ -178,8 +192,10 @@ class SupraAttention(nn.Module):
     if config.qk_norm != "none":
       self.q_norm = SupraNorm(config, width if config.qk_norm == "head" else heads * width)
       self.k_norm = SupraNorm(config, width if config.qk_norm == "head" else groups * width)
-    if not self.linear:
+    if self.mixer == "softmax":
       return
+    if self.mixer == "supra_window":
+      self.linear_o_proj = nn.Linear(heads * config.value_width, config.hidden_size, bias=False)
     kind = config.supra["feature_map"]
     if kind == "dense":
       self.feature_map = DenseFeatureMap(heads, width)
@@ -201,19 +217,31 @@ class SupraAttention(nn.Module):
     q, k, v = q.unflatten(-1, (c.num_heads, -1)), *(x.unflatten(-1, (c.num_kv_heads, -1)) for x in (k, v))
     if c.qk_norm == "head":
       q, k = self.q_norm(q), self.k_norm(k)
-    if self.linear:
-      q, k = self._features(q, k)
-    q, k = self._rotate(q, tokens), self._rotate(k, tokens)
+    outs: list[Tensor] = []
+    kept: tuple[Tensor, ...] = ()
+    if self.mixer != "supra":
+      turned = self._turned(q, k, v, tokens, softmax=True)
+      out, kept = self._softmax(*turned, tokens, None if held is None else held[-2:])
+      outs.append(out)
+    if self.mixer != "softmax":
+      turned = self._turned(*self._features(q, k), v, tokens, softmax=False)
+      out, state = self._linear(*turned, tokens, None if held is None else held[0])
+      outs, kept = [*outs, out], (state, *kept)
+    first, *second = (out_BHTV.transpose(1, 2).flatten(2).to(x_BTD.dtype) for out_BHTV in outs)
+    return sum((self.linear_o_proj(x) for x in second), self.o_proj(first)), kept
+
+  def _turned(self, q: Tensor, k: Tensor, v: Tensor, tokens: Tokens, softmax: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Q and k [B, N, T, K] after RoPE, and v; 0 where there is padding."""
+    if softmax or self.config.rope["kind"] != "by_head":  # where q and k of a head turn alike, nothing changes
+      q, k = self._rotate(q, tokens), self._rotate(k, tokens)
     padding = ~tokens.real_BT[..., None, None]
     # Selected, not multiplied: padding may hold what is not finite.
     k, v = k.masked_fill(padding, 0), v.masked_fill(padding, 0)
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    out_BHTV, held = (self._linear if self.linear else self._softmax)(q, k, v, tokens, held)
-    return self.o_proj(out_BHTV.transpose(1, 2).flatten(2).to(x_BTD.dtype)), held
+    return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
   def _rotate(self, x_BTNK: Tensor, tokens: Tokens) -> Tensor:
     rope, rotation = self.config.rope, tokens.rotation
-    if rope["kind"] == "by_head" and not self.linear:  # where q and k of a head turn alike, nothing changes
+    if rope["kind"] == "by_head":
       rotation = rope_table(rope, x_BTNK.shape[-1], torch.arange(x_BTNK.shape[2], device=x_BTNK.device))
     return x_BTNK if rotation is None else apply_rope(x_BTNK, *rotation, rope["kind"] == "interleaved")
 
@@ -226,21 +254,31 @@ class SupraAttention(nn.Module):
       q, k = self.q_feature_norm(q.flatten(2)).view_as(q), self.k_feature_norm(k.flatten(2)).view_as(q)
     return q, k
 
-  def _linear(self, q: Tensor, k: Tensor, v: Tensor, tokens: Tokens, held: tuple[Tensor, ...] | None):
+  def _linear(self, q: Tensor, k: Tensor, v: Tensor, tokens: Tokens, state: Tensor | None) -> tuple[Tensor, Tensor]:
     heads = q.shape[1]
     q, k, v = (at_least_float32(x).repeat_interleave(heads // x.shape[1], 1) for x in (q, k, v))
-    state = q.new_zeros(*q.shape[:2], q.shape[-1], v.shape[-1]) if held is None else held[0]
+    state = q.new_zeros(*q.shape[:2], q.shape[-1], v.shape[-1]) if state is None else state
     out, state = linear_attention(q, k, v, tokens.slopes_H.to(q.dtype), tokens.real_BT, state)
-    return F.layer_norm(out * q.shape[-1] ** -0.5, out.shape[-1:], eps=GROUP_NORM_EPS), (state,)
+    return F.layer_norm(out * q.shape[-1] ** -0.5, out.shape[-1:], eps=GROUP_NORM_EPS), state
 
-  def _softmax(self, q: Tensor, k: Tensor, v: Tensor, tokens: Tokens, held: tuple[Tensor, ...] | None):
+  def _softmax(
+    self, q: Tensor, k: Tensor, v: Tensor, tokens: Tokens, held: tuple[Tensor, ...] | None
+  ) -> tuple[Tensor, tuple[Tensor, ...]]:
     if held is not None:
       k, v = torch.cat([held[0], k], 2), torch.cat([held[1], v], 2)
-    query, key = tokens.position_BT[:, :, None], tokens.slot_BS[:, None]
-    mask_BTS = key <= query
-    if self.config.sliding_window is not None:
-      mask_BTS &= key > query - self.config.sliding_window
-    mask_BTS |= ~tokens.real_BT[:, :, None]  # padding sees everything: a softmax over nothing would be NaN
-    repeat = q.shape[1] // k.shape[1]
-    repeated = (x.repeat_interleave(repeat, 1) for x in (k, v))
-    return F.scaled_dot_product_attention(q, *repeated, attn_mask=mask_BTS[:, None]), (k, v)
+    window, before = softmax_windows(self.config)[self.mixer], k.shape[2] - q.shape[2]
+    slot_BS, outs = tokens.slot_BS[:, -k.shape[2] :], []
+    repeated = [x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v)]
+    size = q.shape[2] if window is None else CHUNK
+    for start in range(0, q.shape[2], size):
+      own, stop = slice(start, start + size), before + start + size
+      position, real = tokens.position_BT[:, own], tokens.real_BT[:, own]
+      first = unseen_slots(slot_BS[:, : before + start], position[:, 0], window)
+      query, key = position[:, :, None], slot_BS[:, None, first:stop]
+      mask_BTS = key <= query
+      if window is not None:
+        mask_BTS &= key > query - window
+      mask_BTS |= ~real[:, :, None]  # padding sees everything: a softmax over nothing would be NaN
+      seen = (x[:, :, first:stop] for x in repeated)
+      outs.append(F.scaled_dot_product_attention(q[:, :, own], *seen, attn_mask=mask_BTS[:, None]))
+    return torch.cat(outs, 2), (k, v)

@@ -15,7 +15,7 @@ _DEFAULTS: dict[str, Any] = {
   "head_dim": 128,
   "mixers": ["supra"] * 32,
   "value_head_dim": None,
-  "supra": {"feature_map": "dense", "decay": "lightning", "decay_start": None, "qk_norm": False},
+  "supra": {"feature_map": "dense", "decay": "lightning", "decay_start": None, "qk_norm": False, "window": 64},
   "norm": "rms_norm",
   "norm_eps": 1e-5,
   "rope": {
@@ -45,7 +45,7 @@ _DEFAULTS: dict[str, Any] = {
 
 
 class SupraConfig(PretrainedConfig):
-  """A Llama-shaped model whose layers each have softmax attention or SUPRA's linear one (`mixers`).
+  """A Llama-shaped model whose layers each have softmax attention, SUPRA's linear one, or both (`mixers`).
 
   Without arguments it is Mistral-7B, all of whose layers are SUPRA's. `supra_jax/config.py` says what each field means.
   """

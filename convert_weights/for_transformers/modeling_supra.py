@@ -3,7 +3,8 @@
   model = AutoModelForCausalLM.from_pretrained(DIRECTORY, trust_remote_code=True)
 
 supra_jax wrote this file, and the two beside it, next to the weights; they need torch and transformers alone. Layers
-are either SUPRA's, which remember one matrix a head, or softmax attention, which remembers all keys and values.
+are SUPRA's, which remember one matrix a head and, with a window, its keys and values; or softmax attention, which
+remembers all keys and values.
 
 Shape suffixes: B batch, T time, S slots of a cache, D width.
 """
@@ -21,6 +22,7 @@ from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from .attention_supra import (
+  PADDING,
   DenseFeatureMap,
   PerHeadFeatureMap,
   SupraAttention,
@@ -29,10 +31,11 @@ from .attention_supra import (
   at_least_float32,
   head_slopes,
   rope_table,
+  softmax_windows,
+  unseen_slots,
 )
 from .configuration_supra import SupraConfig
 
-PADDING = torch.iinfo(torch.int64).max  # the position of a slot that nothing may see
 # Releases of transformers differ in what they call it.
 CACHE_NAME = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
 
@@ -43,8 +46,8 @@ class SupraCache(Cache):
   Attributes:
     columns: how many tokens a row it has read, padding included.
     seen_B: how many of them were real; there is none before the first call.
-    slot_BS: the positions of the keys that softmax layers remember; likewise.
-    tensors: for each layer its state (S,) or its keys and values (k, v).
+    slot_BS: the positions of the keys that layers with softmax remember, some of them the last ones only; likewise.
+    tensors: for each layer its state (S,), its keys and values (k, v), or (S, k, v).
   """
 
   is_croppable = False  # an RNN cannot unread
@@ -210,15 +213,15 @@ class SupraModel(SupraPreTrainedModel):
 
   def _forget(self, cache: SupraCache) -> None:
     """Drops the oldest slots, those that no row's next token can see."""
-    if "softmax" not in self.config.mixers:
-      cache.slot_BS = cache.slot_BS[:, :0]
-    elif self.config.sliding_window is not None:
-      unseen = (cache.slot_BS <= cache.seen_B[:, None] - self.config.sliding_window) | (cache.slot_BS == PADDING)
-      first = int(unseen.all(0).long().cumprod(0).sum())
-      cache.slot_BS = cache.slot_BS[:, first:]
-      for layer, mixer in enumerate(self.config.mixers):
-        if mixer == "softmax":
-          cache.tensors[layer] = tuple(x[:, :, first:] for x in cache.tensors[layer])
+    slots, kept = cache.slot_BS.shape[1], 0
+    for mixer, window in softmax_windows(self.config).items():
+      held = {i: cache.tensors[i] for i, other in enumerate(self.config.mixers) if other == mixer}
+      if held:
+        (count,) = {tensors[-1].shape[2] for tensors in held.values()}
+        first = unseen_slots(cache.slot_BS[:, slots - count :], cache.seen_B, window)
+        cache.tensors |= {i: (*x[:-2], *(y[:, :, first:] for y in x[-2:])) for i, x in held.items()}
+        kept = max(kept, count - first)
+    cache.slot_BS = cache.slot_BS[:, slots - kept :]
 
 
 class SupraForCausalLM(SupraPreTrainedModel, GenerationMixin):

@@ -30,21 +30,27 @@ flags.DEFINE_enum("feature_map", "dense", typing.get_args(FeatureMapKind), "W of
 flags.DEFINE_enum("decay", "lightning", typing.get_args(Decay), "Decay of the heads.")
 flags.DEFINE_float("decay_start", None, "First lightning slope. Default: the series' own ratio.")
 flags.DEFINE_bool("qk_norm", False, "Normalise phi(q) and phi(k) before RoPE.")
+_WINDOW = flags.DEFINE_integer(
+  "window", 0, "Beside it softmax attention over so many last tokens; 0: none, as in the paper.", lower_bound=0
+)
 _SEED = flags.DEFINE_integer("seed", 0, "Of new weights, and of the order of the text.")
 
 
 def main() -> None:
-  values = {field.name: flags.FLAGS[field.name].value for field in dataclasses.fields(SupraConfig)}
+  names = {field.name for field in dataclasses.fields(SupraConfig)} - {"window"}
+  values = {name: flags.FLAGS[name].value for name in names}
   supra = from_mapping(SupraConfig, values, "flags")
   layers = None if _LAYERS.value is None else [int(layer) for layer in _LAYERS.value]
   phi, calibration = "random" if _METHOD.value == "random" else "identity", None
   if _METHOD.value == "calibrated":
     how: dict[str, typing.Any] = {"tokens": _TOKENS.value, "mlp": _MLP.value, "seed": _SEED.value, "mesh": _MESH.value}
     calibration = Calibration(_DATA.value, _TEXT_KEY.value, **how)
-  new = {"supra": supra, "layers": layers, "phi": phi, "seed": _SEED.value, "calibration": calibration}
+  new: dict[str, typing.Any] = {"supra": supra, "layers": layers, "phi": phi, "seed": _SEED.value}
+  new |= {"window": _WINDOW.value or None, "calibration": calibration}
   with shown() if calibration else contextlib.nullcontext() as report:
     config = linearize_checkpoint(_CHECKPOINT.value, _OUTPUT.value, **new, report=report)
-  print(f"{_OUTPUT.value}: {config.mixers.count('supra')} of {config.num_layers} layers are SUPRA layers.")
+  linear = config.num_layers - config.mixers.count("softmax")
+  print(f"{_OUTPUT.value}: {linear} of {config.num_layers} layers are SUPRA layers.")
 
 
 if __name__ == "__main__":

@@ -95,13 +95,13 @@ def test_openlm_there_and_back(case, tmp_path):
 
 
 EVERYTHING = tiny().replace(
-  mixers=("supra", "softmax"),
+  mixers=("supra", "softmax", "supra_window"),
   value_head_dim=12,
   norm="layer_norm",
   qk_norm="head",
   post_embed_norm=True,
   sliding_window=9,
-  supra=SupraConfig("per_head_separate", "retnet", qk_norm=True),
+  supra=SupraConfig("per_head_separate", "retnet", qk_norm=True, window=7),
   rope=RopeConfig(1e6, "yarn", kind="interleaved", factor=3.0, truncate=False),
   eos_token_ids=(2, 3),
 )
@@ -132,7 +132,7 @@ SOFTMAX = tiny("softmax")
     ({"qkv_bias": True, "sliding_window": 7}, "Qwen2ForCausalLM"),
     ({"qk_norm": "head"}, "Qwen3ForCausalLM"),
     ({"qk_norm": "head", "qkv_bias": True, "output_bias": True, "sliding_window": 7}, "Qwen3ForCausalLM"),
-    ({"supra": SupraConfig("per_head"), "value_head_dim": 8}, "LlamaForCausalLM"),  # no layer looks at it
+    ({"supra": SupraConfig("per_head", window=7), "value_head_dim": 8}, "LlamaForCausalLM"),  # no layer looks at it
     ({"output_bias": True}, "SupraForCausalLM"),
     ({"mlp_bias": True, "sliding_window": 7}, "SupraForCausalLM"),
     ({"qk_norm": "all_heads"}, "SupraForCausalLM"),
@@ -141,6 +141,7 @@ SOFTMAX = tiny("softmax")
     ({"post_embed_norm": True}, "SupraForCausalLM"),
     ({"rope": RopeConfig(kind="interleaved")}, "SupraForCausalLM"),
     ({"mixers": ("softmax", "supra")}, "SupraForCausalLM"),
+    ({"mixers": ("supra_window",)}, "SupraForCausalLM"),
   ],
 )
 def test_which_class(changes, wanted):
@@ -179,6 +180,8 @@ LINEAR = tiny()
       {"mixers": ("supra", "softmax"), "qkv_bias": True, "sliding_window": 7},
       ["mixers=", "qkv_bias=True", "sliding_window=7"],
     ),
+    ({"mixers": ("supra_window",) * 2}, ["mixers=('supra_window', 'supra_window')"]),
+    ({"mixers": ("supra", "supra_window"), "supra": SupraConfig(window=7)}, ["mixers=", "supra.window=7"]),
     ({"output_bias": True, "mlp_bias": True}, ["output_bias=True", "mlp_bias=True"]),
     ({"rope": RopeConfig(scaling="llama3", factor=2.0)}, ["rope.scaling='llama3'", "rope.factor=2.0"]),
     ({"rope": RopeConfig(1e6, kind="interleaved")}, ["rope.base=1000000.0"]),

@@ -64,6 +64,12 @@ MODELS = {
   "by head": tiny().replace(
     mixers=("softmax", "supra"), num_heads=4, num_kv_heads=4, qk_norm="all_heads", rope=RopeConfig(kind="by_head")
   ),
+  "window": tiny().replace(
+    mixers=("supra_window",) * 2, output_bias=True, value_head_dim=12, supra=SupraConfig("per_head", window=9)
+  ),
+  "windows of two kinds": tiny().replace(
+    mixers=("softmax", "supra_window"), sliding_window=20, supra=SupraConfig(window=5), rope=RopeConfig(kind="by_head")
+  ),
 }
 
 
@@ -122,11 +128,13 @@ def test_logits(name, random_params, tmp_path):
     output = model(tokens[:, t : t + 1], use_cache=True, **carried(output))
     logits.append(output.logits)
   close(torch.cat(logits, 1), want)
-  window = config.sliding_window if "softmax" in config.mixers else 0
-  if window is not None:  # it remembers no more keys than the next token can see
+  windows = {"softmax": config.sliding_window, "supra_window": config.supra.window, "supra": 1}
+  if all(windows[mixer] is not None for mixer in config.mixers):
+    # It remembers no more keys than the next token can see.
     (cache,) = carried(output).values()
-    keys = [cache.tensors[i][0].shape[2] for i, mixer in enumerate(config.mixers) if mixer == "softmax"]
-    assert {cache.slot_BS.shape[1], *keys} == {max(window - 1, 0)}
+    assert cache.slot_BS.shape[1] == max(windows[mixer] - 1 for mixer in config.mixers)
+    for i, mixer in enumerate(config.mixers):
+      assert mixer == "supra" or cache.tensors[i][-1].shape[2] == windows[mixer] - 1
 
   # Row 1 is shorter; what follows it then is read with a cache that has seen padding.
   pad = 7
@@ -147,9 +155,9 @@ def test_logits(name, random_params, tmp_path):
 
 @pytest.fixture(scope="module")
 def hybrid(tmp_path_factory):
-  """(our model, theirs, its directory), softmax with a window below SUPRA, with a tokenizer."""
+  """(our model, theirs, its directory), softmax with a window below SUPRA without and with one, with a tokenizer."""
   directory = tmp_path_factory.mktemp("hybrid")
-  write_checkpoint(directory / "orbax", "supra", mixers=("softmax", "supra"), sliding_window=8)
+  write_checkpoint(directory / "orbax", "supra", mixers=("softmax", "supra", "supra_window"), sliding_window=8)
   convert(directory / "orbax", directory / "hf")
   return supra_jax.load(directory / "orbax"), load(directory / "hf"), directory / "hf"
 

@@ -23,6 +23,7 @@ BIASES = {"qkv_bias": True, "output_bias": True, "mlp_bias": True}
     {"num_kv_heads": 6, "tie_embeddings": True, "qk_norm": "all_heads", "supra": SupraConfig(qk_norm=True)},
     {"value_head_dim": 12, "supra": SupraConfig("per_head", qk_norm=True)},
     {"mixers": ("supra", "softmax"), "supra": SupraConfig("per_head_separate"), "norm": "layer_norm_gain"},
+    {"mixers": ("supra_window", "supra"), "value_head_dim": 12, **BIASES},
   ],
 )
 def test_every_parameter_once(changes):
