@@ -18,6 +18,7 @@ from supra_jax.calibrate import RIDGE, Report, calibrate
 from supra_jax.checkpoint import ModelCheckpoint, load_model, save_model
 from supra_jax.config import ModelConfig, SupraConfig
 from supra_jax.data import Batch, make_loader, parse_sources
+from supra_jax.hybrid import MEASURED_TOKENS, choose_softmax_layers, first_rows, layer_divergences
 from supra_jax.packed import META_FILE, check_packed
 from supra_jax.sharding import batch_shards, make_mesh, param_shardings, process_shard
 from supra_jax.text import documents_of, find_files
@@ -99,21 +100,35 @@ def linearize_checkpoint(
   phi: Phi = "random",
   seed: int = 0,
   calibration: Calibration | None = None,
+  keep_softmax: int | None = None,
+  measured_tokens: int = MEASURED_TOKENS,
   report: Report | None = None,
+  report_measured: Report | None = None,
 ) -> ModelConfig:
   """`linearize`, and where it is asked for `calibrate`, from model directory to model directory.
+
+  With `keep_softmax` it does so twice: so many of the layers, chosen by what was measured on the first student, stay as
+  they are in the second.
 
   Args:
     checkpoint: of the softmax model.
     output: must not exist yet, or be empty.
     supra, layers, phi, seed: as `linearize` takes them.
     calibration: None: the teacher's output projections stay.
-    report: as `calibrate` takes it.
+    keep_softmax: how many of the layers stay softmax, those that bring the calibrated student nearest to its teacher.
+    measured_tokens: of the calibration's, on which that is measured.
+    report, report_measured: as `calibrate` and `layer_divergences` take them.
 
   Returns:
     The new config.
+
+  Raises:
+    ValueError: as `linearize`; or so many layers cannot be kept; or they are to be chosen and nothing is calibrated.
   """
   new: dict[str, Any] = {"supra": supra, "layers": layers, "phi": phi, "seed": seed}
+  kept: dict[str, Any] | None = None
+  if keep_softmax is not None and calibration is None:
+    raise ValueError(f"keep_softmax={keep_softmax} layers are chosen by what calibration leaves; calibrate too.")
   if calibration is None:
     start = load_model(checkpoint)
     params, config = linearize(start.params, start.config, **new)
@@ -121,19 +136,30 @@ def linearize_checkpoint(
     mesh = make_mesh(calibration.mesh)
     with jax.set_mesh(mesh):
       start = load_model(checkpoint, shardings=lambda stored: param_shardings(stored, mesh))
-      params, config = linearize(start.params, start.config, **new)
-      batches, teacher = _first_batches(calibration, start, mesh), (start.params, start.config)
-      how: dict[str, Any] = {
-        "ridge": calibration.ridge,
-        "mlp": calibration.mlp,
-        "dtype": calibration.dtype,
-        "report": report,
-      }
-      params = calibrate(teacher, (params, config), batches, mesh, **how)
+      chosen, teacher = _chosen_layers(start.config, layers), (start.params, start.config)
+      if keep_softmax is not None and not 0 < keep_softmax < len(chosen):
+        raise ValueError(f"keep_softmax={keep_softmax} of {len(chosen)} layers: wanted 1 to {len(chosen) - 1}.")
+      batches = _first_batches(calibration, start, mesh)
+      how: dict[str, Any] = {"ridge": calibration.ridge, "mlp": calibration.mlp, "dtype": calibration.dtype}
+
+      def calibrated(layers: Sequence[int]) -> tuple[dict[str, Any], ModelConfig]:
+        params, config = linearize(*teacher, **new | {"layers": layers})
+        return calibrate(teacher, (params, config), batches, mesh, **how, report=report), config
+
+      params, config = calibrated(chosen)
+      if keep_softmax is not None:
+        rows = first_rows(batches, measured_tokens, mesh)
+        measured = layer_divergences(
+          teacher, (params, config), rows, mesh, dtype=calibration.dtype, report=report_measured
+        )
+        stay = choose_softmax_layers(measured, keep_softmax)
+        kept = {"layers": stay, **measured._asdict()}
+        params, config = calibrated([i for i in chosen if i not in stay])
   made = new | {
     "supra": dataclasses.asdict(config.supra),
     "layers": None if layers is None else list(layers),
     "calibration": None if calibration is None else dataclasses.asdict(calibration),
+    "kept_softmax": kept,
   }
   save_model(
     output,

@@ -68,19 +68,34 @@ def language_model_loss(
     teacher: reads the batch too; no gradient reaches it.
   """
   tokens, segment_ids = batch["tokens"], batch.get("segment_ids")
-  weights = _target_weights(batch)
   segment_ids = None if segment_ids is None else segment_ids[:, :-1]
   hidden_BTD, _ = model.apply({"params": params}, tokens[:, :-1], segment_ids=segment_ids)
+  theirs_BTD = None
+  if teacher is not None:
+    theirs_BTD, _ = teacher.model.apply({"params": teacher.params}, tokens[:, :-1], segment_ids=segment_ids)
+  return hidden_loss(model, params, hidden_BTD, batch, z_loss=z_loss, teacher=teacher, theirs_BTD=theirs_BTD)
+
+
+def hidden_loss(
+  model: Transformer,
+  params: Mapping[str, Any],
+  hidden_BTD: jax.Array,
+  batch: Mapping[str, jax.Array],
+  *,
+  z_loss: float = 0.0,
+  teacher: Teacher | None = None,
+  theirs_BTD: jax.Array | None = None,
+) -> LossSums:
+  """`language_model_loss` of what model and teacher made of a batch, after their last norms."""
   table = "embed_tokens" if model.config.tie_embeddings else "lm_head"
 
   def unembed(table_params, hidden):
     return model.apply({"params": {table: table_params}}, hidden, method="unembed")
 
   how: dict[str, Any] = {"z_loss": z_loss}
-  if teacher is not None:
-    theirs_BTD, _ = teacher.model.apply({"params": teacher.params}, tokens[:, :-1], segment_ids=segment_ids)
+  if teacher is not None and theirs_BTD is not None:
     how |= {"teacher": (teacher.params[table], theirs_BTD), "teacher_weight": teacher.weight}
-  return next_token_loss(unembed, params[table], hidden_BTD, tokens[:, 1:], weights, **how)
+  return next_token_loss(unembed, params[table], hidden_BTD, batch["tokens"][:, 1:], _target_weights(batch), **how)
 
 
 def _target_weights(batch: Mapping[str, jax.Array]) -> jax.Array:
