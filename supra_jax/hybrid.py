@@ -16,9 +16,10 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from supra_jax.calibrate import Batch, Report
+from supra_jax.calibrate import Report
 from supra_jax.checkpoint import SOURCE_FILE
 from supra_jax.config import Mixer, ModelConfig
+from supra_jax.data import Batch
 from supra_jax.flops import state_bytes, train_flops_per_token
 from supra_jax.losses import LossSums, Teacher, hidden_loss
 from supra_jax.sharding import batch_shards, process_shard, put_batch
@@ -84,16 +85,24 @@ def choose_softmax_layers(divergences: Divergences, count: int) -> list[int]:
   return sorted(sorted(divergences.by_layer, key=divergences.by_layer.__getitem__)[:count])
 
 
-def first_rows(batches: Sequence[Batch], tokens: int, mesh: Mesh) -> list[Batch]:
-  """So many tokens of the batches, or all, in rows that the mesh can cut; this process' part of them."""
+def set_apart(batches: Sequence[Batch], tokens: int, mesh: Mesh) -> tuple[list[Batch], list[Batch]]:
+  """(batches to calibrate with, others to measure on: so many tokens, in rows that the mesh can cut).
+
+  On rows that it was calibrated with a student is far nearer to its teacher than on any others.
+
+  Raises:
+    ValueError: nothing would be left to calibrate with.
+  """
   shards, (_, processes) = batch_shards(mesh), process_shard(mesh)
-  row = batches[0]["tokens"].shape[1] - 1
-  left, taken = -(-tokens // (row * shards)) * shards // processes, list[Batch]()
-  for batch in batches:
-    if left > 0:
-      taken.append({name: x[:left] for name, x in batch.items()})
-      left -= len(batch["tokens"])
-  return taken
+  rows, length = batches[0]["tokens"].shape
+  wanted = -(-tokens // ((length - 1) * shards)) * shards // processes
+  count = -(-wanted // rows)
+  if len(batches) <= count:
+    raise ValueError(
+      f"{tokens} tokens to measure on are all of the text: it has {len(batches)} batches. Give more text."
+    )
+  part = {name: x[: wanted - (count - 1) * rows] for name, x in batches[-1].items()}
+  return list(batches[:-count]), [*batches[-count:-1], part]
 
 
 def table(directory: str) -> str:

@@ -18,7 +18,7 @@ from supra_jax.calibrate import RIDGE, Report, calibrate
 from supra_jax.checkpoint import ModelCheckpoint, load_model, save_model
 from supra_jax.config import ModelConfig, SupraConfig
 from supra_jax.data import Batch, make_loader, parse_sources
-from supra_jax.hybrid import MEASURED_TOKENS, choose_softmax_layers, first_rows, layer_divergences
+from supra_jax.hybrid import MEASURED_TOKENS, choose_softmax_layers, layer_divergences, set_apart
 from supra_jax.packed import META_FILE, check_packed
 from supra_jax.sharding import batch_shards, make_mesh, param_shardings, process_shard
 from supra_jax.text import documents_of, find_files
@@ -139,7 +139,10 @@ def linearize_checkpoint(
       chosen, teacher = _chosen_layers(start.config, layers), (start.params, start.config)
       if keep_softmax is not None and not 0 < keep_softmax < len(chosen):
         raise ValueError(f"keep_softmax={keep_softmax} of {len(chosen)} layers: wanted 1 to {len(chosen) - 1}.")
-      batches = _first_batches(calibration, start, mesh)
+      batches = _first_batches(calibration, start, mesh, more=0 if keep_softmax is None else measured_tokens)
+      fresh: list[Batch] = []
+      if keep_softmax is not None:
+        batches, fresh = set_apart(batches, measured_tokens, mesh)
       how: dict[str, Any] = {"ridge": calibration.ridge, "mlp": calibration.mlp, "dtype": calibration.dtype}
 
       def calibrated(layers: Sequence[int]) -> tuple[dict[str, Any], ModelConfig]:
@@ -148,9 +151,8 @@ def linearize_checkpoint(
 
       params, config = calibrated(chosen)
       if keep_softmax is not None:
-        rows = first_rows(batches, measured_tokens, mesh)
         measured = layer_divergences(
-          teacher, (params, config), rows, mesh, dtype=calibration.dtype, report=report_measured
+          teacher, (params, config), fresh, mesh, dtype=calibration.dtype, report=report_measured
         )
         stay = choose_softmax_layers(measured, keep_softmax)
         kept = {"layers": stay, **measured._asdict()}
@@ -171,8 +173,12 @@ def linearize_checkpoint(
   return config
 
 
-def _first_batches(calibration: Calibration, start: ModelCheckpoint, mesh: Mesh) -> list[Batch]:
-  """As many whole batches as hold the tokens that were asked for; this process' part of them."""
+def _first_batches(calibration: Calibration, start: ModelCheckpoint, mesh: Mesh, more: int = 0) -> list[Batch]:
+  """As many whole batches as hold the tokens that were asked for, and more; this process' part of them."""
+
+  def count_batches(tokens: int) -> int:
+    return -(-calibration.tokens // tokens) - (-more // tokens)
+
   shards = batch_shards(mesh)
   rows = -(-calibration.batch_size // shards) * shards
   sources = parse_sources(calibration.data)
@@ -184,10 +190,10 @@ def _first_batches(calibration: Calibration, start: ModelCheckpoint, mesh: Mesh)
     loader = make_loader(sources, batch_size=rows, seed=calibration.seed, shard_index=index, shard_count=count)
     first = next(loader)
     length = first["tokens"].shape[1] - 1
-    return [first, *itertools.islice(loader, -(-calibration.tokens // (rows * length)) - 1)]
+    return [first, *itertools.islice(loader, count_batches(rows * length) - 1)]
   if tokenizer is None:
     raise ValueError(f"The model has no tokenizer to read {calibration.data} with.")
-  wanted = -(-calibration.tokens // (rows * calibration.sequence_length)) * rows
+  wanted = count_batches(rows * calibration.sequence_length) * rows
   texts = rows_of_text(
     calibration.data, tokenizer, rows=wanted, length=calibration.sequence_length + 1, text_key=calibration.text_key
   )

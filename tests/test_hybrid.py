@@ -14,7 +14,7 @@ from supra_jax.calibrate import calibrate
 from supra_jax.checkpoint import load_model
 from supra_jax.config import SupraConfig, tiny
 from supra_jax.flops import state_bytes
-from supra_jax.hybrid import Divergences, choose_softmax_layers, costs, first_rows, layer_divergences
+from supra_jax.hybrid import Divergences, choose_softmax_layers, costs, layer_divergences, set_apart
 from supra_jax.linearize import Calibration, linearize, linearize_checkpoint
 from supra_jax.lm import load
 from supra_jax.sharding import make_mesh, param_shardings
@@ -122,24 +122,29 @@ def test_nothing_to_measure_on(random_params):
     _measured(random_params(TEACHER), TEACHER, [batch])
 
 
-@pytest.mark.parametrize(("tokens", "rows"), [(1, [1]), (16, [1]), (17, [2]), (129, [8, 1]), (10**6, [8, 8])])
-def test_no_more_rows_than_it_takes(tokens, rows):
-  taken = first_rows([_batch(1), _batch(2)], tokens, make_mesh("data:1", jax.devices()[:1]))
-  assert [len(batch["tokens"]) for batch in taken] == rows
+@pytest.mark.parametrize(("tokens", "rows"), [(1, [1]), (16, [1]), (17, [2]), (128, [8]), (129, [8, 1])])
+def test_no_more_rows_than_it_takes_are_set_apart(tokens, rows):
+  given, mesh = [_batch(1), _batch(2), _batch(3)], make_mesh("data:1", jax.devices()[:1])
+  left, apart = set_apart(given, tokens, mesh)
+  assert [len(batch["tokens"]) for batch in apart] == rows
+  for got, want in zip([*left, *apart], given, strict=True):
+    np.testing.assert_array_equal(got["tokens"], want["tokens"][: len(got["tokens"])])
+  with pytest.raises(ValueError, match="257 tokens to measure on are all of the text"):
+    set_apart(given, 257, mesh)
 
 
 INSIDE = """
 import jax, numpy as np
 from tests.conftest import _random_params
-from tests.test_hybrid import TEACHER, _batch, _measured, first_rows, make_mesh
+from tests.test_hybrid import TEACHER, _batch, _measured, set_apart, make_mesh
 
 params, batches = _random_params(TEACHER), [_batch(1, True), _batch(2, True)]
 alone, *_ = _measured(params, TEACHER, batches)
-for mesh in ("data:2,fsdp:2,tensor:2", "fsdp:8", "data:2,context:2,tensor:2"):
+for mesh in ("data:2,fsdp:2,tensor:2", "data:2,context:2,tensor:2"):
   cut, *_ = _measured(params, TEACHER, batches, mesh=mesh, devices=8)
   got, want = ([x.student, *x.by_layer.values()] for x in (cut, alone))
   np.testing.assert_allclose(got, want, rtol=1e-4)
-assert len(first_rows(batches, 1, make_mesh("fsdp:4,tensor:2"))[0]["tokens"]) == 4
+assert len(set_apart(batches, 1, make_mesh("fsdp:4,tensor:2"))[1][0]["tokens"]) == 4
 """
 
 
