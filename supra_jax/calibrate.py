@@ -88,13 +88,15 @@ def solve(moments: Moments, *, ridge: float, bias: bool) -> tuple[np.ndarray, np
 
 
 @contextlib.contextmanager
-def shown(title: str = "Calibrating", text: str = "attention of layer {} missed by {:.0%}") -> Iterator[Report]:
-  """Yields a `report` for `calibrate` that shows a bar with time left on stderr, anew each time that it was full."""
-  with tqdm(desc=title, unit="layer") as bar:
+def shown() -> Iterator[Callable[..., None]]:
+  """Yields a `report` for `calibrate` that shows a bar with time left on stderr; `text` is what it says of a layer."""
+  with tqdm(desc="Calibrating", unit="layer") as bar:
 
-    def report(layer: int, layers: int, value: float) -> None:
-      if bar.n == bar.total:
+    def report(layer: int, layers: int, value: float, text: str = "attention of layer {} missed by {:.0%}") -> None:
+      if bar.n == bar.total:  # a new round, which began when the last one ended
+        ended = bar.last_print_t
         bar.reset()
+        bar.start_t = bar.last_print_t = ended
       bar.total = layers
       bar.set_postfix_str(text.format(layer, value))
       bar.update()

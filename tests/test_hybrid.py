@@ -17,6 +17,7 @@ from supra_jax.flops import state_bytes
 from supra_jax.hybrid import Divergences, choose_softmax_layers, costs, layer_divergences, set_apart
 from supra_jax.linearize import Calibration, linearize, linearize_checkpoint
 from supra_jax.lm import load
+from supra_jax.packing import prepare
 from supra_jax.sharding import make_mesh, param_shardings
 from supra_jax.transformer import Transformer
 from tests import tiny as tiny_model
@@ -178,19 +179,20 @@ def _program(*flags):
   return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"JAX_PLATFORMS": "cpu"})
 
 
-def test_from_the_command_line(tmp_path, teacher):
+def test_from_the_command_line(tmp_path, teacher, how):
   """Two of the three layers named are made RNN layers; which, the table, the record and the model agree on."""
-  flags = [f"--checkpoint={teacher}", f"--output={tmp_path / 'out'}"]
-  ran = _program(*flags, "--calibration_tokens=512", "--layers=0,1,-1", "--keep_softmax=1")
+  prepare(how.data, load(teacher).tokenizer, tmp_path / "data", vocab_size=tiny_model.VOCAB, sequence_length=48)
+  flags = [f"--checkpoint={teacher}", f"--output={tmp_path}/out", f"--calibration_data={tmp_path}/data/train"]
+  ran = _program(*flags, "--calibration_tokens=512", "--measured_tokens=100", "--layers=0,1,-1", "--keep_softmax=1")
   assert ran.returncode == 0, ran.stderr[-2000:]
   made = load_model(tmp_path / "out")
   kept = made.source["kept_softmax"]
   divergences = {int(layer): x for layer, x in kept["by_layer"].items()}
   assert divergences.keys() == {0, 1, 3} and made.source["layers"] == [0, 1, -1]
-  assert kept["layers"] == [min(divergences, key=divergences.get)] and kept["tokens"] == 2048
+  assert kept["layers"] == [min(divergences, key=divergences.get)] and kept["tokens"] == 144
   assert made.config.mixers == tuple("softmax" if i in (2, *kept["layers"]) else "supra" for i in range(4))
   first, *rows, last = ran.stdout.splitlines()
-  assert f"on 2,048 tokens is {kept['student']:.4f}" in first
+  assert f"on 144 tokens is {kept['student']:.4f}" in first
   assert [row.split()[1:3] for row in rows] == [
     [str(i), f"{divergences[i]:.4f}"] for i in sorted(divergences, key=divergences.get)
   ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import typing
 
 from absl import flags
@@ -11,7 +12,7 @@ from absl import flags
 from supra_jax.bin.entry import run
 from supra_jax.calibrate import shown
 from supra_jax.config import Decay, FeatureMapKind, SupraConfig, from_mapping
-from supra_jax.hybrid import costs, table
+from supra_jax.hybrid import MEASURED_TOKENS, costs, table
 from supra_jax.linearize import Calibration, linearize_checkpoint
 
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Model directory to start from.", required=True)
@@ -28,6 +29,7 @@ _TEXT_KEY = flags.DEFINE_string("text_key", "text", "Key of a JSON line, or colu
 _MESH = flags.DEFINE_string("mesh", "", "Of the devices that calibrate, as in train.")
 _LAYERS = flags.DEFINE_list("layers", None, "Layers to linearise, e.g. 0,1,-1. Default: all softmax layers.")
 _KEEP = flags.DEFINE_integer("keep_softmax", None, "So many of them stay, those that bring it nearest to the teacher.")
+_MEASURED = flags.DEFINE_integer("measured_tokens", MEASURED_TOKENS, "Of the text, to find them on.", lower_bound=1)
 flags.DEFINE_enum("feature_map", "dense", typing.get_args(FeatureMapKind), "W of phi(x) = relu(W x + b).")
 flags.DEFINE_enum("decay", "lightning", typing.get_args(Decay), "Decay of the heads.")
 flags.DEFINE_float("decay_start", None, "First lightning slope. Default: the series' own ratio.")
@@ -44,12 +46,11 @@ def main() -> None:
     how: dict[str, typing.Any] = {"tokens": _TOKENS.value, "mlp": _MLP.value, "seed": _SEED.value, "mesh": _MESH.value}
     calibration = Calibration(_DATA.value, _TEXT_KEY.value, **how)
   new = {"supra": supra, "layers": layers, "phi": phi, "seed": _SEED.value, "calibration": calibration}
-  with contextlib.ExitStack() as bars:
-    if calibration:
-      new["report"] = bars.enter_context(shown())
-    if calibration and _KEEP.value:
-      new["report_measured"] = bars.enter_context(shown("Measuring", "KL with layer {} kept {:.3f}"))
-    config = linearize_checkpoint(_CHECKPOINT.value, _OUTPUT.value, keep_softmax=_KEEP.value, **new)
+  new |= {"keep_softmax": _KEEP.value, "measured_tokens": _MEASURED.value}
+  with shown() if calibration else contextlib.nullcontext() as report:
+    if report is not None:
+      new["report_measured"] = functools.partial(report, text="KL with layer {} kept {:.3f}")
+    config = linearize_checkpoint(_CHECKPOINT.value, _OUTPUT.value, report=report, **new)
   if _KEEP.value:
     print(table(_OUTPUT.value))
   print(f"{_OUTPUT.value}: {costs(config)}.")
