@@ -38,7 +38,7 @@ from tqdm import tqdm
 
 from supra_jax.attention import LinearAttention, SoftmaxAttention, WindowAttention
 from supra_jax.config import ModelConfig
-from supra_jax.layers import Dense, Embed, Norm, SwiGLU, at_least_float32
+from supra_jax.layers import Dense, Norm, SwiGLU, at_least_float32
 from supra_jax.sharding import BATCH_AXES, constrain, put_batch
 from supra_jax.transformer import Block, Transformer
 
@@ -94,13 +94,17 @@ def solve(
 
 
 @contextlib.contextmanager
-def shown() -> Iterator[Report]:
-  """Yields a `report` for `calibrate` that shows a bar with time left on stderr."""
+def shown() -> Iterator[Callable[..., None]]:
+  """Yields a `report` for `calibrate` that shows a bar with time left on stderr; `text` is what it says of a layer."""
   with tqdm(desc="Calibrating", unit="layer") as bar:
 
-    def report(layer: int, layers: int, missed: float) -> None:
+    def report(layer: int, layers: int, value: float, text: str = "attention of layer {} missed by {:.0%}") -> None:
+      if bar.n == bar.total:  # a new round, which began when the last one ended
+        ended = bar.last_print_t
+        bar.reset()
+        bar.start_t = bar.last_print_t = ended
       bar.total = layers
-      bar.set_postfix_str(f"attention of layer {layer} missed by {missed:.0%}")
+      bar.set_postfix_str(text.format(layer, value))
       bar.update()
 
     yield report
@@ -240,9 +244,7 @@ class _Run:
     return Norm(self.student.norm, self.student.norm_eps, self.dtype).apply({"params": layer[name]}, x_BTD)
 
   def _embed(self, params, batch):
-    embed = Embed(self.student.vocab_size, self.student.hidden_size, self.dtype)
-    x_BTD = embed.apply({"params": params["embed_tokens"]}, batch["tokens"])
-    return self._norm(params, "post_embed_norm", x_BTD) if self.student.post_embed_norm else x_BTD
+    return Transformer(self.student, self.dtype).apply({"params": params}, batch["tokens"], method="embed")
 
   def _attend(self, teacher, student, x_teacher, x_student, batch):
     """(x_t + softmax attention, the student's features [B, T, F], moments)."""

@@ -1,12 +1,16 @@
-"""What a token of training costs, worked out by hand, and how much of a device's peak a run reaches."""
+"""What training and memory cost: FLOPs a token, worked out by hand, their share of a device's peak; a state's bytes."""
 
 from __future__ import annotations
 
+import math
 import typing
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from supra_jax.config import Mixer, ModelConfig
+from supra_jax.transformer import Transformer
 
 # Multiply-accumulates of bfloat16 into float32, without sparsity; vendors often print twice that, "with sparsity". By
 # jax's `device_kind` in full: a part of a card (MIG) has a kind of its own, and must not pass for the whole.
@@ -111,6 +115,12 @@ def _mixing(c: ModelConfig, mixer: Mixer, time: int) -> float:
     case "supra_window":
       return supra + softmax(c.supra.window) + heads * value * c.hidden_size
   typing.assert_never(mixer)
+
+
+def state_bytes(config: ModelConfig, tokens: int, dtype: Any = jnp.bfloat16) -> int:
+  """Bytes of what a model remembers of one sequence of so many tokens, its caches in `dtype`."""
+  state = jax.eval_shape(lambda: Transformer(config, dtype).init_state(1, tokens).layers)
+  return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(state))
 
 
 def peak_flops(device: jax.Device) -> float | None:

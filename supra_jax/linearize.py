@@ -18,6 +18,7 @@ from supra_jax.calibrate import RIDGE, Report, calibrate
 from supra_jax.checkpoint import ModelCheckpoint, load_model, save_model
 from supra_jax.config import Mixer, ModelConfig, SupraConfig
 from supra_jax.data import Batch, make_loader, parse_sources
+from supra_jax.hybrid import MEASURED_TOKENS, choose_softmax_layers, layer_divergences, set_apart
 from supra_jax.packed import META_FILE, check_packed
 from supra_jax.sharding import batch_shards, make_mesh, param_shardings, process_shard
 from supra_jax.text import documents_of, find_files
@@ -111,21 +112,35 @@ def linearize_checkpoint(
   seed: int = 0,
   window: int | None = None,
   calibration: Calibration | None = None,
+  keep_softmax: int | None = None,
+  measured_tokens: int = MEASURED_TOKENS,
   report: Report | None = None,
+  report_measured: Report | None = None,
 ) -> ModelConfig:
   """`linearize`, and where it is asked for `calibrate`, from model directory to model directory.
+
+  With `keep_softmax` it does so twice: so many of the layers, chosen by what was measured on the first student, stay as
+  they are in the second.
 
   Args:
     checkpoint: of the softmax model.
     output: must not exist yet, or be empty.
     supra, layers, phi, seed, window: as `linearize` takes them.
     calibration: None: the teacher's output projections stay.
-    report: as `calibrate` takes it.
+    keep_softmax: how many of the layers stay softmax, those that bring the calibrated student nearest to its teacher.
+    measured_tokens: of the calibration's, on which that is measured.
+    report, report_measured: as `calibrate` and `layer_divergences` take them.
 
   Returns:
     The new config.
+
+  Raises:
+    ValueError: as `linearize`; or so many layers cannot be kept; or they are to be chosen and nothing is calibrated.
   """
   new: dict[str, Any] = {"supra": supra, "layers": layers, "phi": phi, "seed": seed, "window": window}
+  kept: dict[str, Any] | None = None
+  if keep_softmax is not None and calibration is None:
+    raise ValueError(f"keep_softmax={keep_softmax} layers are chosen by what calibration leaves; calibrate too.")
   if calibration is None:
     start = load_model(checkpoint)
     params, config = linearize(start.params, start.config, **new)
@@ -133,19 +148,32 @@ def linearize_checkpoint(
     mesh = make_mesh(calibration.mesh)
     with jax.set_mesh(mesh):
       start = load_model(checkpoint, shardings=lambda stored: param_shardings(stored, mesh))
-      params, config = linearize(start.params, start.config, **new)
-      batches, teacher = _first_batches(calibration, start, mesh), (start.params, start.config)
-      how: dict[str, Any] = {
-        "ridge": calibration.ridge,
-        "mlp": calibration.mlp,
-        "dtype": calibration.dtype,
-        "report": report,
-      }
-      params = calibrate(teacher, (params, config), batches, mesh, **how)
+      chosen, teacher = _chosen_layers(start.config, layers), (start.params, start.config)
+      if keep_softmax is not None and not 0 < keep_softmax < len(chosen):
+        raise ValueError(f"keep_softmax={keep_softmax} of {len(chosen)} layers: wanted 1 to {len(chosen) - 1}.")
+      batches = _first_batches(calibration, start, mesh, more=0 if keep_softmax is None else measured_tokens)
+      fresh: list[Batch] = []
+      if keep_softmax is not None:
+        batches, fresh = set_apart(batches, measured_tokens, mesh)
+      how: dict[str, Any] = {"ridge": calibration.ridge, "mlp": calibration.mlp, "dtype": calibration.dtype}
+
+      def calibrated(layers: Sequence[int]) -> tuple[dict[str, Any], ModelConfig]:
+        params, config = linearize(*teacher, **new | {"layers": layers})
+        return calibrate(teacher, (params, config), batches, mesh, **how, report=report), config
+
+      params, config = calibrated(chosen)
+      if keep_softmax is not None:
+        measured = layer_divergences(
+          teacher, (params, config), fresh, mesh, dtype=calibration.dtype, report=report_measured
+        )
+        stay = choose_softmax_layers(measured, keep_softmax)
+        kept = {"layers": stay, **measured._asdict()}
+        params, config = calibrated([i for i in chosen if i not in stay])
   made = new | {
     "supra": dataclasses.asdict(config.supra),
     "layers": None if layers is None else list(layers),
     "calibration": None if calibration is None else dataclasses.asdict(calibration),
+    "kept_softmax": kept,
   }
   save_model(
     output,
@@ -157,8 +185,12 @@ def linearize_checkpoint(
   return config
 
 
-def _first_batches(calibration: Calibration, start: ModelCheckpoint, mesh: Mesh) -> list[Batch]:
-  """As many whole batches as hold the tokens that were asked for; this process' part of them."""
+def _first_batches(calibration: Calibration, start: ModelCheckpoint, mesh: Mesh, more: int = 0) -> list[Batch]:
+  """As many whole batches as hold the tokens that were asked for, and more; this process' part of them."""
+
+  def count_batches(tokens: int) -> int:
+    return -(-calibration.tokens // tokens) - (-more // tokens)
+
   shards = batch_shards(mesh)
   rows = -(-calibration.batch_size // shards) * shards
   sources = parse_sources(calibration.data)
@@ -170,10 +202,10 @@ def _first_batches(calibration: Calibration, start: ModelCheckpoint, mesh: Mesh)
     loader = make_loader(sources, batch_size=rows, seed=calibration.seed, shard_index=index, shard_count=count)
     first = next(loader)
     length = first["tokens"].shape[1] - 1
-    return [first, *itertools.islice(loader, -(-calibration.tokens // (rows * length)) - 1)]
+    return [first, *itertools.islice(loader, count_batches(rows * length) - 1)]
   if tokenizer is None:
     raise ValueError(f"The model has no tokenizer to read {calibration.data} with.")
-  wanted = -(-calibration.tokens // (rows * calibration.sequence_length)) * rows
+  wanted = count_batches(rows * calibration.sequence_length) * rows
   texts = rows_of_text(
     calibration.data, tokenizer, rows=wanted, length=calibration.sequence_length + 1, text_key=calibration.text_key
   )

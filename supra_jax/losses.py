@@ -71,24 +71,40 @@ def language_model_loss(
     z_loss: weight of the squared logsumexp.
     teacher: reads the batch too; no gradient reaches it.
   """
-  weights, inputs = _target_weights(batch), _inputs(batch)
+  inputs = _inputs(batch)
   read = read_streams if teacher is not None and teacher.hidden_weight else _read
   hidden_BTD, streams = read(model, params, *inputs)
+  if teacher is None:
+    return hidden_loss(model, params, hidden_BTD, batch, z_loss=z_loss)
+  theirs_BTD, their_streams = read(teacher.model, teacher.params, *inputs)
+  sums = hidden_loss(model, params, hidden_BTD, batch, z_loss=z_loss, teacher=teacher, theirs_BTD=theirs_BTD)
+  if teacher.hidden_weight:
+    error_BT = streams_error(model, streams, teacher.model, their_streams)
+    added = teacher.hidden_weight * _weighted_sum(error_BT, _target_weights(batch))
+    sums = dataclasses.replace(sums, loss=sums.loss + added)
+  return sums
+
+
+def hidden_loss(
+  model: Transformer,
+  params: Mapping[str, Any],
+  hidden_BTD: jax.Array,
+  batch: Mapping[str, jax.Array],
+  *,
+  z_loss: float = 0.0,
+  teacher: Teacher | None = None,
+  theirs_BTD: jax.Array | None = None,
+) -> LossSums:
+  """`language_model_loss`, but for streams, of what model and teacher made of a batch, after their last norms."""
   table = "embed_tokens" if model.config.tie_embeddings else "lm_head"
 
   def unembed(table_params, hidden):
     return model.apply({"params": {table: table_params}}, hidden, method="unembed")
 
   how: dict[str, Any] = {"z_loss": z_loss}
-  if teacher is not None:
-    theirs_BTD, their_streams = read(teacher.model, teacher.params, *inputs)
-    if teacher.weight:
-      how |= {"teacher": (teacher.params[table], theirs_BTD), "teacher_weight": teacher.weight}
-  sums = next_token_loss(unembed, params[table], hidden_BTD, batch["tokens"][:, 1:], weights, **how)
-  if teacher is not None and teacher.hidden_weight:
-    error_BT = streams_error(model, streams, teacher.model, their_streams)
-    sums = dataclasses.replace(sums, loss=sums.loss + teacher.hidden_weight * _weighted_sum(error_BT, weights))
-  return sums
+  if teacher is not None and teacher.weight:
+    how |= {"teacher": (teacher.params[table], theirs_BTD), "teacher_weight": teacher.weight}
+  return next_token_loss(unembed, params[table], hidden_BTD, batch["tokens"][:, 1:], _target_weights(batch), **how)
 
 
 def attention_transfer_loss(

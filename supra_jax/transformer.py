@@ -210,10 +210,7 @@ class Transformer(nn.Module):
       segment_ids = None if segment_ids is None else _roll_rows(segment_ids, -shift)
 
     context, end = self.place(tokens_BT, state, lengths, segment_ids)
-    x_BTD = self.embed_tokens(jnp.clip(tokens_BT, 0, self.config.vocab_size - 1))
-    if self.config.post_embed_norm:
-      x_BTD = self.post_embed_norm(x_BTD)
-    x_BTD = constrain(x_BTD, "batch", "time", None)
+    x_BTD = self.embed(tokens_BT)
     layer_states = (None,) * len(self.config.mixers) if state is None else state.layers
     new_states: list[LayerState] = []
     if self.stacked:
@@ -231,6 +228,13 @@ class Transformer(nn.Module):
     if end.capacity is not None and state is not None:
       hidden_BTD = jnp.where((end.cached <= end.capacity)[:, None, None], hidden_BTD, jnp.nan)
     return hidden_BTD if shift is None else _roll_rows(hidden_BTD, shift), end
+
+  def embed(self, tokens_BT: jax.Array) -> jax.Array:
+    """What the first layer reads, [B, T, D]."""
+    x_BTD = self.embed_tokens(jnp.clip(tokens_BT, 0, self.config.vocab_size - 1))
+    if self.config.post_embed_norm:
+      x_BTD = self.post_embed_norm(x_BTD)
+    return constrain(x_BTD, "batch", "time", None)
 
   def unembed(self, hidden_BTD: jax.Array) -> jax.Array:
     """Logits over the vocabulary, float32 [B, T, vocabulary]."""

@@ -38,6 +38,7 @@ FLOORS = {
     "run_record",
     "compiled",
     "calibrate",
+    "hybrid",
     "linearize",
   ),
   "F4": ("generate", "lm", "evaluate", "train_config", "train_step", "train_setup", "plan", "reporter", "train"),

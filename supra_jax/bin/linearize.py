@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import typing
 
 from absl import flags
@@ -11,6 +12,7 @@ from absl import flags
 from supra_jax.bin.entry import run
 from supra_jax.calibrate import shown
 from supra_jax.config import Decay, FeatureMapKind, SupraConfig, from_mapping
+from supra_jax.hybrid import MEASURED_TOKENS, costs, table
 from supra_jax.linearize import Calibration, linearize_checkpoint
 
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Model directory to start from.", required=True)
@@ -26,6 +28,8 @@ _MLP = flags.DEFINE_bool("calibrate_mlp", True, "Solve for the MLPs' last projec
 _TEXT_KEY = flags.DEFINE_string("text_key", "text", "Key of a JSON line, or column, that holds the text.")
 _MESH = flags.DEFINE_string("mesh", "", "Of the devices that calibrate, as in train.")
 _LAYERS = flags.DEFINE_list("layers", None, "Layers to linearise, e.g. 0,1,-1. Default: all softmax layers.")
+_KEEP = flags.DEFINE_integer("keep_softmax", None, "So many of them stay, those that bring it nearest to the teacher.")
+_MEASURED = flags.DEFINE_integer("measured_tokens", MEASURED_TOKENS, "Of the text, to find them on.", lower_bound=1)
 flags.DEFINE_enum("feature_map", "dense", typing.get_args(FeatureMapKind), "W of phi(x) = relu(W x + b).")
 flags.DEFINE_enum("decay", "lightning", typing.get_args(Decay), "Decay of the heads.")
 flags.DEFINE_float("decay_start", None, "First lightning slope. Default: the series' own ratio.")
@@ -47,10 +51,14 @@ def main() -> None:
     calibration = Calibration(_DATA.value, _TEXT_KEY.value, **how)
   new: dict[str, typing.Any] = {"supra": supra, "layers": layers, "phi": phi, "seed": _SEED.value}
   new |= {"window": _WINDOW.value or None, "calibration": calibration}
+  new |= {"keep_softmax": _KEEP.value, "measured_tokens": _MEASURED.value}
   with shown() if calibration else contextlib.nullcontext() as report:
-    config = linearize_checkpoint(_CHECKPOINT.value, _OUTPUT.value, **new, report=report)
-  linear = config.num_layers - config.mixers.count("softmax")
-  print(f"{_OUTPUT.value}: {linear} of {config.num_layers} layers are SUPRA layers.")
+    if report is not None:
+      new["report_measured"] = functools.partial(report, text="KL with layer {} kept {:.3f}")
+    config = linearize_checkpoint(_CHECKPOINT.value, _OUTPUT.value, report=report, **new)
+  if _KEEP.value:
+    print(table(_OUTPUT.value))
+  print(f"{_OUTPUT.value}: {costs(config)}.")
 
 
 if __name__ == "__main__":
