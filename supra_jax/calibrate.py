@@ -46,7 +46,8 @@ from supra_jax.transformer import Block, Transformer
 RIDGE = 4000.0
 
 Batch = Mapping[str, np.ndarray]
-Report = Callable[[int, int, float], None]
+# Called after each layer: its number, how many there are, what was found, and that in words.
+Report = Callable[[int, int, float, str], None]
 
 
 class Moments(NamedTuple):
@@ -94,17 +95,17 @@ def solve(
 
 
 @contextlib.contextmanager
-def shown() -> Iterator[Callable[..., None]]:
-  """Yields a `report` for `calibrate` that shows a bar with time left on stderr; `text` is what it says of a layer."""
+def shown() -> Iterator[Report]:
+  """Yields a report that shows a bar with time left on stderr, for one round of layers after another."""
   with tqdm(desc="Calibrating", unit="layer") as bar:
 
-    def report(layer: int, layers: int, value: float, text: str = "attention of layer {} missed by {:.0%}") -> None:
+    def report(layer: int, layers: int, value: float, text: str) -> None:
       if bar.n == bar.total:  # a new round, which began when the last one ended
         ended = bar.last_print_t
         bar.reset()
         bar.start_t = bar.last_print_t = ended
       bar.total = layers
-      bar.set_postfix_str(text.format(layer, value))
+      bar.set_postfix_str(text)
       bar.update()
 
     yield report
@@ -122,7 +123,7 @@ def calibrate(
   directory: Path | None = None,
   report: Report | None = None,
 ) -> dict[str, Any]:
-  """Solves for the projections of every SUPRA layer; call it under `jax.set_mesh(mesh)`.
+  """Solves for the projections of every layer that is no longer softmax; call it under `jax.set_mesh(mesh)`.
 
   Args:
     teacher: parameters, one subtree a layer, and config of the softmax model.
@@ -134,7 +135,7 @@ def calibrate(
     mlp: solve for the MLP's last projection too, which doubles the time.
     dtype: of the computation; moments are float32, and their sums over batches float64.
     directory: where the streams lie meanwhile, 3 * tokens * hidden_size numbers, 4 with windows; None: a temporary one.
-    report: called with (layer, number of layers, share of the attention's energy that is missed) after each.
+    report: told after each layer what share of the attention's energy is missed.
 
   Returns:
     The student's parameters, in the dtypes that they had.
@@ -147,23 +148,24 @@ def calibrate(
   (teacher_params, teacher_config), (student_params, config) = teacher, student
   params = dict(student_params)
   run = _Run(teacher_config, config, jnp.dtype(dtype), mesh)
-  last = max(i for i, mixer in enumerate(config.mixers) if mixer != "softmax")
+  mixers = list(zip(teacher_config.mixers, config.mixers, strict=True))
+  last = max(i for i, (theirs, ours) in enumerate(mixers) if theirs != ours)
   with tempfile.TemporaryDirectory(dir=directory, prefix="calibration-") as spool:
     streams = _Streams(Path(spool), mesh)
     for number, batch in enumerate(batches):
       x = run.embed(params, run.put(batch))
       streams.write(number, teacher=x, student=x)
-    for i in range(last + 1):
+    for i, (theirs, ours) in enumerate(mixers[: last + 1]):
       name, missed = f"layers_{i}", 0.0
-      if config.mixers[i] != "softmax":
+      if theirs != ours:
         params[name], missed = _calibrate_layer(run, streams, teacher_params[name], params[name], batches, ridge, mlp)
       else:
         for number, batch in enumerate(batches):
           before = streams.read(number, "teacher", "student")
-          both = run.keep(teacher_params[name], params[name], *before, run.put(batch))
+          both = run.keep(ours, teacher_params[name], params[name], *before, run.put(batch))
           streams.write(number, teacher=both[0], student=both[1])
       if report is not None:
-        report(i, last + 1, missed)
+        report(i, last + 1, missed, f"attention of layer {i} missed by {missed:.0%}")
   return params
 
 
@@ -231,7 +233,7 @@ class _Run:
     self.teacher, self.student, self.dtype, self.mesh = teacher, student, dtype, mesh
     self.embed, self.attend = jax.jit(self._embed), jax.jit(self._attend)
     self.feed, self.finish = jax.jit(self._feed), jax.jit(self._finish)
-    self.leave, self.keep = jax.jit(self._leave), jax.jit(self._keep)
+    self.leave, self.keep = jax.jit(self._leave), jax.jit(self._keep, static_argnums=0)
 
   def put(self, batch: Batch) -> dict[str, jax.Array]:
     inputs = {name: x[:, :-1] for name, x in batch.items() if name in ("tokens", "segment_ids")}
@@ -294,11 +296,11 @@ class _Run:
     normed = self._norm(layer, "post_attention_layernorm", x_BTD)
     return x_BTD + SwiGLU(config, self.dtype).apply({"params": layer["mlp"]}, normed)
 
-  def _keep(self, teacher, student, x_teacher, x_student, batch):
-    """The streams behind a layer that stays softmax."""
+  def _keep(self, mixer, teacher, student, x_teacher, x_student, batch):
+    """The streams behind a layer that stays what it is."""
     context = self._context(batch)
     blocks = ((self.teacher, teacher, x_teacher), (self.student, student, x_student))
-    return [Block(c, "softmax", self.dtype).apply({"params": p}, x, None, context)[0] for c, p, x in blocks]
+    return [Block(c, mixer, self.dtype).apply({"params": p}, x, None, context)[0] for c, p, x in blocks]
 
 
 def _moments(features_BTF: jax.Array, y_BTD: jax.Array, weights_BT1: jax.Array) -> Moments:

@@ -53,16 +53,19 @@ def layer_divergences(
   dtype: Any = jnp.float32,
   report: Report | None = None,
 ) -> Divergences:
-  """Measures what each layer that is no longer the teacher's costs; call it under `jax.set_mesh(mesh)`.
+  """Takes back each layer whose mixer is no longer the teacher's; call it under `jax.set_mesh(mesh)`.
 
-  L layers take about L / 2 forward passes, and 2 L unembeddings.
+  L layers cost about L / 2 forward passes, and 2 L unembeddings.
 
   Args:
     teacher, student: parameters, one subtree a layer, and config.
     batches: this process' rows, "tokens" int32 [rows, T + 1], and "segment_ids" alike where documents are apart.
     mesh: over which parameters and batches are cut.
     dtype: of the computation.
-    report: called with (layer, number of measurements a batch, the batch's divergence) after each.
+    report: told a batch's divergence after each layer.
+
+  Raises:
+    ValueError: there is no target.
   """
   theirs, ours = ((Transformer(config, jnp.dtype(dtype)), params) for params, config in (teacher, student))
   changed = [i for i, mixer in enumerate(student[1].mixers) if mixer != teacher[1].mixers[i]]
@@ -74,7 +77,8 @@ def layer_divergences(
       if layer is None:
         weight += float(sums.weight)
       elif report is not None:
-        report(layer, len(changed), float(sums.loss / sums.weight))
+        divergence = float(sums.loss / sums.weight)
+        report(layer, len(changed), divergence, f"KL with layer {layer} kept {divergence:.3f}")
   if not weight:
     raise ValueError("Nothing to measure divergences on: no batch has a target.")
   return Divergences(round(weight), total[None] / weight, {layer: total[layer] / weight for layer in changed})

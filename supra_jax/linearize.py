@@ -66,6 +66,8 @@ def linearize(
   chosen = _chosen_layers(config, layers)
   mixer: Mixer = "supra" if window is None else "supra_window"
   supra = config.supra if supra is None else supra
+  if window is not None and config.sliding_window is not None and window > config.sliding_window:
+    raise ValueError(f"window={window}: the teacher's own softmax sees {config.sliding_window} tokens; wanted no more.")
   if window not in (None, config.supra.window) and "supra_window" in config.mixers:
     raise ValueError(f"window={window}: the model has layers with a window of {config.supra.window}.")
   supra = dataclasses.replace(supra, window=config.supra.window if window is None else window)
@@ -115,7 +117,6 @@ def linearize_checkpoint(
   keep_softmax: int | None = None,
   measured_tokens: int = MEASURED_TOKENS,
   report: Report | None = None,
-  report_measured: Report | None = None,
 ) -> ModelConfig:
   """`linearize`, and where it is asked for `calibrate`, from model directory to model directory.
 
@@ -128,8 +129,8 @@ def linearize_checkpoint(
     supra, layers, phi, seed, window: as `linearize` takes them.
     calibration: None: the teacher's output projections stay.
     keep_softmax: how many of the layers stay softmax, those that bring the calibrated student nearest to its teacher.
-    measured_tokens: of the calibration's, on which that is measured.
-    report, report_measured: as `calibrate` and `layer_divergences` take them.
+    measured_tokens: so many more are read, to measure that on.
+    report: as `calibrate` and `layer_divergences` take it.
 
   Returns:
     The new config.
@@ -163,9 +164,7 @@ def linearize_checkpoint(
 
       params, config = calibrated(chosen)
       if keep_softmax is not None:
-        measured = layer_divergences(
-          teacher, (params, config), fresh, mesh, dtype=calibration.dtype, report=report_measured
-        )
+        measured = layer_divergences(teacher, (params, config), fresh, mesh, dtype=calibration.dtype, report=report)
         stay = choose_softmax_layers(measured, keep_softmax)
         kept = {"layers": stay, **measured._asdict()}
         params, config = calibrated([i for i in chosen if i not in stay])

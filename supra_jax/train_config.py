@@ -92,13 +92,13 @@ class TrainConfig:
   dtype: Literal["float32", "bfloat16"] = "float32"
   remat: Remat = "block"
   trainable: str = ".*"
-  new_weights: str = "feature_map|[qk]_norm"
+  new_weights: str = "feature_map|linear_o_proj|[qk]_norm"
   new_weights_steps: int = 0
   distill_from: str = ""
   distill_weight: float = 1.0
   distill_hidden: float = 0.0
   transfer_steps: int = 0
-  transfer: str = "feature_map|[qk]_proj|[qk]_norm"
+  transfer: str = "feature_map|linear_o_proj|[qk]_proj|[qk]_norm"
   adapters: AdapterConfig = AdapterConfig()
   max_skipped: int = 10
   seed: int = 0

@@ -97,15 +97,17 @@ def test_only_projections_change(random_params, mlp, window):
   assert paths == {f"['layers_{i}']{name}" for i in (0, 2) for name in wanted}
 
 
-def test_a_teacher_that_can_be_met_is_met(random_params):
-  """Softmax attention that is 0 wants W_o = 0, and then student and teacher are one function."""
-  params = random_params(TEACHER)
-  for i in range(3):
+@pytest.mark.parametrize("already", [0, 1])
+def test_a_teacher_that_can_be_met_is_met(random_params, already):
+  """Softmax attention that is 0 wants W_o = 0, and then student and teacher are one function; SUPRA layers stay."""
+  teacher = TEACHER.replace(mixers=("supra",) * already + ("softmax",) * (3 - already), supra=SUPRA)
+  params = random_params(teacher)
+  for i in range(already, 3):
     kernel = params[f"layers_{i}"]["self_attn"]["o_proj"]["kernel"]
     params[f"layers_{i}"]["self_attn"]["o_proj"] = {"kernel": jnp.zeros_like(kernel)}
-  got, _, config = _calibrated(params, batches=_batches(2))
+  got, _, config = _calibrated(params, batches=_batches(2), config=teacher)
   tokens = _batches(1)[0]["tokens"]
-  np.testing.assert_allclose(_logits(got, config, tokens), _logits(params, TEACHER, tokens), atol=1e-4)
+  np.testing.assert_allclose(_logits(got, config, tokens), _logits(params, teacher, tokens), atol=1e-4)
 
 
 @pytest.mark.parametrize("window", [None, 5])
@@ -158,7 +160,7 @@ def test_a_window_comes_nearer(random_params):
   wanted, missed, distance = _logits(params, TEACHER, tokens), {}, {}
   for window in (None, 8, 16):
     missed[window] = []
-    report = lambda layer, layers, share, window=window: missed[window].append(share)  # noqa: E731
+    report = lambda layer, layers, share, text, window=window: missed[window].append(share)  # noqa: E731
     got, _, config = _calibrated(params, batches=batches, window=window, ridge=200.0, report=report)
     distance[window] = float(jnp.square(_logits(got, config, tokens) - wanted).mean())
   assert (np.diff([missed[window] for window in (None, 8, 16)], axis=0) < 0).all(), missed

@@ -144,6 +144,8 @@ def test_a_window(phi, random_params):
   assert linearize(params, config)[1].supra.window == 7
   with pytest.raises(ValueError, match="window=8: the model has layers with a window of 7"):
     linearize(params, config, window=8)
+  with pytest.raises(ValueError, match="window=7: the teacher's own softmax sees 4 tokens"):
+    linearize(kept, TEACHER.replace(sliding_window=4), window=7)
 
 
 def test_nothing_left_to_linearise():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import typing
 
 from absl import flags
@@ -34,28 +33,22 @@ flags.DEFINE_enum("feature_map", "dense", typing.get_args(FeatureMapKind), "W of
 flags.DEFINE_enum("decay", "lightning", typing.get_args(Decay), "Decay of the heads.")
 flags.DEFINE_float("decay_start", None, "First lightning slope. Default: the series' own ratio.")
 flags.DEFINE_bool("qk_norm", False, "Normalise phi(q) and phi(k) before RoPE.")
-_WINDOW = flags.DEFINE_integer(
-  "window", 0, "Beside it softmax attention over so many last tokens; 0: none, as in the paper.", lower_bound=0
-)
+_WINDOW = flags.DEFINE_integer("window", 0, "Beside it softmax attention over so many last tokens.", lower_bound=0)
 _SEED = flags.DEFINE_integer("seed", 0, "Of new weights, and of the order of the text.")
 
 
 def main() -> None:
   names = {field.name for field in dataclasses.fields(SupraConfig)} - {"window"}
-  values = {name: flags.FLAGS[name].value for name in names}
-  supra = from_mapping(SupraConfig, values, "flags")
+  supra = from_mapping(SupraConfig, {name: flags.FLAGS[name].value for name in names}, "flags")
   layers = None if _LAYERS.value is None else [int(layer) for layer in _LAYERS.value]
   phi, calibration = "random" if _METHOD.value == "random" else "identity", None
   if _METHOD.value == "calibrated":
     how: dict[str, typing.Any] = {"tokens": _TOKENS.value, "mlp": _MLP.value, "seed": _SEED.value, "mesh": _MESH.value}
     calibration = Calibration(_DATA.value, _TEXT_KEY.value, **how)
   new: dict[str, typing.Any] = {"supra": supra, "layers": layers, "phi": phi, "seed": _SEED.value}
-  new |= {"window": _WINDOW.value or None, "calibration": calibration}
-  new |= {"keep_softmax": _KEEP.value, "measured_tokens": _MEASURED.value}
+  new |= {"window": _WINDOW.value or None, "keep_softmax": _KEEP.value, "measured_tokens": _MEASURED.value}
   with shown() if calibration else contextlib.nullcontext() as report:
-    if report is not None:
-      new["report_measured"] = functools.partial(report, text="KL with layer {} kept {:.3f}")
-    config = linearize_checkpoint(_CHECKPOINT.value, _OUTPUT.value, report=report, **new)
+    config = linearize_checkpoint(_CHECKPOINT.value, _OUTPUT.value, calibration=calibration, report=report, **new)
   if _KEEP.value:
     print(table(_OUTPUT.value))
   print(f"{_OUTPUT.value}: {costs(config)}.")
