@@ -1,0 +1,114 @@
+"""What softmax layers that stay, or a window of softmax beside the linear attention, add and cost; before any training.
+
+    python -m benchmarks.hybrids --teacher=DIR --data=DIR --workdir=DIR [--calibration_tokens=8192]
+
+`--data` is what `supra_jax.bin.prepare_data` packed, with held-out text. Each model is linearised once; a killed
+benchmark goes on where it was. Prints a table and writes JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+from absl import flags
+
+import supra_jax
+from benchmarks.machine import cpu_name
+from supra_jax.bin.entry import run
+from supra_jax.calibrate import shown
+from supra_jax.data import heldout_batches
+from supra_jax.evaluate import mean_nll
+from supra_jax.flops import state_bytes
+from supra_jax.generate import generate_tokens
+from supra_jax.linearize import Calibration, linearize_checkpoint
+
+KEPT = 4
+# What `linearize_checkpoint` is told; `calibrated` is for this benchmark.
+MODELS: dict[str, dict[str, Any]] = {
+  "supra": {},
+  "window of 64, as it begins": {"window": 64, "calibrated": False},
+  "window of 64": {"window": 64},
+  f"{KEPT} softmax layers, evenly spaced": {"evenly": KEPT},
+  f"{KEPT} softmax layers, by KL": {"keep_softmax": KEPT},
+  "window of 16": {"window": 16},
+  "window of 256": {"window": 256},
+}
+
+
+def measure(lm: supra_jax.LM, heldout: Path) -> dict[str, Any]:
+  """Held-out loss, bytes of state, and tokens a second of decoding one sequence."""
+  batches = heldout_batches(heldout, batch_size=2, max_rows=_HELDOUT_ROWS.value)
+  nll = mean_nll(lm.model, lm.params, batches)
+  tokens, seconds = 64, []
+  for _ in range(3):  # the first compiles
+    began = time.monotonic()
+    assert len(list(generate_tokens(lm.model, lm.params, [1, 2, 3], max_new_tokens=tokens))) == tokens
+    seconds.append(time.monotonic() - began)
+  state = {str(length): state_bytes(lm.config, length) for length in (2048, 32768)}
+  softmax = [i for i, mixer in enumerate(lm.config.mixers) if mixer == "softmax"]
+  return {"nll": nll, "state_bytes": state, "tokens_per_second": tokens / min(seconds[1:]), "softmax_layers": softmax}
+
+
+def one(name: str, changes: dict[str, Any], workdir: Path) -> dict[str, Any]:
+  changes = dict(changes)
+  directory = workdir / name.replace(" ", "_").replace(",", "")
+  done = directory.with_suffix(".json")
+  if done.exists():
+    return json.loads(done.read_text())
+  calibration = None
+  if changes.pop("calibrated", True):
+    calibration = Calibration(f"{_DATA.value}/train", tokens=_TOKENS.value)
+  if kept := changes.pop("evenly", 0):
+    layers = supra_jax.load(_TEACHER.value).config.num_layers
+    stay = [round((i + 0.5) * layers / kept - 0.5) for i in range(kept)]
+    changes["layers"] = [i for i in range(layers) if i not in stay]
+  shutil.rmtree(directory, ignore_errors=True)
+  with shown() as report:
+    linearize_checkpoint(_TEACHER.value, directory, phi="identity", calibration=calibration, report=report, **changes)
+  found = measure(supra_jax.load(directory), Path(_DATA.value) / "heldout")
+  done.write_text(json.dumps(found))
+  shutil.rmtree(directory)
+  return found
+
+
+def table(found: dict[str, dict[str, Any]]) -> str:
+  lines = [
+    "| model | nats a token | state at 2k and 32k tokens, MiB | tokens/s decoding |",
+    "| --- | --- | --- | --- |",
+  ]
+  for name, model in found.items():
+    state = " and ".join(f"{size / 2**20:,.1f}" for size in model["state_bytes"].values())
+    lines.append(f"| {name} | {model['nll']:.2f} | {state} | {model['tokens_per_second']:.0f} |")
+  return "\n".join(lines)
+
+
+def main() -> None:
+  workdir = Path(_WORKDIR.value)
+  workdir.mkdir(parents=True, exist_ok=True)
+  found = {"teacher": measure(supra_jax.load(_TEACHER.value), Path(_DATA.value) / "heldout")}
+  for name in _MODELS.value or MODELS:
+    found[name] = one(name, MODELS[name], workdir)
+    print(f"{name}: {found[name]['nll']:.3f}", flush=True)
+  device = cpu_name() if jax.default_backend() == "cpu" else jax.devices()[0].device_kind
+  made = {"device": device, "cores": os.cpu_count(), "python": platform.python_version(), "jax": jax.__version__}
+  recipe = {"calibration_tokens": _TOKENS.value, "heldout_rows": _HELDOUT_ROWS.value}
+  Path(_OUTPUT.value).write_text(json.dumps(made | recipe | {"models": found}, indent=1) + "\n")
+  print(table(found))
+
+
+if __name__ == "__main__":
+  _TEACHER = flags.DEFINE_string("teacher", None, "Model directory of the transformer.", required=True)
+  _DATA = flags.DEFINE_string("data", None, "Packed text: train and heldout.", required=True)
+  _WORKDIR = flags.DEFINE_string("workdir", None, "Where models lie; a second call goes on.", required=True)
+  _MODELS = flags.DEFINE_multi_enum("model", [], list(MODELS), "Which; default: all.")
+  _TOKENS = flags.DEFINE_integer("calibration_tokens", 8192, "To calibrate on.", lower_bound=1)
+  _HELDOUT_ROWS = flags.DEFINE_integer("heldout_rows", 12, "To evaluate on.", lower_bound=1)
+  _OUTPUT = flags.DEFINE_string("output", "benchmarks/results/hybrids.json", "Where JSON goes.")
+  run(main)
