@@ -5,12 +5,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-# Real models, real processes, 7B compiled: half of the time of all tests. CI runs them on one of its two Pythons.
+# Real models, real processes, 7B compiled, many programs: half of the time of all tests. CI runs them on one of its two
+# Pythons.
 HEAVY = {
   "test_export_torch",
   "test_faults",
   "test_fuzz",
   "test_generate",
+  "test_hybrid",
+  "test_layer_losses",
   "test_notebooks",
   "test_plan",
   "test_processes",
@@ -18,6 +21,7 @@ HEAVY = {
   "test_smollm2",
   "test_streaming",
   "test_train",
+  "test_window",
 }
 
 
