@@ -45,6 +45,7 @@ class Method:
     calibration_tokens: 0 leaves the teacher's output projections.
     learning_rate: of the uptraining.
     share: of the benchmark's steps that it takes.
+    window: of softmax beside the linear attention.
     stages: of the `TrainConfig`; those that a teacher is for have it.
   """
 
@@ -52,6 +53,7 @@ class Method:
   calibration_tokens: int
   learning_rate: float
   share: float = 1.0
+  window: int | None = None
   stages: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
@@ -70,6 +72,10 @@ METHODS = {
   "calibrated_32k_3e-4": Method("identity", 32768, 3e-4),
   "calibrated_32k_3e-5": Method("identity", 32768, 3e-5),
   "calibrated_131k": Method("identity", 131072, 1e-4),
+  # Softmax over the last tokens stays.
+  "window_512": Method("identity", 512, 1e-4, share=0.1, window=64),
+  "window_8k": Method("identity", 8192, 1e-4, share=0.5, window=64),
+  "window_8k_3e-5": Method("identity", 8192, 3e-5, share=0.5, window=64),
   # What each stage adds to calibrated_8k in half of the steps.
   "8k_half": Method("identity", 8192, 1e-4, share=0.5),
   "8k_half_3e-5": Method("identity", 8192, 3e-5, share=0.5),
@@ -100,9 +106,9 @@ def one_run(name: str, seed: int, config: TrainConfig, workdir: Path) -> dict[st
   if {"distill_weight", "distill_hidden", "transfer_steps"} & changes.keys():
     changes = {"distill_weight": 0.0, "distill_from": _TEACHER.value} | changes
   config = dataclasses.replace(config, optimizer=optimizer, seed=seed, **changes)
-  start = workdir / "starts" / f"{method.phi}-{method.calibration_tokens}-{seed}"
+  start = workdir / "starts" / f"{method.phi}-{method.calibration_tokens}-{method.window}-{seed}"
   start.parent.mkdir(exist_ok=True)
-  done = run_from(_TEACHER.value, method.phi, calibration, config, directory, start=start)
+  done = run_from(_TEACHER.value, method.phi, calibration, config, directory, window=method.window, start=start)
   before, waited = 2 * method.calibration_tokens, done.calibration_seconds
   points = [[before + tokens, waited + seconds, nll] for tokens, seconds, nll in done.points]
   made = {"seed": seed, "calibration_seconds": waited, "tokens_per_second": done.summary.tokens_per_second}

@@ -120,13 +120,14 @@ def run_from(
   config: TrainConfig,
   workdir: Path,
   *,
+  window: int | None = None,
   start: Path | None = None,
   teacher_nll: float | None = None,
 ) -> Run:
   """Linearises, once and timed, and uptrains.
 
   Args:
-    teacher, phi, calibration: as `linearize_checkpoint` takes them.
+    teacher, phi, calibration, window: as `linearize_checkpoint` takes them.
     config: of the uptraining; `init_checkpoint` is passed over.
     workdir: of the run.
     start: where the linearised model goes, or lies; None: into the workdir.
@@ -138,7 +139,8 @@ def run_from(
     shutil.rmtree(start, ignore_errors=True)
     began = time.monotonic()
     with contextlib.nullcontext() if calibration is None else shown() as report:
-      linearize_checkpoint(teacher, start, phi=phi, seed=config.seed, calibration=calibration, report=report)
+      new: dict[str, Any] = {"phi": phi, "seed": config.seed, "window": window, "calibration": calibration}
+      linearize_checkpoint(teacher, start, **new, report=report)
     return 0.0 if calibration is None else time.monotonic() - began
 
   calibration_seconds = _once(start.with_name(f"{start.name}_seconds.json"), linearize)
