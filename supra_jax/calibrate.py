@@ -182,7 +182,7 @@ def _calibrate_layer(
   names = _outputs(student)
   prior: Any = 0.0  # the teacher's W_o is for softmax
   if len(names) > 1:
-    prior = np.vstack([np.asarray(student["self_attn"][name]["kernel"], np.float64) for name in names])
+    prior = np.vstack([_whole(student["self_attn"][name]["kernel"]) for name in names])
   kernel, bias, missed = solve(total, ridge=ridge, bias=run.student.output_bias, prior=prior)
   for name, rows in zip(names, np.split(kernel, len(names)), strict=True):
     student = _replaced(student, "self_attn", name, rows, bias if name == "o_proj" else None)
@@ -200,7 +200,7 @@ def _calibrate_layer(
     return student, missed
 
   kernel, bias, _ = solve(total, ridge=ridge, bias=run.student.mlp_bias)
-  old = jax.tree.map(lambda x: np.asarray(x, np.float64), student["mlp"]["down_proj"])
+  old = jax.tree.map(_whole, student["mlp"]["down_proj"])
   student = _replaced(student, "mlp", "down_proj", old["kernel"] + kernel, None if bias is None else old["bias"] + bias)
   for number in range(len(batches)):
     streams.write(number, student=run.finish(student, *streams.read(number, "student")))
@@ -210,6 +210,11 @@ def _calibrate_layer(
 def _outputs(layer: Mapping[str, Any]) -> list[str]:
   """The layer's output projections, of which each reads as many features."""
   return [name for name in ("o_proj", "linear_o_proj") if name in layer["self_attn"]]
+
+
+def _whole(x: jax.Array) -> np.ndarray:
+  """A parameter, float64, on each host."""
+  return np.asarray(multihost_utils.process_allgather(x, tiled=True), np.float64)
 
 
 def _add(total: Moments, moments: Moments) -> Moments:

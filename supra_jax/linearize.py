@@ -12,7 +12,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
 from supra_jax.calibrate import RIDGE, Report, calibrate
 from supra_jax.checkpoint import ModelCheckpoint, load_model, save_model
@@ -20,7 +20,14 @@ from supra_jax.config import Mixer, ModelConfig, SupraConfig
 from supra_jax.data import Batch, make_loader, parse_sources
 from supra_jax.hybrid import MEASURED_TOKENS, choose_softmax_layers, layer_divergences, set_apart
 from supra_jax.packed import META_FILE, check_packed
-from supra_jax.sharding import batch_shards, make_mesh, param_shardings, process_shard
+from supra_jax.sharding import (
+  batch_shards,
+  current_batch_shards,
+  current_time_shards,
+  make_mesh,
+  param_shardings,
+  process_shard,
+)
 from supra_jax.text import documents_of, find_files
 from supra_jax.tokenizer import Tokenizer
 from supra_jax.transformer import Transformer
@@ -160,6 +167,7 @@ def linearize_checkpoint(
 
       def calibrated(layers: Sequence[int]) -> tuple[dict[str, Any], ModelConfig]:
         params, config = linearize(*teacher, **new | {"layers": layers})
+        params = jax.tree.map(_placed, params, param_shardings(params, mesh))
         return calibrate(teacher, (params, config), batches, mesh, **how, report=report), config
 
       params, config = calibrated(chosen)
@@ -182,6 +190,11 @@ def linearize_checkpoint(
     source={"linearized_from": start.source, **made},
   )
   return config
+
+
+def _placed(x: jax.Array, sharding: NamedSharding) -> jax.Array:
+  """A parameter where the mesh has it; new ones are on one device of each process."""
+  return x if x.sharding.is_equivalent_to(sharding, x.ndim) else jax.device_put(np.asarray(x), sharding)
 
 
 def _first_batches(calibration: Calibration, start: ModelCheckpoint, mesh: Mesh, more: int = 0) -> list[Batch]:
@@ -268,7 +281,7 @@ def _new_layers(
   The shapes of what is new come from the model's own initialiser, run for one layer with everything else left out.
   """
   one_layer = Transformer(config.replace(mixers=config.mixers[chosen[0] : chosen[0] + 1]))
-  tokens = jnp.zeros((1, 1), jnp.int32)
+  tokens = jnp.zeros((current_batch_shards(), current_time_shards()), jnp.int32)
   kept = params[f"layers_{chosen[0]}"]["self_attn"].keys()
 
   @jax.jit

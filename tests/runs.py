@@ -107,7 +107,7 @@ class Run:
     )
     command = [sys.executable, "-m", "supra_jax.bin.train", f"--config={recipe}", f"--workdir={workdir}", *flags]
     if processes > 1:
-      command += ["--distributed", f"--coordinator_address=localhost:{_free_port()}", f"--num_processes={processes}"]
+      command += ["--distributed", f"--coordinator_address=localhost:{free_port()}", f"--num_processes={processes}"]
     environment = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
     if cache:
       environment |= {"JAX_COMPILATION_CACHE_DIR": str(cache), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
@@ -176,7 +176,8 @@ class Run:
     return self.said
 
 
-def _free_port() -> int:
+def free_port() -> int:
+  """A port of this machine that nothing listens at."""
   with socket.socket() as probe:
     probe.bind(("localhost", 0))
     return probe.getsockname()[1]

@@ -22,6 +22,7 @@ from supra_jax.packing import prepare
 from supra_jax.sharding import make_mesh, param_shardings
 from supra_jax.tokenizer import Tokenizer
 from supra_jax.transformer import Transformer
+from tests import runs
 from tests import tiny as tiny_model
 
 ROOT = Path(__file__).parents[1]
@@ -241,6 +242,45 @@ def test_a_checkpoint_nearer_to_its_teacher(tmp_path, packed):
   calibrated = load(tmp_path / "calibrated")
   assert calibrated.config.mixers == ("supra", "supra") and len(calibrated.generate("The", max_new_tokens=5)) > 0
   assert load_model(tmp_path / "calibrated").source["calibration"]["tokens"] == 2000
+
+
+# Processes of two devices each; prints nothing.
+PROCESS = """
+import sys, jax
+jax.config.update("jax_num_cpu_devices", 2)
+jax.distributed.initialize(f"localhost:{sys.argv[1]}", 2, int(sys.argv[2]))
+from supra_jax.linearize import Calibration, linearize_checkpoint
+
+text, teacher, output = sys.argv[3:]
+how = Calibration(text, tokens=500, sequence_length=48, batch_size=4, mesh="fsdp:2,tensor:2")
+linearize_checkpoint(teacher, output, phi="identity", window=8, calibration=how, keep_softmax=1, measured_tokens=96)
+"""
+
+
+def test_two_processes_leave_what_one_does(tmp_path):
+  """From directory to directory, new weights, windows and the choice of layers included."""
+  teacher = tiny_model.write_checkpoint(tmp_path / "teacher", "softmax", mixers=("softmax",) * 3)
+  text = tiny_model.write_text(tmp_path / "topics.jsonl")
+  how = Calibration(str(text), tokens=500, sequence_length=48, batch_size=4)
+  new = {"phi": "identity", "window": 8, "keep_softmax": 1, "measured_tokens": 96}
+  config = linearize_checkpoint(teacher, tmp_path / "one", calibration=how, **new)
+  environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"} | {"JAX_PLATFORMS": "cpu"}
+  port = str(runs.free_port())
+  processes = [
+    subprocess.Popen(
+      [sys.executable, "-c", PROCESS, port, str(number), str(text), str(teacher), str(tmp_path / "two")],
+      cwd=ROOT,
+      env=environment,
+      stderr=subprocess.PIPE,
+      text=True,
+    )
+    for number in range(2)
+  ]
+  said = [process.communicate(timeout=300)[1] for process in processes]
+  assert [process.returncode for process in processes] == [0, 0], said
+  one, two = load_model(tmp_path / "one"), load_model(tmp_path / "two")
+  assert two.config == one.config == config and config.mixers.count("softmax") == 1
+  jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=2e-4), two.params, one.params)
 
 
 def test_too_little_text_is_said(tmp_path):
