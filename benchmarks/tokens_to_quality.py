@@ -140,7 +140,7 @@ def in_a_tenth(methods: dict[str, list[dict[str, Any]]], slow: str) -> str:
 
   others = [(tokens, loss, name) for name in methods if name != slow for tokens, loss in means(name)]
   lines = [f"| tokens | {slow} | in at most a tenth of them |", "| --- | --- | --- |"]
-  for tokens, loss in means(slow):
+  for tokens, loss in means(slow)[1:]:
     reached = [(other, name, at) for at, other, name in others if at <= tokens / 10]
     best, name, at = min(reached, default=(float("nan"), "nothing measured", 0))
     lines.append(f"| {tokens:,} | {loss:.2f} | {best:.2f} ({name} at {at:,}) |")
