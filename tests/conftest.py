@@ -62,6 +62,13 @@ def random_params():
   return _random_params
 
 
+@pytest.fixture(scope="module", autouse=True)
+def forgotten_programs():
+  """What a file compiled is no use to the next: kept, it comes to gigabytes."""
+  yield
+  jax.clear_caches()
+
+
 @pytest.fixture(scope="module")
 def quick_compilation():
   """For tests of programs that run once or twice: nearly all of their time is compilation."""
