@@ -254,6 +254,7 @@ def handmade(config):
     new=0,
     parameter_bytes=4 * giga,
     optimizer_bytes=8 * giga,
+    teacher_bytes=0,
     batch_bytes=0,
     gradient_bytes=8 * giga,
     input_bytes=giga,
