@@ -9,20 +9,18 @@ benchmark goes on where it was. Prints a table and writes JSON.
 from __future__ import annotations
 
 import json
-import os
-import platform
 import shutil
 import time
 from pathlib import Path
 from typing import Any
 
-import jax
 from absl import flags
 
 import supra_jax
-from benchmarks.machine import cpu_name
+from benchmarks.machine import described
 from supra_jax.bin.entry import run
 from supra_jax.calibrate import shown
+from supra_jax.checkpoint import load_model_without_params
 from supra_jax.data import heldout_batches
 from supra_jax.evaluate import mean_nll
 from supra_jax.flops import state_bytes
@@ -66,7 +64,7 @@ def one(name: str, changes: dict[str, Any], workdir: Path) -> dict[str, Any]:
   if changes.pop("calibrated", True):
     calibration = Calibration(f"{_DATA.value}/train", tokens=_TOKENS.value)
   if kept := changes.pop("evenly", 0):
-    layers = supra_jax.load(_TEACHER.value).config.num_layers
+    layers = load_model_without_params(_TEACHER.value).config.num_layers
     stay = [round((i + 0.5) * layers / kept - 0.5) for i in range(kept)]
     changes["layers"] = [i for i in range(layers) if i not in stay]
   shutil.rmtree(directory, ignore_errors=True)
@@ -96,10 +94,8 @@ def main() -> None:
   for name in _MODELS.value or MODELS:
     found[name] = one(name, MODELS[name], workdir)
     print(f"{name}: {found[name]['nll']:.3f}", flush=True)
-  device = cpu_name() if jax.default_backend() == "cpu" else jax.devices()[0].device_kind
-  made = {"device": device, "cores": os.cpu_count(), "python": platform.python_version(), "jax": jax.__version__}
   recipe = {"calibration_tokens": _TOKENS.value, "heldout_rows": _HELDOUT_ROWS.value}
-  Path(_OUTPUT.value).write_text(json.dumps(made | recipe | {"models": found}, indent=1) + "\n")
+  Path(_OUTPUT.value).write_text(json.dumps(described() | recipe | {"models": found}, indent=1) + "\n")
   print(table(found))
 
 

@@ -1,8 +1,18 @@
-"""The name of the machine that a benchmark ran on."""
+"""The machine that a benchmark ran on."""
 
+import os
 import platform
 import re
 from pathlib import Path
+from typing import Any
+
+import jax
+
+
+def described() -> dict[str, Any]:
+  """What a result was measured on, for JSON."""
+  device = cpu_name() if jax.default_backend() == "cpu" else jax.devices()[0].device_kind
+  return {"device": device, "cores": os.cpu_count(), "python": platform.python_version(), "jax": jax.__version__}
 
 
 def cpu_name() -> str:

@@ -12,19 +12,16 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import platform
 import shutil
 import statistics
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
 from absl import flags
 
 import supra_jax
-from benchmarks.machine import cpu_name
+from benchmarks.machine import described
 from supra_jax.adapters import AdapterConfig
 from supra_jax.bin.entry import run
 from supra_jax.demo import run_from
@@ -179,10 +176,8 @@ def main() -> None:
     for name in names:
       found.setdefault(name, []).append(one_run(name, seed, config, workdir))
       print(f"{name}, seed {seed}: {found[name][-1]['points'][-1][2]:.3f}", flush=True)
-  device = cpu_name() if jax.default_backend() == "cpu" else jax.devices()[0].device_kind
-  made = {"device": device, "cores": os.cpu_count(), "python": platform.python_version(), "jax": jax.__version__}
   recipe = {name: getattr(config, name) for name in ("batch_size", "num_steps", "tokens_a_step", "dtype")}
-  result = made | {"teacher_nll": teacher_nll, "recipe": recipe, "methods": found}
+  result = described() | {"teacher_nll": teacher_nll, "recipe": recipe, "methods": found}
   output = Path(_OUTPUT.value)
   output.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
   curves = {name: [[(p[0], p[2]) for p in r["points"]] for r in runs] for name, runs in found.items()}

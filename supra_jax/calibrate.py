@@ -36,7 +36,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tqdm import tqdm
 
-from supra_jax.attention import LinearAttention, SoftmaxAttention, WindowAttention
+from supra_jax.attention import LinearAttention, WindowAttention
 from supra_jax.config import ModelConfig
 from supra_jax.layers import Dense, Norm, SwiGLU, at_least_float32
 from supra_jax.sharding import BATCH_AXES, constrain, put_batch
@@ -256,9 +256,8 @@ class _Run:
   def _attend(self, teacher, student, x_teacher, x_student, batch):
     """(x_t + softmax attention, the student's features [B, T, F], moments)."""
     context = self._context(batch)
-    normed = self._norm(teacher, "input_layernorm", x_teacher)
-    softmax = SoftmaxAttention(self.teacher, self.dtype)
-    attended, _ = softmax.apply({"params": teacher["self_attn"]}, normed, None, context)
+    attend = functools.partial(Block(self.teacher, "softmax", self.dtype).apply, method="attend")
+    attended, _ = attend({"params": teacher}, x_teacher, None, context)
     target = x_teacher + attended
     mixer: Any = WindowAttention if len(_outputs(student)) > 1 else LinearAttention
     mix = functools.partial(mixer(self.student, self.dtype).apply, method="mix")

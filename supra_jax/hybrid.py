@@ -7,9 +7,7 @@ of what comes out is measured. Below that layer nothing changes: only what is ab
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -17,11 +15,11 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from supra_jax.calibrate import Report
-from supra_jax.checkpoint import SOURCE_FILE
+from supra_jax.checkpoint import load_model_without_params
 from supra_jax.config import Mixer, ModelConfig
 from supra_jax.data import Batch
 from supra_jax.flops import state_bytes, train_flops_per_token
-from supra_jax.losses import LossSums, Teacher, hidden_loss
+from supra_jax.losses import LossSums, Teacher, hidden_loss, inputs_of
 from supra_jax.sharding import batch_shards, process_shard, put_batch
 from supra_jax.transformer import Block, Transformer
 
@@ -111,7 +109,7 @@ def set_apart(batches: Sequence[Batch], tokens: int, mesh: Mesh) -> tuple[list[B
 
 def table(directory: str) -> str:
   """What is on record of how a model's softmax layers were chosen: a line a layer, the nearest to the teacher first."""
-  kept = json.loads((Path(directory) / SOURCE_FILE).read_text())["kept_softmax"]
+  kept = load_model_without_params(directory).source["kept_softmax"]
   lines = [f"KL from the teacher on {kept['tokens']:,} tokens is {kept['student']:.4f}; with one layer as it was:"]
   for layer, divergence in sorted(kept["by_layer"].items(), key=lambda item: item[1]):
     lines.append(f"layer {int(layer):>3}  {divergence:.4f}" + "  stays softmax" * (int(layer) in kept["layers"]))
@@ -157,15 +155,15 @@ def _through(model: Model, x_BTD: jax.Array, layers: Iterable[int], batch: Mappi
 
 @functools.partial(jax.jit, static_argnums=0)
 def _embed(model: Transformer, ends: Any, batch: Mapping[str, jax.Array]) -> jax.Array:
-  x_BTD: Any = model.apply({"params": ends}, batch["tokens"][:, :-1], method="embed")
+  x_BTD: Any = model.apply({"params": ends}, inputs_of(batch)[0], method="embed")
   return x_BTD
 
 
 # A program a kind of layer, not one a model: all layers have the same shapes.
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _block(model: Transformer, mixer: Mixer, layer: Any, x_BTD: jax.Array, batch: Mapping[str, jax.Array]) -> jax.Array:
-  inputs = {name: batch[name][:, :-1] for name in ("tokens", "segment_ids") if name in batch}
-  context, _ = model.place(inputs["tokens"], segment_ids=inputs.get("segment_ids"))
+  tokens_BT, segment_ids = inputs_of(batch)
+  context, _ = model.place(tokens_BT, segment_ids=segment_ids)
   return Block(model.config, mixer, model.dtype).apply({"params": layer}, x_BTD, None, context)[0]
 
 

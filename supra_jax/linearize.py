@@ -22,8 +22,7 @@ from supra_jax.hybrid import MEASURED_TOKENS, choose_softmax_layers, layer_diver
 from supra_jax.packed import META_FILE, check_packed
 from supra_jax.sharding import (
   batch_shards,
-  current_batch_shards,
-  current_time_shards,
+  least_tokens,
   make_mesh,
   param_shardings,
   process_shard,
@@ -281,7 +280,7 @@ def _new_layers(
   The shapes of what is new come from the model's own initialiser, run for one layer with everything else left out.
   """
   one_layer = Transformer(config.replace(mixers=config.mixers[chosen[0] : chosen[0] + 1]))
-  tokens = jnp.zeros((current_batch_shards(), current_time_shards()), jnp.int32)
+  tokens = least_tokens()
   kept = params[f"layers_{chosen[0]}"]["self_attn"].keys()
 
   @jax.jit

@@ -71,7 +71,7 @@ def language_model_loss(
     z_loss: weight of the squared logsumexp.
     teacher: reads the batch too; no gradient reaches it.
   """
-  inputs = _inputs(batch)
+  inputs = inputs_of(batch)
   read = read_streams if teacher is not None and teacher.hidden_weight else _read
   hidden_BTD, streams = read(model, params, *inputs)
   if teacher is None:
@@ -111,18 +111,18 @@ def attention_transfer_loss(
   model: Transformer, params: Mapping[str, Any], batch: Mapping[str, jax.Array], teacher: Teacher
 ) -> jax.Array:
   """The sum over a batch's targets of `layer_losses.attention_error`, a float32 scalar; see `language_model_loss`."""
-  error_BT = attention_error(model, params, teacher.model, teacher.params, *_inputs(batch))
+  error_BT = attention_error(model, params, teacher.model, teacher.params, *inputs_of(batch))
   return _weighted_sum(error_BT, _target_weights(batch))
 
 
-def _inputs(batch: Mapping[str, jax.Array]) -> tuple[jax.Array, jax.Array | None]:
+def inputs_of(batch: Mapping[str, jax.Array]) -> tuple[jax.Array, jax.Array | None]:
   """Tokens and segment ids [B, T], without the last target."""
   segment_ids = batch.get("segment_ids")
   return batch["tokens"][:, :-1], None if segment_ids is None else segment_ids[:, :-1]
 
 
-def _weighted_sum(x_BT: jax.Array, weights_BT: jax.Array) -> jax.Array:
-  return jnp.where(weights_BT > 0, x_BT * weights_BT, 0).sum()
+def _weighted_sum(x: jax.Array, weights: jax.Array) -> jax.Array:
+  return jnp.where(weights > 0, x * weights, 0).sum()
 
 
 def _read(
@@ -212,7 +212,7 @@ def _chunk_sums(how: _How, teacher_params, params, hidden_BCD, targets_BC, weigh
     divergence = jnp.sum(jnp.exp(theirs) * (theirs - logits), axis=-1) + logsumexp
     loss = (1 - how.teacher_weight) * nll + how.teacher_weight * divergence
   # The same for a target outside the vocabulary.
-  loss, nll, square = (jnp.where(weights > 0, x * weights, 0).sum() for x in (loss, nll, jnp.square(logsumexp)))
+  loss, nll, square = (_weighted_sum(x, weights) for x in (loss, nll, jnp.square(logsumexp)))
   return loss + how.z_loss * square, nll
 
 

@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -261,6 +262,11 @@ def current_time_shards() -> int:
   """How many parts of each row's tokens there are on the mesh that is set; 1 outside a mesh."""
   mesh = jax.sharding.get_abstract_mesh()
   return 1 if mesh.empty else mesh.shape[TIME_AXIS]
+
+
+def least_tokens() -> jax.Array:
+  """Zeros, int32 [B, T], the fewest that the mesh that is set can cut: for shapes of parameters, which want some."""
+  return jnp.zeros((current_batch_shards(), current_time_shards()), jnp.int32)
 
 
 def batch_sharding(mesh: Mesh, *, leading: int = 0) -> NamedSharding:

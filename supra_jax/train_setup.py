@@ -21,8 +21,7 @@ from supra_jax.sharding import (
   TIME_AXIS,
   batch_shards,
   check_heads,
-  current_batch_shards,
-  current_time_shards,
+  least_tokens,
   param_shardings,
   process_shard,
   put_batch,
@@ -80,8 +79,7 @@ def model_shapes(config: ModelConfig) -> Any:
   """jax.ShapeDtypeStruct of every parameter, one subtree a layer, float32."""
 
   def init() -> Any:
-    tokens = jnp.zeros((current_batch_shards(), current_time_shards()), jnp.int32)
-    return Transformer(config).init(jax.random.key(0), tokens, method="logits")["params"]
+    return Transformer(config).init(jax.random.key(0), least_tokens(), method="logits")["params"]
 
   return jax.eval_shape(init)  # key and tokens too: a mesh may be of devices that are not here
 
