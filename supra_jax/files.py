@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -71,13 +72,22 @@ def new_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
       os.rename(temporary, final)
       _sync(final.parent)
     except BaseException:
-      shutil.rmtree(temporary, ignore_errors=True)
+      _remove(temporary)
       raise
 
 
 def temporary_directory(path: Path) -> Path:
   """What `new_directory` yields for a path."""
   return path.with_name(f"{path.name}.partial-directory")
+
+
+def _remove(directory: Path) -> None:
+  """Removes a directory into which threads of a failed write may still write, and which they would make anew."""
+  for _ in range(20):
+    shutil.rmtree(directory, ignore_errors=True)
+    time.sleep(0.3)
+    if not directory.exists():
+      return
 
 
 def _sync(path: Path) -> None:

@@ -1,6 +1,9 @@
+import contextlib
 import functools
 import json
 import shutil
+import threading
+import time
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +14,7 @@ import pytest
 from supra_jax import checkpoint
 from supra_jax.checkpoint import load_model, save_model
 from supra_jax.config import SupraConfig, tiny
-from supra_jax.files import locked, temporary_directory
+from supra_jax.files import locked, new_directory, temporary_directory
 from supra_jax.params_io import UnreadArray
 
 CONFIG = tiny().replace(mixers=("supra", "softmax"), supra=SupraConfig(qk_norm=True), norm="layer_norm")
@@ -105,6 +108,26 @@ def test_what_another_process_writes_is_left_to_it(params, tmp_path):
     with pytest.raises(ValueError, match=r"model.partial-directory is being written by another process"):
       _save(tmp_path / "model", params)
     assert [path.name for path in tmp_path.rglob("*")] == ["model.partial-directory", "params"]
+
+
+def test_nothing_is_left_though_a_thread_of_the_failed_write_goes_on(tmp_path):
+  begun = threading.Event()
+
+  def write(directory):
+    for number in range(60):
+      (directory / "params").mkdir(parents=True, exist_ok=True)
+      with contextlib.suppress(FileNotFoundError):  # removed between the two
+        (directory / "params" / str(number)).write_text("late")
+      begun.set()
+      time.sleep(0.01)
+
+  with pytest.raises(OSError, match="disk full"), new_directory(tmp_path / "model") as partial:
+    thread = threading.Thread(target=write, args=(partial,))
+    thread.start()
+    begun.wait()
+    raise OSError("disk full")
+  thread.join()
+  assert list(tmp_path.iterdir()) == []
 
 
 def test_odd_numbers_survive(tmp_path):

@@ -174,8 +174,10 @@ def test_no_whole_checkpoint_is_no_new_start(config, copy, capsys):
 def _small_files():
   before = resource.getrlimit(resource.RLIMIT_FSIZE)
   resource.setrlimit(resource.RLIMIT_FSIZE, (SMALL, before[1]))
-  yield
-  resource.setrlimit(resource.RLIMIT_FSIZE, before)
+  try:
+    yield
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def test_a_full_disk_costs_a_checkpoint_not_the_run(config, whole, cache, tmp_path):
