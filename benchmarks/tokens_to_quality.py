@@ -106,10 +106,8 @@ def one_run(name: str, seed: int, config: TrainConfig, workdir: Path) -> dict[st
   start = workdir / "starts" / f"{method.phi}-{method.calibration_tokens}-{method.window}-{seed}"
   start.parent.mkdir(exist_ok=True)
   done = run_from(_TEACHER.value, method.phi, calibration, config, directory, window=method.window, start=start)
-  before, waited = 2 * method.calibration_tokens, done.calibration_seconds
-  points = [[before + tokens, waited + seconds, nll] for tokens, seconds, nll in done.points]
-  made = {"seed": seed, "calibration_seconds": waited, "tokens_per_second": done.summary.tokens_per_second}
-  result.write_text(json.dumps(made | {"points": points}))
+  points = [[2 * method.calibration_tokens + tokens, seconds, nll] for tokens, seconds, nll in done.points]
+  result.write_text(json.dumps({"seed": seed, **dataclasses.asdict(done), "points": points}))
   for left in ("checkpoint", "training"):
     shutil.rmtree(directory / left)
   return json.loads(result.read_text())

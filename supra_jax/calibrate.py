@@ -38,6 +38,7 @@ from tqdm import tqdm
 
 from supra_jax.attention import LinearAttention, WindowAttention
 from supra_jax.config import ModelConfig
+from supra_jax.data import Batch
 from supra_jax.layers import Dense, Norm, SwiGLU, at_least_float32
 from supra_jax.sharding import BATCH_AXES, constrain, put_batch
 from supra_jax.transformer import Block, Transformer
@@ -45,7 +46,6 @@ from supra_jax.transformer import Block, Transformer
 # The best of what was tried with SmolLM2 on 8k tokens; see BUILD_NOTES.md.
 RIDGE = 4000.0
 
-Batch = Mapping[str, np.ndarray]
 # Called after each layer: its number, how many there are, what was found, and that in words.
 Report = Callable[[int, int, float, str], None]
 
@@ -297,8 +297,7 @@ class _Run:
     return jax.lax.rsqrt(jnp.mean(stream * stream, axis=-1, keepdims=True) + self.student.norm_eps)
 
   def _mlp(self, config, layer, x_BTD):
-    normed = self._norm(layer, "post_attention_layernorm", x_BTD)
-    return x_BTD + SwiGLU(config, self.dtype).apply({"params": layer["mlp"]}, normed)
+    return Block(config, "softmax", self.dtype).apply({"params": layer}, x_BTD, method="feed")
 
   def _keep(self, mixer, teacher, student, x_teacher, x_student, batch):
     """The streams behind a layer that stays what it is."""

@@ -16,7 +16,7 @@ from supra_jax.linearize import Calibration, Phi, linearize_checkpoint
 from supra_jax.lm import load
 from supra_jax.metrics import read_metrics
 from supra_jax.picture import plot_curves
-from supra_jax.train import METRICS_FILE, TrainSummary, train
+from supra_jax.train import METRICS_FILE, train
 from supra_jax.train_config import TrainConfig
 from supra_jax.train_setup import heldout_nll, prepare_data
 
@@ -25,27 +25,27 @@ STEPS_FILE = "random_steps.json"
 
 
 @dataclasses.dataclass(frozen=True)
-class Curve:
-  """A run beside another.
+class Run:
+  """A run, and how it began.
 
   Attributes:
-    calibration_seconds: before its first step.
-    points: (seconds, calibration included, held-out loss in nats a token). Evaluations and compilation are left out.
-    tokens_trained, tokens_per_second: of its steps.
+    calibration_seconds: before its first step; 0 without calibration.
+    tokens_per_second: of its steps.
+    points: (tokens trained on, seconds, held-out loss in nats a token) of each evaluation. The seconds are those of
+      calibration and steps; evaluations and compilation are left out.
   """
 
   calibration_seconds: float
-  points: list[tuple[float, float]]
-  tokens_trained: int
   tokens_per_second: float
+  points: list[tuple[int, float, float]]
 
   @property
   def seconds(self) -> float:
-    return self.points[-1][0]
+    return self.points[-1][1]
 
   @property
   def nll(self) -> float:
-    return self.points[-1][1]
+    return self.points[-1][2]
 
 
 def compare_starts(
@@ -81,36 +81,19 @@ def compare_starts(
   calibrated, random = (dataclasses.replace(config, data=packed) for config in (calibrated, random))
   say(f"No softmax is left. Projections are solved for on {calibration_tokens:,} tokens, then the RNN is uptrained.")
   calibration = Calibration(text, tokens=calibration_tokens, seed=calibrated.seed)
-  curves = {
-    "calibrated": _curve(run_from(teacher, "identity", calibration, calibrated, workdir, teacher_nll=teacher_nll))
-  }
-  first = curves["calibrated"]
+  first = run_from(teacher, "identity", calibration, calibrated, workdir, teacher_nll=teacher_nll)
   steps = _once(
     workdir / STEPS_FILE, lambda: max(round(first.seconds * first.tokens_per_second / calibrated.tokens_a_step), 1)
   )
   say(f"The same {first.seconds / 60:.1f} minutes from the paper's start, phi random: {steps} steps.")
   random = dataclasses.replace(random, num_steps=steps)
-  curves["random"] = _curve(run_from(teacher, "random", None, random, workdir / "random", teacher_nll=teacher_nll))
-  minutes = {NAMES[name]: [[(s / 60, nll) for s, nll in curve.points]] for name, curve in curves.items()}
+  second = run_from(teacher, "random", None, random, workdir / "random", teacher_nll=teacher_nll)
+  runs = {"calibrated": first, "random": second}
+  minutes = {NAMES[name]: [[(seconds / 60, nll) for _, seconds, nll in run.points]] for name, run in runs.items()}
   plot_curves(minutes, workdir / "starts.png", teacher_nll=teacher_nll, x="minutes")
-  for name, curve in curves.items():
-    say(f"After {curve.seconds / 60:.1f} minutes from {NAMES[name]}: {curve.nll:.4f} nats a token.")
-  return {"teacher_nll": teacher_nll} | {name: dataclasses.asdict(curve) for name, curve in curves.items()}
-
-
-@dataclasses.dataclass(frozen=True)
-class Run:
-  """A run and how it began.
-
-  Attributes:
-    calibration_seconds: before its first step; 0 without calibration.
-    points: (tokens trained on, seconds of steps for them, held-out loss in nats a token) of each evaluation.
-    summary: of the training.
-  """
-
-  calibration_seconds: float
-  points: list[tuple[int, float, float]]
-  summary: TrainSummary
+  for name, run in runs.items():
+    say(f"After {run.seconds / 60:.1f} minutes from {NAMES[name]}: {run.nll:.4f} nats a token.")
+  return {"teacher_nll": teacher_nll} | {name: dataclasses.asdict(run) for name, run in runs.items()}
 
 
 def run_from(
@@ -144,18 +127,15 @@ def run_from(
     return 0.0 if calibration is None else time.monotonic() - began
 
   calibration_seconds = _once(start.with_name(f"{start.name}_seconds.json"), linearize)
-  summary = train(dataclasses.replace(config, init_checkpoint=str(start)), workdir, teacher_nll=teacher_nll)
+  speed = train(
+    dataclasses.replace(config, init_checkpoint=str(start)), workdir, teacher_nll=teacher_nll
+  ).tokens_per_second
   points = [
-    (record["tokens"], record["tokens"] / summary.tokens_per_second, record["heldout_nll"])
+    (record["tokens"], calibration_seconds + record["tokens"] / speed, record["heldout_nll"])
     for record in read_metrics(workdir / METRICS_FILE)
     if "heldout_nll" in record
   ]
-  return Run(calibration_seconds, points, summary)
-
-
-def _curve(run: Run) -> Curve:
-  points = [(run.calibration_seconds + seconds, nll) for _, seconds, nll in run.points]
-  return Curve(run.calibration_seconds, points, run.summary.tokens_trained, run.summary.tokens_per_second)
+  return Run(calibration_seconds, speed, points)
 
 
 def _once(path: Path, measure: Callable[[], Any]) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import os
 from collections.abc import Mapping, Sequence
@@ -146,35 +147,29 @@ def linearize_checkpoint(
   """
   new: dict[str, Any] = {"supra": supra, "layers": layers, "phi": phi, "seed": seed, "window": window}
   kept: dict[str, Any] | None = None
-  if keep_softmax is not None and calibration is None:
-    raise ValueError(f"keep_softmax={keep_softmax} layers are chosen by what calibration leaves; calibrate too.")
   if calibration is None:
+    if keep_softmax is not None:
+      raise ValueError(f"keep_softmax={keep_softmax} layers are chosen by what calibration leaves; calibrate too.")
     start = load_model(checkpoint)
     params, config = linearize(start.params, start.config, **new)
   else:
     mesh = make_mesh(calibration.mesh)
     with jax.set_mesh(mesh):
       start = load_model(checkpoint, shardings=lambda stored: param_shardings(stored, mesh))
-      chosen, teacher = _chosen_layers(start.config, layers), (start.params, start.config)
-      if keep_softmax is not None and not 0 < keep_softmax < len(chosen):
-        raise ValueError(f"keep_softmax={keep_softmax} of {len(chosen)} layers: wanted 1 to {len(chosen) - 1}.")
-      batches = _first_batches(calibration, start, mesh, more=0 if keep_softmax is None else measured_tokens)
-      fresh: list[Batch] = []
-      if keep_softmax is not None:
+      calibrated = functools.partial(_calibrated, (start.params, start.config), new, calibration, mesh, report)
+      chosen = _chosen_layers(start.config, layers)
+      if keep_softmax is None:
+        params, config = calibrated(chosen, _first_batches(calibration, start, mesh))
+      else:
+        if not 0 < keep_softmax < len(chosen):
+          raise ValueError(f"keep_softmax={keep_softmax} of {len(chosen)} layers: wanted 1 to {len(chosen) - 1}.")
+        batches = _first_batches(calibration, start, mesh, more=measured_tokens)
         batches, fresh = set_apart(batches, measured_tokens, mesh)
-      how: dict[str, Any] = {"ridge": calibration.ridge, "mlp": calibration.mlp, "dtype": calibration.dtype}
-
-      def calibrated(layers: Sequence[int]) -> tuple[dict[str, Any], ModelConfig]:
-        params, config = linearize(*teacher, **new | {"layers": layers})
-        params = jax.tree.map(_placed, params, param_shardings(params, mesh))
-        return calibrate(teacher, (params, config), batches, mesh, **how, report=report), config
-
-      params, config = calibrated(chosen)
-      if keep_softmax is not None:
-        measured = layer_divergences(teacher, (params, config), fresh, mesh, dtype=calibration.dtype, report=report)
+        first, teacher = calibrated(chosen, batches), (start.params, start.config)
+        measured = layer_divergences(teacher, first, fresh, mesh, dtype=calibration.dtype, report=report)
         stay = choose_softmax_layers(measured, keep_softmax)
         kept = {"layers": stay, **measured._asdict()}
-        params, config = calibrated([i for i in chosen if i not in stay])
+        params, config = calibrated([i for i in chosen if i not in stay], batches)
   made = new | {
     "supra": dataclasses.asdict(config.supra),
     "layers": None if layers is None else list(layers),
@@ -189,6 +184,22 @@ def linearize_checkpoint(
     source={"linearized_from": start.source, **made},
   )
   return config
+
+
+def _calibrated(
+  teacher: tuple[Mapping[str, Any], ModelConfig],
+  new: Mapping[str, Any],
+  calibration: Calibration,
+  mesh: Mesh,
+  report: Report | None,
+  layers: Sequence[int],
+  batches: Sequence[Batch],
+) -> tuple[dict[str, Any], ModelConfig]:
+  """The student that these layers make, linearised and calibrated."""
+  params, config = linearize(*teacher, **{**new, "layers": layers})
+  params = jax.tree.map(_placed, params, param_shardings(params, mesh))
+  how: dict[str, Any] = {"ridge": calibration.ridge, "mlp": calibration.mlp, "dtype": calibration.dtype}
+  return calibrate(teacher, (params, config), batches, mesh, **how, report=report), config
 
 
 def _placed(x: jax.Array, sharding: NamedSharding) -> jax.Array:

@@ -88,9 +88,12 @@ def make_train_step(config: TrainConfig, model: ModelConfig, teacher: ModelConfi
   """The step that a recipe describes; with a teacher where it distils.
 
   Raises:
-    ValueError: model and teacher have not the same vocabulary and width, or number of layers where these are compared.
+    ValueError: model and teacher have not the same vocabulary and width, or number of layers where these are compared;
+      or the recipe distils and there is no teacher.
   """
   transformer = functools.partial(Transformer, dtype=jnp.dtype(config.dtype), stacked=True)
+  if config.distill_from and teacher is None:
+    raise ValueError(f"distill_from={config.distill_from!r}: wanted the config of that transformer too.")
   if teacher is not None:
     by_layer = ("num_layers",) if config.distill_hidden or config.transfer_steps else ()
     for name in ("vocab_size", "hidden_size", "tie_embeddings", *by_layer):
@@ -121,12 +124,12 @@ def load_teacher(config: TrainConfig, teacher: ModelConfig, mesh: Mesh) -> Any:
 
 def teacher_shapes(config: TrainConfig, teacher: ModelConfig, mesh: Mesh) -> Any:
   """jax.ShapeDtypeStruct, with its sharding, of every array that `load_teacher` loads."""
-  shapes = jax.eval_shape(functools.partial(stack_runs, config=teacher), model_shapes(teacher))
-  return jax.tree.map(
-    lambda x, sharding: jax.ShapeDtypeStruct(x.shape, jnp.dtype(config.dtype), sharding=sharding),
-    shapes,
-    param_shardings(shapes, mesh),
-  )
+
+  def stacked(params: Any) -> Any:
+    return jax.tree.map(lambda x: x.astype(config.dtype), stack_runs(params, teacher))
+
+  shapes = jax.eval_shape(stacked, model_shapes(teacher))
+  return _with_shardings(shapes, param_shardings(shapes, mesh))
 
 
 def state_shapes(step: TrainStep, mesh: Mesh) -> TrainState:
@@ -134,9 +137,11 @@ def state_shapes(step: TrainStep, mesh: Mesh) -> TrainState:
   model = step.model.config
   check_heads(model.num_heads, model.num_kv_heads, mesh)
   shapes = jax.eval_shape(lambda params: step.init(stack_runs(params, model)), model_shapes(model))
-  return jax.tree.map(
-    lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes, step.shardings(shapes, mesh)
-  )
+  return _with_shardings(shapes, step.shardings(shapes, mesh))
+
+
+def _with_shardings(shapes: Any, shardings: Any) -> Any:
+  return jax.tree.map(lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), shapes, shardings)
 
 
 def check_batch(config: TrainConfig, mesh: Mesh) -> None:

@@ -75,14 +75,17 @@ class Block(nn.Module):
   def __call__(self, x_BTD: jax.Array, state: LayerState | None, context: Context) -> tuple[jax.Array, LayerState]:
     mixed, state = self.attend(x_BTD, state, context)
     self._keep(enters=x_BTD, attended=mixed)
-    x_BTD = x_BTD + mixed
-    x_BTD = constrain(x_BTD + self.mlp(self.post_attention_layernorm(x_BTD)), "batch", "time", None)
+    x_BTD = constrain(self.feed(x_BTD + mixed), "batch", "time", None)
     self._keep(leaves=x_BTD)
     return x_BTD, state
 
   def attend(self, x_BTD: jax.Array, state: LayerState | None, context: Context) -> tuple[jax.Array, LayerState]:
     """The mixer alone, of the normalised x."""
     return self.self_attn(self.input_layernorm(x_BTD), state, context)
+
+  def feed(self, x_BTD: jax.Array) -> jax.Array:
+    """The second half: x and the MLP's share."""
+    return x_BTD + self.mlp(self.post_attention_layernorm(x_BTD))
 
   def _keep(self, **streams: jax.Array) -> None:
     for name, x_BTD in streams.items():
