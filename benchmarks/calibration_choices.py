@@ -1,0 +1,144 @@
+"""What each choice in calibration is worth: held-out loss before any training.
+
+    python -m benchmarks.calibration_choices --teacher=DIR --data=DIR --workdir=DIR [--choices=default,bias]
+
+`--data` is what `supra_jax.bin.prepare_data` packed, with held-out text; a seed is an order of its rows, and a draw of
+phi. A killed benchmark goes on where it was. Prints a table and writes JSON.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from absl import flags
+
+from benchmarks.machine import described
+from supra_jax.bin.entry import run
+from supra_jax.calibrate import RIDGE, calibrate, shown
+from supra_jax.checkpoint import ModelCheckpoint, load_model
+from supra_jax.config import SupraConfig
+from supra_jax.data import heldout_batches, make_loader, parse_sources
+from supra_jax.evaluate import mean_nll
+from supra_jax.linearize import Phi, linearize
+from supra_jax.packed import load_info
+from supra_jax.sharding import make_mesh
+from supra_jax.transformer import Transformer
+
+ROWS = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+  """What differs from the default.
+
+  Attributes:
+    tokens: to calibrate on, over those of the default.
+    ridge, mlp: as `calibrate` takes them.
+    bias: solve for a bias on attention's output too.
+    phi, supra, window: as `linearize` takes them.
+  """
+
+  tokens: float = 1.0
+  ridge: float = RIDGE
+  mlp: bool = True
+  bias: bool = False
+  phi: Phi = "identity"
+  supra: SupraConfig | None = None
+  window: int | None = None
+
+
+CHOICES = {
+  "default": Choice(),
+  "random phi": Choice(phi="random"),
+  "random phi per head": Choice(phi="random", supra=SupraConfig(feature_map="per_head")),
+  "bias": Choice(bias=True),
+  "MLPs kept": Choice(mlp=False),
+  "a quarter of the ridge": Choice(ridge=RIDGE / 4),
+  "four times the ridge": Choice(ridge=RIDGE * 4),
+  "a quarter of the tokens": Choice(tokens=0.25),
+  "four times the tokens": Choice(tokens=4.0),
+  "RetNet's decay": Choice(supra=SupraConfig(decay="retnet")),
+  "no decay": Choice(supra=SupraConfig(decay="none")),
+  "first slope 1": Choice(supra=SupraConfig(decay_start=1.0)),
+  "qk-norm": Choice(supra=SupraConfig(qk_norm=True)),
+  "window of 64": Choice(window=64),
+}
+
+
+def nll_of(choice: Choice, seed: int, teacher: ModelCheckpoint, data: Path) -> float:
+  """Linearises and calibrates in memory: nats a token of held-out text."""
+  params, config = linearize(
+    teacher.params, teacher.config, supra=choice.supra, phi=choice.phi, seed=seed, window=choice.window
+  )
+  if choice.bias:
+    config = config.replace(output_bias=True)
+    bias = jnp.zeros(config.hidden_size)
+    for layer in (params[f"layers_{i}"] for i in range(config.num_layers)):
+      layer["self_attn"]["o_proj"] = {**layer["self_attn"]["o_proj"], "bias": bias}
+  length = load_info(data / "train").sequence_length
+  count = max(round(_TOKENS.value * choice.tokens) // (ROWS * length), 1)
+  loader = make_loader(parse_sources(str(data / "train")), batch_size=ROWS, seed=seed)
+  batches = list(itertools.islice(loader, count))
+  mesh = make_mesh("")
+  with jax.set_mesh(mesh), shown() as report:
+    student = (params, config)
+    params = calibrate(
+      (teacher.params, teacher.config), student, batches, mesh, ridge=choice.ridge, mlp=choice.mlp, report=report
+    )
+    heldout = heldout_batches(data / "heldout", batch_size=2, max_rows=_HELDOUT_ROWS.value)
+    return mean_nll(Transformer(config), params, heldout)
+
+
+def table(found: dict[str, dict[str, float]]) -> str:
+  """Means over seeds, and how far each seed's loss is from the default's with the same seed."""
+  lines = ["| choice | nats a token | beside the default | seeds |", "| --- | --- | --- | --- |"]
+  for name, losses in found.items():
+    apart = [nll - found["default"][seed] for seed, nll in losses.items() if seed in found.get("default", {})]
+    beside = f"{min(apart):+.2f} to {max(apart):+.2f}" if apart and name != "default" else ""
+    lines.append(f"| {name} | {statistics.fmean(losses.values()):.2f} | {beside} | {len(losses)} |")
+  return "\n".join(lines)
+
+
+def main() -> None:
+  workdir, data = Path(_WORKDIR.value), Path(_DATA.value)
+  workdir.mkdir(parents=True, exist_ok=True)
+  names, seeds = _CHOICES.value or list(CHOICES), [int(seed) for seed in _SEEDS.value]
+  if unknown := sorted(set(names) - CHOICES.keys()):
+    raise ValueError(f"--choices={','.join(unknown)}: wanted some of {', '.join(CHOICES)}.")
+  teacher = load_model(_TEACHER.value)
+  found: dict[str, dict[str, float]] = {}
+  for seed, name in itertools.product(seeds, names):
+    done = workdir / f"{name.replace(' ', '_')}-{seed}.json"
+    if not done.exists():
+      done.write_text(json.dumps(nll_of(CHOICES[name], seed, teacher, data)))
+      jax.clear_caches()
+    found.setdefault(name, {})[str(seed)] = json.loads(done.read_text())
+    print(f"{name}, seed {seed}: {found[name][str(seed)]:.3f}", flush=True)
+  heldout = heldout_batches(data / "heldout", batch_size=2, max_rows=_HELDOUT_ROWS.value)
+  result: dict[str, Any] = described() | {
+    "calibration_tokens": _TOKENS.value,
+    "heldout_rows": _HELDOUT_ROWS.value,
+    "teacher_nll": mean_nll(Transformer(teacher.config), teacher.params, heldout),
+    "choices": found,
+  }
+  Path(_OUTPUT.value).write_text(json.dumps(result, indent=1) + "\n")
+  print(f"Teacher: {result['teacher_nll']:.3f}\n{table(found)}")
+
+
+if __name__ == "__main__":
+  _TEACHER = flags.DEFINE_string("teacher", None, "Model directory of the transformer.", required=True)
+  _DATA = flags.DEFINE_string("data", None, "Packed text: train and heldout.", required=True)
+  _WORKDIR = flags.DEFINE_string("workdir", None, "Where results lie; a second call goes on.", required=True)
+  _CHOICES = flags.DEFINE_list("choices", [], f"Of {', '.join(CHOICES)}; default: all.")
+  _SEEDS = flags.DEFINE_list("seeds", ["0", "1", "2"], "Of the text's order, and of phi.")
+  _TOKENS = flags.DEFINE_integer("calibration_tokens", 8192, "Of the default.", lower_bound=1)
+  _HELDOUT_ROWS = flags.DEFINE_integer("heldout_rows", 12, "To evaluate on.", lower_bound=1)
+  _OUTPUT = flags.DEFINE_string("output", "benchmarks/results/calibration_choices.json", "Where JSON goes.")
+  run(main)

@@ -1,0 +1,99 @@
+"""A small transformer of our own, for longer curves of `benchmarks.tokens_to_quality` than a real model allows a CPU.
+
+    python -m benchmarks.small_teacher --input=TEXT --workdir=DIR [--num_steps=6000]
+
+A byte-level BPE of 2,048 tokens is made from the text, the text is packed with it (`DIR/data`), and a Llama of 1.3
+million parameters is trained on it from nothing (`DIR/run/checkpoint`). The same command goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import jax
+import tokenizers
+from absl import flags
+
+import supra_jax
+from supra_jax.bin.entry import run
+from supra_jax.checkpoint import save_model
+from supra_jax.config import ModelConfig
+from supra_jax.optimizer import OptimizerConfig
+from supra_jax.packing import prepare
+from supra_jax.sharding import least_tokens
+from supra_jax.text import documents_of, find_files
+from supra_jax.train import train
+from supra_jax.train_config import DataConfig, TrainConfig
+from supra_jax.transformer import Transformer
+
+END, LENGTH, ROWS = "<|end|>", 256, 16
+CONFIG = ModelConfig(
+  vocab_size=2048,
+  hidden_size=128,
+  intermediate_size=344,
+  num_heads=4,
+  num_kv_heads=2,
+  head_dim=32,
+  mixers=("softmax",) * 6,
+  tie_embeddings=True,
+  max_positions=LENGTH,
+  eos_token_ids=(0,),
+)
+
+
+def make_tokenizer(pattern: str, megabytes: int = 20) -> bytes:
+  """A tokenizer.json of the first megabytes of a text, files taking turns."""
+  readers = [documents_of(file, "text") for file in find_files(pattern)]
+  texts: list[str] = []
+  while readers and sum(map(len, texts)) < megabytes * 10**6:
+    for reader in list(readers):
+      if (text := next(reader, None)) is None:
+        readers.remove(reader)
+      else:
+        texts.append(text)
+  bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
+  bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+  bpe.decoder = tokenizers.decoders.ByteLevel()
+  alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+  trainer = tokenizers.trainers.BpeTrainer(
+    vocab_size=CONFIG.vocab_size, special_tokens=[END], initial_alphabet=alphabet, show_progress=False
+  )
+  bpe.train_from_iterator(texts, trainer)
+  return bpe.to_str().encode()
+
+
+def main() -> None:
+  workdir = Path(_WORKDIR.value)
+  start, data = workdir / "start", workdir / "data"
+  if not start.exists():
+    init = Transformer(CONFIG).init(jax.random.key(0), least_tokens(), method="logits")
+    files = {"tokenizer.json": make_tokenizer(_INPUT.value), "tokenizer_config.json": json.dumps({}).encode()}
+    save_model(start, config=CONFIG, params=init["params"], tokenizer_files=files, source={"made_by": __doc__})
+  model = supra_jax.load(start)
+  assert model.tokenizer is not None
+  prepare(_INPUT.value, model.tokenizer, data, vocab_size=CONFIG.vocab_size, sequence_length=LENGTH, heldout_every=50)
+  packed = DataConfig(
+    sources=str(data / "train"), heldout=str(data / "heldout"), heldout_rows=64, sequence_length=LENGTH
+  )
+  steps = _NUM_STEPS.value
+  config = TrainConfig(
+    init_checkpoint=str(start),
+    data=packed,
+    batch_size=ROWS,
+    num_steps=steps,
+    dtype="float32",
+    remat="none",
+    optimizer=OptimizerConfig(learning_rate=3e-3, end_learning_rate=3e-5, warmup_steps=steps // 20),
+    evaluate_every=max(steps // 10, 1),
+    save_every=max(steps // 10, 1),
+  )
+  summary = train(config, workdir / "run")
+  print(f"Held-out loss {summary.nll_after:.3f} nats a token after {summary.tokens_trained:,} tokens.")
+
+
+if __name__ == "__main__":
+  _INPUT = flags.DEFINE_string("input", None, "Text, as prepare_data takes it.", required=True)
+  _WORKDIR = flags.DEFINE_string("workdir", None, "Where everything goes.", required=True)
+  _NUM_STEPS = flags.DEFINE_integer("num_steps", 6000, f"Of {ROWS} rows of {LENGTH} tokens.", lower_bound=1)
+  run(main)
