@@ -124,6 +124,31 @@ def test_a_long_decoding_goes_round_the_ring_and_grows_nothing(random_params):
   assert jax.tree.map(jnp.shape, state) == jax.tree.map(jnp.shape, start)
 
 
+def test_token_by_token_is_the_same_function_to_the_last_digits(random_params):
+  """In float64, so that rounding hides nothing: loss and all gradients of both forms, 1 < G < H."""
+  config, params = _made(random_params)
+  tokens = np.random.default_rng(0).integers(0, 97, (2, 7)).astype(np.int32)
+  with jax.enable_x64(True):
+    params = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
+    model = Transformer(config, jnp.float64)
+    read = functools.partial(model.apply, method="logits")
+    weights = np.random.default_rng(1).standard_normal((2, 7, 97))
+
+    def parallel(params):
+      return jnp.vdot(read({"params": params}, tokens)[0], weights)
+
+    def recurrent(params):
+      state, total = model.init_state(2), 0.0
+      for at in range(tokens.shape[1]):
+        logits, state = read({"params": params}, tokens[:, at : at + 1], state)
+        total += jnp.vdot(logits[:, 0], weights[:, at])
+      return total
+
+    got, want = jax.jit(jax.value_and_grad(parallel))(params), jax.jit(jax.value_and_grad(recurrent))(params)
+  jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-9, atol=1e-9), got, want)
+  assert all(np.any(x) for x in jax.tree.leaves(got))
+
+
 def test_cost_grows_with_the_text_and_not_with_its_square(random_params):
   config, params = _made(random_params)
 
