@@ -27,14 +27,14 @@ from supra_jax.train import train
 from supra_jax.train_config import DataConfig, TrainConfig
 from supra_jax.transformer import Transformer
 
-END, LENGTH, ROWS = "<|end|>", 256, 16
+END, LENGTH, ROWS = "<|end|>", 128, 32
 CONFIG = ModelConfig(
   vocab_size=2048,
   hidden_size=128,
   intermediate_size=344,
-  num_heads=4,
-  num_kv_heads=2,
-  head_dim=32,
+  num_heads=2,
+  num_kv_heads=1,
+  head_dim=64,
   mixers=("softmax",) * 6,
   tie_embeddings=True,
   max_positions=LENGTH,
