@@ -154,6 +154,8 @@ def test_a_teacher_is_counted():
   assert (alone.teacher_bytes, made.teacher_bytes) == (0, 2 * parameters)
   extra = made.flops_per_token - alone.flops_per_token
   assert extra == pytest.approx(train_flops_per_token(teacher, config.data.sequence_length) / 3)
+  with pytest.raises(ValueError, match=r"distill_from='none/yet': wanted the config of that transformer too"):
+    planning.plan(config, model, mesh)
   assert "  teacher " in planning.render(made) and "  teacher " not in planning.render(alone)
   assert "and the teacher." in planning.verdict(made, 1)
 
