@@ -56,6 +56,8 @@ def window_softmax_attention(
     (out [B, T, H, V], the ring after the last real token).
   """
   (batch, time), window = q_BTHK.shape[:2], ring[0].shape[1]
+  if time == 1:
+    return _step(q_BTHK, k_BTGK, v_BTGV, ring, cached_B, count_B, first_BT)
   size = min(time, window)
   blocks = -(-time // size)
   fill = blocks * size - time
@@ -83,3 +85,13 @@ def window_softmax_attention(
   joined = (jnp.concatenate(pair, axis=1) for pair in zip(ring, (k_BTGK, v_BTGV), strict=True))
   k_ring, v_ring = (jnp.take_along_axis(x, slot[..., None, None], axis=1) for x in joined)
   return out_BTHV, (k_ring, v_ring)
+
+
+def _step(q_BTHK, k_BTGK, v_BTGV, ring, cached_B, count_B, first_BT):
+  """One token, which takes the place of the one that leaves the window: nothing else in the ring moves."""
+  batch, window = ring[0].shape[:2]
+  slot_B = jnp.where(count_B > 0, cached_B % window, window)  # out of range: dropped
+  at = jnp.arange(batch), slot_B
+  k, v = (held.at[at].set(x[:, 0], mode="drop") for held, x in zip(ring, (k_BTGK, v_BTGV), strict=True))
+  mask_BTW = ring_index(cached_B + 1, window)[:, None] >= first_BT[..., None]
+  return masked_softmax_attention(q_BTHK, k, v, mask_BTW), (k, v)
