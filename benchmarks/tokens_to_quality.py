@@ -59,14 +59,11 @@ METHODS = {
   "random": Method("random", 0, 1e-3),
   "random_3e-4": Method("random", 0, 3e-4),
   "random_2e-3": Method("random", 0, 2e-3),
-  "random_4e-3": Method("random", 0, 4e-3),
   "identity": Method("identity", 0, 1e-3),
   # In a tenth of the tokens.
   "calibrated_512": Method("identity", 512, 1e-4, share=0.1),
   "calibrated_2k": Method("identity", 2048, 1e-4, share=0.1),
-  "calibrated_4k_3e-4": Method("identity", 4096, 3e-4, share=0.09),
-  "calibrated_4k_1e-3": Method("identity", 4096, 1e-3, share=0.09),
-  "calibrated_4k_2e-3": Method("identity", 4096, 2e-3, share=0.09),
+  "calibrated_4k": Method("identity", 4096, 1e-4, share=0.09),
   "calibrated_8k": Method("identity", 8192, 1e-4),
   "calibrated_16k": Method("identity", 16384, 1e-4),
   "calibrated_32k": Method("identity", 32768, 1e-4),
@@ -75,6 +72,7 @@ METHODS = {
   "calibrated_131k": Method("identity", 131072, 1e-4),
   # Softmax over the last tokens stays.
   "window_512": Method("identity", 512, 1e-4, share=0.1, window=64),
+  "window_4k": Method("identity", 4096, 1e-4, share=0.09, window=64),
   "window_8k": Method("identity", 8192, 1e-4, share=0.5, window=64),
   "window_8k_3e-5": Method("identity", 8192, 3e-5, share=0.5, window=64),
   # What each stage adds to calibrated_8k in half of the steps.
@@ -101,7 +99,9 @@ def one_run(name: str, seed: int, config: TrainConfig, workdir: Path) -> dict[st
   steps = max(round(config.num_steps * method.share), 1)
   every = max(round(config.evaluate_every * method.share), 1)
   optimizer = dataclasses.replace(
-    config.optimizer, learning_rate=method.learning_rate, warmup_steps=min(config.optimizer.warmup_steps, steps)
+    config.optimizer,
+    learning_rate=method.learning_rate * _RATE_SCALE.value,
+    warmup_steps=min(config.optimizer.warmup_steps, steps),
   )
   changes: dict[str, Any] = {"num_steps": steps, "evaluate_every": every, "save_every": every, **method.stages}
   if {"distill_weight", "distill_hidden", "transfer_steps"} & changes.keys():
@@ -179,6 +179,7 @@ def main() -> None:
       found.setdefault(name, []).append(one_run(name, seed, config, workdir))
       print(f"{name}, seed {seed}: {found[name][-1]['points'][-1][2]:.3f}", flush=True)
   recipe = {name: getattr(config, name) for name in ("batch_size", "num_steps", "tokens_a_step", "dtype")}
+  recipe["rate_scale"] = _RATE_SCALE.value
   result = described() | {"teacher_nll": teacher_nll, "recipe": recipe, "methods": found}
   output = Path(_OUTPUT.value)
   output.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
@@ -197,6 +198,7 @@ if __name__ == "__main__":
   _METHODS = flags.DEFINE_list("methods", ["random", "calibrated_32k"], f"Of {', '.join(METHODS)}.")
   _SEEDS = flags.DEFINE_list("seeds", ["0", "1", "2"], "Of phi, and of the order of the text.")
   _NUM_STEPS = flags.DEFINE_integer("num_steps", 60, "Of each run.", lower_bound=1)
+  _RATE_SCALE = flags.DEFINE_float("rate_scale", 1.0, "Of the methods' learning rates, which are SmolLM2's.")
   _BATCH_SIZE = flags.DEFINE_integer("batch_size", 2, "Rows a step.", lower_bound=1)
   _HELDOUT_ROWS = flags.DEFINE_integer("heldout_rows", 24, "To evaluate on.", lower_bound=1)
   _DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of the computation.")
