@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from supra_jax.calibrate import shown
+from supra_jax.config import SupraConfig
 from supra_jax.linearize import Calibration, Phi, linearize_checkpoint
 from supra_jax.lm import load
 from supra_jax.metrics import read_metrics
@@ -55,6 +56,7 @@ def compare_starts(
   workdir: Path,
   *,
   calibration_tokens: int,
+  window: int | None = SupraConfig.window,
   say: Callable[[str], None] = print,
 ) -> dict[str, Any]:
   """Uptrains from both starts on the same text, and draws their losses against time into `starts.png`.
@@ -67,6 +69,7 @@ def compare_starts(
       as many steps as fit into the seconds of the first's calibration and steps.
     workdir: where everything goes.
     calibration_tokens: so many of the training text calibrate.
+    window: of the calibrated run's softmax, as `linearize_checkpoint` takes it; the paper has none.
     say: gets a line of progress at a time.
 
   Returns:
@@ -79,9 +82,10 @@ def compare_starts(
   say(f"Teacher, a transformer: held-out loss {teacher_nll:.4f} nats a token.")
   packed = dataclasses.replace(calibrated.data, input="", sources=text, heldout=str(heldout))
   calibrated, random = (dataclasses.replace(config, data=packed) for config in (calibrated, random))
-  say(f"No softmax is left. Projections are solved for on {calibration_tokens:,} tokens, then the RNN is uptrained.")
+  left = "No softmax is left." if window is None else f"Of softmax the last {window} tokens are left, which never grow."
+  say(f"{left} Projections are solved for on {calibration_tokens:,} tokens, then the RNN is uptrained.")
   calibration = Calibration(text, tokens=calibration_tokens, seed=calibrated.seed)
-  first = run_from(teacher, "identity", calibration, calibrated, workdir, teacher_nll=teacher_nll)
+  first = run_from(teacher, "identity", calibration, calibrated, workdir, window=window, teacher_nll=teacher_nll)
   steps = _once(
     workdir / STEPS_FILE, lambda: max(round(first.seconds * first.tokens_per_second / calibrated.tokens_a_step), 1)
   )

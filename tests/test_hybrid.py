@@ -190,7 +190,8 @@ def test_from_the_command_line(tmp_path, teacher, how):
   divergences = {int(layer): x for layer, x in kept["by_layer"].items()}
   assert divergences.keys() == {0, 1, 3} and made.source["layers"] == [0, 1, -1]
   assert kept["layers"] == [min(divergences, key=divergences.get)] and kept["tokens"] == 144
-  assert made.config.mixers == tuple("softmax" if i in (2, *kept["layers"]) else "supra" for i in range(4))
+  assert made.config.mixers == tuple("softmax" if i in (2, *kept["layers"]) else "supra_window" for i in range(4))
+  assert made.config.supra.window == 64
   first, *rows, last = ran.stdout.splitlines()
   assert f"on 144 tokens is {kept['student']:.4f}" in first
   assert [row.split()[1:3] for row in rows] == [

@@ -139,7 +139,7 @@ def test_the_demo_leaves_what_it_promises(tmp_path):
   # Without training: 512 tokens of calibration are worth nats.
   assert 2 < report["teacher_nll"] < calibrated["points"][0][2] < random["points"][0][2] - 1.5
   assert report["prompt"] + report["text"] in first.stdout
-  assert supra_jax.load(tmp_path / "demo" / "checkpoint").config.mixers == ("supra",) * 30
+  assert supra_jax.load(tmp_path / "demo" / "checkpoint").config.mixers == ("supra_window",) * 30
 
   again = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True)
   assert "Converting" not in again.stdout and "Calibrating" not in again.stderr

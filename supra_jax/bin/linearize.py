@@ -33,7 +33,8 @@ flags.DEFINE_enum("feature_map", "dense", typing.get_args(FeatureMapKind), "W of
 flags.DEFINE_enum("decay", "lightning", typing.get_args(Decay), "Decay of the heads.")
 flags.DEFINE_float("decay_start", None, "First lightning slope. Default: the series' own ratio.")
 flags.DEFINE_bool("qk_norm", False, "Normalise phi(q) and phi(k) before RoPE.")
-_WINDOW = flags.DEFINE_integer("window", 0, "Beside it softmax attention over so many last tokens.", lower_bound=0)
+_WINDOW_HELP = f"Softmax over so many last tokens beside it; 0: none. Default: {SupraConfig.window} if it calibrates."
+_WINDOW = flags.DEFINE_integer("window", None, _WINDOW_HELP, lower_bound=0)
 _SEED = flags.DEFINE_integer("seed", 0, "Of new weights, and of the order of the text.")
 
 
@@ -46,7 +47,8 @@ def main() -> None:
     how: dict[str, typing.Any] = {"tokens": _TOKENS.value, "mlp": _MLP.value, "seed": _SEED.value, "mesh": _MESH.value}
     calibration = Calibration(_DATA.value, _TEXT_KEY.value, **how)
   new: dict[str, typing.Any] = {"supra": supra, "layers": layers, "phi": phi, "seed": _SEED.value}
-  new |= {"window": _WINDOW.value or None, "keep_softmax": _KEEP.value, "measured_tokens": _MEASURED.value}
+  window = _WINDOW.value if _WINDOW.value is not None or calibration is None else SupraConfig.window
+  new |= {"window": window or None, "keep_softmax": _KEEP.value, "measured_tokens": _MEASURED.value}
   with shown() if calibration else contextlib.nullcontext() as report:
     config = linearize_checkpoint(_CHECKPOINT.value, _OUTPUT.value, calibration=calibration, report=report, **new)
   if _KEEP.value:
