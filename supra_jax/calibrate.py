@@ -45,6 +45,8 @@ from supra_jax.transformer import Block, Transformer
 
 # The best of what was tried with SmolLM2 on 8k tokens; see BUILD_NOTES.md.
 RIDGE = 4000.0
+# Of it for projections kept near the teacher's own, which are right to begin with and take less.
+PRIOR_RIDGE = 0.25
 
 # Called after each layer: its number, how many there are, what was found, and that in words.
 Report = Callable[[int, int, float, str], None]
@@ -70,11 +72,12 @@ NOTHING = Moments(0.0, 0.0, 0.0, 0.0)
 
 
 def solve(
-  moments: Moments, *, ridge: float, bias: bool, prior: np.ndarray | float = 0.0
+  moments: Moments, *, ridge: float | Sequence[float], bias: bool, prior: np.ndarray | float = 0.0
 ) -> tuple[np.ndarray, np.ndarray | None, float]:
   """The W [F, D] and b [D] that make a W + b closest to y in the weighted mean square, W kept near a prior.
 
-  Minimises sum w |a W + b - y|^2 + ridge / tokens * mean(diag(gram)) * |W - prior|^2; b is free.
+  Minimises sum w |a W + b - y|^2 + ridge / tokens * mean(diag(gram)) * |W - prior|^2; b is free. Several ridges are of
+  as many equal parts of the features, each with the mean of its own part.
 
   Returns:
     (W, b, the share of w |y|^2 that is left), float64; b is None without `bias`.
@@ -84,9 +87,12 @@ def solve(
   inner, outer = gram[:-1, :-1], cross[:-1]
   if bias:
     inner, outer = inner - np.outer(sums, sums) / count, outer - np.outer(sums, targets) / count
-  size = ridge / float(moments.tokens) * np.trace(inner) / len(inner)
-  size = max(size, np.finfo(float).tiny)  # features that are all 0 get weights of 0
-  kernel = np.linalg.solve(inner + size * np.eye(len(inner)), outer + size * prior)
+  ridges = np.atleast_1d(np.asarray(ridge, np.float64))
+  means = np.diag(inner).reshape(len(ridges), -1).mean(axis=1)
+  # Features that are all 0 get the prior's weights.
+  sizes = np.maximum(ridges / float(moments.tokens) * means, np.finfo(float).tiny)
+  sizes_F1 = np.repeat(sizes, len(inner) // len(sizes))[:, None]
+  kernel = np.linalg.solve(inner + np.diagflat(sizes_F1), outer + sizes_F1 * prior)
   offset = (targets - sums @ kernel) / count if bias else None
   whole = kernel if offset is None else np.vstack([kernel, offset])
   a_a, a_y = (gram, cross) if bias else (gram[:-1, :-1], cross[:-1])
@@ -181,9 +187,11 @@ def _calibrate_layer(
     total = _add(total, moments)
   names = _outputs(student)
   prior: Any = 0.0  # the teacher's W_o is for softmax
+  ridges = [ridge]
   if len(names) > 1:
+    ridges = [ridge * PRIOR_RIDGE, ridge]
     prior = np.vstack([_whole(student["self_attn"][name]["kernel"]) for name in names])
-  kernel, bias, missed = solve(total, ridge=ridge, bias=run.student.output_bias, prior=prior)
+  kernel, bias, missed = solve(total, ridge=ridges, bias=run.student.output_bias, prior=prior)
   for name, rows in zip(names, np.split(kernel, len(names)), strict=True):
     student = _replaced(student, "self_attn", name, rows, bias if name == "o_proj" else None)
 

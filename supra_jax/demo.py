@@ -82,8 +82,10 @@ def compare_starts(
   say(f"Teacher, a transformer: held-out loss {teacher_nll:.4f} nats a token.")
   packed = dataclasses.replace(calibrated.data, input="", sources=text, heldout=str(heldout))
   calibrated, random = (dataclasses.replace(config, data=packed) for config in (calibrated, random))
-  left = "No softmax is left." if window is None else f"Of softmax the last {window} tokens are left, which never grow."
-  say(f"{left} Projections are solved for on {calibration_tokens:,} tokens, then the RNN is uptrained.")
+  kept = (
+    "No softmax is left" if window is None else f"Softmax sees the last {window} tokens, linear attention all of them"
+  )
+  say(f"{kept}: an RNN. Projections are solved for on {calibration_tokens:,} tokens, then it is uptrained.")
   calibration = Calibration(text, tokens=calibration_tokens, seed=calibrated.seed)
   first = run_from(teacher, "identity", calibration, calibrated, workdir, window=window, teacher_nll=teacher_nll)
   steps = _once(

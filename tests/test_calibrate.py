@@ -35,17 +35,19 @@ def _moments(a, y):
 
 
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("ridge", [0.0, 20.0])
+@pytest.mark.parametrize("ridge", [0.0, 20.0, (3.0, 50.0)])
 @pytest.mark.parametrize("has_prior", [False, True])
 def test_solve_is_least_squares(has_prior, ridge, bias):
   rng = np.random.default_rng(0)
-  prior = has_prior * rng.standard_normal((7, 3))
-  a, y = rng.standard_normal((200, 7)) + 1, rng.standard_normal((200, 3)) + 2
+  prior = has_prior * rng.standard_normal((8, 3))
+  a, y = rng.standard_normal((200, 8)) * np.repeat([1, 5], 4) + 1, rng.standard_normal((200, 3)) + 2
   kernel, offset, left = solve(_moments(a, y), ridge=ridge, bias=bias, prior=prior)
   # As rows of a larger least squares problem; a free offset is what centring takes away.
   inner, outer = (a - a.mean(0), y - y.mean(0)) if bias else (a, y)
-  size = np.sqrt(ridge / 200 * np.mean(np.sum(inner**2, axis=0)))
-  wanted, *_ = np.linalg.lstsq(np.vstack([inner, size * np.eye(7)]), np.vstack([outer, size * prior]), rcond=None)
+  parts = np.split(inner, np.size(ridge), axis=1)
+  sizes = [np.sqrt(r / 200 * np.mean(np.sum(part**2, axis=0))) for r, part in zip(np.ravel(ridge), parts, strict=True)]
+  size = np.diag(np.repeat(sizes, 8 // len(sizes)))
+  wanted, *_ = np.linalg.lstsq(np.vstack([inner, size]), np.vstack([outer, size @ prior]), rcond=None)
   np.testing.assert_allclose(kernel, wanted, rtol=1e-10)
   if bias:
     np.testing.assert_allclose(offset, y.mean(0) - a.mean(0) @ wanted, rtol=1e-10)
@@ -132,9 +134,10 @@ def test_a_layer_is_what_least_squares_says(random_params, window):
       Transformer(config).apply({"params": params}, tokens)
     return {name: x.reshape(tokens.size, -1) for name, x in seen.items() if x.shape[:2] == tokens.shape}
 
-  def solved(features, missing, stream, prior=0.0):
+  def solved(features, missing, stream, prior=0.0, ridges=(50.0,)):
     weights = 1 / np.sqrt(np.mean(stream**2, axis=-1, keepdims=True) + config.norm_eps)
-    rows = np.sqrt(50.0 / tokens.size * np.mean(np.sum((weights * features) ** 2, axis=0))) * np.eye(features.shape[1])
+    sizes = np.mean(np.sum((weights * features) ** 2, axis=0).reshape(len(ridges), -1), axis=1)
+    rows = np.diag(np.repeat(np.sqrt(np.array(ridges) / tokens.size * sizes), features.shape[1] // len(ridges)))
     a = np.vstack([weights * features, rows])
     y = np.vstack([weights * missing, rows @ (prior + np.zeros((len(rows), missing.shape[1])))])
     return np.linalg.lstsq(a, y, rcond=None)[0]
@@ -144,7 +147,9 @@ def test_a_layer_is_what_least_squares_says(random_params, window):
   old, new = student["layers_0"]["self_attn"], got["layers_0"]["self_attn"]
   names = ["o_proj"] if window is None else ["o_proj", "linear_o_proj"]
   prior = 0.0 if window is None else np.vstack([old[name]["kernel"] for name in names])
-  wanted = solved(begun["layers_0.self_attn.mix"], teacher["layers_0.self_attn.__call__"], stream, prior)
+  # A quarter of the ridge where the teacher's own projection is the prior.
+  ridges = (50.0,) if window is None else (12.5, 50.0)
+  wanted = solved(begun["layers_0.self_attn.mix"], teacher["layers_0.self_attn.__call__"], stream, prior, ridges)
   np.testing.assert_allclose(np.vstack([new[name]["kernel"] for name in names]), wanted, atol=2e-5)
 
   half = {**student, "layers_0": {**got["layers_0"], "mlp": student["layers_0"]["mlp"]}}

@@ -121,7 +121,7 @@ def test_the_chunked_scan_is_as_exact_as_the_token_recurrence(teacher, text_ids)
 def test_the_demo_leaves_what_it_promises(tmp_path):
   """`make demo` with two steps, and once more: a second run needs nothing that the first had."""
   command = [sys.executable, "-m", "supra_jax.bin.demo", f"--workdir={tmp_path / 'demo'}", "--max_new_tokens=5"]
-  config = {"num_steps": 2, "evaluate_every": 0, "data.heldout_rows": 1, "data.sequence_length": 64}
+  config = {"num_steps": 2, "evaluate_every": 0, "data.heldout_rows": 1, "data.sequence_length": 128}
   command += [f"--{recipe}.{key}={value}" for recipe in ("config", "random_config") for key, value in config.items()]
   command += ["--calibration_tokens=512"]
   root = Path(__file__).parent.parent
@@ -132,7 +132,7 @@ def test_the_demo_leaves_what_it_promises(tmp_path):
   report = json.loads((tmp_path / "demo" / "report.json").read_text())
   assert set(report) == {"teacher_nll", "calibrated", "random", "prompt", "text"}
   calibrated, random = report["calibrated"], report["random"]
-  assert calibrated["points"][-1][0] == 2 * 64 < random["points"][-1][0]
+  assert calibrated["points"][-1][0] == 2 * 128 < random["points"][-1][0]
   assert 0 == random["calibration_seconds"] < calibrated["calibration_seconds"]
   # The same time, to half a step of the second's speed.
   assert random["points"][-1][1] == pytest.approx(calibrated["points"][-1][1], rel=0.5)
