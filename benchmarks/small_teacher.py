@@ -8,7 +8,6 @@ million parameters is trained on it from nothing (`DIR/run/checkpoint`). The sam
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import jax
@@ -22,7 +21,7 @@ from supra_jax.config import ModelConfig
 from supra_jax.optimizer import OptimizerConfig
 from supra_jax.packing import prepare
 from supra_jax.sharding import least_tokens
-from supra_jax.text import documents_of, find_files
+from supra_jax.text import documents_in_turns
 from supra_jax.train import train
 from supra_jax.train_config import DataConfig, TrainConfig
 from supra_jax.transformer import Transformer
@@ -44,14 +43,12 @@ CONFIG = ModelConfig(
 
 def make_tokenizer(pattern: str, megabytes: int = 20) -> bytes:
   """A tokenizer.json of the first megabytes of a text, files taking turns."""
-  readers = [documents_of(file, "text") for file in find_files(pattern)]
-  texts: list[str] = []
-  while readers and sum(map(len, texts)) < megabytes * 10**6:
-    for reader in list(readers):
-      if (text := next(reader, None)) is None:
-        readers.remove(reader)
-      else:
-        texts.append(text)
+  texts, characters = [], 0
+  for text in documents_in_turns(pattern):
+    texts.append(text)
+    characters += len(text)
+    if characters >= megabytes * 10**6:
+      break
   bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
   bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
   bpe.decoder = tokenizers.decoders.ByteLevel()
@@ -68,7 +65,7 @@ def main() -> None:
   start, data = workdir / "start", workdir / "data"
   if not start.exists():
     init = Transformer(CONFIG).init(jax.random.key(0), least_tokens(), method="logits")
-    files = {"tokenizer.json": make_tokenizer(_INPUT.value), "tokenizer_config.json": json.dumps({}).encode()}
+    files = {"tokenizer.json": make_tokenizer(_INPUT.value), "tokenizer_config.json": b"{}"}
     save_model(start, config=CONFIG, params=init["params"], tokenizer_files=files, source={"made_by": __doc__})
   model = supra_jax.load(start)
   assert model.tokenizer is not None

@@ -56,7 +56,6 @@ def compare_starts(
   workdir: Path,
   *,
   calibration_tokens: int,
-  window: int | None = SupraConfig.window,
   say: Callable[[str], None] = print,
 ) -> dict[str, Any]:
   """Uptrains from both starts on the same text, and draws their losses against time into `starts.png`.
@@ -69,7 +68,6 @@ def compare_starts(
       as many steps as fit into the seconds of the first's calibration and steps.
     workdir: where everything goes.
     calibration_tokens: so many of the training text calibrate.
-    window: of the calibrated run's softmax, as `linearize_checkpoint` takes it; the paper has none.
     say: gets a line of progress at a time.
 
   Returns:
@@ -82,10 +80,11 @@ def compare_starts(
   say(f"Teacher, a transformer: held-out loss {teacher_nll:.4f} nats a token.")
   packed = dataclasses.replace(calibrated.data, input="", sources=text, heldout=str(heldout))
   calibrated, random = (dataclasses.replace(config, data=packed) for config in (calibrated, random))
-  kept = (
-    "No softmax is left" if window is None else f"Softmax sees the last {window} tokens, linear attention all of them"
+  window = SupraConfig.window
+  say(
+    f"Softmax sees the last {window} tokens, linear attention all of them: an RNN. Projections are solved for on "
+    f"{calibration_tokens:,} tokens, then it is uptrained."
   )
-  say(f"{kept}: an RNN. Projections are solved for on {calibration_tokens:,} tokens, then it is uptrained.")
   calibration = Calibration(text, tokens=calibration_tokens, seed=calibrated.seed)
   first = run_from(teacher, "identity", calibration, calibrated, workdir, window=window, teacher_nll=teacher_nll)
   steps = _once(

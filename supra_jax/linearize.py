@@ -28,7 +28,7 @@ from supra_jax.sharding import (
   param_shardings,
   process_shard,
 )
-from supra_jax.text import documents_of, find_files
+from supra_jax.text import documents_in_turns
 from supra_jax.tokenizer import Tokenizer
 from supra_jax.transformer import Transformer
 
@@ -156,7 +156,8 @@ def linearize_checkpoint(
     mesh = make_mesh(calibration.mesh)
     with jax.set_mesh(mesh):
       start = load_model(checkpoint, shardings=lambda stored: param_shardings(stored, mesh))
-      calibrated = functools.partial(_calibrated, (start.params, start.config), new, calibration, mesh, report)
+      teacher = (start.params, start.config)
+      calibrated = functools.partial(_calibrated, teacher, new, calibration, mesh, report)
       chosen = _chosen_layers(start.config, layers)
       if keep_softmax is None:
         params, config = calibrated(chosen, _first_batches(calibration, start, mesh))
@@ -165,7 +166,7 @@ def linearize_checkpoint(
           raise ValueError(f"keep_softmax={keep_softmax} of {len(chosen)} layers: wanted 1 to {len(chosen) - 1}.")
         batches = _first_batches(calibration, start, mesh, more=measured_tokens)
         batches, fresh = set_apart(batches, measured_tokens, mesh)
-        first, teacher = calibrated(chosen, batches), (start.params, start.config)
+        first = calibrated(chosen, batches)
         measured = layer_divergences(teacher, first, fresh, mesh, dtype=calibration.dtype, report=report)
         stay = choose_softmax_layers(measured, keep_softmax)
         kept = {"layers": stay, **measured._asdict()}
@@ -256,16 +257,12 @@ def rows_of_text(pattern: str, tokenizer: Tokenizer, *, rows: int, length: int, 
     int32 [rows or fewer, length].
   """
   end = list(tokenizer.eos_ids[:1])
-  readers = [documents_of(file, text_key) for file in find_files(pattern)]
   ids: list[int] = []
-  while readers and len(ids) < rows * length:
-    for reader in list(readers):
-      text = next(reader, None)
-      if text is None:
-        readers.remove(reader)
-      else:
-        # No tokenizer has 16 characters a token on average.
-        ids += [*tokenizer.encode(text[: 16 * length], bos=False)[: length - 1], *end]
+  for text in documents_in_turns(pattern, text_key):
+    # No tokenizer has 16 characters a token on average.
+    ids += [*tokenizer.encode(text[: 16 * length], bos=False)[: length - 1], *end]
+    if len(ids) >= rows * length:
+      break
   found = min(len(ids) // length, rows)
   return np.asarray(ids[: found * length], np.int32).reshape(found, length)
 

@@ -139,6 +139,17 @@ def documents_of(file: InputFile, text_key: str = "text") -> Iterator[str]:
     yield from (text for _, text in parse(piece, text_key))
 
 
+def documents_in_turns(pattern: str, text_key: str = "text") -> Iterator[str]:
+  """Yields the documents of `find_files(pattern)`, one of each file after the other, until all have ended."""
+  readers = [documents_of(file, text_key) for file in find_files(pattern)]
+  while readers:
+    for reader in list(readers):
+      if (text := next(reader, None)) is None:
+        readers.remove(reader)
+      else:
+        yield text
+
+
 def _json_text(line: bytes, text_key: str, where: str) -> str:
   try:
     record = json.loads(line)
