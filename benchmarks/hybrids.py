@@ -38,6 +38,7 @@ MODELS: dict[str, dict[str, Any]] = {
   "supra": {},
   "window of 64, as it begins": {"window": 64, "calibrated": False},
   "window of 64": {"window": 64},
+  "window of 64, no sinks": {"window": 64, "sinks": 0},
   f"{KEPT} softmax layers, evenly spaced": {"evenly": KEPT},
   f"{KEPT} softmax layers, by KL": {"keep_softmax": KEPT},
   "window of 16": {"window": 16},

@@ -75,7 +75,7 @@ def essential(config: ModelConfig) -> ModelConfig:
   if supra.decay != "lightning":
     supra = dataclasses.replace(supra, decay_start=None)
   if "supra_window" not in config.mixers:
-    supra = dataclasses.replace(supra, window=SupraConfig.window)
+    supra = dataclasses.replace(supra, window=SupraConfig.window, sinks=SupraConfig.sinks)
   changes["supra"] = supra
   if config.value_width == config.head_dim:
     changes["value_head_dim"] = None

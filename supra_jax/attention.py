@@ -32,6 +32,7 @@ class Context:
   Attributes:
     rotation: (cos, sin), float32 [B, T, 1, K/2], of each token's position in its document; None where there is no RoPE
       by position.
+    far_rotation: alike, of no position beyond `ModelConfig.sink_reach`: what q has where it meets a window's sinks.
     index: int32 [B, T], the cache slot of each token.
     first: int32 [B, T], the first cache slot of its document.
     lengths: int32 [B], how many tokens are real; None means all.
@@ -40,6 +41,7 @@ class Context:
   """
 
   rotation: tuple[jax.Array, jax.Array] | None
+  far_rotation: tuple[jax.Array, jax.Array] | None
   index: jax.Array
   first: jax.Array
   lengths: jax.Array | None
@@ -64,7 +66,10 @@ class LinearState:
 
 @flax.struct.dataclass
 class WindowState(LinearState):
-  """S, and the last W keys [B, W, G, K], after RoPE, and values [B, W, G, V]: those of slot i of all in slot i % W."""
+  """S, and keys [B, N + W, G, K], after RoPE, and values [B, N + W, G, V].
+
+  Those of a document's first N tokens, and of the last W of all: of slot i in slot N + i % W.
+  """
 
   k: jax.Array
   v: jax.Array
@@ -129,19 +134,19 @@ class _Projections(nn.Module):
     return q, k, v
 
   @nn.nowrap
-  def rotate(self, x_BTHK: jax.Array, context: Context) -> jax.Array:
+  def rotate(self, x_BTHK: jax.Array, rotation: tuple[jax.Array, jax.Array] | None) -> jax.Array:
     """RoPE by position, where the config has it."""
-    if context.rotation is None:
+    if rotation is None:
       return x_BTHK
-    return apply_rope(x_BTHK, *context.rotation, interleaved=self.config.rope.kind == "interleaved")
+    return apply_rope(x_BTHK, *rotation, interleaved=self.config.rope.kind == "interleaved")
 
   @nn.nowrap
-  def rotate_for_softmax(self, q: jax.Array, k: jax.Array, context: Context) -> tuple[jax.Array, jax.Array]:
-    """RoPE as the teacher has it, by head as well."""
+  def rotate_by_head(self, x_BTNK: jax.Array) -> jax.Array:
+    """RoPE by head, where the config has it; linear attention, whose q and k of a head would turn alike, needs none."""
     c = self.config
-    if c.rope.kind == "by_head":
-      q, k = (apply_rope(x, *rope_table(c.rope, c.head_dim, jnp.arange(x.shape[2]))) for x in (q, k))
-    return self.rotate(q, context), self.rotate(k, context)
+    if c.rope.kind != "by_head":
+      return x_BTNK
+    return apply_rope(x_BTNK, *rope_table(c.rope, c.head_dim, jnp.arange(x_BTNK.shape[2])))
 
   def merge(self, out_BTHV: jax.Array) -> jax.Array:
     return self.o_proj(_side_by_side(out_BTHV))
@@ -159,7 +164,7 @@ class SoftmaxAttention(_Projections):
   def __call__(self, x_BTD: jax.Array, state: KVCache | None, context: Context) -> tuple[jax.Array, KVCache]:
     c = self.config
     q, k, v = self.project(x_BTD)
-    q, k = self.rotate_for_softmax(q, k, context)
+    q, k = (self.rotate(self.rotate_by_head(x), context.rotation) for x in (q, k))
     cache = KVCache(k, v) if state is None else self._append(state, k, v, context)
     slot = jnp.arange(cache.k.shape[1])
     oldest = context.first
@@ -224,8 +229,7 @@ class _LinearProjections(_Projections):
     k = self.feature_map_kv(k) if self.has_own_k_map else self.feature_map(k)
     if self.config.supra.qk_norm:
       q, k = self._qk_norm(q, k)
-    # By head there is nothing to do: q and k of a head, the key repeated for its group, would turn alike.
-    q, k = self.rotate(q, context), self.rotate(k, context)
+    q, k = self.rotate(q, context.rotation), self.rotate(k, context.rotation)
 
     slopes = jnp.asarray(head_slopes(self.config.supra, self.config.num_heads))
     scale = self.config.head_dim**-0.5
@@ -272,10 +276,10 @@ class LinearAttention(_LinearProjections):
 
 
 class WindowAttention(_LinearProjections):
-  """SUPRA's attention, and beside it the teacher's own over the last W tokens; not in the paper.
+  """SUPRA's attention, and beside it the teacher's own over the last W tokens and the first N; not in the paper.
 
-  `W_o softmax(q k^T / sqrt(K)) v`, of the last W tokens with q, k, v and RoPE as the teacher has them, and `W_l o` with
-  the o of `LinearAttention`, of all tokens. An RNN still: what it remembers does not grow.
+  `W_o softmax(q k^T / sqrt(K)) v`, of those tokens, with q, k, v and RoPE as the teacher has them, and `W_l o` with the
+  o of `LinearAttention`, of all tokens. An RNN still: what it remembers does not grow.
   """
 
   def setup(self):
@@ -285,7 +289,7 @@ class WindowAttention(_LinearProjections):
   @nn.nowrap
   def init_state(self, batch: int, capacity: int) -> WindowState:
     del capacity
-    return WindowState(self.init_linear_state(batch), *self._empty_ring(batch))
+    return WindowState(self.init_linear_state(batch), *self._nothing_held(batch))
 
   def __call__(self, x_BTD: jax.Array, state: WindowState | None, context: Context) -> tuple[jax.Array, WindowState]:
     (softmax_out, linear_out), state = self.mix(x_BTD, state, context)
@@ -297,18 +301,23 @@ class WindowAttention(_LinearProjections):
     """All but the output projections: what softmax and GroupNorm give, each [B, T, H, V], and the state."""
     q, k, v = self.project(x_BTD)
     linear_out, s = self.attend_linearly(q, k, v, state, context)
-    q, k = self.rotate_for_softmax(q, k, context)
+    q, k = self.rotate_by_head(q), self.rotate_by_head(k)
+    q, far_q, k = (
+      self.rotate(x, at) for x, at in ((q, context.rotation), (q, context.far_rotation), (k, context.rotation))
+    )
     batch, time = x_BTD.shape[:2]
-    ring = self._empty_ring(batch) if state is None else (state.k, state.v)
+    held = self._nothing_held(batch) if state is None else (state.k, state.v)
     count = jnp.full(batch, time, jnp.int32) if context.lengths is None else context.lengths
     where = {"cached_B": context.index[:, 0], "count_B": count, "first_BT": context.first}
-    softmax_out, ring = window_softmax_attention(q, k, v, ring, **where)
-    return (softmax_out, linear_out), WindowState(s, *ring)
+    softmax_out, held = window_softmax_attention(
+      q, k, v, held, sinks=self.config.supra.sinks, far_q_BTHK=far_q, **where
+    )
+    return (softmax_out, linear_out), WindowState(s, *held)
 
   @nn.nowrap
-  def _empty_ring(self, batch: int) -> tuple[jax.Array, jax.Array]:
+  def _nothing_held(self, batch: int) -> tuple[jax.Array, jax.Array]:
     c = self.config
-    k = jnp.zeros((batch, c.supra.window, c.num_kv_heads, c.head_dim), self.dtype)
+    k = jnp.zeros((batch, c.supra.sinks + c.supra.window, c.num_kv_heads, c.head_dim), self.dtype)
     return k, jnp.zeros((*k.shape[:-1], c.value_width), self.dtype)
 
 

@@ -92,6 +92,7 @@ class SupraConfig:
     decay_start: the first lightning slope, where it is not the series' own ratio.
     qk_norm: normalise the concatenated head features that phi gives q and k, before RoPE.
     window: how many tokens back, itself included, the softmax attention of a `supra_window` layer sees.
+    sinks: how many of a text's first tokens it sees as well, wherever it is (Xiao et al. 2023, arXiv 2309.17453).
   """
 
   feature_map: FeatureMapKind = "dense"
@@ -99,10 +100,13 @@ class SupraConfig:
   decay_start: float | None = None
   qk_norm: bool = False
   window: int = 64
+  sinks: int = 0
 
   def __post_init__(self):
     _check_choices(self)
     _check_positive(self, "window")
+    if self.sinks < 0:
+      raise ValueError(f"SupraConfig.sinks={self.sinks}: wanted 0 or more.")
     if self.decay_start is not None:
       _check_positive(self, "decay_start")
 
@@ -129,7 +133,7 @@ class ModelConfig:
     sliding_window: how many tokens back, itself included, a `softmax` layer sees; None means all.
     tie_embeddings: the unembedding is the embedding.
     qkv_bias, output_bias, mlp_bias: biases on q, k, v; on the attention output; in the MLP.
-    max_positions: the longest sequence the teacher was trained on; information only.
+    max_positions: the longest sequence the teacher was trained on; None: not known. For `sink_reach`, and information.
     bos_token_id, eos_token_ids: what starts a text and what ends one.
   """
 
@@ -182,6 +186,17 @@ class ModelConfig:
   def value_width(self) -> int:
     """V, the width of a value head."""
     return self.head_dim if self.value_head_dim is None else self.value_head_dim
+
+  @property
+  def sink_reach(self) -> int | None:
+    """The furthest that a window's sinks seem to be, however far they are: no further than the teacher ever saw.
+
+    None: as far as they are. Never nearer than twice the window, where they may be in sight.
+    """
+    seen = [tokens for tokens in (self.max_positions, self.sliding_window) if tokens is not None]
+    if not seen or not self.supra.sinks:
+      return None
+    return max(min(seen) - 1, 2 * self.supra.window + self.supra.sinks)
 
   def replace(self, **changes: Any) -> ModelConfig:
     return dataclasses.replace(self, **changes)

@@ -60,7 +60,8 @@ def train_flops_per_token(config: ModelConfig, sequence_length: int) -> float:
     A = sum over layers of  2*H*K*V  for `supra`: S += k v^T, then q S
                             H*(K + V)*n  for `softmax`: n = (T + 1)/2 keys seen on average, fewer with a window
 
-  `supra_window` has P and A of `supra`, A of `softmax` with its own window, and H*V*D for its second output projection.
+  `supra_window` has P and A of `supra`, A of `softmax` with its own window and sinks, and H*V*D for its second output
+  projection.
 
   The unembedding is counted, tied or not; the look-up of the embedding, norms, activations, RoPE and decays are not.
   Nor is what an implementation computes beyond the model: recomputation (remat), the products inside a chunk, masked
@@ -113,7 +114,7 @@ def _mixing(c: ModelConfig, mixer: Mixer, time: int) -> float:
     case "supra":
       return supra
     case "supra_window":
-      return supra + softmax(c.supra.window) + heads * value * c.hidden_size
+      return supra + softmax(c.supra.window + c.supra.sinks) + heads * value * c.hidden_size
   typing.assert_never(mixer)
 
 

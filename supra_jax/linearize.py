@@ -33,6 +33,8 @@ from supra_jax.tokenizer import Tokenizer
 from supra_jax.transformer import Transformer
 
 Phi = Literal["random", "identity"]
+# Of a text's first tokens; one does nearly as well, see BUILD_NOTES.md.
+SINKS = 4
 
 
 def linearize(
@@ -44,14 +46,15 @@ def linearize(
   phi: Phi = "random",
   seed: int = 0,
   window: int | None = None,
+  sinks: int = SINKS,
 ) -> tuple[dict[str, Any], ModelConfig]:
   """Turns softmax layers into SUPRA layers (paper, section 3).
 
   What both mixers have (projections and their norms, MLP, embeddings) is kept as it is, bit for bit. What only `supra`
   has is new: gains of its own qk-norm are 1; phi is drawn as the reference draws it, weight and bias from
   U(-1/sqrt(fan_in), 1/sqrt(fan_in)), or else W is the identity and b is 0. With a window the linear attention's own
-  output projection is 0, whatever phi is: the layer begins as the teacher's, its softmax cut to the window. Its
-  gradient is not 0, and with its first step phi's is not either.
+  output projection is 0, whatever phi is: the layer begins as the teacher's, its softmax cut to the window and the
+  sinks. Its gradient is not 0, and with its first step phi's is not either.
 
   Args:
     params: of the softmax model, one subtree a layer.
@@ -62,6 +65,7 @@ def linearize(
     seed: of the random ones; a layer's draw depends on the seed and on its place alone.
     window: the layers become `supra_window`, whose softmax sees so many tokens; None: `supra`. It is here that the new
       config's window comes from, and not from `supra`.
+    sinks: which sees as many of a text's first tokens as well; likewise.
 
   Returns:
     (params, config) of the new model. New parameters have the dtype of the layer's q_proj.
@@ -75,9 +79,11 @@ def linearize(
   supra = config.supra if supra is None else supra
   if window is not None and config.sliding_window is not None and window > config.sliding_window:
     raise ValueError(f"window={window}: the teacher's own softmax sees {config.sliding_window} tokens; wanted no more.")
-  if window not in (None, config.supra.window) and "supra_window" in config.mixers:
-    raise ValueError(f"window={window}: the model has layers with a window of {config.supra.window}.")
-  supra = dataclasses.replace(supra, window=config.supra.window if window is None else window)
+  old = (config.supra.window, config.supra.sinks)
+  seen = old if window is None else (window, sinks)
+  if seen != old and "supra_window" in config.mixers:
+    raise ValueError(f"window={window}, sinks={sinks}: the model has layers with window={old[0]}, sinks={old[1]}.")
+  supra = dataclasses.replace(supra, window=seen[0], sinks=seen[1])
   mixers = tuple(mixer if i in chosen else old for i, old in enumerate(config.mixers))
   new_config = config.replace(mixers=mixers, supra=supra)
   return {name: tree for name, tree in params.items()} | _new_layers(params, new_config, chosen, phi, seed), new_config
@@ -120,6 +126,7 @@ def linearize_checkpoint(
   phi: Phi = "random",
   seed: int = 0,
   window: int | None = None,
+  sinks: int = SINKS,
   calibration: Calibration | None = None,
   keep_softmax: int | None = None,
   measured_tokens: int = MEASURED_TOKENS,
@@ -133,7 +140,7 @@ def linearize_checkpoint(
   Args:
     checkpoint: of the softmax model.
     output: must not exist yet, or be empty.
-    supra, layers, phi, seed, window: as `linearize` takes them.
+    supra, layers, phi, seed, window, sinks: as `linearize` takes them.
     calibration: None: the teacher's output projections stay.
     keep_softmax: how many of the layers stay softmax, those that bring the calibrated student nearest to its teacher.
     measured_tokens: so many more are read, to measure that on.
@@ -145,7 +152,7 @@ def linearize_checkpoint(
   Raises:
     ValueError: as `linearize`; or so many layers cannot be kept; or they are to be chosen and nothing is calibrated.
   """
-  new: dict[str, Any] = {"supra": supra, "layers": layers, "phi": phi, "seed": seed, "window": window}
+  new: dict[str, Any] = {"supra": supra, "layers": layers, "phi": phi, "seed": seed, "window": window, "sinks": sinks}
   kept: dict[str, Any] | None = None
   if calibration is None:
     if keep_softmax is not None:

@@ -289,11 +289,14 @@ class Transformer(nn.Module):
       if segment_ids is None
       else jnp.where(some, jnp.take_along_axis(segment_ids.astype(jnp.int32), last, 1)[:, 0], segment),
     )
-    rope, rotation = self.config.rope, None
+    rope, rotation, far_rotation = self.config.rope, None, None
     if rope.kind in ("half", "interleaved"):
-      rotation = rope_table(rope, self.config.head_dim, position_BT[..., None])
+      rotation = far_rotation = rope_table(rope, self.config.head_dim, position_BT[..., None])
+      if (reach := self.config.sink_reach) is not None:
+        far_rotation = rope_table(rope, self.config.head_dim, jnp.minimum(position_BT, reach)[..., None])
     context = Context(
       rotation=rotation,
+      far_rotation=far_rotation,
       index=index_BT,
       first=index_BT - position_BT,
       lengths=lengths,

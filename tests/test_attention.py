@@ -180,7 +180,9 @@ def test_linear_attention_layer(groups, value_width, decay, teachers_norm, kind,
   x = np.random.default_rng(0).standard_normal((2, 13, config.hidden_size), np.float32)
   place = jnp.broadcast_to(jnp.arange(13), (2, 13))
   rotation = rope_table(config.rope, config.head_dim, place[..., None])
-  context = attention.Context(rotation, index=place, first=0 * place, lengths=None, segment_ids=None, continues=None)
+  context = attention.Context(
+    rotation, rotation, index=place, first=0 * place, lengths=None, segment_ids=None, continues=None
+  )
   layer = attention.LinearAttention(config)
   got, state = jax.jit(lambda params, x: layer.apply({"params": params}, x, None, context))(params, x)
   for row in range(2):

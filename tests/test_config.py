@@ -55,7 +55,7 @@ def test_what_is_absent_has_its_default():
 
 def test_a_config_from_before_there_were_windows():
   values = json.loads(tiny().to_json())
-  del values["supra"]["window"]
+  del values["supra"]["window"], values["supra"]["sinks"]
   assert ModelConfig.from_json(json.dumps(values)) == tiny()
 
 
@@ -153,6 +153,7 @@ def test_invalid_values_are_named(changes, message):
     (lambda: SupraConfig(feature_map="elu"), r"SupraConfig.feature_map='elu'.*'dense'"),
     (lambda: SupraConfig(decay="fast"), r"SupraConfig.decay='fast'"),
     (lambda: SupraConfig(window=0), r"SupraConfig.window=0.*positive"),
+    (lambda: SupraConfig(sinks=-1), r"SupraConfig.sinks=-1.*0 or more"),
     (lambda: SupraConfig(decay_start=0.0), r"SupraConfig.decay_start=0.0.*positive"),
     (lambda: RopeConfig(base=0.0), r"RopeConfig.base=0.0.*positive"),
     (lambda: RopeConfig(scaling="ntk"), r"RopeConfig.scaling='ntk'.*'llama3'"),

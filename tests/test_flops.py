@@ -60,12 +60,14 @@ class TestFlops:
     masked = 6 * c.num_layers * c.num_heads * (c.head_dim + c.value_width) * (TIME - (TIME + 1) / 2)
     assert traced_products(c, gradient=True) - masked == flops.train_flops_per_token(c, TIME)
 
-  @pytest.mark.parametrize("window", [1, 4, 5, TIME, 100])
-  def test_supra_window_forward_is_what_the_model_multiplies(self, window):
-    c = SMALL.replace(mixers=("supra_window",) * 2, supra=config.SupraConfig(window=window))
+  @pytest.mark.parametrize(("window", "sinks"), [(1, 0), (4, 2), (5, 1), (TIME, 0), (TIME, 3), (100, 1)])
+  def test_supra_window_forward_is_what_the_model_multiplies(self, window, sinks):
+    c = SMALL.replace(mixers=("supra_window",) * 2, supra=config.SupraConfig(window=window, sinks=sinks))
     block = min(window, TIME)
-    traced = -(-TIME // block) * block * (window + block) / TIME  # keys a token, masked and padded ones included
-    seen = sum(min(i + 1, window) for i in range(TIME)) / TIME
+    traced = (
+      -(-TIME // block) * block * (sinks + window + block) / TIME
+    )  # keys a token, masked and padded ones included
+    seen = sum(min(i + 1, window + sinks) for i in range(TIME)) / TIME
     masked = 2 * c.num_layers * c.num_heads * (c.head_dim + c.value_width) * (traced - seen)
     outer_products = 2 * c.num_layers * c.num_heads * c.head_dim * c.value_width
     wanted = flops.train_flops_per_token(c, TIME) / 3

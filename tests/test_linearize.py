@@ -131,7 +131,7 @@ def test_a_window(phi, random_params):
   kept = random_params(TEACHER)
   params, config = linearize(kept, TEACHER, window=7, layers=[0, 2], phi=phi, seed=3)
   plain, _ = linearize(kept, TEACHER, layers=[0, 2], phi=phi, seed=3)
-  assert config.mixers == ("supra_window", "softmax", "supra_window") and config.supra == SupraConfig(window=7)
+  assert config.mixers == ("supra_window", "softmax", "supra_window") and config.supra == SupraConfig(window=7, sinks=4)
   for i in (0, 2):
     attention = dict(params[f"layers_{i}"]["self_attn"])
     (name,) = attention.pop("linear_o_proj").items()
@@ -141,9 +141,10 @@ def test_a_window(phi, random_params):
     else:
       assert attention.keys() == plain[f"layers_{i}"]["self_attn"].keys()
   assert linearize(params, config, window=7)[1].mixers == ("supra_window",) * 3
-  assert linearize(params, config)[1].supra.window == 7
-  with pytest.raises(ValueError, match="window=8: the model has layers with a window of 7"):
-    linearize(params, config, window=8)
+  assert linearize(params, config)[1].supra == config.supra
+  for seen in ({"window": 8}, {"window": 7, "sinks": 0}):
+    with pytest.raises(ValueError, match=r"window=[78], sinks=[04]: the model has layers with window=7, sinks=4"):
+      linearize(params, config, **seen)
   with pytest.raises(ValueError, match="window=7: the teacher's own softmax sees 4 tokens"):
     linearize(kept, TEACHER.replace(sliding_window=4), window=7)
 

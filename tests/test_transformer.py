@@ -49,7 +49,7 @@ CASES = {
   "hybrid_ungrouped": TINY.replace(
     mixers=("softmax", "supra_window", "supra_window"),
     num_heads=2,
-    supra=SupraConfig(decay="none", window=3),
+    supra=SupraConfig(decay="none", window=3, sinks=2),
     qk_norm="all_heads",
     post_embed_norm=True,
     value_head_dim=4,
@@ -61,7 +61,7 @@ CASES = {
     mixers=("supra_window",),
     num_heads=5,
     num_kv_heads=1,
-    supra=SupraConfig(feature_map="per_head_separate", decay_start=0.3, qk_norm=True, window=1),
+    supra=SupraConfig(feature_map="per_head_separate", decay_start=0.3, qk_norm=True, window=1, sinks=1),
     norm="layer_norm",
     rope=RopeConfig(scaling="yarn", factor=4.0, attention_factor=1.1, kind="interleaved"),
   ),

@@ -20,13 +20,13 @@ from supra_jax.config import RopeConfig, SupraConfig, tiny
 from supra_jax.generate import generate_tokens
 from supra_jax.linearize import linearize
 from supra_jax.lm import LM
-from supra_jax.softmax import masked_softmax_attention, ring_index, window_softmax_attention
+from supra_jax.softmax import ring_index, window_softmax_attention
 from supra_jax.transformer import Transformer, stack_runs
 
 ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
-WINDOW = tiny("supra_window").replace(supra=SupraConfig(feature_map="per_head", window=5))
+WINDOW = tiny("supra_window").replace(max_positions=16, supra=SupraConfig(feature_map="per_head", window=5, sinks=2))
 
 
 def _arrays(time, rows=2, heads=6, groups=2, width=8, value=4, dtype=np.float64):
@@ -35,28 +35,43 @@ def _arrays(time, rows=2, heads=6, groups=2, width=8, value=4, dtype=np.float64)
   return [rng.standard_normal(shape).astype(dtype) for shape in shapes]
 
 
-def _naive(q, k, v, window, first):
-  """A mask of T x T."""
+def _naive(q, far_q, k, v, window, sinks, first):
+  """A mask of T x T; queries twice, and keys 0 for the one that they do not meet."""
   at = jnp.arange(q.shape[1])
-  mask = (at <= at[:, None]) & (at > at[:, None] - window) & (at >= first[..., None])
-  return masked_softmax_attention(q, k, v, mask)
+  sink = at < first[..., None] + sinks
+  mask = (at <= at[:, None]) & ((at > at[:, None] - window) | sink) & (at >= first[..., None])
+  far = sink & (at <= at[:, None] - window)
+  groups = q.shape[2] // k.shape[2]
+  q, far_q, k = (x.swapaxes(1, 2) for x in (q, far_q, jnp.repeat(k, groups, 2)))
+  logits = jnp.where(far[:, None], far_q @ k.swapaxes(2, 3), q @ k.swapaxes(2, 3)) * q.shape[-1] ** -0.5
+  weights = jax.nn.softmax(jnp.where(mask[:, None], logits, -jnp.inf), -1)
+  return (weights @ jnp.repeat(v, groups, 2).swapaxes(1, 2)).swapaxes(1, 2)
 
 
-def _in_calls(q, k, v, window, first, cuts, padding=0):
+def _far(q, window, sinks, first):
+  """Another query from where the sinks are surely out of sight."""
+  position = jnp.arange(q.shape[1]) - first
+  return jnp.where((position > 2 * window + sinks)[..., None, None], jnp.flip(q, -1), q)
+
+
+def _in_calls(q, far_q, k, v, window, sinks, first, cuts, padding=0):
   """Pieces from ring to ring, `padding` more tokens of rubbish behind each."""
   batch = len(q)
-  ring = tuple(jnp.zeros((batch, window, *x.shape[2:]), x.dtype) for x in (k, v))
+  ring = tuple(jnp.zeros((batch, sinks + window, *x.shape[2:]), x.dtype) for x in (k, v))
   outs, cached = [], 0
-  for piece in zip(*(jnp.split(x, cuts, axis=1) for x in (q, k, v, first)), strict=True):
+  for piece in zip(*(jnp.split(x, cuts, axis=1) for x in (q, k, v, far_q, first)), strict=True):
     count = piece[0].shape[1]
-    *padded, start = (jnp.pad(x, [(0, 0), (0, padding)] + [(0, 0)] * (x.ndim - 2), constant_values=3) for x in piece)
+    *padded, far, start = (
+      jnp.pad(x, [(0, 0), (0, padding)] + [(0, 0)] * (x.ndim - 2), constant_values=3) for x in piece
+    )
     where = {"cached_B": jnp.full(batch, cached), "count_B": jnp.full(batch, count), "first_BT": start}
-    out, ring = window_softmax_attention(*padded, ring, **where)
+    out, ring = window_softmax_attention(*padded, ring, sinks=sinks, far_q_BTHK=far, **where)
     outs.append(out[:, :count])
     cached += count
   return jnp.concatenate(outs, axis=1)
 
 
+@pytest.mark.parametrize("sinks", [0, 1, 3])
 @pytest.mark.parametrize(
   ("window", "cuts", "padding"),
   [
@@ -64,34 +79,38 @@ def _in_calls(q, k, v, window, first, cuts, padding=0):
     *((1, [5], 3), (4, [1, 2, 3, 4, 9], 0), (5, [2, 13], 3), (14, [6], 0), (40, [4, 5], 1)),
   ],
 )
-def test_any_pieces_give_what_a_mask_gives(window, cuts, padding):
-  """Values and gradients in float64; row 0 is one text, row 1 has documents that begin at 3 and 11."""
+def test_any_pieces_give_what_a_mask_gives(window, cuts, padding, sinks):
+  """Values and gradients in float64; row 0 is one text, documents begin at 3 and 11 in row 1, at 1 and 2 in row 2."""
   with jax.enable_x64(True):
-    q, k, v = _arrays(14)
-    first = np.array([[0] * 14, [0] * 3 + [3] * 8 + [11] * 3])
-    cotangent = np.random.default_rng(1).standard_normal((2, 14, 6, 4))
+    q, k, v = _arrays(14, rows=3)
+    first = np.array([[0] * 14, [0] * 3 + [3] * 8 + [11] * 3, [0, 1] + [2] * 12])
+    cotangent = np.random.default_rng(1).standard_normal((3, 14, 6, 4))
 
     def run(function, *args):
-      total = lambda *qkv: jnp.vdot(function(*qkv, window, first, *args), cotangent)  # noqa: E731
-      return function(q, k, v, window, first, *args), jax.grad(total, argnums=(0, 1, 2))(q, k, v)
+      def attend(q, k, v):
+        return function(q, _far(q, window, sinks, first), k, v, window, sinks, first, *args)
+
+      return attend(q, k, v), jax.grad(lambda *qkv: jnp.vdot(attend(*qkv), cotangent), argnums=(0, 1, 2))(q, k, v)
 
     want = jax.jit(lambda: run(_naive))()
     got = jax.jit(lambda: run(_in_calls, cuts, padding))()
   jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-12), got, want)
 
 
-def test_rows_stand_where_they_stand():
+@pytest.mark.parametrize("sinks", [0, 2])
+def test_rows_stand_where_they_stand(sinks):
   """Rows with unequal numbers of tokens before and in a call are what each is alone."""
   arrays, window = _arrays(20, dtype=np.float32), 4
-  ring = tuple(jnp.zeros((2, window, *x.shape[2:])) for x in arrays[1:])
+  ring = tuple(jnp.zeros((2, sinks + window, *x.shape[2:])) for x in arrays[1:])
   first, at, outs = jnp.zeros((2, 11), jnp.int32), np.zeros(2, np.int32), [[], []]
   for count in np.array([[3, 11], [9, 0], [5, 9]], np.int32):
     pieces = [np.stack([np.roll(row, -start, 0)[:11] for row, start in zip(x, at, strict=True)]) for x in arrays]
-    out, ring = window_softmax_attention(*pieces, ring, cached_B=at, count_B=count, first_BT=first)
+    where = {"cached_B": at, "count_B": count, "first_BT": first}
+    out, ring = window_softmax_attention(*pieces, ring, sinks=sinks, **where)
     for row in range(2):
       outs[row].append(out[row, : count[row]])
     at = at + count
-  want = _naive(*arrays, window, np.zeros((2, 20), np.int32))
+  want = _naive(arrays[0], *arrays, window, sinks, np.zeros((2, 20), np.int32))
   for row in range(2):
     np.testing.assert_allclose(np.concatenate(outs[row]), want[row, : at[row]], atol=1e-5)
 
@@ -104,6 +123,19 @@ def test_ring():
 def _made(random_params, changes=()):
   config = WINDOW.replace(**dict(changes))
   return config, random_params(config)
+
+
+def test_sinks_are_no_further_than_the_teacher_ever_saw():
+  """A text's first tokens, and its rotations: those of q where it meets them stand still from there on."""
+  c = WINDOW.replace(sliding_window=40)
+  assert c.sink_reach == 15 and c.replace(max_positions=None).sink_reach == 39
+  assert c.replace(max_positions=3).sink_reach == 12  # 2 W + N: they may be in sight
+  assert (
+    c.replace(supra=SupraConfig()).sink_reach is c.replace(max_positions=None, sliding_window=None).sink_reach is None
+  )
+  context, _ = Transformer(c).place(jnp.zeros((1, 40), jnp.int32))
+  for far, near in zip(context.far_rotation, context.rotation, strict=True):
+    np.testing.assert_array_equal(far, near[:, np.minimum(np.arange(40), 15)])
 
 
 def test_a_long_decoding_goes_round_the_ring_and_grows_nothing(random_params):
@@ -173,7 +205,7 @@ def test_generation_is_the_argmax_of_the_whole_text(random_params):
     more, held = lm(piece, held)
     pieces.append(more)
   np.testing.assert_allclose(np.concatenate(pieces, 1), logits, atol=1e-4)
-  assert held.capacity == 64 and held.layers[0].k.shape[1] == 5
+  assert held.capacity == 64 and held.layers[0].k.shape[1] == 7
 
 
 @pytest.mark.parametrize("rope", ["half", "interleaved", "by_head", "none"])
@@ -187,7 +219,7 @@ def test_a_window_as_wide_as_the_text_begins_as_the_teacher(rope, random_params)
     return Transformer(config).apply({"params": params}, tokens, method="logits")[0]
 
   for window in (24, 6):
-    student, config = linearize(params, teacher, window=window)
+    student, config = linearize(params, teacher, window=window, sinks=0)
     want = logits(params, teacher.replace(sliding_window=window))
     np.testing.assert_allclose(logits(student, config), want, atol=1e-5)
   grads = jax.grad(lambda params: (logits(params, config) ** 2).sum())(student)["layers_1"]["self_attn"]

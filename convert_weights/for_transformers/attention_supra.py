@@ -147,17 +147,38 @@ def linear_attention(
   return torch.cat(outs, -2), state_BHKV
 
 
-def unseen_slots(slot_BS: Tensor, position_B: Tensor, window: int | None) -> int:
-  """How many of the oldest slots no row sees from there on."""
-  if window is None:
-    return 0
-  unseen = (slot_BS <= position_B[:, None] - window) | (slot_BS == PADDING)
-  return int(unseen.all(0).long().cumprod(0).sum())
+class Sight(NamedTuple):
+  """What softmax attention sees: so many tokens back, itself included (None: all), and so many of a text's first."""
+
+  window: int | None
+  sinks: int
+
+  def near(self, slot: Tensor, position: Tensor) -> Tensor:
+    """Whether what is there is seen from there on, if it comes before."""
+    if self.window is None:
+      return slot < PADDING
+    return ((slot > position - self.window) | (slot < self.sinks)) & (slot < PADDING)
+
+  def slots(self, slot_BS: Tensor, position_B: Tensor) -> Tensor:
+    """Those that some row sees from there on, int64."""
+    return self.near(slot_BS, position_B[:, None]).any(0).nonzero()[:, 0]
 
 
-def softmax_windows(config: SupraConfig) -> dict[str, int | None]:
-  """How many tokens back, itself included, softmax attention sees, by mixer; None: all."""
-  return {"softmax": config.sliding_window, "supra_window": config.supra["window"]}
+def sink_reach(config: SupraConfig) -> int | None:
+  """The furthest that sinks seem to be, however far they are: no further than the teacher ever saw; None: no such."""
+  seen = [tokens for tokens in (config.max_positions, config.sliding_window) if tokens is not None]
+  if not seen or not config.supra.get("sinks", 0):
+    return None
+  return max(min(seen) - 1, 2 * config.supra["window"] + config.supra["sinks"])
+
+
+def sights(config: SupraConfig) -> dict[str, Sight]:
+  """Of the model's mixers that have softmax attention."""
+  both = {
+    "softmax": Sight(config.sliding_window, 0),
+    "supra_window": Sight(config.supra["window"], config.supra.get("sinks", 0)),
+  }
+  return {mixer: sight for mixer, sight in both.items() if mixer in config.mixers}
 
 
 class Tokens(NamedTuple):
@@ -166,15 +187,18 @@ class Tokens(NamedTuple):
   Attributes:
     real_BT: bool, false for padding.
     position_BT: int64, how many real tokens came before.
-    slot_BS: int64, the position of each key, those of earlier calls included; beyond all others for padding.
+    slots: by mixer, int64 [B, S], the position of each key, those of earlier calls included; beyond all others for
+      padding.
     rotation: (cos, sin) of RoPE, float32 [B, T, 1, K/2]; None where it does not go by position.
+    far_rotation: alike, for q where it meets a window's sinks; None where that is the same.
     slopes_H: of the decays.
   """
 
   real_BT: Tensor
   position_BT: Tensor
-  slot_BS: Tensor
+  slots: dict[str, Tensor]
   rotation: tuple[Tensor, Tensor] | None
+  far_rotation: tuple[Tensor, Tensor] | None
   slopes_H: Tensor
 
 
@@ -221,7 +245,10 @@ class SupraAttention(nn.Module):
     kept: tuple[Tensor, ...] = ()
     if self.mixer != "supra":
       turned = self._turned(q, k, v, tokens, softmax=True)
-      out, kept = self._softmax(*turned, tokens, None if held is None else held[-2:])
+      far_q = None
+      if self.mixer == "supra_window" and tokens.far_rotation is not None:
+        far_q = self._rotate(q, tokens.far_rotation).transpose(1, 2)
+      out, kept = self._softmax(*turned, far_q, tokens, None if held is None else held[-2:])
       outs.append(out)
     if self.mixer != "softmax":
       turned = self._turned(*self._features(q, k), v, tokens, softmax=False)
@@ -233,14 +260,14 @@ class SupraAttention(nn.Module):
   def _turned(self, q: Tensor, k: Tensor, v: Tensor, tokens: Tokens, softmax: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Q and k [B, N, T, K] after RoPE, and v; 0 where there is padding."""
     if softmax or self.config.rope["kind"] != "by_head":  # where q and k of a head turn alike, nothing changes
-      q, k = self._rotate(q, tokens), self._rotate(k, tokens)
+      q, k = self._rotate(q, tokens.rotation), self._rotate(k, tokens.rotation)
     padding = ~tokens.real_BT[..., None, None]
     # Selected, not multiplied: padding may hold what is not finite.
     k, v = k.masked_fill(padding, 0), v.masked_fill(padding, 0)
     return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
-  def _rotate(self, x_BTNK: Tensor, tokens: Tokens) -> Tensor:
-    rope, rotation = self.config.rope, tokens.rotation
+  def _rotate(self, x_BTNK: Tensor, rotation: tuple[Tensor, Tensor] | None) -> Tensor:
+    rope = self.config.rope
     if rope["kind"] == "by_head":
       rotation = rope_table(rope, x_BTNK.shape[-1], torch.arange(x_BTNK.shape[2], device=x_BTNK.device))
     return x_BTNK if rotation is None else apply_rope(x_BTNK, *rotation, rope["kind"] == "interleaved")
@@ -262,23 +289,28 @@ class SupraAttention(nn.Module):
     return F.layer_norm(out * q.shape[-1] ** -0.5, out.shape[-1:], eps=GROUP_NORM_EPS), state
 
   def _softmax(
-    self, q: Tensor, k: Tensor, v: Tensor, tokens: Tokens, held: tuple[Tensor, ...] | None
+    self, q: Tensor, k: Tensor, v: Tensor, far_q: Tensor | None, tokens: Tokens, held: tuple[Tensor, ...] | None
   ) -> tuple[Tensor, tuple[Tensor, ...]]:
     if held is not None:
       k, v = torch.cat([held[0], k], 2), torch.cat([held[1], v], 2)
-    window, before = softmax_windows(self.config)[self.mixer], k.shape[2] - q.shape[2]
-    slot_BS, outs = tokens.slot_BS[:, -k.shape[2] :], []
-    repeated = [x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v)]
-    size = q.shape[2] if window is None else CHUNK
+    sight, before = sights(self.config)[self.mixer], k.shape[2] - q.shape[2]
+    slot_BS, outs = tokens.slots[self.mixer], []
+    scale, repeated = q.shape[-1] ** -0.5, [x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v)]
+    if far_q is not None:
+      # Each key lies in the half that its query is in, and the other half is 0.
+      sink = (slot_BS < sight.sinks)[:, None, :, None]
+      q, keys = torch.cat([q, far_q], -1), repeated[0]
+      repeated[0] = torch.cat([keys.masked_fill(sink, 0), keys.masked_fill(~sink, 0)], -1)
+    size = q.shape[2] if sight.window is None else CHUNK
     for start in range(0, q.shape[2], size):
       own, stop = slice(start, start + size), before + start + size
       position, real = tokens.position_BT[:, own], tokens.real_BT[:, own]
-      first = unseen_slots(slot_BS[:, : before + start], position[:, 0], window)
-      query, key = position[:, :, None], slot_BS[:, None, first:stop]
-      mask_BTS = key <= query
-      if window is not None:
-        mask_BTS &= key > query - window
+      slots, seen = slot_BS[:, :stop], [x[:, :, :stop] for x in repeated]
+      if sight.window is not None:
+        kept = sight.slots(slots, position[:, 0])
+        slots, seen = slots[:, kept], [x[:, :, kept] for x in seen]
+      query, key = position[:, :, None], slots[:, None]
+      mask_BTS = (key <= query) & sight.near(key, query)
       mask_BTS |= ~real[:, :, None]  # padding sees everything: a softmax over nothing would be NaN
-      seen = (x[:, :, first:stop] for x in repeated)
-      outs.append(F.scaled_dot_product_attention(q[:, :, own], *seen, attn_mask=mask_BTS[:, None]))
+      outs.append(F.scaled_dot_product_attention(q[:, :, own], *seen, attn_mask=mask_BTS[:, None], scale=scale))
     return torch.cat(outs, 2), (k, v)

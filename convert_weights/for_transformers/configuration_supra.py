@@ -15,7 +15,14 @@ _DEFAULTS: dict[str, Any] = {
   "head_dim": 128,
   "mixers": ["supra"] * 32,
   "value_head_dim": None,
-  "supra": {"feature_map": "dense", "decay": "lightning", "decay_start": None, "qk_norm": False, "window": 64},
+  "supra": {
+    "feature_map": "dense",
+    "decay": "lightning",
+    "decay_start": None,
+    "qk_norm": False,
+    "window": 64,
+    "sinks": 0,
+  },
   "norm": "rms_norm",
   "norm_eps": 1e-5,
   "rope": {

@@ -3,8 +3,8 @@
   model = AutoModelForCausalLM.from_pretrained(DIRECTORY, trust_remote_code=True)
 
 supra_jax wrote this file, and the two beside it, next to the weights; they need torch and transformers alone. Layers
-are SUPRA's, which remember one matrix a head and, with a window, its keys and values; or softmax attention, which
-remembers all keys and values.
+are SUPRA's, which remember one matrix a head and, with a window, its keys and values and the first ones; or softmax
+attention, which remembers all keys and values.
 
 Shape suffixes: B batch, T time, S slots of a cache, D width.
 """
@@ -31,8 +31,8 @@ from .attention_supra import (
   at_least_float32,
   head_slopes,
   rope_table,
-  softmax_windows,
-  unseen_slots,
+  sights,
+  sink_reach,
 )
 from .configuration_supra import SupraConfig
 
@@ -46,13 +46,12 @@ class SupraCache(Cache):
   Attributes:
     columns: how many tokens a row it has read, padding included.
     seen_B: how many of them were real; there is none before the first call.
-    slot_BS: the positions of the keys that layers with softmax remember, some of them the last ones only; likewise.
+    slots: by mixer, the positions [B, S] of the keys that its layers remember.
     tensors: for each layer its state (S,), its keys and values (k, v), or (S, k, v).
   """
 
   is_croppable = False  # an RNN cannot unread
   seen_B: Tensor
-  slot_BS: Tensor
 
   def __init__(self) -> None:
     super().__init__(layers=[])
@@ -60,6 +59,7 @@ class SupraCache(Cache):
 
   def reset(self) -> None:
     self.columns = 0
+    self.slots: dict[str, Tensor] = {}
     self.tensors: dict[int, tuple[Tensor, ...]] = {}
 
   @property
@@ -72,7 +72,8 @@ class SupraCache(Cache):
 
   def _for_each(self, change: Callable[[Tensor], Tensor]) -> None:
     if self.columns:
-      self.seen_B, self.slot_BS = change(self.seen_B), change(self.slot_BS)
+      self.seen_B = change(self.seen_B)
+      self.slots = {mixer: change(x) for mixer, x in self.slots.items()}
       self.tensors = {layer: tuple(change(x) for x in held) for layer, held in self.tensors.items()}
 
   def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -202,26 +203,28 @@ class SupraModel(SupraPreTrainedModel):
       count = count + cache.seen_B[:, None]
     position = (count - 1).clamp(min=0)
     slot = position.masked_fill(~real, PADDING)
+    held = {} if cache is None else cache.slots
+    slots = {mixer: torch.cat([held[mixer], slot], 1) if mixer in held else slot for mixer in sights(self.config)}
     if cache is not None:
-      slot = torch.cat([cache.slot_BS, slot], 1) if cache.columns else slot
-      cache.columns, cache.seen_B, cache.slot_BS = read + time, count[:, -1], slot
+      cache.columns, cache.seen_B, cache.slots = read + time, count[:, -1], slots
     slopes = torch.tensor(head_slopes(self.config), dtype=torch.float32, device=x_BTD.device)
-    rope, rotation = self.config.rope, None
+    rope, rotation, far = self.config.rope, None, None
     if rope["kind"] in ("half", "interleaved"):
-      rotation = rope_table(rope, self.config.head_dim, position[..., None])
-    return Tokens(real, position, slot, rotation, slopes)
+      rotation, reach = rope_table(rope, self.config.head_dim, position[..., None]), sink_reach(self.config)
+      if reach is not None and bool((position > reach).any()):
+        far = rope_table(rope, self.config.head_dim, position.clamp(max=reach)[..., None])
+    return Tokens(real, position, slots, rotation, far, slopes)
 
   def _forget(self, cache: SupraCache) -> None:
-    """Drops the oldest slots, those that no row's next token can see."""
-    slots, kept = cache.slot_BS.shape[1], 0
-    for mixer, window in softmax_windows(self.config).items():
-      held = {i: cache.tensors[i] for i, other in enumerate(self.config.mixers) if other == mixer}
-      if held:
-        (count,) = {tensors[-1].shape[2] for tensors in held.values()}
-        first = unseen_slots(cache.slot_BS[:, slots - count :], cache.seen_B, window)
-        cache.tensors |= {i: (*x[:-2], *(y[:, :, first:] for y in x[-2:])) for i, x in held.items()}
-        kept = max(kept, count - first)
-    cache.slot_BS = cache.slot_BS[:, slots - kept :]
+    """Drops the slots that no row's next token can see."""
+    for mixer, sight in sights(self.config).items():
+      if sight.window is None:
+        continue
+      kept = sight.slots(cache.slots[mixer], cache.seen_B)
+      cache.slots[mixer] = cache.slots[mixer][:, kept]
+      for layer, held in cache.tensors.items():
+        if self.config.mixers[layer] == mixer:
+          cache.tensors[layer] = (*held[:-2], *(x[:, :, kept] for x in held[-2:]))
 
 
 class SupraForCausalLM(SupraPreTrainedModel, GenerationMixin):

@@ -12,7 +12,7 @@ from supra_jax.bin.entry import run
 from supra_jax.calibrate import shown
 from supra_jax.config import Decay, FeatureMapKind, SupraConfig, from_mapping
 from supra_jax.hybrid import MEASURED_TOKENS, costs, table
-from supra_jax.linearize import Calibration, linearize_checkpoint
+from supra_jax.linearize import SINKS, Calibration, linearize_checkpoint
 
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Model directory to start from.", required=True)
 _OUTPUT = flags.DEFINE_string("output", None, "Model directory to write; must not exist.", required=True)
@@ -35,11 +35,12 @@ flags.DEFINE_float("decay_start", None, "First lightning slope. Default: the ser
 flags.DEFINE_bool("qk_norm", False, "Normalise phi(q) and phi(k) before RoPE.")
 _WINDOW_HELP = f"Softmax over so many last tokens beside it; 0: none. Default: {SupraConfig.window} if it calibrates."
 _WINDOW = flags.DEFINE_integer("window", None, _WINDOW_HELP, lower_bound=0)
+_SINKS = flags.DEFINE_integer("sinks", SINKS, "And over so many of a text's first tokens.", lower_bound=0)
 _SEED = flags.DEFINE_integer("seed", 0, "Of new weights, and of the order of the text.")
 
 
 def main() -> None:
-  names = {field.name for field in dataclasses.fields(SupraConfig)} - {"window"}
+  names = {field.name for field in dataclasses.fields(SupraConfig)} - {"window", "sinks"}
   supra = from_mapping(SupraConfig, {name: flags.FLAGS[name].value for name in names}, "flags")
   layers = None if _LAYERS.value is None else [int(layer) for layer in _LAYERS.value]
   phi, calibration = "random" if _METHOD.value == "random" else "identity", None
@@ -48,7 +49,12 @@ def main() -> None:
     calibration = Calibration(_DATA.value, _TEXT_KEY.value, **how)
   new: dict[str, typing.Any] = {"supra": supra, "layers": layers, "phi": phi, "seed": _SEED.value}
   window = _WINDOW.value if _WINDOW.value is not None or calibration is None else SupraConfig.window
-  new |= {"window": window or None, "keep_softmax": _KEEP.value, "measured_tokens": _MEASURED.value}
+  new |= {
+    "window": window or None,
+    "sinks": _SINKS.value,
+    "keep_softmax": _KEEP.value,
+    "measured_tokens": _MEASURED.value,
+  }
   with shown() if calibration else contextlib.nullcontext() as report:
     config = linearize_checkpoint(_CHECKPOINT.value, _OUTPUT.value, calibration=calibration, report=report, **new)
   if _KEEP.value:

@@ -101,7 +101,7 @@ EVERYTHING = tiny().replace(
   qk_norm="head",
   post_embed_norm=True,
   sliding_window=9,
-  supra=SupraConfig("per_head_separate", "retnet", qk_norm=True, window=7),
+  supra=SupraConfig("per_head_separate", "retnet", qk_norm=True, window=7, sinks=2),
   rope=RopeConfig(1e6, "yarn", kind="interleaved", factor=3.0, truncate=False),
   eos_token_ids=(2, 3),
 )

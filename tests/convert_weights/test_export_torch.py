@@ -65,7 +65,13 @@ MODELS = {
     mixers=("softmax", "supra"), num_heads=4, num_kv_heads=4, qk_norm="all_heads", rope=RopeConfig(kind="by_head")
   ),
   "window": tiny().replace(
-    mixers=("supra_window",) * 2, output_bias=True, value_head_dim=12, supra=SupraConfig("per_head", window=9)
+    mixers=("supra_window",) * 2, output_bias=True, value_head_dim=12, supra=SupraConfig("per_head", window=9, sinks=3)
+  ),
+  "sinks beyond the teacher's reach": tiny().replace(
+    mixers=("supra_window", "softmax"),
+    max_positions=20,
+    supra=SupraConfig(window=4, sinks=2),
+    rope=RopeConfig(kind="interleaved"),
   ),
   "windows of two kinds": tiny().replace(
     mixers=("softmax", "supra_window"), sliding_window=20, supra=SupraConfig(window=5), rope=RopeConfig(kind="by_head")
@@ -132,9 +138,9 @@ def test_logits(name, random_params, tmp_path):
   if all(windows[mixer] is not None for mixer in config.mixers):
     # It remembers no more keys than the next token can see.
     (cache,) = carried(output).values()
-    assert cache.slot_BS.shape[1] == max(windows[mixer] - 1 for mixer in config.mixers)
     for i, mixer in enumerate(config.mixers):
-      assert mixer == "supra" or cache.tensors[i][-1].shape[2] == windows[mixer] - 1
+      count = windows[mixer] - 1 + config.supra.sinks * (mixer == "supra_window")
+      assert mixer == "supra" or cache.tensors[i][-1].shape[2] == cache.slots[mixer].shape[1] == count
 
   # Row 1 is shorter; what follows it then is read with a cache that has seen padding.
   pad = 7
