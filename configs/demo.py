@@ -2,8 +2,8 @@
 
     make demo
 
-This is the recipe from the calibrated start; configs/demo_random.py is that from the paper's. The schedules are their
-own: the paper's 1000 steps of warmup would move nothing in so few tokens. See BUILD_NOTES.md.
+This is the recipe of the one with a window; configs/demo_random.py is that from the paper's start. The schedules are
+their own: the paper's 1000 steps of warmup would move nothing in so few tokens. See BUILD_NOTES.md.
 """
 
 import ml_collections
@@ -13,7 +13,7 @@ def get_config() -> ml_collections.ConfigDict:
   config = ml_collections.ConfigDict()
   config.init_checkpoint = "runs/demo/linearized"
   config.batch_size = 1
-  config.num_steps = 40
+  config.num_steps = 60
   config.dtype = "float32"
   config.remat = "none"
   config.seed = 0

@@ -1,4 +1,4 @@
-"""A teacher becomes an RNN twice, each time in the same seconds: from a calibrated start, and from the paper's."""
+"""A teacher becomes an RNN twice, in about the same time: with a window of its softmax, and from the paper's start."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 
 from supra_jax.calibrate import shown
 from supra_jax.config import SupraConfig
-from supra_jax.linearize import Calibration, Phi, linearize_checkpoint
+from supra_jax.linearize import SINKS, Calibration, Phi, linearize_checkpoint
 from supra_jax.lm import load
 from supra_jax.metrics import read_metrics
 from supra_jax.picture import plot_curves
@@ -21,8 +21,7 @@ from supra_jax.train import METRICS_FILE, train
 from supra_jax.train_config import TrainConfig
 from supra_jax.train_setup import heldout_nll, prepare_data
 
-NAMES = {"calibrated": "calibrated start", "random": "the paper's start"}
-STEPS_FILE = "random_steps.json"
+NAMES = {"window": "a window", "random": "the paper's start"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,53 +50,44 @@ class Run:
 
 def compare_starts(
   teacher: Path,
-  calibrated: TrainConfig,
+  window: TrainConfig,
   random: TrainConfig,
   workdir: Path,
   *,
-  calibration_tokens: int,
   say: Callable[[str], None] = print,
 ) -> dict[str, Any]:
   """Uptrains from both starts on the same text, and draws their losses against time into `starts.png`.
 
-  The calibrated run is `workdir` itself, the other lies in `workdir/random`. A second call finds what is done.
+  The run with a window is `workdir` itself, the other lies in `workdir/random`. A second call finds what is done.
 
   Args:
     teacher: model directory of the transformer.
-    calibrated, random: the recipes, which may differ in the schedule. The second's `num_steps` is passed over: it takes
-      as many steps as fit into the seconds of the first's calibration and steps.
+    window, random: the recipes, which may differ in the schedule.
     workdir: where everything goes.
-    calibration_tokens: so many of the training text calibrate.
     say: gets a line of progress at a time.
 
   Returns:
     What happened, for JSON.
   """
   lm = load(teacher)
-  ((text, _),), heldout = prepare_data(calibrated.data, lm.tokenizer, lm.config.vocab_size, workdir / "data")
-  teacher_nll = heldout_nll(lm.model, lm.params, heldout, calibrated)
+  ((text, _),), heldout = prepare_data(window.data, lm.tokenizer, lm.config.vocab_size, workdir / "data")
+  teacher_nll = heldout_nll(lm.model, lm.params, heldout, window)
   del lm
   say(f"Teacher, a transformer: held-out loss {teacher_nll:.4f} nats a token.")
-  packed = dataclasses.replace(calibrated.data, input="", sources=text, heldout=str(heldout))
-  calibrated, random = (dataclasses.replace(config, data=packed) for config in (calibrated, random))
-  window = SupraConfig.window
+  packed = dataclasses.replace(window.data, input="", sources=text, heldout=str(heldout))
+  window, random = (dataclasses.replace(config, data=packed) for config in (window, random))
+  seen = SupraConfig.window
   say(
-    f"Softmax sees the last {window} tokens, linear attention all of them: an RNN. Projections are solved for on "
-    f"{calibration_tokens:,} tokens, then it is uptrained."
+    f"Softmax sees the last {seen} tokens and the first {SINKS}, linear attention all of them: an RNN. It is uptrained."
   )
-  calibration = Calibration(text, tokens=calibration_tokens, seed=calibrated.seed)
-  first = run_from(teacher, "identity", calibration, calibrated, workdir, window=window, teacher_nll=teacher_nll)
-  steps = _once(
-    workdir / STEPS_FILE, lambda: max(round(first.seconds * first.tokens_per_second / calibrated.tokens_a_step), 1)
-  )
-  say(f"The same {first.seconds / 60:.1f} minutes from the paper's start, phi random: {steps} steps.")
-  random = dataclasses.replace(random, num_steps=steps)
+  first = run_from(teacher, "identity", None, window, workdir, window=seen, teacher_nll=teacher_nll)
+  say(f"From the paper's start, phi random, {random.num_steps} steps in place of {window.num_steps}.")
   second = run_from(teacher, "random", None, random, workdir / "random", teacher_nll=teacher_nll)
-  runs = {"calibrated": first, "random": second}
+  runs = {"window": first, "random": second}
   minutes = {NAMES[name]: [[(seconds / 60, nll) for _, seconds, nll in run.points]] for name, run in runs.items()}
   plot_curves(minutes, workdir / "starts.png", teacher_nll=teacher_nll, x="minutes")
   for name, run in runs.items():
-    say(f"After {run.seconds / 60:.1f} minutes from {NAMES[name]}: {run.nll:.4f} nats a token.")
+    say(f"After {run.seconds / 60:.1f} minutes with {NAMES[name]}: {run.nll:.4f} nats a token.")
   return {"teacher_nll": teacher_nll} | {name: dataclasses.asdict(run) for name, run in runs.items()}
 
 

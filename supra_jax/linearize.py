@@ -156,7 +156,7 @@ def linearize_checkpoint(
   kept: dict[str, Any] | None = None
   if calibration is None:
     if keep_softmax is not None:
-      raise ValueError(f"keep_softmax={keep_softmax} layers are chosen by what calibration leaves; calibrate too.")
+      raise ValueError(f"keep_softmax={keep_softmax} layers are chosen by what calibration leaves: wanted one.")
     start = load_model(checkpoint)
     params, config = linearize(start.params, start.config, **new)
   else:

@@ -15,9 +15,8 @@ from supra_jax.train_config import TrainConfig
 
 _CONFIG = config_flags.DEFINE_config_file("config", "configs/demo.py", "The recipe.", lock_config=True)
 _RANDOM_CONFIG = config_flags.DEFINE_config_file(
-  "random_config", "configs/demo_random.py", "The recipe from the paper's start; its steps follow.", lock_config=True
+  "random_config", "configs/demo_random.py", "The recipe from the paper's start.", lock_config=True
 )
-_CALIBRATION_TOKENS = flags.DEFINE_integer("calibration_tokens", 8192, "Of the training text.", lower_bound=1)
 _WORKDIR = flags.DEFINE_string("workdir", "runs/demo", "Where everything goes.")
 _PROMPT = flags.DEFINE_string("prompt", "The for statement is used to", "What the RNN goes on from.")
 _MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 80, "How much it writes.", lower_bound=1)
@@ -33,13 +32,13 @@ def smollm2_gguf() -> Path:
 
 def main() -> None:
   workdir = Path(_WORKDIR.value)
-  calibrated, random = (TrainConfig.from_mapping(config.value.to_dict()) for config in (_CONFIG, _RANDOM_CONFIG))
+  window, random = (TrainConfig.from_mapping(config.value.to_dict()) for config in (_CONFIG, _RANDOM_CONFIG))
   teacher = workdir / "teacher"
   if not teacher.exists():
     print("Converting SmolLM2-135M-Instruct (4-bit GGUF) to float32 Orbax.")
     convert(smollm2_gguf(), teacher, progress=True)
-  report = compare_starts(teacher, calibrated, random, workdir, calibration_tokens=_CALIBRATION_TOKENS.value)
-  print(f"The RNN with the calibrated start writes:\n\n{_PROMPT.value}", end="", flush=True)
+  report = compare_starts(teacher, window, random, workdir)
+  print(f"The RNN with a window writes:\n\n{_PROMPT.value}", end="", flush=True)
   text, rnn = "", supra_jax.load(workdir / "checkpoint")
   for piece in rnn.stream(_PROMPT.value, max_new_tokens=_MAX_NEW_TOKENS.value, temperature=0.7, top_p=0.9):
     print(piece, end="", flush=True)

@@ -17,7 +17,12 @@ from supra_jax.linearize import SINKS, Calibration, linearize_checkpoint
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Model directory to start from.", required=True)
 _OUTPUT = flags.DEFINE_string("output", None, "Model directory to write; must not exist.", required=True)
 _METHOD = flags.DEFINE_enum(
-  "method", "calibrated", ["calibrated", "identity", "random"], "How it begins; the paper's way is random."
+  "method",
+  None,
+  ["window", "calibrated", "identity", "random"],
+  "How it begins. window: the teacher's softmax over the last tokens, with linear attention that trains beside it. "
+  "Linear attention alone: calibrated, its projections solved for; identity, phi(x) = relu(x); random, as in the paper. "
+  "Default: window; with --window=0 calibrated.",
 )
 _DATA = flags.DEFINE_string(
   "calibration_data", "pydoc:topics", "Text of the kind that the model is for, or directories that prepare_data packed."
@@ -33,7 +38,7 @@ flags.DEFINE_enum("feature_map", "dense", typing.get_args(FeatureMapKind), "W of
 flags.DEFINE_enum("decay", "lightning", typing.get_args(Decay), "Decay of the heads.")
 flags.DEFINE_float("decay_start", None, "First lightning slope. Default: the series' own ratio.")
 flags.DEFINE_bool("qk_norm", False, "Normalise phi(q) and phi(k) before RoPE.")
-_WINDOW_HELP = f"Softmax over so many last tokens beside it; 0: none. Default: {SupraConfig.window} if it calibrates."
+_WINDOW_HELP = f"Softmax over so many last tokens; 0: none. Default: {SupraConfig.window} with --method=window, else 0."
 _WINDOW = flags.DEFINE_integer("window", None, _WINDOW_HELP, lower_bound=0)
 _SINKS = flags.DEFINE_integer("sinks", SINKS, "And over so many of a text's first tokens.", lower_bound=0)
 _SEED = flags.DEFINE_integer("seed", 0, "Of new weights, and of the order of the text.")
@@ -43,12 +48,18 @@ def main() -> None:
   names = {field.name for field in dataclasses.fields(SupraConfig)} - {"window", "sinks"}
   supra = from_mapping(SupraConfig, {name: flags.FLAGS[name].value for name in names}, "flags")
   layers = None if _LAYERS.value is None else [int(layer) for layer in _LAYERS.value]
-  phi, calibration = "random" if _METHOD.value == "random" else "identity", None
-  if _METHOD.value == "calibrated":
+  method, window = _METHOD.value, _WINDOW.value
+  if method is None:
+    method = "calibrated" if window == 0 else "window"
+  if method == "window":
+    window = SupraConfig.window if window is None else window
+    if not window:
+      raise ValueError("--method=window with --window=0: wanted a window, or --method=calibrated.")
+  phi, calibration = "random" if method == "random" else "identity", None
+  if method == "calibrated":
     how: dict[str, typing.Any] = {"tokens": _TOKENS.value, "mlp": _MLP.value, "seed": _SEED.value, "mesh": _MESH.value}
     calibration = Calibration(_DATA.value, _TEXT_KEY.value, **how)
   new: dict[str, typing.Any] = {"supra": supra, "layers": layers, "phi": phi, "seed": _SEED.value}
-  window = _WINDOW.value if _WINDOW.value is not None or calibration is None else SupraConfig.window
   new |= {
     "window": window or None,
     "sinks": _SINKS.value,
