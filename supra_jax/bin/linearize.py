@@ -21,7 +21,7 @@ _METHOD = flags.DEFINE_enum(
   None,
   ["window", "calibrated", "identity", "random"],
   "How it begins. window: the teacher's softmax over the last tokens, with linear attention that trains beside it. "
-  "Linear attention alone: calibrated, its projections solved for; identity, phi(x) = relu(x); random, as in the paper. "
+  "Linear attention alone: calibrated, its projections solved for; identity, phi(x) = relu(x); random, the paper's. "
   "Default: window; with --window=0 calibrated.",
 )
 _DATA = flags.DEFINE_string(
