@@ -35,14 +35,16 @@ KEPT = 4
 DECODED, ROUNDS = 64, 3
 # What `linearize_checkpoint` is told; `calibrated` is for this benchmark.
 MODELS: dict[str, dict[str, Any]] = {
-  "supra": {},
-  "window of 64, as it begins": {"window": 64, "calibrated": False},
-  "window of 64": {"window": 64},
-  "window of 64, no sinks": {"window": 64, "sinks": 0},
-  f"{KEPT} softmax layers, evenly spaced": {"evenly": KEPT},
-  f"{KEPT} softmax layers, by KL": {"keep_softmax": KEPT},
+  "supra": {"calibrated": True},
+  f"{KEPT} softmax layers, evenly spaced": {"evenly": KEPT, "calibrated": True},
+  f"{KEPT} softmax layers, by KL": {"keep_softmax": KEPT, "calibrated": True},
   "window of 16": {"window": 16},
+  "window of 64": {"window": 64},
   "window of 256": {"window": 256},
+  "window of 64, one sink": {"window": 64, "sinks": 1},
+  "window of 64, no sinks": {"window": 64, "sinks": 0},
+  "window of 64, calibrated": {"window": 64, "calibrated": True},
+  "window of 64, no sinks, calibrated": {"window": 64, "sinks": 0, "calibrated": True},
 }
 
 
@@ -73,7 +75,7 @@ def one(name: str, changes: dict[str, Any], workdir: Path) -> dict[str, Any]:
   if done.exists():
     return json.loads(done.read_text())
   calibration = None
-  if changes.pop("calibrated", True):
+  if changes.pop("calibrated", False):
     calibration = Calibration(f"{_DATA.value}/train", tokens=_TOKENS.value)
   if kept := changes.pop("evenly", 0):
     layers = load_model_without_params(_TEACHER.value).config.num_layers

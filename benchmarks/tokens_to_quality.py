@@ -70,11 +70,11 @@ METHODS = {
   "calibrated_32k_3e-4": Method("identity", 32768, 3e-4),
   "calibrated_32k_3e-5": Method("identity", 32768, 3e-5),
   "calibrated_131k": Method("identity", 131072, 1e-4),
-  # Softmax over the last tokens stays.
+  # Softmax over the last tokens and the first ones stays.
+  "window": Method("identity", 0, 1e-4, share=0.1, window=64),
+  "window_3e-5": Method("identity", 0, 3e-5, share=0.1, window=64),
+  "window_half": Method("identity", 0, 1e-4, share=0.5, window=64),
   "window_512": Method("identity", 512, 1e-4, share=0.1, window=64),
-  "window_4k": Method("identity", 4096, 1e-4, share=0.09, window=64),
-  "window_8k": Method("identity", 8192, 1e-4, share=0.5, window=64),
-  "window_8k_3e-5": Method("identity", 8192, 3e-5, share=0.5, window=64),
   # What each stage adds to calibrated_8k in half of the steps.
   "8k_half": Method("identity", 8192, 1e-4, share=0.5),
   "8k_half_3e-5": Method("identity", 8192, 3e-5, share=0.5),
