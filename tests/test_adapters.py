@@ -27,7 +27,7 @@ def test_at_first_nothing_changes_and_merged_the_same_is_computed(params):
   merged = merge_adapters(trained)
   assert jax.tree.structure(merged) == jax.tree.structure(params)
   assert np.abs(logits(trained) - logits(params)).max() > 0.1
-  np.testing.assert_allclose(logits(merged), logits(trained), atol=2e-5)
+  np.testing.assert_allclose(logits(merged), logits(trained), rtol=1e-4, atol=1e-4)
 
 
 def test_only_the_kernels_that_are_named_have_some(params):

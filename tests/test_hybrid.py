@@ -183,7 +183,7 @@ def test_from_the_command_line(tmp_path, teacher, how):
   """Two of the three layers named are made RNN layers; which, the table, the record and the model agree on."""
   prepare(how.data, load(teacher).tokenizer, tmp_path / "data", vocab_size=tiny_model.VOCAB, sequence_length=48)
   flags = [f"--checkpoint={teacher}", f"--output={tmp_path}/out", f"--calibration_data={tmp_path}/data/train"]
-  flags += ["--method=calibrated", "--window=64"]
+  flags += ["--method=calibrated"]
   ran = _program(*flags, "--calibration_tokens=512", "--measured_tokens=100", "--layers=0,1,-1", "--keep_softmax=1")
   assert ran.returncode == 0, ran.stderr[-2000:]
   made = load_model(tmp_path / "out")
@@ -191,8 +191,7 @@ def test_from_the_command_line(tmp_path, teacher, how):
   divergences = {int(layer): x for layer, x in kept["by_layer"].items()}
   assert divergences.keys() == {0, 1, 3} and made.source["layers"] == [0, 1, -1]
   assert kept["layers"] == [min(divergences, key=divergences.get)] and kept["tokens"] == 144
-  assert made.config.mixers == tuple("softmax" if i in (2, *kept["layers"]) else "supra_window" for i in range(4))
-  assert (made.config.supra.window, made.config.supra.sinks) == (64, 4)
+  assert made.config.mixers == tuple("softmax" if i in (2, *kept["layers"]) else "supra" for i in range(4))
   first, *rows, last = ran.stdout.splitlines()
   assert f"on 144 tokens is {kept['student']:.4f}" in first
   assert [row.split()[1:3] for row in rows] == [
@@ -249,8 +248,6 @@ def test_the_default_is_a_window_and_needs_no_text(tmp_path, teacher):
   made = load_model(tmp_path / "out")
   assert made.config.mixers == ("supra_window",) * 4 and made.source["calibration"] is None
   assert (made.config.supra.window, made.config.supra.sinks) == (64, 2)
-  ran = _program(f"--checkpoint={teacher}", f"--output={tmp_path}/none", "--method=window", "--window=0")
-  assert ran.returncode == 1 and "--window=0: wanted a window, or --method=calibrated" in ran.stderr
 
 
 def test_without_calibration_nothing_says_which(tmp_path, teacher):

@@ -134,7 +134,8 @@ def test_the_demo_leaves_what_it_promises(tmp_path):
   assert [tokens for tokens, *_ in window["points"]] == [tokens for tokens, *_ in random["points"]] == [0, 2 * 128]
   assert window["calibration_seconds"] == random["calibration_seconds"] == 0
   # Without training it is near the transformer, rows being twice the window.
-  assert 2 < report["teacher_nll"] < window["points"][0][2] < report["teacher_nll"] + 0.5 < random["points"][0][2] - 4
+  assert abs(window["points"][0][2] - report["teacher_nll"]) < 0.5 and report["teacher_nll"] > 2
+  assert window["points"][0][2] < random["points"][0][2] - 4
   assert report["prompt"] + report["text"] in first.stdout
   assert supra_jax.load(tmp_path / "demo" / "checkpoint").config.mixers == ("supra_window",) * 30
 

@@ -16,17 +16,12 @@ from supra_jax.linearize import SINKS, Calibration, linearize_checkpoint
 
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Model directory to start from.", required=True)
 _OUTPUT = flags.DEFINE_string("output", None, "Model directory to write; must not exist.", required=True)
-_METHOD = flags.DEFINE_enum(
-  "method",
-  None,
-  ["window", "calibrated", "identity", "random"],
+_METHOD_HELP = (
   "How it begins. window: the teacher's softmax over the last tokens, with linear attention that trains beside it. "
-  "Linear attention alone: calibrated, its projections solved for; identity, phi(x) = relu(x); random, the paper's. "
-  "Default: window; with --window=0 calibrated.",
+  "Linear attention alone: calibrated, its projections solved for; identity, phi(x) = relu(x); random, the paper's."
 )
-_DATA = flags.DEFINE_string(
-  "calibration_data", "pydoc:topics", "Text of the kind that the model is for, or directories that prepare_data packed."
-)
+_METHOD = flags.DEFINE_enum("method", "window", ["window", "calibrated", "identity", "random"], _METHOD_HELP)
+_DATA = flags.DEFINE_string("calibration_data", "pydoc:topics", "Your text, or directories that prepare_data packed.")
 _TOKENS = flags.DEFINE_integer("calibration_tokens", 32768, "How many tokens of it are read.", lower_bound=1)
 _MLP = flags.DEFINE_bool("calibrate_mlp", True, "Solve for the MLPs' last projections too.")
 _TEXT_KEY = flags.DEFINE_string("text_key", "text", "Key of a JSON line, or column, that holds the text.")
@@ -38,8 +33,7 @@ flags.DEFINE_enum("feature_map", "dense", typing.get_args(FeatureMapKind), "W of
 flags.DEFINE_enum("decay", "lightning", typing.get_args(Decay), "Decay of the heads.")
 flags.DEFINE_float("decay_start", None, "First lightning slope. Default: the series' own ratio.")
 flags.DEFINE_bool("qk_norm", False, "Normalise phi(q) and phi(k) before RoPE.")
-_WINDOW_HELP = f"Softmax over so many last tokens; 0: none. Default: {SupraConfig.window} with --method=window, else 0."
-_WINDOW = flags.DEFINE_integer("window", None, _WINDOW_HELP, lower_bound=0)
+_WINDOW = flags.DEFINE_integer("window", SupraConfig.window, "Softmax over so many last tokens.", lower_bound=1)
 _SINKS = flags.DEFINE_integer("sinks", SINKS, "And over so many of a text's first tokens.", lower_bound=0)
 _SEED = flags.DEFINE_integer("seed", 0, "Of new weights, and of the order of the text.")
 
@@ -48,24 +42,13 @@ def main() -> None:
   names = {field.name for field in dataclasses.fields(SupraConfig)} - {"window", "sinks"}
   supra = from_mapping(SupraConfig, {name: flags.FLAGS[name].value for name in names}, "flags")
   layers = None if _LAYERS.value is None else [int(layer) for layer in _LAYERS.value]
-  method, window = _METHOD.value, _WINDOW.value
-  if method is None:
-    method = "calibrated" if window == 0 else "window"
-  if method == "window":
-    window = SupraConfig.window if window is None else window
-    if not window:
-      raise ValueError("--method=window with --window=0: wanted a window, or --method=calibrated.")
-  phi, calibration = "random" if method == "random" else "identity", None
-  if method == "calibrated":
+  phi, calibration = "random" if _METHOD.value == "random" else "identity", None
+  if _METHOD.value == "calibrated":
     how: dict[str, typing.Any] = {"tokens": _TOKENS.value, "mlp": _MLP.value, "seed": _SEED.value, "mesh": _MESH.value}
     calibration = Calibration(_DATA.value, _TEXT_KEY.value, **how)
   new: dict[str, typing.Any] = {"supra": supra, "layers": layers, "phi": phi, "seed": _SEED.value}
-  new |= {
-    "window": window or None,
-    "sinks": _SINKS.value,
-    "keep_softmax": _KEEP.value,
-    "measured_tokens": _MEASURED.value,
-  }
+  new |= {"window": _WINDOW.value if _METHOD.value == "window" else None, "sinks": _SINKS.value}
+  new |= {"keep_softmax": _KEEP.value, "measured_tokens": _MEASURED.value}
   with shown() if calibration else contextlib.nullcontext() as report:
     config = linearize_checkpoint(_CHECKPOINT.value, _OUTPUT.value, calibration=calibration, report=report, **new)
   if _KEEP.value:
