@@ -139,19 +139,15 @@ def _taken(x_BSGK: jax.Array, slot_BN: jax.Array) -> jax.Array:
 
 
 def _step(q_BTHK, far_q_BTHK, k_BTGK, v_BTGV, held, sinks, cached_B, count_B, first_BT):
-  """One token, which takes the place of the one that leaves the window: nothing else in the ring moves."""
+  """One token, which takes the place of the one that leaves the window, and a sink's if it is one; no other moves."""
   batch, slots = held[0].shape[:2]
-  window, position_B = slots - sinks, cached_B - first_BT[:, 0]
-
-  def put(x: jax.Array, new: jax.Array, slot_B: jax.Array, wanted_B: jax.Array) -> jax.Array:
-    # Out of range: dropped.
-    return x.at[jnp.arange(batch), jnp.where(wanted_B & (count_B > 0), slot_B, slots)].set(new[:, 0], mode="drop")
-
-  k, v = held
-  places = [(sinks + cached_B % window, True), (position_B, position_B < sinks)]
-  for place in places if sinks else places[:1]:
-    k, v = put(k, k_BTGK, *place), put(v, v_BTGV, *place)
-  first_B1 = first_BT[:, :1]
+  window, first_B1 = slots - sinks, first_BT[:, :1]
+  position_B1 = cached_B[:, None] - first_B1
+  places_B2 = jnp.concatenate(
+    [sinks + cached_B[:, None] % window, jnp.where(position_B1 < sinks, position_B1, slots)], 1
+  )
+  at = jnp.arange(batch)[:, None], jnp.where(count_B[:, None] > 0, places_B2, slots)  # out of range: dropped
+  k, v = (x.at[at].set(new, mode="drop") for x, new in zip(held, (k_BTGK, v_BTGV), strict=True))
   ring_BW = ring_index(cached_B + 1, window) >= first_B1
   sink_BN = first_B1 + jnp.arange(sinks) <= cached_B[:, None] - window
   mask_B1S = jnp.concatenate([sink_BN, ring_BW], axis=1)[:, None]

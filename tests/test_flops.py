@@ -64,9 +64,8 @@ class TestFlops:
   def test_supra_window_forward_is_what_the_model_multiplies(self, window, sinks):
     c = SMALL.replace(mixers=("supra_window",) * 2, supra=config.SupraConfig(window=window, sinks=sinks))
     block = min(window, TIME)
-    traced = (
-      -(-TIME // block) * block * (sinks + window + block) / TIME
-    )  # keys a token, masked and padded ones included
+    # Keys a token, masked and padded ones included.
+    traced = -(-TIME // block) * block * (sinks + window + block) / TIME
     seen = sum(min(i + 1, window + sinks) for i in range(TIME)) / TIME
     masked = 2 * c.num_layers * c.num_heads * (c.head_dim + c.value_width) * (traced - seen)
     outer_products = 2 * c.num_layers * c.num_heads * c.head_dim * c.value_width

@@ -36,7 +36,7 @@ def _arrays(time, rows=2, heads=6, groups=2, width=8, value=4, dtype=np.float64)
 
 
 def _naive(q, far_q, k, v, window, sinks, first):
-  """A mask of T x T; queries twice, and keys 0 for the one that they do not meet."""
+  """A mask of T x T, and for each of them the query that it meets."""
   at = jnp.arange(q.shape[1])
   sink = at < first[..., None] + sinks
   mask = (at <= at[:, None]) & ((at > at[:, None] - window) | sink) & (at >= first[..., None])

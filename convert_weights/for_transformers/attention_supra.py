@@ -154,14 +154,12 @@ class Sight(NamedTuple):
   sinks: int
 
   def near(self, slot: Tensor, position: Tensor) -> Tensor:
-    """Whether what is there is seen from there on, if it comes before."""
-    if self.window is None:
-      return slot < PADDING
-    return ((slot > position - self.window) | (slot < self.sinks)) & (slot < PADDING)
+    """Whether what is there is seen from there, if it comes before; with a window only."""
+    return (slot > position - self.window) | (slot < self.sinks)
 
   def slots(self, slot_BS: Tensor, position_B: Tensor) -> Tensor:
     """Those that some row sees from there on, int64."""
-    return self.near(slot_BS, position_B[:, None]).any(0).nonzero()[:, 0]
+    return (self.near(slot_BS, position_B[:, None]) & (slot_BS < PADDING)).any(0).nonzero()[:, 0]
 
 
 def sink_reach(config: SupraConfig) -> int | None:
@@ -310,7 +308,9 @@ class SupraAttention(nn.Module):
         kept = sight.slots(slots, position[:, 0])
         slots, seen = slots[:, kept], [x[:, :, kept] for x in seen]
       query, key = position[:, :, None], slots[:, None]
-      mask_BTS = (key <= query) & sight.near(key, query)
+      mask_BTS = key <= query
+      if sight.window is not None:
+        mask_BTS &= sight.near(key, query)
       mask_BTS |= ~real[:, :, None]  # padding sees everything: a softmax over nothing would be NaN
       outs.append(F.scaled_dot_product_attention(q[:, :, own], *seen, attn_mask=mask_BTS[:, None], scale=scale))
     return torch.cat(outs, 2), (k, v)
