@@ -30,6 +30,7 @@ from supra_jax.checkpoint import (
   save_model,
   together,
 )
+from supra_jax.config import ModelConfig
 from supra_jax.metrics import MetricsWriter, Progress, read_metrics
 from supra_jax.picture import plot_losses
 from supra_jax.reporter import Reporter
@@ -133,9 +134,12 @@ class _Run:
 def _claim(config: TrainConfig, start: ModelCheckpoint, workdir: Path) -> None:
   """Writes the configs of run and model into a new workdir, or holds them against those that are there."""
   path = workdir / CONFIG_FILE
-  values = {**dataclasses.asdict(config), "model": json.loads(start.config.to_json())}
+  values = _described(config, start.config)
   if path.exists():
-    before, now = _flat(json.loads(path.read_text())), _flat(values)
+    stored = json.loads(path.read_text())
+    model = ModelConfig.from_json(json.dumps(stored.pop("model")))
+    # Read and written again: an option that is newer than the run has its default.
+    before, now = _flat(_described(TrainConfig.from_mapping(stored), model)), _flat(values)
     differ = [
       f"{name}: {before.get(name)!r} before, {now.get(name)!r} now"
       for name in sorted(before.keys() | now.keys())
@@ -154,6 +158,10 @@ def _claim(config: TrainConfig, start: ModelCheckpoint, workdir: Path) -> None:
     path.write_text(json.dumps(values, indent=2) + "\n")
     write_run_record(workdir, values)
   together("config written")
+
+
+def _described(config: TrainConfig, model: ModelConfig) -> dict[str, Any]:
+  return {**dataclasses.asdict(config), "model": json.loads(model.to_json())}
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

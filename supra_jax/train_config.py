@@ -64,6 +64,7 @@ class TrainConfig:
     remat: what the backward pass recomputes, see `Transformer`.
     trainable: regex; parameters whose path it is found in train, others stay as they are and have no moments.
     new_weights, new_weights_steps: for so many steps only those of them train that this regex is found in.
+    new_weights_rate: times the learning rate is theirs, in all steps.
     distill_from: model directory of the transformer that the model came from; it runs in each step, and its
       distribution of the next token is a target. Empty: there is none.
     distill_weight: of the divergence from it in the loss; cross-entropy has the rest of 1.
@@ -94,6 +95,7 @@ class TrainConfig:
   trainable: str = ".*"
   new_weights: str = "feature_map|linear_o_proj|[qk]_norm"
   new_weights_steps: int = 0
+  new_weights_rate: float = 1.0
   distill_from: str = ""
   distill_weight: float = 1.0
   distill_hidden: float = 0.0
@@ -115,6 +117,10 @@ class TrainConfig:
     for name in ("new_weights_steps", "transfer_steps", "distill_hidden", "evaluate_every", "save_every"):
       if getattr(self, name) < 0:
         raise ValueError(f"{name}={getattr(self, name)}: wanted 0 or more.")
+    if self.new_weights_rate <= 0:
+      raise ValueError(
+        f"new_weights_rate={self.new_weights_rate}: wanted more than 0; what is not to train, `trainable` names."
+      )
     if self.dtype not in ("float32", "bfloat16"):
       raise ValueError(f"dtype={self.dtype!r}: wanted float32 or bfloat16.")
     if self.remat not in ("none", *REMAT_POLICIES):

@@ -107,6 +107,7 @@ def make_train_step(config: TrainConfig, model: ModelConfig, teacher: ModelConfi
     config.optimizer,
     config.num_steps,
     config.groups,
+    (config.new_weights, config.new_weights_rate),
     None if teacher is None else transformer(teacher),
     config.distill_weight,
     config.distill_hidden,

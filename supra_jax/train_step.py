@@ -39,6 +39,10 @@ class TrainState:
   skipped_in_row: jax.Array
 
 
+def _name(path: Any) -> str:
+  return "/".join(key.key for key in path)
+
+
 def parameter_groups(params: Any, patterns: Sequence[tuple[str, str]]) -> dict[str, Any]:
   """Cuts a tree in parts, each with None for what is not in it: a part a pattern, and "frozen" for the rest.
 
@@ -52,8 +56,7 @@ def parameter_groups(params: Any, patterns: Sequence[tuple[str, str]]) -> dict[s
   """
 
   def group_of(path) -> str:
-    name = "/".join(key.key for key in path)
-    return next((group for group, pattern in patterns if re.search(pattern, name)), "frozen")
+    return next((group for group, pattern in patterns if re.search(pattern, _name(path))), "frozen")
 
   labels = jax.tree_util.tree_map_with_path(lambda path, _: group_of(path), params)
   found = set(jax.tree.leaves(labels))
@@ -81,6 +84,7 @@ class TrainStep:
     optimizer: the recipe.
     num_steps: of the run; the schedule ends there.
     groups: (name, regex) of the parameters that train.
+    scaled: (regex, what the learning rate of those is times that it finds).
     teacher: stacked; None where there is none. Its parameters are given to each step.
     teacher_weight, hidden_weight: as `Teacher` has them.
     adapters: that `init` adds.
@@ -93,13 +97,14 @@ class TrainStep:
     optimizer: OptimizerConfig,
     num_steps: int,
     groups: Sequence[tuple[str, str]] = (("all", ".*"),),
+    scaled: tuple[str, float] = (".*", 1.0),
     teacher: Transformer | None = None,
     teacher_weight: float = 1.0,
     hidden_weight: float = 0.0,
     adapters: AdapterConfig = AdapterConfig(),
     seed: int = 0,
   ):
-    self.model, self.optimizer, self.groups = model, optimizer, tuple(groups)
+    self.model, self.optimizer, self.groups, self.scaled = model, optimizer, tuple(groups), scaled
     self.teacher, self.teacher_weight, self.hidden_weight = teacher, teacher_weight, hidden_weight
     self.adapters, self.seed = adapters, seed
     self._tx = make_optimizer(optimizer)
@@ -111,6 +116,8 @@ class TrainStep:
     if self.adapters.rank:
       params = add_adapters(params, self.adapters, self.seed)
     parts = parameter_groups(params, self.groups)
+    if self.scaled[1] != 1:
+      parameter_groups(params, (("scaled", self.scaled[0]),))  # an error where it finds nothing
     opt_state = {name: self._tx.init(parts[name]) for name, _ in self.groups}
     # Three arrays, not one thrice: the state is given away, and no buffer can be given twice.
     return TrainState(params, opt_state, *(jnp.zeros((), jnp.int32) for _ in range(3)))
@@ -147,7 +154,9 @@ class TrainStep:
       opt_state = dict(state.opt_state)
       for name in active:
         updates, opt_state[name] = self._tx.update(grads[name], state.opt_state[name], training[name])
-        training[name] = jax.tree.map(lambda p, u: (p - rate * u).astype(p.dtype), training[name], updates)
+        training[name] = jax.tree_util.tree_map_with_path(
+          lambda path, p, u: (p - rate * self._factor(path) * u).astype(p.dtype), training[name], updates
+        )
       params = _merge({**training, **parts})
       params, opt_state = jax.tree.map(
         lambda new, old: jnp.where(finite, new, old), (params, opt_state), (state.params, state.opt_state)
@@ -164,6 +173,10 @@ class TrainStep:
       return new, metrics
 
     return jax.jit(step, donate_argnums=0, out_shardings=(shardings, whole))
+
+  def _factor(self, path: Any) -> float:
+    pattern, factor = self.scaled
+    return factor if re.search(pattern, _name(path)) else 1.0
 
   def _gradients(
     self, training: dict[str, Any], rest: dict[str, Any], batch: Any, teacher_params: Any, transfer: bool

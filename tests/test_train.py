@@ -90,6 +90,28 @@ def test_new_weights_train_alone_at_first(start, text, tmp_path):
   assert changed > phi and {"embed_tokens/embedding", "mlp/up_proj/kernel"} < changed
 
 
+def test_new_weights_have_a_rate_of_their_own(start, text, tmp_path):
+  config = make_config(start, text, num_steps=1)
+  before = load_model(start).params
+  moved = {}
+  for rate in (1.0, 0.25):
+    train.train(dataclasses.replace(config, new_weights_rate=rate), tmp_path / str(rate))
+    after = load_model(tmp_path / str(rate) / "checkpoint").params
+    moved[rate] = jax.tree.map(np.subtract, after, before)
+
+  def check(path, whole, scaled):
+    assert np.any(whole)
+    new = any(key.key.startswith("feature_map") for key in path)
+    # Differences of numbers of about 1 whose last bits are 1e-7.
+    np.testing.assert_allclose(scaled, whole * (0.25 if new else 1.0), rtol=0, atol=5e-7 if new else 0)
+
+  jax.tree_util.tree_map_with_path(check, moved[1.0], moved[0.25])
+  with pytest.raises(ValueError, match=r"No parameter is left to train by the regex 'elsewhere'"):
+    train.train(dataclasses.replace(config, new_weights="elsewhere", new_weights_rate=0.1), tmp_path / "none")
+  with pytest.raises(ValueError, match=r"new_weights_rate=0: wanted more than 0"):
+    make_config(start, text, new_weights_rate=0)
+
+
 def test_frozen_parameters_have_no_moments_and_stay(start, text, tmp_path):
   config = make_config(start, text, num_steps=2, trainable="mlp|lm_head")
   train.train(config, tmp_path)
@@ -177,6 +199,17 @@ def test_another_config_in_the_same_workdir_is_refused(start, text, tmp_path):
   assert (tmp_path / "metrics.jsonl").read_bytes() == before
   # What only says how often to look may change.
   train.train(make_config(start, text, num_steps=1, log_every=5), tmp_path)
+
+
+def test_a_run_of_before_an_option_goes_on(start, text, tmp_path):
+  train.train(make_config(start, text, num_steps=1, save_every=1), tmp_path)
+  path = tmp_path / "train_config.json"
+  stored = json.loads(path.read_text())
+  del stored["new_weights_rate"], stored["model"]["supra"]["sinks"]
+  path.write_text(json.dumps(stored))
+  train.train(make_config(start, text, num_steps=1, save_every=1), tmp_path)
+  with pytest.raises(ValueError, match=r"new_weights_rate: 1.0 before, 0.5 now"):
+    train.train(make_config(start, text, num_steps=1, save_every=1, new_weights_rate=0.5), tmp_path)
 
 
 def test_another_model_under_the_same_path_is_refused(text, tmp_path):
