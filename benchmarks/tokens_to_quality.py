@@ -44,6 +44,7 @@ class Method:
     share: of the benchmark's steps that it takes.
     window: of softmax beside the linear attention.
     stages: of the `TrainConfig`; those that a teacher is for have it.
+    end_learning_rate: where the cosine ends; the learning rate itself makes it constant.
   """
 
   phi: Phi
@@ -52,8 +53,10 @@ class Method:
   share: float = 1.0
   window: int | None = None
   stages: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  end_learning_rate: float = 1e-5
 
 
+SLOW = {"new_weights_rate": 0.1}
 METHODS = {
   # The paper's.
   "random": Method("random", 0, 1e-3),
@@ -70,15 +73,19 @@ METHODS = {
   "calibrated_32k_3e-4": Method("identity", 32768, 3e-4),
   "calibrated_32k_3e-5": Method("identity", 32768, 3e-5),
   "calibrated_131k": Method("identity", 131072, 1e-4),
-  # Softmax over the last tokens and the first ones stays.
-  "window": Method("identity", 0, 1e-4, share=0.1, window=64),
-  "window_3e-5": Method("identity", 0, 3e-5, share=0.1, window=64),
-  "window_half": Method("identity", 0, 1e-4, share=0.5, window=64),
-  "window_512": Method("identity", 512, 1e-4, share=0.1, window=64),
+  # Softmax over the last tokens and the first ones stays; what is new learns at a tenth of the rate, at all of it, or
+  # never.
+  "window": Method("identity", 0, 1e-4, share=0.1, window=64, stages=SLOW),
+  "window_half": Method("identity", 0, 1e-4, share=0.5, window=64, stages=SLOW),
+  "window_3e-5": Method("identity", 0, 3e-5, share=0.1, window=64, stages=SLOW),
+  "window_rate_1": Method("identity", 0, 1e-4, share=0.1, window=64),
+  "window_rate_1_half": Method("identity", 0, 1e-4, share=0.5, window=64),
+  "window_alone_half": Method("identity", 0, 1e-4, share=0.5, window=64, stages={"trainable": "^(?!.*linear_o_proj)"}),
   # What each stage adds to calibrated_8k in half of the steps.
   "8k_half": Method("identity", 8192, 1e-4, share=0.5),
   "8k_half_3e-5": Method("identity", 8192, 3e-5, share=0.5),
   "8k_half_3e-4": Method("identity", 8192, 3e-4, share=0.5),
+  "8k_half_constant": Method("identity", 8192, 1e-4, share=0.5, end_learning_rate=1e-4),
   "8k_transfer": Method("identity", 8192, 1e-4, share=0.5, stages={"transfer_steps": 10}),
   "8k_hidden": Method("identity", 8192, 1e-4, share=0.5, stages={"distill_weight": 0.0, "distill_hidden": 1.0}),
   "8k_logits": Method("identity", 8192, 1e-4, share=0.5, stages={"distill_weight": 1.0}),
@@ -101,6 +108,7 @@ def one_run(name: str, seed: int, config: TrainConfig, workdir: Path) -> dict[st
   optimizer = dataclasses.replace(
     config.optimizer,
     learning_rate=method.learning_rate * _RATE_SCALE.value,
+    end_learning_rate=method.end_learning_rate,
     warmup_steps=min(config.optimizer.warmup_steps, steps),
   )
   changes: dict[str, Any] = {"num_steps": steps, "evaluate_every": every, "save_every": every, **method.stages}
@@ -164,7 +172,7 @@ def main() -> None:
     num_steps=_NUM_STEPS.value,
     dtype=_DTYPE.value,
     remat="none",
-    optimizer=OptimizerConfig(warmup_steps=10, end_learning_rate=1e-5),
+    optimizer=OptimizerConfig(warmup_steps=10),
     log_every=5,
     evaluate_every=max(_NUM_STEPS.value // 6, 1),
     save_every=max(_NUM_STEPS.value // 6, 1),

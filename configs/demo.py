@@ -16,6 +16,7 @@ def get_config() -> ml_collections.ConfigDict:
   config.num_steps = 60
   config.dtype = "float32"
   config.remat = "none"
+  config.new_weights_rate = 0.1
   config.seed = 0
   config.log_every = 1
   config.evaluate_every = 20

@@ -11,5 +11,6 @@ from configs import demo
 def get_config() -> ml_collections.ConfigDict:
   config = demo.get_config()
   config.num_steps = 72
+  config.new_weights_rate = 1.0
   config.optimizer.learning_rate = 2e-3
   return config

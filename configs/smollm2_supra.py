@@ -31,6 +31,7 @@ def get_config() -> ml_collections.ConfigDict:
   config.mesh = ""
   config.dtype = "bfloat16"
   config.remat = "block"
+  config.new_weights_rate = 0.1  # right for a window; what `linearize --method=random` made wants 1
   config.distill_from = ""
   config.distill_weight = 1.0
   config.distill_hidden = 0.0
