@@ -11,7 +11,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import jax
-import tokenizers
 from absl import flags
 
 import supra_jax
@@ -25,8 +24,9 @@ from supra_jax.text import documents_in_turns
 from supra_jax.train import train
 from supra_jax.train_config import DataConfig, TrainConfig
 from supra_jax.transformer import Transformer
+from tests import tiny
 
-END, LENGTH, ROWS = "<|end|>", 128, 32
+LENGTH, ROWS = 128, 32
 CONFIG = ModelConfig(
   vocab_size=2048,
   hidden_size=128,
@@ -49,15 +49,7 @@ def make_tokenizer(pattern: str, megabytes: int = 20) -> bytes:
     characters += len(text)
     if characters >= megabytes * 10**6:
       break
-  bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
-  bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-  bpe.decoder = tokenizers.decoders.ByteLevel()
-  alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
-  trainer = tokenizers.trainers.BpeTrainer(
-    vocab_size=CONFIG.vocab_size, special_tokens=[END], initial_alphabet=alphabet, show_progress=False
-  )
-  bpe.train_from_iterator(texts, trainer)
-  return bpe.to_str().encode()
+  return tiny.byte_bpe(texts, CONFIG.vocab_size)
 
 
 def main() -> None:

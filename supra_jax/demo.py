@@ -113,15 +113,16 @@ def run_from(
   """
   start = start or workdir / "linearized"
 
-  def linearize() -> float:
+  # Measured the first time, so that a second call has the same.
+  measured = start.with_name(f"{start.name}_seconds.json")
+  if not measured.exists():
     shutil.rmtree(start, ignore_errors=True)
     began = time.monotonic()
     with contextlib.nullcontext() if calibration is None else shown() as report:
       new: dict[str, Any] = {"phi": phi, "seed": config.seed, "window": window, "calibration": calibration}
       linearize_checkpoint(teacher, start, **new, report=report)
-    return 0.0 if calibration is None else time.monotonic() - began
-
-  calibration_seconds = _once(start.with_name(f"{start.name}_seconds.json"), linearize)
+    measured.write_text(json.dumps(0.0 if calibration is None else time.monotonic() - began))
+  calibration_seconds = json.loads(measured.read_text())
   speed = train(
     dataclasses.replace(config, init_checkpoint=str(start)), workdir, teacher_nll=teacher_nll
   ).tokens_per_second
@@ -131,12 +132,3 @@ def run_from(
     if "heldout_nll" in record
   ]
   return Run(calibration_seconds, speed, points)
-
-
-def _once(path: Path, measure: Callable[[], Any]) -> Any:
-  """What was measured the first time, so that a second run has the same recipe."""
-  if not path.exists():
-    value = measure()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(value))
-  return json.loads(path.read_text())

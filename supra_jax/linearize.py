@@ -181,6 +181,7 @@ def linearize_checkpoint(
   made = new | {
     "supra": dataclasses.asdict(config.supra),
     "layers": None if layers is None else list(layers),
+    "sinks": None if window is None else sinks,
     "calibration": None if calibration is None else dataclasses.asdict(calibration),
     "kept_softmax": kept,
   }

@@ -1,9 +1,10 @@
-"""A tiny model directory with a real tokenizer, and text to train it on."""
+"""A tiny model directory with a real tokenizer, and text to train it on; for benchmarks too."""
 
 from __future__ import annotations
 
 import functools
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from pydoc_data.topics import topics
 
@@ -19,15 +20,22 @@ VOCAB = 320
 END = "<|endoftext|>"
 
 
-@functools.cache
-def tokenizer_json() -> bytes:
+def byte_bpe(texts: Iterable[str], vocab_size: int) -> bytes:
+  """A tokenizer.json: byte-level BPE of some texts, with an end-of-text token as id 0."""
   tokenizer = Tokenizer(models.BPE())
   tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
   tokenizer.decoder = decoders.ByteLevel()
   alphabet = pre_tokenizers.ByteLevel.alphabet()
-  trainer = trainers.BpeTrainer(vocab_size=VOCAB, special_tokens=[END], initial_alphabet=alphabet, show_progress=False)
-  tokenizer.train_from_iterator([topics[name] for name in sorted(topics)[:20]], trainer)
+  trainer = trainers.BpeTrainer(
+    vocab_size=vocab_size, special_tokens=[END], initial_alphabet=alphabet, show_progress=False
+  )
+  tokenizer.train_from_iterator(texts, trainer)
   return tokenizer.to_str().encode()
+
+
+@functools.cache
+def tokenizer_json() -> bytes:
+  return byte_bpe([topics[name] for name in sorted(topics)[:20]], VOCAB)
 
 
 def tiny_config(mixer: config.Mixer) -> config.ModelConfig:
