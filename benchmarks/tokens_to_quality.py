@@ -79,6 +79,9 @@ METHODS = {
   "window_half": Method("identity", 0, 1e-4, share=0.5, window=64, stages=SLOW),
   "window_3e-5": Method("identity", 0, 3e-5, share=0.1, window=64, stages=SLOW),
   "window_logits_half": Method("identity", 0, 1e-4, share=0.5, window=64, stages=SLOW | {"distill_weight": 1.0}),
+  "window_adapters_half": Method(
+    "identity", 0, 1e-3, share=0.5, window=64, stages={"new_weights_rate": 0.01, "adapters": AdapterConfig(rank=16)}
+  ),
   "window_rate_1": Method("identity", 0, 1e-4, share=0.1, window=64),
   "window_rate_1_half": Method("identity", 0, 1e-4, share=0.5, window=64),
   "window_alone_half": Method("identity", 0, 1e-4, share=0.5, window=64, stages={"trainable": "^(?!.*linear_o_proj)"}),
