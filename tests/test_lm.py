@@ -11,6 +11,8 @@ import supra_jax
 from supra_jax import evaluate
 from tests import tiny
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 TOKENS = np.random.default_rng(0).integers(0, tiny.VOCAB, (2, 37))
 
 
