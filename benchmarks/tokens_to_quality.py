@@ -4,8 +4,8 @@
       [--seeds=0,1,2] [--num_steps=60] [--batch_size=2]
 
 `--data` is what `supra_jax.bin.prepare_data` packed, with held-out text. Every run uses `supra_jax.train` with AdamW on
-a cosine of its own length; a killed benchmark goes on where it was. Tokens of calibration are counted twice, since the
-teacher reads them too. Writes a table, JSON and two plots, against tokens and against seconds.
+a cosine of its own length; a killed benchmark goes on where it was. Tokens that the teacher reads too, in calibration
+and where it is distilled from, are counted twice. Writes a table, JSON and two plots, against tokens and seconds.
 """
 
 from __future__ import annotations
@@ -97,6 +97,13 @@ METHODS = {
 }
 
 
+def _all_tokens(method: Method, trained: int, config: TrainConfig) -> int:
+  """Tokens that student and teacher have read; the calibration's both, and so it is wherever a stage has a teacher."""
+  taught = trained if {"distill_weight", "distill_hidden"} & method.stages.keys() else 0
+  transfer = min(trained, method.stages.get("transfer_steps", 0) * config.tokens_a_step)
+  return 2 * method.calibration_tokens + trained + max(taught, transfer)
+
+
 def one_run(name: str, seed: int, config: TrainConfig, workdir: Path) -> dict[str, Any]:
   """Linearises and uptrains once: seconds, and [tokens, seconds, held-out loss] of each evaluation."""
   method, directory = METHODS[name], workdir / f"{name}-{seed}"
@@ -122,7 +129,7 @@ def one_run(name: str, seed: int, config: TrainConfig, workdir: Path) -> dict[st
   start = workdir / "starts" / f"{method.phi}-{method.calibration_tokens}-{method.window}-{seed}"
   start.parent.mkdir(exist_ok=True)
   done = run_from(_TEACHER.value, method.phi, calibration, config, directory, window=method.window, start=start)
-  points = [[2 * method.calibration_tokens + tokens, seconds, nll] for tokens, seconds, nll in done.points]
+  points = [[_all_tokens(method, tokens, config), seconds, nll] for tokens, seconds, nll in done.points]
   result.write_text(json.dumps({"seed": seed, **dataclasses.asdict(done), "points": points}))
   for left in ("checkpoint", "training"):
     shutil.rmtree(directory / left)
