@@ -97,11 +97,13 @@ METHODS = {
 }
 
 
-def _all_tokens(method: Method, trained: int, config: TrainConfig) -> int:
-  """Tokens that student and teacher have read; the calibration's both, and so it is wherever a stage has a teacher."""
-  taught = trained if {"distill_weight", "distill_hidden"} & method.stages.keys() else 0
-  transfer = min(trained, method.stages.get("transfer_steps", 0) * config.tokens_a_step)
-  return 2 * method.calibration_tokens + trained + max(taught, transfer)
+def read_by_teacher(config: TrainConfig, trained: int) -> int:
+  """Of the tokens that a run has trained on, those that the teacher read too."""
+  if not config.distill_from:
+    return 0
+  if config.distill_weight or config.distill_hidden:
+    return trained
+  return min(trained, config.transfer_steps * config.tokens_a_step)
 
 
 def one_run(name: str, seed: int, config: TrainConfig, workdir: Path) -> dict[str, Any]:
@@ -129,7 +131,10 @@ def one_run(name: str, seed: int, config: TrainConfig, workdir: Path) -> dict[st
   start = workdir / "starts" / f"{method.phi}-{method.calibration_tokens}-{method.window}-{seed}"
   start.parent.mkdir(exist_ok=True)
   done = run_from(_TEACHER.value, method.phi, calibration, config, directory, window=method.window, start=start)
-  points = [[_all_tokens(method, tokens, config), seconds, nll] for tokens, seconds, nll in done.points]
+  points = [
+    [2 * method.calibration_tokens + tokens + read_by_teacher(config, tokens), seconds, nll]
+    for tokens, seconds, nll in done.points
+  ]
   result.write_text(json.dumps({"seed": seed, **dataclasses.asdict(done), "points": points}))
   for left in ("checkpoint", "training"):
     shutil.rmtree(directory / left)

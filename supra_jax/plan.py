@@ -18,7 +18,7 @@ from supra_jax.checkpoint import load_model_without_params
 from supra_jax.compiled import Memory, Traffic, collectives, memory
 from supra_jax.config import PRESETS, Mixer, ModelConfig
 from supra_jax.flops import step_flops_per_token
-from supra_jax.sharding import TIME_AXIS, batch_sharding, batch_shards, make_mesh, mesh_sizes
+from supra_jax.sharding import TIME_AXIS, batch_sharding, batch_shards, make_mesh, mesh_sizes, parameter_name
 from supra_jax.train_config import TrainConfig
 from supra_jax.train_setup import check_batch, make_train_step, state_shapes, teacher_shapes
 from supra_jax.train_step import parameter_groups
@@ -147,7 +147,7 @@ def plan(config: TrainConfig, model: ModelConfig, mesh: Mesh, teacher: ModelConf
     seconds=seconds,
     parameters=_count(state.params),
     trainable=_count(state.params) - _count(frozen),
-    new=_count([leaf for path, leaf in leaves if re.search(config.new_weights, "/".join(key.key for key in path))]),
+    new=_count([leaf for path, leaf in leaves if re.search(config.new_weights, parameter_name(path))]),
     parameter_bytes=device_bytes(state.params),
     optimizer_bytes=device_bytes(state.opt_state),
     teacher_bytes=device_bytes(extra),

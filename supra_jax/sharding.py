@@ -85,6 +85,11 @@ def make_mesh(text: str = "", devices: Sequence[jax.Device] | None = None) -> Me
   return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 
 
+def parameter_name(path: Sequence[Any]) -> str:
+  """What regexes are held against: "run_0/mlp/up_proj/kernel", of a path of `jax.tree_util` in nested dicts."""
+  return "/".join(key.key for key in path)
+
+
 def param_specs(params: Any, mesh: Mesh, rules: Sequence[tuple[str, Mapping[int, PartitionSpec]]] = PARAM_RULES) -> Any:
   """The PartitionSpec of every parameter.
 
@@ -99,7 +104,7 @@ def param_specs(params: Any, mesh: Mesh, rules: Sequence[tuple[str, Mapping[int,
   used = set()
 
   def spec_of(path, leaf) -> PartitionSpec:
-    name = "/".join(key.key for key in path)
+    name = parameter_name(path)
     stacked = name.startswith("run_")
     short, rank = _LAYER.sub("", name), leaf.ndim - stacked
     for number, (pattern, specs) in enumerate(rules):

