@@ -24,6 +24,7 @@ FLOORS = {
     "params_io",
     "checkpoint",
     "parameter_reader",
+    "tokenizer_backends",
     "tokenizer",
     "text",
     "packed",
@@ -49,7 +50,10 @@ ORDER = [f"supra_jax.{name}" for floor in FLOORS.values() for name in floor]
 # Modules of supra_jax that convert_weights may use, and those of supra_jax that may use convert_weights.
 OPEN_TO_CONVERTERS = {
   f"supra_jax.{name}"
-  for name in ("bin.entry", "config", "checkpoint", "files", "lm", "parameter_reader", "params_io", "tokenizer")
+  for name in (
+    "bin.entry", "config", "checkpoint", "files", "lm", "parameter_reader", "params_io", "tokenizer",
+    "tokenizer_backends",
+  )
 }
 USES_CONVERTERS = {"supra_jax.demo", "supra_jax.bin.demo"}
 
