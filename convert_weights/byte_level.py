@@ -10,7 +10,7 @@ import tokenizers
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 
 from convert_weights.errors import ConversionError
-from supra_jax.tokenizer import _BYTE_OF
+from supra_jax.tokenizer_backends import BYTE_OF
 
 _CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _SPACES = r"\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -143,7 +143,7 @@ def ranked_bpe(
   return tokenizer
 
 
-_SPELLING = {byte: character for character, byte in _BYTE_OF.items()}
+_SPELLING = {byte: character for character, byte in BYTE_OF.items()}
 
 
 def _spelled(token: bytes) -> str:

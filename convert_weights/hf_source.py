@@ -10,7 +10,8 @@ from typing import Any
 from convert_weights import hf_config, hf_export, names
 from convert_weights.errors import read_json_object
 from convert_weights.leaves import check_tensors, make_leaf
-from convert_weights.source import Source, tokenizer_files
+from convert_weights.source import Source
+from convert_weights.tokenizer_source import tokenizer_files
 from convert_weights.weights import open_weights
 
 # Old checkpoints store the rotary frequencies, which follow from the config.

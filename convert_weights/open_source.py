@@ -11,7 +11,8 @@ from convert_weights.errors import ConversionError, read_json_object
 from convert_weights.gguf_source import open_gguf_source
 from convert_weights.hf_source import open_huggingface
 from convert_weights.openlm_source import open_openlm
-from convert_weights.source import Source, tokenizer_files
+from convert_weights.source import Source
+from convert_weights.tokenizer_source import tokenizer_files
 from convert_weights.weights import WEIGHT_SUFFIXES
 from supra_jax.tokenizer import Tokenizer
 

@@ -10,7 +10,8 @@ from typing import Any
 from convert_weights import names, openlm_config
 from convert_weights.errors import ConversionError, listing
 from convert_weights.leaves import check_tensors, make_leaf
-from convert_weights.source import Source, StoredTensor, tokenizer_files
+from convert_weights.source import Source, StoredTensor
+from convert_weights.tokenizer_source import tokenizer_files
 from convert_weights.weights import open_weights
 
 # What wraps a model leaves its name before those of the tensors: transformers, data parallelism, torch.compile.

@@ -15,7 +15,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -30,16 +30,16 @@ from convert_weights.leaves import check_tensors
 from convert_weights.rounding import DTYPES, rounded
 from convert_weights.safetensors_writer import TYPES, num_bytes, write_safetensors
 from convert_weights.source import StoredTensor
+from convert_weights.tokenizer_export import exported_tokenizer
+from convert_weights.tokenizer_source import GENERATION_FILE, TEMPLATE_FILE, as_json
 from supra_jax.bin.entry import run
-from supra_jax.checkpoint import load_model_without_params
+from supra_jax.checkpoint import ModelCheckpoint, load_model_without_params
 from supra_jax.config import ModelConfig
 from supra_jax.files import new_directory
 from supra_jax.parameter_reader import ParameterReader
+from supra_jax.tokenizer import Tokenizer
 
 FORMATS = {"transformers": hf_export.export, "openlm": openlm_export.export}
-# Where the tokenizer's own config does not say, transformers goes by the model, and may not know it, or follow its
-# family's rules in place of those in the file.
-_TOKENIZER_CLASSES = {"tokenizer.json": "PreTrainedTokenizerFast", "tokenizer.model": "LlamaTokenizer"}
 
 
 def convert(
@@ -72,6 +72,7 @@ def convert(
   with ParameterReader(source) as reader:
     _check_parameters(source, reader, model.config)
     target = DTYPES[dtype] if dtype else _common_dtype(reader)
+    files = _files(export, model, target)
     total = sum(num_bytes(tensor.shape, target) for tensor in export.tensors)
 
     def read(part: Part) -> np.ndarray:
@@ -86,7 +87,7 @@ def convert(
       _named_errors(output, directory, total),
     ):  # fmt: skip
       write_safetensors(directory, export.tensors, target, read, bar.update)
-      for name, contents in _files(export, model.tokenizer_files, target).items():
+      for name, contents in files.items():
         (directory / name).write_bytes(contents)
 
 
@@ -107,16 +108,22 @@ def _common_dtype(reader: ParameterReader) -> np.dtype:
   return dtypes.pop() if len(dtypes) == 1 and dtypes <= TYPES.keys() else DTYPES["float32"]
 
 
-def _files(export: Export, tokenizer_files: Mapping[str, bytes], dtype: np.dtype) -> dict[str, bytes]:
+def _files(export: Export, model: ModelCheckpoint, dtype: np.dtype) -> dict[str, bytes]:
   """Name -> contents of all but the weights."""
+  files = dict(export.files)
   config = {**export.config, "dtype": dtype.name}
-  files = {"config.json": (json.dumps(config, indent=2) + "\n").encode(), **export.files, **tokenizer_files}
-  tokenizer_class = next((name for file, name in _TOKENIZER_CLASSES.items() if file in files), None)
-  settings = json.loads(files.get("tokenizer_config.json", b"{}"))
-  if tokenizer_class is not None and settings.get("tokenizer_class") is None:
-    settings["tokenizer_class"] = tokenizer_class
-    files["tokenizer_config.json"] = (json.dumps(settings, indent=2) + "\n").encode()
-  return files
+  if GENERATION_FILE in files and GENERATION_FILE in model.tokenizer_files:
+    # What the source says of sampling and padding, with the ids that the model knows.
+    generation = json.loads(model.tokenizer_files[GENERATION_FILE]) | json.loads(files[GENERATION_FILE])
+    files[GENERATION_FILE] = as_json(generation)
+    if isinstance(generation.get("pad_token_id"), int):
+      config["pad_token_id"] = generation["pad_token_id"]
+  tokenizer = Tokenizer.from_files(model.tokenizer_files, model.config)
+  if tokenizer is not None:
+    files |= exported_tokenizer(model.tokenizer_files, tokenizer)
+  if TEMPLATE_FILE in model.tokenizer_files:
+    files[TEMPLATE_FILE] = model.tokenizer_files[TEMPLATE_FILE]
+  return {"config.json": as_json(config), **files}
 
 
 @contextlib.contextmanager

@@ -100,10 +100,3 @@ class Source:
   tensors: Mapping[str, StoredTensor]
   leaves: Sequence[Leaf]
   tokenizer_files: Mapping[str, bytes]
-
-
-def tokenizer_files(directory: Path) -> dict[str, bytes]:
-  """File name -> contents of the tokenizer in a directory; empty where there is none."""
-  tokenizers = [name for name in ("tokenizer.json", "tokenizer.model") if (directory / name).is_file()]
-  wanted = [*tokenizers[:1], "tokenizer_config.json"] if tokenizers else []
-  return {name: (directory / name).read_bytes() for name in wanted if (directory / name).is_file()}

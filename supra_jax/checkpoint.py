@@ -35,7 +35,9 @@ SOURCE_FILE = "source.json"
 PARAMS_DIRECTORY = "params"
 MANIFEST_FILE = "digests.json"
 UNSIGNED_FILES = (MANIFEST_FILE, "_CHECKPOINT_METADATA")
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
+TOKENIZER_FILES = (
+  "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "chat_template.jinja", "generation_config.json",
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)

@@ -125,8 +125,8 @@ class _PieceDecoder:
     return token
 
   def __call__(self, token: str) -> bytes:
-    if self._byte_level and all(character in _BYTE_OF for character in token):
-      return bytes(_BYTE_OF[character] for character in token)
+    if self._byte_level and all(character in BYTE_OF for character in token):
+      return bytes(BYTE_OF[character] for character in token)
     if self._byte_fallback and _is_byte_piece(token):
       return bytes([int(token[3:5], 16)])
     return self.replaced(token).encode("utf-8")
@@ -203,7 +203,7 @@ def _byte_alphabet() -> dict[str, int]:
   return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
 
 
-_BYTE_OF = _byte_alphabet()
+BYTE_OF = _byte_alphabet()
 
 
 def _is_byte_piece(token: str) -> bool:

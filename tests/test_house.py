@@ -51,7 +51,14 @@ ORDER = [f"supra_jax.{name}" for floor in FLOORS.values() for name in floor]
 OPEN_TO_CONVERTERS = {
   f"supra_jax.{name}"
   for name in (
-    "bin.entry", "config", "checkpoint", "files", "lm", "parameter_reader", "params_io", "tokenizer",
+    "bin.entry",
+    "config",
+    "checkpoint",
+    "files",
+    "lm",
+    "parameter_reader",
+    "params_io",
+    "tokenizer",
     "tokenizer_backends",
   )
 }

@@ -1,0 +1,86 @@
+"""The tokenizer of a model directory -> files that give the same ids in every release of transformers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from tokenizers import Tokenizer as Backend
+
+from convert_weights.errors import ConversionError
+from convert_weights.tokenizer_probe import first_difference
+from convert_weights.tokenizer_source import SETTINGS_FILE, as_json, begin_with, content, to_json
+from convert_weights.tokenizer_vocabularies import sentencepiece_vocabulary
+from supra_jax.tokenizer import Tokenizer
+
+# All releases have this class, and it does what tokenizer.json says; others follow rules of their family.
+_CLASS = "PreTrainedTokenizerFast"
+_NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+_KEPT = (
+  *_NAMED,
+  "model_max_length",
+  "padding_side",
+  "truncation_side",
+  "clean_up_tokenization_spaces",
+  "chat_template",
+)
+
+
+def exported_tokenizer(files: Mapping[str, bytes], tokenizer: Tokenizer) -> dict[str, bytes]:
+  """What to write of the tokenizer files of a model directory.
+
+  Args:
+    files: of the model directory.
+    tokenizer: that is made of them.
+
+  Raises:
+    ConversionError: what would be written gives other ids than the tokenizer.
+  """
+  settings = json.loads(files.get(SETTINGS_FILE, b"{}"))
+  if "tokenizer.json" in files:
+    backend = Backend.from_str(files["tokenizer.json"].decode())
+  else:
+    made = sentencepiece_vocabulary(files["tokenizer.model"], {**settings, "legacy": settings.get("legacy") is True})
+    settings = {**made.settings, **settings}
+    if made.tokenizer is None:
+      settings |= {"tokenizer_class": "LlamaTokenizer", "add_bos_token": _begins(tokenizer)}
+      return {"tokenizer.model": files["tokenizer.model"], SETTINGS_FILE: as_json(settings)}
+    backend = made.tokenizer
+  if backend.post_processor is None or backend.encode("a").ids != tokenizer.encode("a"):
+    begin_with(backend, tokenizer.bos_id if _begins(tokenizer) else None)
+  special = [token.content for token in backend.get_added_tokens_decoder().values()]
+  differs = first_difference(tokenizer.encode, lambda text: backend.encode(text).ids, special[:20])
+  if differs is not None:
+    raise ConversionError(
+      f"The tokenizer.json to write gives {differs!r} the ids {backend.encode(differs).ids}; the model's own tokenizer "
+      f"gives {tokenizer.encode(differs)}."
+    )
+  return {"tokenizer.json": to_json(backend), SETTINGS_FILE: as_json(_settings(settings, backend))}
+
+
+def _begins(tokenizer: Tokenizer) -> bool:
+  return tokenizer.encode("a") != tokenizer.encode("a", bos=False)
+
+
+def _settings(settings: Mapping[str, Any], backend: Backend) -> dict[str, Any]:
+  """A tokenizer_config.json with what the class needs to know; tokenizer.json has the rest."""
+  kept = {key: settings[key] for key in _KEPT if settings.get(key) is not None}
+  kept |= {key: content(kept[key]) for key in _NAMED if key in kept}
+  listed = settings.get("extra_special_tokens") or settings.get("additional_special_tokens")
+  # Under the older name, which newer releases read too; the newer name is an object in older ones.
+  if isinstance(listed, list):
+    kept["additional_special_tokens"] = [content(token) for token in listed]
+  elif isinstance(listed, dict):
+    kept["extra_special_tokens"] = {name: content(token) for name, token in listed.items()}
+  splits = json.loads(backend.to_str()).get("pre_tokenizer") or {}
+  return {
+    "tokenizer_class": _CLASS,
+    # The class's own list has token types, which no model here takes.
+    "model_input_names": ["input_ids", "attention_mask"],
+    "clean_up_tokenization_spaces": False,
+    **({"add_prefix_space": splits["add_prefix_space"]} if "add_prefix_space" in splits else {}),
+    **kept,
+    # A list of several; a single one is in a file of its own.
+    **({"chat_template": settings["chat_template"]} if "chat_template" in settings else {}),
+  }

@@ -1,0 +1,202 @@
+"""The tokenizer files of a checkpoint, whatever they are -> tokenizer.json and what goes with it.
+
+What transformers reads is read here, turned into a tokenizer.json, or refused by name: vocabularies in several forms,
+the tokens that other files add to them, chat templates, and how to generate.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from tokenizers import AddedToken, Tokenizer, processors
+
+from convert_weights.errors import ConversionError, read_json_object
+from convert_weights.tokenizer_vocabularies import VOCABULARIES
+
+SETTINGS_FILE, GENERATION_FILE, TEMPLATE_FILE = "tokenizer_config.json", "generation_config.json", "chat_template.jinja"
+_TEMPLATES = "additional_chat_templates"
+_SPECIAL_MAP, _ADDED = "special_tokens_map.json", "added_tokens.json"
+_PADDING = "pad_token_id"
+# In the order in which transformers adds those that the vocabulary lacks.
+_NAMED = tuple(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
+_LISTED = ("extra_special_tokens", "additional_special_tokens")
+# Vocabularies of other families' tokenizers.
+_FOREIGN = re.compile(r"spiece\.model|sentencepiece\.bpe\.model|vocab\.txt|.*\.tiktoken|merges\.txt")
+
+
+def tokenizer_files(directory: Path) -> dict[str, bytes]:
+  """What a checkpoint's directory holds beside config and weights, in the form in which a model directory has it.
+
+  Returns:
+    File name -> contents: tokenizer.json (tokenizer.model where no tokenizer.json gives the same ids),
+    tokenizer_config.json, chat_template.jinja and generation_config.json, as far as the checkpoint has them.
+
+  Raises:
+    ConversionError: a file is damaged, contradicts another, or is of a kind that is not read.
+  """
+  files = _generation(directory)
+  settings = _settings(directory)
+  name = next((name for name in VOCABULARIES if (directory / name).is_file()), None)
+  if name is None:
+    _refuse_what_is_left(directory)
+    return files
+  try:
+    vocabulary = VOCABULARIES[name](directory, settings)
+    settings = {**vocabulary.settings, **settings}
+    added = [*_added_tokens(directory, settings), *_named_tokens(settings)]
+    if vocabulary.tokenizer is None:
+      missing = [repr(token.content) for _, token in added if token.content not in vocabulary.special]
+      if missing:
+        raise ValueError(f"to this {name} no tokens can be added: {', '.join(missing[:20])}.")
+      files[name] = vocabulary.contents
+    else:
+      changed = _add(vocabulary.tokenizer, added)
+      if vocabulary.begins and settings.get("add_bos_token") is not False:
+        begin_with(vocabulary.tokenizer, vocabulary.tokenizer.token_to_id(content(settings["bos_token"])))
+      keeps = vocabulary.contents and not changed
+      files["tokenizer.json"] = vocabulary.contents if keeps else to_json(vocabulary.tokenizer)
+  except ValueError as error:
+    raise ConversionError(f"{directory}: the tokenizer cannot be used: {error}") from error
+  return files | template_and_settings(settings)
+
+
+def template_and_settings(settings: Mapping[str, Any]) -> dict[str, bytes]:
+  """tokenizer_config.json, and chat_template.jinja for the template that is in the settings."""
+  rest = {key: value for key, value in settings.items() if value is not None}
+  template = rest.get("chat_template")
+  files = {}
+  if isinstance(template, str):
+    files[TEMPLATE_FILE] = rest.pop("chat_template").encode()
+  if rest:
+    files[SETTINGS_FILE] = as_json(rest)
+  return files
+
+
+def begin_with(tokenizer: Tokenizer, token_id: int | None) -> None:
+  """Has a tokenizer put a token before every text, or nothing; and nothing behind it."""
+  if token_id is None:
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A", pair="$A $B:1", special_tokens=[])
+    return
+  token = tokenizer.id_to_token(token_id)
+  tokenizer.post_processor = processors.TemplateProcessing(
+    single=[token, "$A"], pair=[token, "$A", f"{token}:1", "$B:1"], special_tokens=[(token, token_id)]
+  )
+
+
+def to_json(tokenizer: Tokenizer) -> bytes:
+  return (tokenizer.to_str(pretty=True) + "\n").encode()
+
+
+def as_json(values: Mapping[str, Any]) -> bytes:
+  return (json.dumps(values, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def content(token: Any) -> str:
+  """The text of a token, which settings give alone or in an object with its flags."""
+  text = token.get("content") if isinstance(token, dict) else token
+  if not isinstance(text, str):
+    raise ValueError(f"a token is {token!r}: wanted a text, or an object with one under 'content'.")
+  return text
+
+
+def _settings(directory: Path) -> dict[str, Any]:
+  """tokenizer_config.json, with what older files say of special tokens and newer ones of chat templates."""
+  settings = _object(directory / SETTINGS_FILE)
+  # Where these list all added tokens, transformers leaves the older file alone.
+  if "added_tokens_decoder" not in settings:
+    settings |= _object(directory / _SPECIAL_MAP)
+  if settings.get("legacy") is None:
+    settings.pop("legacy", None)
+  templates = {"default": directory / TEMPLATE_FILE} if (directory / TEMPLATE_FILE).is_file() else {}
+  templates |= {path.stem: path for path in sorted((directory / _TEMPLATES).glob("*.jinja"))}
+  if list(templates) == ["default"]:
+    settings["chat_template"] = _text(templates["default"])
+  elif templates:
+    settings["chat_template"] = [{"name": name, "template": _text(path)} for name, path in templates.items()]
+  return settings
+
+
+def _generation(directory: Path) -> dict[str, bytes]:
+  """generation_config.json, and in it the padding of config.json, where older checkpoints have it."""
+  found, config = (_object(directory / name) for name in (GENERATION_FILE, "config.json"))
+  if found.get(_PADDING) is None and config.get(_PADDING) is not None:
+    found[_PADDING] = config[_PADDING]
+  return {GENERATION_FILE: as_json(found)} if found else {}
+
+
+def _object(path: Path) -> dict[str, Any]:
+  return read_json_object(path) if path.is_file() else {}
+
+
+def _text(path: Path) -> str:
+  try:
+    return path.read_text(encoding="utf-8")
+  except UnicodeDecodeError as error:
+    raise ConversionError(f"{path}: not UTF-8 text: {error}.") from error
+
+
+def _refuse_what_is_left(directory: Path) -> None:
+  """Raises where there is a tokenizer, or a part of one, and no vocabulary that is read."""
+  names = sorted(path.name for path in directory.iterdir() if path.is_file())
+  left = [name for name in names if _FOREIGN.fullmatch(name)]
+  left = left or [name for name in names if name in (SETTINGS_FILE, _SPECIAL_MAP, _ADDED)]
+  if left:
+    raise ConversionError(
+      f"{directory}: holds {', '.join(left)}, but none of the vocabularies that are read, {', '.join(VOCABULARIES)}. "
+      "Let transformers write one, AutoTokenizer.from_pretrained(...).save_pretrained(DIR), and give --tokenizer=DIR."
+    )
+
+
+Added = tuple[int | None, AddedToken]
+
+
+def _added_tokens(directory: Path, settings: Mapping[str, Any]) -> list[Added]:
+  """Those that other files add to the vocabulary, with their ids and in order of these."""
+  listed = settings.get("added_tokens_decoder")
+  if isinstance(listed, dict):
+    return [(i, _token(listed[name])) for i, name in sorted((int(name), name) for name in listed)]
+  special = {token.content for _, token in _named_tokens(settings)}
+  added = _object(directory / _ADDED)
+  if not all(type(i) is int for i in added.values()):
+    raise ValueError(f"{_ADDED}: wanted an object of token -> id.")
+  in_order = sorted(added.items(), key=lambda item: item[1])
+  return [(i, AddedToken(text, special=text in special, normalized=False)) for text, i in in_order]
+
+
+def _named_tokens(settings: Mapping[str, Any]) -> list[Added]:
+  """Special tokens that have a name, or are listed without an id."""
+  named = [settings.get(name) for name in _NAMED]
+  for name in _LISTED:
+    listed = settings.get(name) or []
+    named += listed.values() if isinstance(listed, dict) else listed
+  return [(None, _token(token, special=True)) for token in named if token]
+
+
+def _token(token: Any, special: bool = False) -> AddedToken:
+  flags = token if isinstance(token, dict) else {}
+  special = special or flags.get("special") is True
+  # A text is normalised before tokens that are so are looked for in it: SentencePiece's would not be found.
+  how = {name: flags.get(name) is True for name in ("single_word", "lstrip", "rstrip")}
+  return AddedToken(content(token), special=special, normalized=False, **how)
+
+
+def _add(tokenizer: Tokenizer, added: Iterable[Added]) -> bool:
+  """Adds the tokens that the tokenizer lacks, and says whether there were any.
+
+  Raises:
+    ValueError: a token has another id there.
+  """
+  known = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
+  before = len(known)
+  for wanted, token in added:
+    if token.content not in known:
+      known.add(token.content)
+      (tokenizer.add_special_tokens if token.special else tokenizer.add_tokens)([token])
+    got = tokenizer.token_to_id(token.content)
+    if wanted not in (None, got):
+      raise ValueError(f"{token.content!r} is said to have the id {wanted}; in the vocabulary it has, or gets, {got}.")
+  return len(known) > before
