@@ -121,6 +121,12 @@ def _files(export: Export, model: ModelCheckpoint, dtype: np.dtype) -> dict[str,
   tokenizer = Tokenizer.from_files(model.tokenizer_files, model.config)
   if tokenizer is not None:
     files |= exported_tokenizer(model.tokenizer_files, tokenizer)
+    if "tokenizer.json" not in files:
+      print(
+        "note: no tokenizer.json gives the ids of this tokenizer.model, which is written as it is. transformers' ids "
+        "depend on its release: compare them.",
+        file=sys.stderr,
+      )
   if TEMPLATE_FILE in model.tokenizer_files:
     files[TEMPLATE_FILE] = model.tokenizer_files[TEMPLATE_FILE]
   return {"config.json": as_json(config), **files}

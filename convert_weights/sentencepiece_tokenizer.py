@@ -32,32 +32,17 @@ def sentencepiece_bpe(
     for cut in range(1, len(piece))
     if piece[:cut] in normal and piece[cut:] in normal
   ]
-  model = models.BPE(
-    vocab=vocabulary,
-    merges=[(left, right) for _, _, left, right in sorted(ranked)],
-    unk_token=next((piece for piece, i in vocabulary.items() if types[i] == UNKNOWN), None),
-    fuse_unk=True,
-    byte_fallback=BYTE in types,
-    # Pieces of the user's own have no merges: SentencePiece takes them whole.
-    ignore_merges=bool(own),
+  tokenizer = Tokenizer(
+    models.BPE(
+      vocab=vocabulary,
+      merges=[(left, right) for _, _, left, right in sorted(ranked)],
+      unk_token=next((piece for piece, i in vocabulary.items() if types[i] == UNKNOWN), None),
+      fuse_unk=True,
+      byte_fallback=BYTE in types,
+      # Pieces of the user's own have no merges: SentencePiece takes them whole.
+      ignore_merges=bool(own),
+    )
   )
-  return _tokenizer(model, pieces, types, own, dummy_prefix=dummy_prefix, legacy=legacy)
-
-
-def sentencepiece_unigram(
-  pieces: Sequence[str], scores: Sequence[float], types: Sequence[int], *, dummy_prefix: bool, legacy: bool
-) -> Tokenizer:
-  """A unigram vocabulary of SentencePiece; takes what `sentencepiece_bpe` takes."""
-  unknown = next((i for i, kind in enumerate(types) if kind == UNKNOWN), None)
-  model = models.Unigram(list(zip(pieces, scores, strict=True)), unk_id=unknown, byte_fallback=BYTE in types)
-  own = [piece for piece, kind in zip(pieces, types, strict=True) if kind == USER_DEFINED]
-  return _tokenizer(model, pieces, types, own, dummy_prefix=dummy_prefix, legacy=legacy)
-
-
-def _tokenizer(
-  model: models.Model, pieces: Sequence[str], types: Sequence[int], own: list[str], *, dummy_prefix: bool, legacy: bool
-) -> Tokenizer:
-  tokenizer = Tokenizer(model)
   # The normaliser sees each stretch of text between special tokens, a pre-tokeniser knows which of them is the first.
   steps: list[normalizers.Normalizer] = [normalizers.Replace(" ", _SPACE)]
   splits: list[pre_tokenizers.PreTokenizer] = []

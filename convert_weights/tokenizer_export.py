@@ -18,13 +18,9 @@ from supra_jax.tokenizer import Tokenizer
 _CLASS = "PreTrainedTokenizerFast"
 _NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _KEPT = (
-  *_NAMED,
-  "model_max_length",
-  "padding_side",
-  "truncation_side",
-  "clean_up_tokenization_spaces",
-  "chat_template",
-)
+  *_NAMED, "model_max_length", "padding_side", "truncation_side", "clean_up_tokenization_spaces",
+  "chat_template",  # several, in a list; a single one has a file of its own
+)  # fmt: skip
 
 
 def exported_tokenizer(files: Mapping[str, bytes], tokenizer: Tokenizer) -> dict[str, bytes]:
@@ -47,8 +43,10 @@ def exported_tokenizer(files: Mapping[str, bytes], tokenizer: Tokenizer) -> dict
       settings |= {"tokenizer_class": "LlamaTokenizer", "add_bos_token": _begins(tokenizer)}
       return {"tokenizer.model": files["tokenizer.model"], SETTINGS_FILE: as_json(settings)}
     backend = made.tokenizer
-  if backend.post_processor is None or backend.encode("a").ids != tokenizer.encode("a"):
+  contents = files.get("tokenizer.json", b"")
+  if backend.encode("a").ids != tokenizer.encode("a"):
     begin_with(backend, tokenizer.bos_id if _begins(tokenizer) else None)
+    contents = b""
   special = [token.content for token in backend.get_added_tokens_decoder().values()]
   differs = first_difference(tokenizer.encode, lambda text: backend.encode(text).ids, special[:20])
   if differs is not None:
@@ -56,7 +54,7 @@ def exported_tokenizer(files: Mapping[str, bytes], tokenizer: Tokenizer) -> dict
       f"The tokenizer.json to write gives {differs!r} the ids {backend.encode(differs).ids}; the model's own tokenizer "
       f"gives {tokenizer.encode(differs)}."
     )
-  return {"tokenizer.json": to_json(backend), SETTINGS_FILE: as_json(_settings(settings, backend))}
+  return {"tokenizer.json": contents or to_json(backend), SETTINGS_FILE: as_json(_settings(settings, backend))}
 
 
 def _begins(tokenizer: Tokenizer) -> bool:
@@ -81,6 +79,4 @@ def _settings(settings: Mapping[str, Any], backend: Backend) -> dict[str, Any]:
     "clean_up_tokenization_spaces": False,
     **({"add_prefix_space": splits["add_prefix_space"]} if "add_prefix_space" in splits else {}),
     **kept,
-    # A list of several; a single one is in a file of its own.
-    **({"chat_template": settings["chat_template"]} if "chat_template" in settings else {}),
   }

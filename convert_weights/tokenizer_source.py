@@ -125,6 +125,8 @@ def _generation(directory: Path) -> dict[str, bytes]:
   found, config = (_object(directory / name) for name in (GENERATION_FILE, "config.json"))
   if found.get(_PADDING) is None and config.get(_PADDING) is not None:
     found[_PADDING] = config[_PADDING]
+  # Of who wrote the file, not of what it says.
+  found = {key: value for key, value in found.items() if key not in ("_from_model_config", "transformers_version")}
   return {GENERATION_FILE: as_json(found)} if found else {}
 
 
@@ -141,7 +143,7 @@ def _text(path: Path) -> str:
 
 def _refuse_what_is_left(directory: Path) -> None:
   """Raises where there is a tokenizer, or a part of one, and no vocabulary that is read."""
-  names = sorted(path.name for path in directory.iterdir() if path.is_file())
+  names = sorted(path.name for path in directory.glob("*") if path.is_file())
   left = [name for name in names if _FOREIGN.fullmatch(name)]
   left = left or [name for name in names if name in (SETTINGS_FILE, _SPECIAL_MAP, _ADDED)]
   if left:

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer
 
 from convert_weights.byte_level import KINDS, byte_level_bpe, ranked_bpe
 from convert_weights.errors import read_json_object
-from convert_weights.sentencepiece_tokenizer import sentencepiece_bpe, sentencepiece_unigram
+from convert_weights.sentencepiece_tokenizer import sentencepiece_bpe
 from convert_weights.tokenizer_probe import first_difference
 from supra_jax.tokenizer_backends import NO_DUMMY_PREFIX, SentencePieceBackend
 
@@ -66,8 +66,9 @@ def sentencepiece_vocabulary(contents: bytes, settings: Mapping[str, Any]) -> Vo
   backend = SentencePieceBackend(contents, {"legacy": legacy})  # refuses what is damaged
   model = sentencepiece_model_pb2.ModelProto.FromString(contents)  # type: ignore[attr-defined]
   pieces, scores, types = zip(*((piece.piece, piece.score, piece.type) for piece in model.pieces), strict=True)
-  build = sentencepiece_bpe if model.trainer_spec.model_type == model.trainer_spec.BPE else sentencepiece_unigram
-  tokenizer = build(pieces, scores, types, dummy_prefix=model.normalizer_spec.add_dummy_prefix, legacy=legacy)
+  tokenizer = sentencepiece_bpe(
+    pieces, scores, types, dummy_prefix=model.normalizer_spec.add_dummy_prefix, legacy=legacy
+  )
   ids = {"bos_token": backend.bos_id, "eos_token": backend.eos_id, "unk_token": model.trainer_spec.unk_id}
   named = {name: pieces[i] for name, i in ids.items() if i is not None and i >= 0}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -15,6 +16,13 @@ from supra_jax.transformer import DecodeState, Transformer
 
 PREFILL_TOKENS = 512  # a piece of the prompt; memory does not grow with the prompt beyond the state
 DECODE_TOKENS = 8  # a call of the decode loop: enough to hide the host, few enough to stream
+
+
+# Of a generation_config.json: name -> the value that switches it off, beside null.
+_NOT_SUPPORTED = {
+  "repetition_penalty": 1.0, "min_p": None, "typical_p": 1.0, "epsilon_cutoff": 0.0, "eta_cutoff": 0.0, "top_h": None,
+  "no_repeat_ngram_size": 0, "num_beams": 1, "penalty_alpha": None,
+}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,6 +38,22 @@ class Sampling:
   temperature: float = 0.0
   top_k: int = 0
   top_p: float = 1.0
+
+  @classmethod
+  def of_checkpoint(cls, generation: Mapping[str, Any]) -> Sampling:
+    """What a generation_config.json asks for: greedy, unless it says `do_sample`.
+
+    Args:
+      generation: its contents, or empty. Where it is silent transformers' defaults hold, the 50 likeliest tokens among
+        them. What it asks for besides and is not supported is named in a warning.
+    """
+    if generation.get("do_sample") is not True:
+      return cls()
+    ignored = [f"{name}={generation[name]}" for name, off in _NOT_SUPPORTED.items() if generation.get(name, off) != off]
+    if ignored:
+      warnings.warn(f"generation_config.json asks for {', '.join(ignored)}, which is not supported.", stacklevel=3)
+    said = {name: generation[name] for name in ("temperature", "top_k", "top_p") if generation.get(name) is not None}
+    return cls(**{"temperature": 1.0, "top_k": 50, "top_p": 1.0} | said)
 
   def __post_init__(self):
     if self.temperature < 0 or self.top_k < 0 or not 0 < self.top_p <= 1:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 import os
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -31,7 +32,9 @@ def load(directory: str | os.PathLike[str], dtype: Any = None) -> LM:
     FileNotFoundError: the directory is no model, or a part of it is missing.
   """
   stored = checkpoint.load_model(directory, None if dtype is None else jnp.dtype(dtype))
-  return LM(stored.config, stored.params, Tokenizer.from_files(stored.tokenizer_files, stored.config))
+  tokenizer = Tokenizer.from_files(stored.tokenizer_files, stored.config)
+  generation = json.loads(stored.tokenizer_files.get("generation_config.json", b"{}"))
+  return LM(stored.config, stored.params, tokenizer, generation)
 
 
 class LM:
@@ -41,13 +44,27 @@ class LM:
     config: what the model is.
     params: nested dict of arrays, one subtree a layer.
     tokenizer: None where the checkpoint has none.
+    sampling: how text is drawn unless told otherwise.
     model: the Flax module; `model.apply({"params": params}, ...)` for all that is not here.
   """
 
-  def __init__(self, config: ModelConfig, params: Mapping[str, Any], tokenizer: Tokenizer | None = None):
+  def __init__(
+    self,
+    config: ModelConfig,
+    params: Mapping[str, Any],
+    tokenizer: Tokenizer | None = None,
+    generation: Mapping[str, Any] | None = None,
+  ):
+    """Prefer `load`.
+
+    Args:
+      config, params, tokenizer: see above.
+      generation: contents of the checkpoint's generation_config.json, which says how text is drawn.
+    """
     self.config = config
     self.params = params
     self.tokenizer = tokenizer
+    self.sampling = Sampling.of_checkpoint(generation or {})
     self.model = Transformer(config, dtype=params["embed_tokens"]["embedding"].dtype)
 
   def __call__(
@@ -90,9 +107,9 @@ class LM:
     prompt: str,
     *,
     max_new_tokens: int = 100,
-    temperature: float = 0.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
+    temperature: float | None = None,
+    top_k: int | None = None,
+    top_p: float | None = None,
     seed: int = 0,
   ) -> Iterator[str]:
     """Yields the text that follows `prompt`, piece by piece, until an end-of-text token.
@@ -100,7 +117,7 @@ class LM:
     Args:
       prompt: may be empty where the model has a token that starts or ends a text.
       max_new_tokens: at most so many.
-      temperature: 0 takes the likeliest token each time.
+      temperature: 0 takes the likeliest token each time. None, here and below: as `sampling` has it.
       top_k: draws from the k likeliest tokens; 0 means all.
       top_p: draws from the likeliest tokens that together reach this probability; 1 means all.
       seed: of the draws.
@@ -114,13 +131,15 @@ class LM:
     if not prompt_ids:
       start = [self.config.bos_token_id, *self.config.eos_token_ids]
       prompt_ids = [i for i in start if i is not None][:1]
-    decoder = self.tokenizer.stream_decoder(continues=True)
+    # Where no text comes before, a space that the tokenizer itself puts before a text is not of the text.
+    decoder = self.tokenizer.stream_decoder(continues=bool(prompt))
+    given: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
     tokens = generate.generate_tokens(
       self.model,
       self.params,
       prompt_ids,
       max_new_tokens=max_new_tokens,
-      sampling=Sampling(temperature, top_k, top_p),
+      sampling=dataclasses.replace(self.sampling, **{name: x for name, x in given.items() if x is not None}),
       seed=seed,
       stop_ids=self.config.eos_token_ids,
     )

@@ -50,7 +50,10 @@ def assert_same_bits(got, want):
 def assert_same_model(got, want):
   assert got.config == want.config
   assert_same_bits(dict(flat(got.params)), dict(flat(want.params)))
-  assert got.tokenizer_files == want.tokenizer_files
+  assert got.tokenizer_files.keys() >= want.tokenizer_files.keys()
+  # What is written of a tokenizer's settings is for all releases; its ids and all else are the same.
+  same = set(want.tokenizer_files) - {"tokenizer_config.json"}
+  assert {name: got.tokenizer_files[name] for name in same} == {name: want.tokenizer_files[name] for name in same}
 
 
 def save(directory, config, params, tokenizer_files=None):
@@ -76,7 +79,10 @@ def test_transformers_there_and_back(case, tmp_path):
   shared = set(config) & set(original) - {"architectures", "model_type"}  # without a window Mistral is Llama
   assert {key: config[key] for key in shared} == {key: original[key] for key in shared}
   assert len(shared) > 14
-  assert json.loads((exported / "generation_config.json").read_text()) == {"bos_token_id": 1, "eos_token_id": 2}
+  generation = json.loads((exported / "generation_config.json").read_text())
+  original = json.loads((GOLDEN / case / "generation_config.json").read_text())
+  who = {"_from_model_config", "transformers_version"}
+  assert generation == {key: value for key, value in original.items() if key not in who}
 
 
 @pytest.mark.parametrize("case", OPENLM_CASES)

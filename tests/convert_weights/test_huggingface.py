@@ -51,7 +51,7 @@ def test_golden_case(case, spelling, tmp_path):
   model = load_model(tmp_path / "out")
   assert model.config == WANTED[case]
   check_parameters(model.params, source_tensors(case), model.config.tie_embeddings)
-  assert model.tokenizer_files == {}
+  assert list(model.tokenizer_files) == ["generation_config.json"]
   weights = (source / "model.safetensors").read_bytes()
   assert model.source["kind"] == "huggingface" and model.source["dtype"] == "float32"
   assert model.source["files"] == [
@@ -254,12 +254,12 @@ def test_tokenizer_files_are_copied(tmp_path):
   )
   (source / "tokenizer.json").write_text(contents)
   (source / "tokenizer.model").write_bytes(b"never read where there is a tokenizer.json")
-  (source / "tokenizer_config.json").write_text("{}")
+  (source / "tokenizer_config.json").write_text('{"model_max_length": 7}')
   convert(source, tmp_path / "out")
-  assert load_model(tmp_path / "out").tokenizer_files == {
-    "tokenizer.json": contents.encode(),
-    "tokenizer_config.json": b"{}",
-  }
+  files = load_model(tmp_path / "out").tokenizer_files
+  assert files.keys() == {"generation_config.json", "tokenizer.json", "tokenizer_config.json"}
+  assert files["tokenizer.json"] == contents.encode()
+  assert json.loads(files["tokenizer_config.json"]) == {"model_max_length": 7}
 
 
 def test_program_with_a_tokenizer_from_elsewhere(tmp_path):
@@ -270,7 +270,7 @@ def test_program_with_a_tokenizer_from_elsewhere(tmp_path):
   flags = f"--source={source}", f"--output={tmp_path / 'out'}", f"--tokenizer={other}"
   done = subprocess.run([sys.executable, "-m", "convert_weights.hf_to_orbax", *flags], capture_output=True, text=True)
   assert done.returncode == 0, done.stderr
-  assert load_model(tmp_path / "out").tokenizer_files == TOKENIZER
+  assert load_model(tmp_path / "out").tokenizer_files["tokenizer.json"] == TOKENIZER["tokenizer.json"]
 
 
 def test_program(tmp_path):

@@ -294,7 +294,7 @@ def test_unknown_dtype(source, tmp_path):
 @pytest.mark.parametrize(
   "name, contents, fragment",
   [
-    ("tokenizer.json", b"{", "tokenizer.json is not valid JSON"),
+    ("tokenizer.json", b"{", "tokenizer.json: not valid JSON"),
     ("tokenizer.json", b"{}", "tokenizer.json cannot be read"),
     ("tokenizer.model", b"nothing of the kind", "tokenizer.model cannot be read"),
     ("tokenizer.model", b"", "tokenizer.model cannot be read"),
