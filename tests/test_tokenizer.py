@@ -280,7 +280,7 @@ def test_token_beyond_the_embedding():
 def test_half_a_surrogate_pair():
   """As a command line gives that is not in the terminal's encoding."""
   tokenizer = open_tokenizer(tokenizer__json=byte_level_backend().to_str().encode())
-  with pytest.raises(ValueError, match="half a surrogate pair, '.udce9', as its character 3"):
+  with pytest.raises(ValueError, match=r"half a surrogate pair, '.udce9', as its character 3"):
     tokenizer.encode("caf\udce9")
 
 
