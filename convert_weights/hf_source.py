@@ -17,13 +17,19 @@ from convert_weights.weights import open_weights
 _ROTARY_BUFFER = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
 
 
-def open_huggingface(directory: Path, original: Mapping[str, Any], file: Path | None = None) -> Source:
+def open_huggingface(
+  directory: Path,
+  original: Mapping[str, Any],
+  file: Path | None = None,
+  tokenizer: Mapping[str, bytes] | None = None,
+) -> Source:
   """Opens a directory and checks all that can be checked without reading the tensors.
 
   Args:
     directory: with generation_config.json and a tokenizer, where there are some.
     original: contents of its config.json.
     file: the one that holds the weights; None finds them in the directory.
+    tokenizer: file name -> contents of what takes the place of the directory's own tokenizer.
 
   Raises:
     ConversionError: what stands in the way, by name.
@@ -59,5 +65,5 @@ def open_huggingface(directory: Path, original: Mapping[str, Any], file: Path | 
     weight_files,
     tensors,
     leaves,
-    tokenizer_files(directory),
+    tokenizer_files(directory) if tokenizer is None else tokenizer,
   )

@@ -19,13 +19,19 @@ _PREFIX = re.compile(r"^((model|module|_orig_mod)\.)+")
 _ROTARY_BUFFER = re.compile(r"layers\.\d+\.attention\.pos_embed\.inv_freq")
 
 
-def open_openlm(directory: Path, original: Mapping[str, Any], file: Path | None = None) -> Source:
+def open_openlm(
+  directory: Path,
+  original: Mapping[str, Any],
+  file: Path | None = None,
+  tokenizer: Mapping[str, bytes] | None = None,
+) -> Source:
   """Opens a directory and checks all that can be checked without reading the tensors.
 
   Args:
     directory: with a tokenizer, where there is one.
     original: contents of its config.json.
     file: the one that holds the weights; None finds them in the directory.
+    tokenizer: file name -> contents of what takes the place of the directory's own tokenizer.
 
   Raises:
     ConversionError: what stands in the way, by name.
@@ -48,9 +54,8 @@ def open_openlm(directory: Path, original: Mapping[str, Any], file: Path | None 
     for p in parameters
     if p.openlm is not None
   ]
-  return Source(
-    "openlm", path, path.absolute().name, config, original, weight_files, tensors, leaves, tokenizer_files(directory)
-  )
+  files = tokenizer_files(directory) if tokenizer is None else tokenizer
+  return Source("openlm", path, path.absolute().name, config, original, weight_files, tensors, leaves, files)
 
 
 def _without_prefix(found: Mapping[str, StoredTensor], path: Path) -> dict[str, StoredTensor]:

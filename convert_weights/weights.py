@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
 from convert_weights.errors import ConversionError, listing, read_json_object
@@ -24,6 +25,41 @@ _SUFFIXES: Mapping[str, Callable[[Path], dict[str, StoredTensor]]] = {
   ".pth": open_torch,
 }
 WEIGHT_SUFFIXES = tuple(_SUFFIXES)
+ADAPTER_CONFIG = "adapter_config.json"
+_ADAPTER = re.compile(r"adapter_(config\.json|model\..+)")
+_NATIVE = re.compile(r"consolidated[.-].+")
+
+
+def has_weights(names: Collection[str]) -> bool:
+  """Whether these files of a directory are such as `open_weights` opens."""
+  others = [name for name in names if name.endswith((".safetensors", ".pt", ".pth")) and not _NATIVE.fullmatch(name)]
+  return bool(others) or _have_names_of_transformers(names)
+
+
+def _have_names_of_transformers(names: Collection[str]) -> bool:
+  return any(name.removesuffix(".index.json") in _NAMES for name in names)
+
+
+def refuse_other_forms(where: object, names: Collection[str]) -> None:
+  """Looks at the files of a directory, or at the one that was given, for models in a form that is not read.
+
+  Raises:
+    ConversionError: they are an adapter, or Meta's or Mistral's own form; the message says what to take instead.
+  """
+  adapter = sorted(filter(_ADAPTER.fullmatch, names))
+  if adapter:
+    raise ConversionError(
+      f"{where}: holds a LoRA adapter ({', '.join(adapter)}): merge it into its base model first (peft: "
+      "merge_and_unload, save_pretrained) and convert that. transformers would load a model beside it with the "
+      "adapter; to convert such a model without it, take the adapter's files away."
+    )
+  native = sorted(filter(_NATIVE.fullmatch, names))
+  if native and not _have_names_of_transformers(names) and not any(name.endswith(".gguf") for name in names):
+    raise ConversionError(
+      f"{where}: holds Meta's or Mistral's own form of a model ({', '.join(native[:3])}, params.json): take its "
+      "transformers form, with config.json and model*.safetensors, often of the same name with -hf, or make that with "
+      "transformers' convert_llama_weights_to_hf.py or convert_mistral_weights_to_hf.py."
+    )
 
 
 def open_weights(directory: Path, file: Path | None = None) -> tuple[list[Path], dict[str, StoredTensor]]:

@@ -49,7 +49,17 @@ ORDER = [f"supra_jax.{name}" for floor in FLOORS.values() for name in floor]
 # Modules of supra_jax that convert_weights may use, and those of supra_jax that may use convert_weights.
 OPEN_TO_CONVERTERS = {
   f"supra_jax.{name}"
-  for name in ("bin.entry", "config", "checkpoint", "files", "lm", "parameter_reader", "params_io", "tokenizer")
+  for name in (
+    "bin.entry",
+    "config",
+    "checkpoint",
+    "files",
+    "layers",
+    "lm",
+    "parameter_reader",
+    "params_io",
+    "tokenizer",
+  )
 }
 USES_CONVERTERS = {"supra_jax.demo", "supra_jax.bin.demo"}
 
