@@ -46,19 +46,20 @@ def refuse_other_forms(where: object, names: Collection[str]) -> None:
   Raises:
     ConversionError: they are an adapter, or Meta's or Mistral's own form; the message says what to take instead.
   """
-  adapter = sorted(filter(_ADAPTER.fullmatch, names))
-  if adapter:
+  adapter = ", ".join(sorted(filter(_ADAPTER.fullmatch, names)))
+  merge = "merge it into its base model first (peft: merge_and_unload, then save_pretrained)"
+  if adapter and _have_names_of_transformers(names):
     raise ConversionError(
-      f"{where}: holds a LoRA adapter ({', '.join(adapter)}): merge it into its base model first (peft: "
-      "merge_and_unload, save_pretrained) and convert that. transformers would load a model beside it with the "
-      "adapter; to convert such a model without it, take the adapter's files away."
+      f"{where}: holds a LoRA adapter ({adapter}) beside the model, and transformers would load both: {merge}, or take "
+      "the adapter's files away to convert the model without it."
     )
+  if adapter:
+    raise ConversionError(f"{where}: holds a LoRA adapter ({adapter}) and no model: {merge} and convert that.")
   native = sorted(filter(_NATIVE.fullmatch, names))
   if native and not _have_names_of_transformers(names) and not any(name.endswith(".gguf") for name in names):
     raise ConversionError(
-      f"{where}: holds Meta's or Mistral's own form of a model ({', '.join(native[:3])}, params.json): take its "
-      "transformers form, with config.json and model*.safetensors, often of the same name with -hf, or make that with "
-      "transformers' convert_llama_weights_to_hf.py or convert_mistral_weights_to_hf.py."
+      f"{where}: holds the original form of Meta's and Mistral's models ({', '.join(native[:3])}, params.json): take "
+      "the model in transformers' form, with config.json and model*.safetensors; on the hub its name often ends in -hf."
     )
 
 

@@ -206,9 +206,21 @@ def test_one_of_several_quantisations(chosen, wanted):
     (QUANTISATIONS, "Q4_XS", r"no weights of that name\.\nweights \(9\):\n  Q6_K/m-"),
     (QUANTISATIONS, "Q5_0", r"missing parts \(1\):\n  m-Q5_0-00001-of-00002\.gguf"),
     (["config.json", "a/model.safetensors"], None, "some/model: the hub has no safetensors"),
-    (["adapter_config.json", "adapter_model.safetensors"], None, "some/model: holds a LoRA adapter .* merge it"),
-    (["adapter_config.json", "config.json", "model.safetensors"], None, "some/model: holds a LoRA adapter"),
-    (["consolidated.00.pth", "params.json", "tokenizer.model"], None, r"some/model: holds Meta's .*consolidated\.00"),
+    (
+      ["adapter_config.json", "adapter_model.safetensors"],
+      None,
+      "some/model: holds a LoRA adapter .* and no model: merge it",
+    ),
+    (
+      ["adapter_config.json", "config.json", "model.safetensors"],
+      None,
+      "some/model: holds a LoRA adapter .* beside the model",
+    ),
+    (
+      ["consolidated.00.pth", "params.json", "tokenizer.model"],
+      None,
+      r"some/model: holds the original .*consolidated\.00",
+    ),
   ],
 )
 def test_refused_weights(files, chosen, fragment):

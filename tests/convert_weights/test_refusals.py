@@ -11,6 +11,7 @@ from tokenizers import Tokenizer, models
 
 from convert_weights.errors import MAX_LISTED, ConversionError
 from convert_weights.hf_to_orbax import convert
+from convert_weights.open_source import open_source
 
 Q_PROJ = "model.layers.0.self_attn.q_proj.weight"
 
@@ -313,15 +314,15 @@ def test_a_write_that_fails_leaves_nothing(source, tmp_path):
   assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "source"]
 
 
-@pytest.mark.parametrize("others", [["config.json", "model.safetensors"], []])
+@pytest.mark.parametrize("others, kind", [(["config.json", "model.safetensors"], "beside the"), ([], "and no model")])
 @pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
-def test_an_adapter(source, tmp_path, others, name):
+def test_an_adapter(source, tmp_path, others, kind, name):
   """By itself it is no model; beside one transformers would load both."""
   for file in source.iterdir():
     if file.name not in others:
       file.unlink()
   (source / name).write_text("{}")
-  said = refuse(source, tmp_path, f"{source}: holds a LoRA adapter ({name}): merge it into its base model first")
+  said = refuse(source, tmp_path, f"{source}: holds a LoRA adapter ({name}) {kind}", "merge it into its")
   assert "\n" not in said
   if name.endswith(".safetensors"):
     refuse(source / name, tmp_path, f"{source / name}: holds a LoRA adapter")
@@ -331,12 +332,12 @@ def test_an_adapter(source, tmp_path, others, name):
 def test_the_form_of_meta_and_mistral(source, tmp_path, name):
   (source / "params.json").write_text("{}")
   (source / name).write_bytes(b"not looked at where model.safetensors is")
-  convert(source, tmp_path / "fine")
+  assert open_source(source).weight_files == [source / "model.safetensors"]
   (source / "model.safetensors").unlink()
   for with_config in (True, False):
     for path in (source, source / name):
       said = refuse(
-        path, tmp_path, f"{path}: holds Meta's or Mistral's own form of a model ({name}, params.json): take"
+        path, tmp_path, f"{path}: holds the original form of Meta's and Mistral's models ({name}, params.json)"
       )
       assert "\n" not in said and "config.json and model*.safetensors" in said
     if with_config:
