@@ -25,7 +25,7 @@ ROPE_KEYS_OFF_AT_ONE = {
 _DEFAULT_BASE = 10_000.0
 # Of Llama 3.1 and 3.3, and of Llama 3.2.
 _LLAMA_3_FACTORS, _LLAMA_3_CONTEXT = (8.0, 32.0), 8192
-# What float32 leaves of a blend, which the converter computes in it.
+# Relative, times the divisor: what float32 leaves of a blend, which the converter computes in it.
 _TOLERANCE = 1e-5
 
 
@@ -73,19 +73,20 @@ def _from_factors(
   reader: ConfigReader, base: float, head_dim: int, tensor: StoredTensor, factor: float, original: int | None
 ) -> RopeConfig:
   """The llama3 scaling whose formula gives the factors: one of the published settings, or of those the file names."""
-  if tensor.shape != (head_dim // 2,) or tensor.dtype is None:
-    reader.refused.append(f"{FACTORS}: wanted {head_dim // 2} factors, got {tensor.type_name} {list(tensor.shape)}")
-    return RopeConfig(base)
-  found = tensor.read().astype(np.float64)
   plain = RopeConfig(base)
+  frequencies = rope_frequencies(plain, head_dim)
+  if tensor.shape != frequencies.shape or tensor.dtype is None:
+    reader.refused.append(f"{FACTORS}: wanted {len(frequencies)} factors, got {tensor.type_name} {list(tensor.shape)}")
+    return plain
+  found = tensor.read().astype(np.float64)
   candidates = [plain] + [
     RopeConfig(base, "llama3", divisor, original_max_positions=context)
     for divisor, context in itertools.product((*_LLAMA_3_FACTORS, factor), {_LLAMA_3_CONTEXT, original})
     if context is not None and divisor > 1
   ]
   for candidate in candidates:
-    wanted = rope_frequencies(candidate, head_dim) / rope_frequencies(plain, head_dim)
-    if np.allclose(wanted * found, 1, rtol=0, atol=_TOLERANCE * max(1, candidate.factor)):
+    slowed = rope_frequencies(candidate, head_dim) * found
+    if np.allclose(slowed, frequencies, rtol=_TOLERANCE * candidate.factor, atol=0):
       return candidate
   reader.refused.append(
     f"{FACTORS}: these divide the frequencies by {np.array2string(found, precision=4, threshold=8)}, which is no "

@@ -40,12 +40,18 @@ ARCHITECTURES: Mapping[str, _Architecture] = {
 }
 _TRANSLATED = {
   "attention.head_count", "attention.head_count_kv", "attention.key_length", "attention.layer_norm_rms_epsilon",
-  "attention.value_length", "block_count", "context_length", "embedding_length",
+  "attention.causal", "attention.value_length", "block_count", "context_length", "embedding_length",
   "feed_forward_length", "tensor_data_layout", "vocab_size",
 }  # fmt: skip
 # These numbers switch these off, and converters write them.
 _OFF_AT = {
-  0: {"attention.sliding_window", "expert_count", "expert_used_count", "rope.scaling.yarn_log_multiplier"},
+  0: {
+    "attention.sliding_window",
+    "expert_count",
+    "expert_used_count",
+    "pooling_type",
+    "rope.scaling.yarn_log_multiplier",
+  },
   1: ROPE_KEYS_OFF_AT_ONE,
 }
 _ROTARY_BUFFER = re.compile(r"blk\.\d+\.attn_rot_embd\.weight|blk\.\d+\.attn_rot_embd")
@@ -102,6 +108,7 @@ def model_config(file: GGUFFile, where: str) -> ModelConfig:
   ids = ConfigReader(metadata)
   off = {key for number, keys in _OFF_AT.items() for key in keys if values.get(key) == number}
   reader.unknown_keys(_TRANSLATED | ROPE_KEYS | off)
+  reader.only("attention.causal", True)
   hidden_size, num_heads = reader.required("embedding_length"), reader.required("attention.head_count")
   if hidden_size % num_heads and "attention.key_length" not in values:
     reader.refuse("embedding_length", f"not divisible by {prefix}attention.head_count={num_heads}")

@@ -76,8 +76,9 @@ class _Tables:
       "clean_up_tokenization_spaces": False,
       "model_max_length": self._config.max_positions,
       **self._named(),
-      "chat_template": self._metadata.get("tokenizer.chat_template"),
     }
+    template = self._metadata.get("tokenizer.chat_template")
+    settings |= {"chat_template": template if isinstance(template, str) else None}
     settings = {key: value for key, value in settings.items() if value is not None}
     return {
       "tokenizer.json": (tokenizer.to_str(pretty=True) + "\n").encode(),
@@ -156,7 +157,7 @@ class _Tables:
   def _only_types(self, *known: int) -> None:
     odd = sorted(set(self.types) - set(known))
     if odd:
-      raise ConversionError(f"token types {odd} are not supported in {_PREFIX}model={self.get('model')!r}.")
+      raise ConversionError(f"token types {odd[:20]} are not supported in {_PREFIX}model={self.get('model')!r}.")
 
   def _list(self, key: str, kind: type) -> list[Any]:
     value = self.get(key)

@@ -56,11 +56,18 @@ def download(source: str) -> tuple[Path, str]:
   name, revision = named["name"], named["revision"]
   try:
     info = huggingface_hub.HfApi().model_info(name, revision=revision, timeout=_ANSWER_SECONDS)
-  except GatedRepoError as error:
-    raise _not_let_in(source, name) from error
-  except (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError) as error:
+  except RepositoryNotFoundError as error:
+    if isinstance(error, GatedRepoError):
+      raise _not_let_in(source, name) from error
+    raise ConversionError(
+      f"{source} is no path on this machine, and the hub says that it has no such model. If it is private, log in "
+      "with `hf auth login`."
+    ) from error
+  except (RevisionNotFoundError, HFValidationError) as error:
     raise ConversionError(f"{source} is no path on this machine, and the hub says: {_last_line(error)}") from error
   except Exception as error:  # of whichever HTTP client this version of huggingface_hub has
+    if _is_refusal(error):
+      raise _not_let_in(source, name) from error
     directory = _cached(source, name, revision, error)
     files = [path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file()]
     weights = wanted_weights(source, files, named["file"])
@@ -146,8 +153,8 @@ def _is_refusal(error: BaseException | None) -> bool:
 
 def _not_let_in(source: str, name: str) -> ConversionError:
   return ConversionError(
-    f"{source} is gated: accept its terms on {constants.ENDPOINT}/{name}, then say who you are with `hf auth login` on "
-    "this machine, and run this again."
+    f"{source}: the hub does not let you have it: accept its terms on {constants.ENDPOINT}/{name}, log in on this "
+    "machine as the same user with `hf auth login`, and run this again."
   )
 
 

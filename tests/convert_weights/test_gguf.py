@@ -160,6 +160,7 @@ def load_config(path):
     ({"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0, "rope.scaling.attn_factor": 0.5}, "attn_factor=0.5"),
     ({"rope.dimension_count": 4}, "llama.rope.dimension_count=4"),
     ({"logit_scale": 0.5}, "llama.logit_scale=0.5"),
+    ({"attention.causal": False}, "llama.attention.causal=False: only True"),
     ({"attention.sliding_window": 16}, "llama.attention.sliding_window=16"),
     ({"embedding_length": None}, "llama.embedding_length: missing"),
     ({"attention.head_count": "six"}, "llama.attention.head_count='six'"),

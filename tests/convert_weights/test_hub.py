@@ -46,7 +46,7 @@ class _Hub(http.server.BaseHTTPRequestHandler):
       self.asked.add(found[2])
       data = (self.directory / found[1] / found[2]).read_bytes()
       return self._send(200, data, ETag=f'"{found[1][:8]}{found[2]}"', **{"X-Repo-Commit": found[1]})
-    if path.startswith("/gated/model/resolve/"):
+    if path.startswith("/gated/model/resolve/") or ("/gated/model" in path and not self.server.open_description):
       return self._send(self.server.refusal, b"Access is restricted.", **self.server.refusal_headers)
     if path == "/api/models/gated/model":
       info = {"id": "gated/model", "sha": "c" * 40, "siblings": [{"rfilename": "model.safetensors"}], "gated": "manual"}
@@ -273,11 +273,12 @@ def test_a_gguf_by_name(quantisations, tmp_path):
 
 
 @pytest.mark.parametrize("status, headers", [(401, {"X-Error-Code": "GatedRepo"}), (403, {})])
-def test_a_gated_model(hub, status, headers):
-  """Its description is public, its files are not."""
+@pytest.mark.parametrize("open_description", [True, False])
+def test_a_gated_model(hub, status, headers, open_description):
   hub.server.refusal, hub.server.refusal_headers = status, headers
+  hub.server.open_description = open_description
   with pytest.raises(ConversionError) as caught:
     open_source("gated/model")
   said = str(caught.value)
-  assert re.search(r"accept its terms on http://127\.0\.0\.1:\d+/gated/model, .*`hf auth login`", said), said
+  assert re.search(r"accept its terms on http://127\.0\.0\.1:\d+/gated/model, log in .*`hf auth login`", said), said
   assert "download failed" not in said
