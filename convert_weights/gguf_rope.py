@@ -74,10 +74,11 @@ def _from_factors(
 ) -> RopeConfig:
   """The llama3 scaling whose formula gives the factors: one of the published settings, or of those the file names."""
   plain = RopeConfig(base)
-  frequencies = rope_frequencies(plain, head_dim)
-  if tensor.shape != frequencies.shape or tensor.dtype is None:
-    reader.refused.append(f"{FACTORS}: wanted {len(frequencies)} factors, got {tensor.type_name} {list(tensor.shape)}")
+  pairs = -(-head_dim // 2)
+  if tensor.shape != (pairs,) or tensor.dtype is None:
+    reader.refused.append(f"{FACTORS}: wanted {pairs} factors, got {tensor.type_name} {list(tensor.shape)}")
     return plain
+  frequencies = rope_frequencies(plain, head_dim)
   found = tensor.read().astype(np.float64)
   candidates = [plain] + [
     RopeConfig(base, "llama3", divisor, original_max_positions=context)
