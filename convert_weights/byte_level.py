@@ -99,13 +99,13 @@ def byte_level_bpe(
   return tokenizer
 
 
-def named_kind(name: str) -> Kind:
+def named_kind(name: object) -> Kind:
   """The kind of that name.
 
   Raises:
     ConversionError: there is none; the message lists those that there are.
   """
-  if name not in KINDS:
+  if not isinstance(name, str) or name not in KINDS:
     raise ConversionError(f"the pre-tokenizer {name!r} is not supported: only {', '.join(KINDS)}.")
   return KINDS[name]
 

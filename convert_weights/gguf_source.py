@@ -1,53 +1,89 @@
-"""A GGUF file of the llama architecture: metadata -> ModelConfig, tensors, tokenizer."""
+"""A GGUF model of one of ARCHITECTURES: metadata -> ModelConfig, tensors, tokenizer."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from convert_weights import gguf_tokenizer, names
 from convert_weights.config_reader import ConfigReader
 from convert_weights.errors import ConversionError, listing
-from convert_weights.gguf_file import GGUFFile, open_gguf
+from convert_weights.gguf_file import GGUFFile
+from convert_weights.gguf_parts import open_parts
+from convert_weights.gguf_rope import FACTORS, ROPE_KEYS, ROPE_KEYS_OFF_AT_ONE, rope_config
 from convert_weights.leaves import check_tensors
 from convert_weights.source import Leaf, Source, StoredTensor
-from supra_jax.config import ModelConfig, RopeConfig
+from supra_jax.config import ModelConfig, QKNorm
 
+
+class _Architecture(NamedTuple):
+  """What llama.cpp's converter does to a model.
+
+  Attributes:
+    permuted: the rotated features of q and k are in the order of pairs.
+    qk_norm: of ModelConfig.
+  """
+
+  permuted: bool = False
+  qk_norm: QKNorm = "none"
+
+
+# Mistral's models are of the architecture llama.
+ARCHITECTURES: Mapping[str, _Architecture] = {
+  "llama": _Architecture(permuted=True),
+  "qwen2": _Architecture(),
+  "qwen3": _Architecture(qk_norm="head"),
+}
 _TRANSLATED = {
   "attention.head_count", "attention.head_count_kv", "attention.key_length", "attention.layer_norm_rms_epsilon",
-  "attention.value_length", "block_count", "context_length", "embedding_length",
-  "feed_forward_length", "rope.dimension_count", "rope.freq_base", "rope.scale_linear", "rope.scaling.factor",
-  "rope.scaling.type", "vocab_size",
+  "attention.causal", "attention.value_length", "block_count", "context_length", "embedding_length",
+  "feed_forward_length", "tensor_data_layout", "vocab_size",
 }  # fmt: skip
-# Zero switches these off, and converters write the zero.
-_OFF_AT_ZERO = {"attention.sliding_window", "expert_count", "expert_used_count"}
+# These numbers switch these off, and converters write them.
+_OFF_AT = {
+  0: {
+    "attention.sliding_window",
+    "expert_count",
+    "expert_used_count",
+    "pooling_type",
+    "rope.scaling.yarn_log_multiplier",
+  },
+  1: ROPE_KEYS_OFF_AT_ONE,
+}
 _ROTARY_BUFFER = re.compile(r"blk\.\d+\.attn_rot_embd\.weight|blk\.\d+\.attn_rot_embd")
-_DEFAULT_ROPE_BASE = 10_000.0
 
 
-def open_gguf_source(path: Path) -> Source:
+def open_gguf_source(path: Path, tokenizer: Mapping[str, bytes] | None = None) -> Source:
   """Opens a GGUF file and checks all that can be checked without reading the tensors.
+
+  Args:
+    path: the file, or one of the model's parts.
+    tokenizer: file name -> contents of what takes the place of the file's own tokenizer.
 
   Raises:
     ConversionError: what stands in the way, by name.
   """
-  file = open_gguf(path)
+  paths, file = open_parts(path)
   config = model_config(file, str(path))
-  tensors = {name: tensor for name, tensor in file.tensors.items() if not _ROTARY_BUFFER.fullmatch(name)}
+  # The factors that divide the rotary frequencies are in the config.
+  tensors = {n: tensor for n, tensor in file.tensors.items() if n != FACTORS and not _ROTARY_BUFFER.fullmatch(n)}
   parameters = {p.gguf: p for p in names.parameters(config) if p.gguf is not None}
   check_tensors(str(path), {name: p.source_shape for name, p in parameters.items()}, tensors, optional={})
   original = {k: v for k, v in file.metadata.items() if not (k.startswith("tokenizer.") and isinstance(v, list))}
-  tokenizer_files = gguf_tokenizer.tokenizer_files(file.metadata, config, str(path))
-  leaves = [_leaf(p, name, tensors[name]) for name, p in parameters.items()]
-  return Source("gguf", path, path.absolute().name, config, original, [path], tensors, leaves, tokenizer_files)
+  files = gguf_tokenizer.tokenizer_files(file.metadata, config, str(path)) if tokenizer is None else tokenizer
+  permuted = ARCHITECTURES[file.metadata["general.architecture"]].permuted
+  leaves = [_leaf(p, name, tensors[name], permuted) for name, p in parameters.items()]
+  return Source("gguf", path, path.absolute().name, config, original, paths, tensors, leaves, files)
 
 
-def _leaf(parameter: names.Parameter, name: str, stored: StoredTensor) -> Leaf:
+def _leaf(parameter: names.Parameter, name: str, stored: StoredTensor, permuted: bool) -> Leaf:
   def read() -> np.ndarray:
     array = stored.read()
-    if parameter.rotary_heads:
+    if permuted and parameter.rotary_heads:
       array = _unpermute(array, parameter.rotary_heads)
     return array.T if parameter.transposed else array
 
@@ -62,22 +98,22 @@ def model_config(file: GGUFFile, where: str) -> ModelConfig:
   """
   metadata, tensors = file.metadata, file.tensors
   architecture = metadata.get("general.architecture")
-  if architecture != "llama":
-    raise ConversionError(f"{where}: general.architecture={architecture!r} is not supported: only 'llama'.")
-  if metadata.get("split.count", 1) != 1:
-    raise ConversionError(f"{where}: split.count={metadata['split.count']}: merge the parts with gguf-split first.")
-  values = {key.removeprefix("llama."): value for key, value in metadata.items() if key.startswith("llama.")}
-  reader = ConfigReader(values, "llama.")
+  if not isinstance(architecture, str) or architecture not in ARCHITECTURES:
+    raise ConversionError(
+      f"{where}: general.architecture={architecture!r} is not supported: only {', '.join(ARCHITECTURES)}."
+    )
+  prefix = f"{architecture}."
+  values = {key.removeprefix(prefix): value for key, value in metadata.items() if key.startswith(prefix)}
+  reader = ConfigReader(values, prefix)
   ids = ConfigReader(metadata)
-  if "rope_freqs.weight" in tensors:
-    ids.refuse("rope_freqs.weight", "llama3 scaling without its settings; convert the Hugging Face directory instead")
-  reader.unknown_keys(_TRANSLATED | {key for key in _OFF_AT_ZERO if values.get(key) == 0})
+  off = {key for number, keys in _OFF_AT.items() for key in keys if values.get(key) == number}
+  reader.unknown_keys(_TRANSLATED | ROPE_KEYS | off)
+  reader.only("attention.causal", True)
   hidden_size, num_heads = reader.required("embedding_length"), reader.required("attention.head_count")
   if hidden_size % num_heads and "attention.key_length" not in values:
-    reader.refuse("embedding_length", f"not divisible by llama.attention.head_count={num_heads}")
+    reader.refuse("embedding_length", f"not divisible by {prefix}attention.head_count={num_heads}")
   head_dim = reader.number("attention.key_length", int, hidden_size // num_heads)
   value_head_dim = reader.number("attention.value_length", int, head_dim)
-  reader.only("rope.dimension_count", head_dim)
   num_layers = reader.required("block_count")
   if num_layers > len(tensors):
     reader.refuse("block_count", f"more than the file's {len(tensors)} tensors")
@@ -106,7 +142,8 @@ def model_config(file: GGUFFile, where: str) -> ModelConfig:
     "max_positions": reader.number("context_length", int, None),
     "bos_token_id": bos[0] if bos else None,
     "eos_token_ids": tuple(dict.fromkeys(eos[0] + eos[1])),
-    "rope": _rope(reader),
+    "qk_norm": ARCHITECTURES[architecture].qk_norm,
+    "rope": rope_config(reader, head_dim, tensors.get(FACTORS)),
   }
   if reader.refused or ids.refused:
     refused = listing("refused", reader.refused + ids.refused)
@@ -115,16 +152,6 @@ def model_config(file: GGUFFile, where: str) -> ModelConfig:
     return ModelConfig(**translated)
   except ValueError as error:
     raise ConversionError(f"{where}: {error}") from error
-
-
-def _rope(reader: ConfigReader) -> RopeConfig:
-  reader.only("rope.scaling.type", "none", "linear")
-  base = reader.number("rope.freq_base", float, _DEFAULT_ROPE_BASE) or _DEFAULT_ROPE_BASE
-  factor = reader.number("rope.scaling.factor", float, reader.number("rope.scale_linear", float, 1.0)) or 1.0
-  # A factor without a type is linear, as in llama.cpp.
-  if factor == 1.0 or reader.values.get("rope.scaling.type") == "none":
-    return RopeConfig(base)
-  return RopeConfig(base, "linear", factor)
 
 
 def _unpermute(array: np.ndarray, heads: int) -> np.ndarray:

@@ -11,20 +11,26 @@ from convert_weights import hf_config, hf_export, names
 from convert_weights.errors import read_json_object
 from convert_weights.leaves import check_tensors, make_leaf
 from convert_weights.source import Source
-from convert_weights.tokenizer_source import tokenizer_files
+from convert_weights.tokenizer_source import generation_file, tokenizer_files
 from convert_weights.weights import open_weights
 
 # Old checkpoints store the rotary frequencies, which follow from the config.
 _ROTARY_BUFFER = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
 
 
-def open_huggingface(directory: Path, original: Mapping[str, Any], file: Path | None = None) -> Source:
+def open_huggingface(
+  directory: Path,
+  original: Mapping[str, Any],
+  file: Path | None = None,
+  tokenizer: Mapping[str, bytes] | None = None,
+) -> Source:
   """Opens a directory and checks all that can be checked without reading the tensors.
 
   Args:
     directory: with generation_config.json and a tokenizer, where there are some.
     original: contents of its config.json.
     file: the one that holds the weights; None finds them in the directory.
+    tokenizer: file name -> contents of what takes the place of the directory's own tokenizer, which is not read.
 
   Raises:
     ConversionError: what stands in the way, by name.
@@ -60,5 +66,5 @@ def open_huggingface(directory: Path, original: Mapping[str, Any], file: Path | 
     weight_files,
     tensors,
     leaves,
-    tokenizer_files(directory),
+    tokenizer_files(directory) if tokenizer is None else {**generation_file(directory), **tokenizer},
   )

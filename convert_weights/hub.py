@@ -2,73 +2,160 @@
 
 from __future__ import annotations
 
+import fnmatch
 import re
 from collections.abc import Collection
 from pathlib import Path
 
 import huggingface_hub
-from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub import constants
+from huggingface_hub.errors import (
+  GatedRepoError,
+  HFValidationError,
+  RepositoryNotFoundError,
+  RevisionNotFoundError,
+)
 
-from convert_weights.errors import ConversionError
+from convert_weights.errors import ConversionError, listing
+from convert_weights.gguf_parts import part_names
+from convert_weights.weights import ADAPTER_CONFIG, WEIGHT_SUFFIXES, refuse_other_forms
 
-_ID = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(@(?P<revision>[^@\s]+))?")
-_SMALL_FILES = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json")
+_ID = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(@(?P<revision>[^@:\s]+))?(:(?P<file>[^:\s]+))?")
+# Patterns of what is read, carried along or refused besides the weights.
+SMALL_FILES = (
+  "config.json", "generation_config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json",
+  "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "tekken.json", "chat_template.jinja",
+  "chat_template.json", "additional_chat_templates/*.jinja", ADAPTER_CONFIG, "params.json", "README.md",
+)  # fmt: skip
 # Many models have their weights in several forms; the first of these is taken.
 _WEIGHTS = (
   re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?"),
   re.compile(r"pytorch_model(-\d+-of-\d+)?\.bin(\.index\.json)?"),
-  re.compile(r"[^/]+\.gguf"),
+  re.compile(r".+\.gguf"),
 )
 _ANSWER_SECONDS = 10
 
 
-def download(source: str) -> Path:
-  """The directory of a model `owner/name[@revision]` in the cache, downloaded as far as it is not there yet.
+def download(source: str) -> tuple[Path, str]:
+  """Brings a model `owner/name[@revision][:FILE]` into the cache, as far as it is not there yet.
+
+  FILE is a weights file of the model, or a part of its name that no other file has, as `Q8_0`.
+
+  Returns:
+    What to open, a directory or a file, and `owner/name@commit[:FILE]`.
 
   Raises:
-    ConversionError: that is no name on the hub; it cannot be reached and the cache does not have the model; or the
-      model has no weights that we read.
+    ConversionError: that is no name on the hub; it cannot be reached and the cache does not have the model; its owner
+      has to let the user in first; or the model has no weights that we read, or several.
   """
   named = _ID.fullmatch(source)
   if named is None:
-    raise ConversionError(f"{source} does not exist. Give a directory, a file, or owner/name[@revision] on the hub.")
+    raise ConversionError(
+      f"{source} does not exist. Give a directory, a file, or owner/name[@revision][:FILE] on the hub."
+    )
   name, revision = named["name"], named["revision"]
   try:
     info = huggingface_hub.HfApi().model_info(name, revision=revision, timeout=_ANSWER_SECONDS)
-  except (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError) as error:
+  except RepositoryNotFoundError as error:
+    if isinstance(error, GatedRepoError):
+      raise _not_let_in(source, name) from error
+    raise ConversionError(
+      f"{source} is no path on this machine, and the hub says that it has no such model. If it is private, log in "
+      "with `hf auth login`."
+    ) from error
+  except (RevisionNotFoundError, HFValidationError) as error:
     raise ConversionError(f"{source} is no path on this machine, and the hub says: {_last_line(error)}") from error
   except Exception as error:  # of whichever HTTP client this version of huggingface_hub has
-    return _cached(source, name, revision, error)
-  wanted = wanted_files([sibling.rfilename for sibling in info.siblings or ()])
-  if not wanted:
-    raise ConversionError(f"{source}: the hub has no safetensors, pytorch_model.bin or single .gguf file of it.")
-  try:
-    return Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=wanted))
-  except Exception as error:
-    raise ConversionError(f"{source}: the download failed; run it again to go on: {_last_line(error)}") from error
+    if _is_refusal(error):
+      raise _not_let_in(source, name) from error
+    directory = _cached(source, name, revision, error)
+    files = [path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file()]
+    weights = wanted_weights(source, files, named["file"])
+  else:
+    files = [sibling.rfilename for sibling in info.siblings or ()]
+    weights = wanted_weights(source, files, named["file"])
+    wanted = [*wanted_small_files(files), *weights]
+    try:
+      directory = Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=wanted))
+    except Exception as error:
+      if _is_refusal(error):
+        raise _not_let_in(source, name) from error
+      raise ConversionError(f"{source}: the download failed; run it again to go on: {_last_line(error)}") from error
+  is_one = named["file"] is not None or weights[0].endswith(".gguf")
+  return (
+    directory / weights[0] if is_one else directory,
+    f"{name}@{directory.name}" + (f":{weights[0]}" if named["file"] else ""),  # the cache has a directory a commit
+  )
 
 
-def wanted_files(files: Collection[str]) -> list[str]:
-  """Of a model's files those that a conversion reads; none where there are no weights."""
-  for pattern in _WEIGHTS:
-    weights = [name for name in files if pattern.fullmatch(name)]
-    if weights and not (len(weights) > 1 and weights[0].endswith(".gguf")):
-      return [name for name in _SMALL_FILES if name in files] + sorted(weights)
-  return []
+def wanted_small_files(files: Collection[str]) -> list[str]:
+  """Of a model's files those that SMALL_FILES names."""
+  return [name for pattern in SMALL_FILES for name in sorted(fnmatch.filter(files, pattern))]
+
+
+def wanted_weights(source: str, files: Collection[str], chosen: str | None) -> list[str]:
+  """Of a model's files the weights that a conversion reads.
+
+  Args:
+    source: what to call the model in a message.
+    files: the names of all.
+    chosen: which weights are meant, by name or a part of it; None finds them.
+
+  Raises:
+    ConversionError: there are none, several, or some that are missing.
+  """
+  if chosen is None:
+    refuse_other_forms(source, [name for name in files if "/" not in name])
+    found = next((found for pattern in _WEIGHTS if (found := sorted(filter(pattern.fullmatch, files)))), [])
+    if not found:
+      raise ConversionError(f"{source}: the hub has no safetensors, pytorch_model.bin or .gguf file of it.")
+    if not found[0].endswith(".gguf"):
+      return found
+    advice = f"Choose one, as in {source}:{found[0]}"
+  else:
+    weights = sorted(name for name in files if name.endswith((".gguf", *WEIGHT_SUFFIXES)))
+    part = re.compile(rf"(?<![^\W_]){re.escape(chosen)}(?!\w)", re.IGNORECASE)
+    found = [chosen] if chosen in weights else [name for name in weights if part.search(name)]
+    if not found:
+      raise ConversionError("\n".join([f"{source}: no weights of that name.", *listing("weights", weights)]))
+    advice = "The name is that of several. Give more of it"
+  models = sorted({part_names(name)[0] for name in found})
+  if len(models) > 1:
+    raise ConversionError("\n".join([f"{source}: {advice}.", *listing("weights", models)]))
+  missing = sorted(set(part_names(models[0])) - set(files))
+  if missing:
+    raise ConversionError("\n".join([f"{source}: not whole.", *listing("missing parts", missing)]))
+  return part_names(models[0])
 
 
 def _cached(source: str, name: str, revision: str | None, error: Exception) -> Path:
   try:
-    return Path(
-      huggingface_hub.snapshot_download(
-        name, revision=revision, local_files_only=True, allow_patterns=list(_SMALL_FILES)
-      )
-    )
+    # Which files have to be there is seen later. Asked for none, the cache need not be whole.
+    return Path(huggingface_hub.snapshot_download(name, revision=revision, local_files_only=True, allow_patterns=[]))
   except OSError:
     raise ConversionError(
       f"{source} is no path on this machine, the hub cannot be reached ({_last_line(error)}), and its cache does not "
       "have it."
     ) from error
+
+
+def _is_refusal(error: BaseException | None) -> bool:
+  """Whether the hub knows the model and does not give it to this user."""
+  while error is not None:
+    if isinstance(error, GatedRepoError) or getattr(getattr(error, "response", None), "status_code", None) in (
+      401,
+      403,
+    ):
+      return True
+    error = error.__cause__ or error.__context__
+  return False
+
+
+def _not_let_in(source: str, name: str) -> ConversionError:
+  return ConversionError(
+    f"{source}: the hub does not let you have it: accept its terms on {constants.ENDPOINT}/{name}, log in on this "
+    "machine as the same user with `hf auth login`, and run this again."
+  )
 
 
 def _last_line(error: Exception) -> str:

@@ -117,7 +117,7 @@ def _layer(config: ModelConfig, layer: int, mixer: Mixer) -> Iterator[Parameter]
   for name, width in (("q", q), ("k", k)) if c.qk_norm != "none" else ():
     # OpenLM has it over all heads of softmax attention; what its linear attention has comes after phi.
     openlm = f"attention.{name}_norm" if (c.qk_norm, mixer) == ("all_heads", "softmax") else None
-    norm = module(f"self_attn.{name}_proj_norm", None, openlm)
+    norm = module(f"self_attn.{name}_proj_norm", f"attn_{name}_norm" if c.qk_norm == "head" else None, openlm)
     norm = norm._replace(hf=norm.hf.replace("_proj_norm", "_norm"))  # Qwen3's
     yield from _norm(c, norm, c.head_dim if c.qk_norm == "head" else width)
   if mixer == "supra_window":

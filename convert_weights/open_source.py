@@ -4,67 +4,81 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 from convert_weights import hub, openlm_config
-from convert_weights.errors import ConversionError, read_json_object
+from convert_weights.errors import ConversionError, listing, read_json_object
+from convert_weights.gguf_parts import first_parts
 from convert_weights.gguf_source import open_gguf_source
 from convert_weights.hf_source import open_huggingface
 from convert_weights.openlm_source import open_openlm
 from convert_weights.source import Source
-from convert_weights.tokenizer_source import tokenizer_files
-from convert_weights.weights import WEIGHT_SUFFIXES
+from convert_weights.tokenizer_source import GENERATION_FILE, tokenizer_files
+from convert_weights.tokenizer_vocabularies import VOCABULARIES
+from convert_weights.weights import WEIGHT_SUFFIXES, has_weights, refuse_other_forms
 from supra_jax.tokenizer import Tokenizer
 
 
-def open_source(source: str | os.PathLike[str], tokenizer: str | os.PathLike[str] | None = None) -> Source:
+def open_source(
+  source: str | os.PathLike[str], tokenizer: str | os.PathLike[str] | None = None, *, own_tokenizer: bool = True
+) -> Source:
   """Finds out what a source is and opens it.
 
   Args:
-    source: a directory with a config.json and weights, or with a single .gguf file; a weights file, with config.json
-      beside it unless it is a .gguf; or `owner/name[@revision]` on the hub, which is downloaded first.
-    tokenizer: a directory whose tokenizer takes the place of the source's own.
+    source: a directory with a config.json and weights, or with one GGUF model; a weights file, with config.json beside
+      it unless it is a .gguf; or `owner/name[@revision][:FILE]` on the hub, which is downloaded first.
+    tokenizer: a directory whose tokenizer takes the place of the source's own, which is not looked at.
+    own_tokenizer: False opens the source without its own tokenizer where `tokenizer` names no other.
 
   Raises:
     ConversionError: it is nothing we know, or it cannot be converted.
   """
-  opened = _open(source)
+  files: Mapping[str, bytes] | None = None if own_tokenizer else {}
   if tokenizer is not None:
-    files = tokenizer_files(Path(tokenizer))
+    files = {name: contents for name, contents in tokenizer_files(Path(tokenizer)).items() if name != GENERATION_FILE}
     if not files:
-      raise ConversionError(f"{tokenizer}: holds neither tokenizer.json nor tokenizer.model.")
-    opened = dataclasses.replace(opened, tokenizer_files=files)
+      raise ConversionError(f"{tokenizer}: holds no tokenizer: none of {', '.join(VOCABULARIES)}.")
+  opened = _open(source, files)
   return _with_checked_tokenizer(opened, opened.path if tokenizer is None else tokenizer)
 
 
-def _open(source: str | os.PathLike[str]) -> Source:
+def _open(source: str | os.PathLike[str], tokenizer: Mapping[str, bytes] | None) -> Source:
   if Path(source).exists():
-    return _open_path(Path(source))
+    return _open_path(Path(source), tokenizer)
   # What is no path on this machine may be a name elsewhere.
-  path = hub.download(str(source))
-  name = str(source).partition("@")[0]
-  return dataclasses.replace(_open_path(path), name=f"{name}@{path.name}")  # the cache has a directory a commit
+  path, name = hub.download(str(source))
+  return dataclasses.replace(_open_path(path, tokenizer), name=name)
 
 
-def _open_path(path: Path) -> Source:
+def _open_path(path: Path, tokenizer: Mapping[str, bytes] | None) -> Source:
   if path.is_dir():
-    if (path / "config.json").exists():
-      return _open_directory(path)
-    ggufs = sorted(path.glob("*.gguf"))
-    if len(ggufs) != 1:
-      raise ConversionError(f"{path}: has no config.json and {len(ggufs)} .gguf files: wanted one or the other.")
-    return open_gguf_source(ggufs[0])
+    return _open_directory(path, tokenizer)
   if path.suffix == ".gguf":
-    return open_gguf_source(path)
+    return open_gguf_source(path, tokenizer)
   if path.suffix in WEIGHT_SUFFIXES:
-    return _open_directory(path.parent, path)
+    refuse_other_forms(path, [path.name])
+    return _open_weights(path.parent, path, tokenizer)
   raise ConversionError(f"{path}: wanted a directory or a .gguf, {', '.join(WEIGHT_SUFFIXES)} file.")
 
 
-def _open_directory(directory: Path, file: Path | None = None) -> Source:
+def _open_directory(path: Path, tokenizer: Mapping[str, bytes] | None) -> Source:
+  names = [file.name for file in path.iterdir()]
+  refuse_other_forms(path, names)
+  ggufs = first_parts(names)
+  if ggufs and not has_weights(names):
+    if len(ggufs) > 1:
+      raise ConversionError("\n".join([f"{path}: give the file that is meant.", *listing("GGUF models", ggufs)]))
+    return open_gguf_source(path / ggufs[0], tokenizer)
+  if "config.json" not in names:
+    raise ConversionError(f"{path}: holds neither config.json nor a .gguf file.")
+  return _open_weights(path, None, tokenizer)
+
+
+def _open_weights(directory: Path, file: Path | None, tokenizer: Mapping[str, bytes] | None) -> Source:
   original = read_json_object(directory / "config.json")
   is_openlm = original.get("model_type") == openlm_config.MODEL_TYPE
-  return (open_openlm if is_openlm else open_huggingface)(directory, original, file)
+  return (open_openlm if is_openlm else open_huggingface)(directory, original, file, tokenizer)
 
 
 def _with_checked_tokenizer(source: Source, where: str | os.PathLike[str]) -> Source:

@@ -11,7 +11,7 @@ from convert_weights import names, openlm_config
 from convert_weights.errors import ConversionError, listing
 from convert_weights.leaves import check_tensors, make_leaf
 from convert_weights.source import Source, StoredTensor
-from convert_weights.tokenizer_source import tokenizer_files
+from convert_weights.tokenizer_source import generation_file, tokenizer_files
 from convert_weights.weights import open_weights
 
 # What wraps a model leaves its name before those of the tensors: transformers, data parallelism, torch.compile.
@@ -20,13 +20,19 @@ _PREFIX = re.compile(r"^((model|module|_orig_mod)\.)+")
 _ROTARY_BUFFER = re.compile(r"layers\.\d+\.attention\.pos_embed\.inv_freq")
 
 
-def open_openlm(directory: Path, original: Mapping[str, Any], file: Path | None = None) -> Source:
+def open_openlm(
+  directory: Path,
+  original: Mapping[str, Any],
+  file: Path | None = None,
+  tokenizer: Mapping[str, bytes] | None = None,
+) -> Source:
   """Opens a directory and checks all that can be checked without reading the tensors.
 
   Args:
     directory: with a tokenizer, where there is one.
     original: contents of its config.json.
     file: the one that holds the weights; None finds them in the directory.
+    tokenizer: file name -> contents of what takes the place of the directory's own tokenizer, which is not read.
 
   Raises:
     ConversionError: what stands in the way, by name.
@@ -49,9 +55,8 @@ def open_openlm(directory: Path, original: Mapping[str, Any], file: Path | None 
     for p in parameters
     if p.openlm is not None
   ]
-  return Source(
-    "openlm", path, path.absolute().name, config, original, weight_files, tensors, leaves, tokenizer_files(directory)
-  )
+  files = tokenizer_files(directory) if tokenizer is None else {**generation_file(directory), **tokenizer}
+  return Source("openlm", path, path.absolute().name, config, original, weight_files, tensors, leaves, files)
 
 
 def _without_prefix(found: Mapping[str, StoredTensor], path: Path) -> dict[str, StoredTensor]:

@@ -38,7 +38,7 @@ def tokenizer_files(directory: Path) -> dict[str, bytes]:
   Raises:
     ConversionError: a file is damaged, contradicts another, or is of a kind that is not read.
   """
-  files = _generation(directory)
+  files = generation_file(directory)
   settings = _settings(directory)
   name = next((name for name in VOCABULARIES if (directory / name).is_file()), None)
   if name is None:
@@ -62,6 +62,16 @@ def tokenizer_files(directory: Path) -> dict[str, bytes]:
   except ValueError as error:
     raise ConversionError(f"{directory}: the tokenizer cannot be used: {error}") from error
   return files | template_and_settings(settings)
+
+
+def generation_file(directory: Path) -> dict[str, bytes]:
+  """generation_config.json, and in it the padding of config.json, where older checkpoints have it."""
+  found, config = (_object(directory / name) for name in (GENERATION_FILE, "config.json"))
+  if found.get(_PADDING) is None and config.get(_PADDING) is not None:
+    found[_PADDING] = config[_PADDING]
+  # Of who wrote the file, not of what it says.
+  found = {key: value for key, value in found.items() if key not in ("_from_model_config", "transformers_version")}
+  return {GENERATION_FILE: as_json(found)} if found else {}
 
 
 def template_and_settings(settings: Mapping[str, Any]) -> dict[str, bytes]:
@@ -118,16 +128,6 @@ def _settings(directory: Path) -> dict[str, Any]:
   elif templates:
     settings["chat_template"] = [{"name": name, "template": _text(path)} for name, path in templates.items()]
   return settings
-
-
-def _generation(directory: Path) -> dict[str, bytes]:
-  """generation_config.json, and in it the padding of config.json, where older checkpoints have it."""
-  found, config = (_object(directory / name) for name in (GENERATION_FILE, "config.json"))
-  if found.get(_PADDING) is None and config.get(_PADDING) is not None:
-    found[_PADDING] = config[_PADDING]
-  # Of who wrote the file, not of what it says.
-  found = {key: value for key, value in found.items() if key not in ("_from_model_config", "transformers_version")}
-  return {GENERATION_FILE: as_json(found)} if found else {}
 
 
 def _object(path: Path) -> dict[str, Any]:

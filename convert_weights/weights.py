@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
 from convert_weights.errors import ConversionError, listing, read_json_object
@@ -24,6 +25,42 @@ _SUFFIXES: Mapping[str, Callable[[Path], dict[str, StoredTensor]]] = {
   ".pth": open_torch,
 }
 WEIGHT_SUFFIXES = tuple(_SUFFIXES)
+ADAPTER_CONFIG = "adapter_config.json"
+_ADAPTER = re.compile(r"adapter_(config\.json|model\..+)")
+_NATIVE = re.compile(r"consolidated[.-].+")
+
+
+def has_weights(names: Collection[str]) -> bool:
+  """Whether these files of a directory are such as `open_weights` opens."""
+  others = [name for name in names if name.endswith((".safetensors", ".pt", ".pth")) and not _NATIVE.fullmatch(name)]
+  return bool(others) or _have_names_of_transformers(names)
+
+
+def _have_names_of_transformers(names: Collection[str]) -> bool:
+  return any(name.removesuffix(".index.json") in _NAMES for name in names)
+
+
+def refuse_other_forms(where: object, names: Collection[str]) -> None:
+  """Looks at the files of a directory, or at the one that was given, for models in a form that is not read.
+
+  Raises:
+    ConversionError: they are an adapter, or Meta's or Mistral's own form; the message says what to take instead.
+  """
+  adapter = ", ".join(sorted(filter(_ADAPTER.fullmatch, names)))
+  merge = "merge it into its base model first (peft: merge_and_unload, then save_pretrained)"
+  if adapter and _have_names_of_transformers(names):
+    raise ConversionError(
+      f"{where}: holds a LoRA adapter ({adapter}) beside the model, and transformers would load both: {merge}, or take "
+      "the adapter's files away to convert the model without it."
+    )
+  if adapter:
+    raise ConversionError(f"{where}: holds a LoRA adapter ({adapter}) and no model: {merge} and convert that.")
+  native = sorted(filter(_NATIVE.fullmatch, names))
+  if native and not _have_names_of_transformers(names) and not any(name.endswith(".gguf") for name in names):
+    raise ConversionError(
+      f"{where}: holds the original form of Meta's and Mistral's models ({', '.join(native[:3])}, params.json): take "
+      "the model in transformers' form, with config.json and model*.safetensors; on the hub its name often ends in -hf."
+    )
 
 
 def open_weights(directory: Path, file: Path | None = None) -> tuple[list[Path], dict[str, StoredTensor]]:

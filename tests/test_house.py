@@ -55,6 +55,7 @@ OPEN_TO_CONVERTERS = {
     "config",
     "checkpoint",
     "files",
+    "layers",
     "lm",
     "parameter_reader",
     "params_io",

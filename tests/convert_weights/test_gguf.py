@@ -8,12 +8,24 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as Kind
-from tiny_checkpoints import BYTE_TOKENS, HEADS, KV_HEADS, copy_case, leaf, permute, source_tensors, write_gguf
+from tiny_checkpoints import (
+  BYTE_TOKENS,
+  HEADS,
+  KV_HEADS,
+  copy_case,
+  flatten,
+  leaf,
+  permute,
+  source_tensors,
+  split_gguf,
+  write_gguf,
+)
 
 from convert_weights.errors import ConversionError
 from convert_weights.gguf_file import open_gguf
 from convert_weights.gguf_source import _unpermute, model_config
 from convert_weights.hf_to_orbax import convert
+from convert_weights.open_source import open_source
 from supra_jax.checkpoint import load_model
 from supra_jax.config import RopeConfig
 from supra_jax.tokenizer import Tokenizer
@@ -126,6 +138,8 @@ def test_biases_of_q_and_k_are_permuted_too(tmp_path):
     ({"attention.key_length": 8, "attention.value_length": 8, "expert_count": 0}, {}),
     ({"attention.layer_norm_rms_epsilon": 1e-6}, {"norm_eps": 1e-6}),
     ({"context_length": None}, {"max_positions": None}),
+    ({"rope.scaling.finetuned": True, "rope.scaling.original_context_length": 64}, {}),
+    ({"tensor_data_layout": "Meta AI original pth", "rope.scaling.attn_factor": 1.0}, {}),
   ],
 )
 def test_metadata(tmp_path, metadata, changes):
@@ -142,9 +156,11 @@ def load_config(path):
   "metadata, fragment",
   [
     ({"expert_count": 8}, "llama.expert_count=8"),
-    ({"rope.scaling.type": "yarn"}, "llama.rope.scaling.type='yarn'"),
+    ({"rope.scaling.type": "longrope"}, "llama.rope.scaling.type='longrope'"),
+    ({"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0, "rope.scaling.attn_factor": 0.5}, "attn_factor=0.5"),
     ({"rope.dimension_count": 4}, "llama.rope.dimension_count=4"),
     ({"logit_scale": 0.5}, "llama.logit_scale=0.5"),
+    ({"attention.causal": False}, "llama.attention.causal=False: only True"),
     ({"attention.sliding_window": 16}, "llama.attention.sliding_window=16"),
     ({"embedding_length": None}, "llama.embedding_length: missing"),
     ({"attention.head_count": "six"}, "llama.attention.head_count='six'"),
@@ -162,7 +178,8 @@ def test_refused_metadata(tmp_path, metadata, fragment):
   [
     ({"drop": ("blk.1.attn_q.weight",)}, "missing tensors (1):\n  blk.1.attn_q.weight [48, 48]"),
     ({"extra": {"blk.0.attn_q_norm.weight": np.ones(8, np.float32)}}, "unknown tensors (1):\n  blk.0.attn_q_norm"),
-    ({"extra": {"rope_freqs.weight": np.ones(4, np.float32)}}, "rope_freqs.weight: llama3"),
+    ({"extra": {"rope_freqs.weight": np.array([1, 2, 3, 8], np.float32)}}, "rope_freqs.weight: these divide the freq"),
+    ({"extra": {"rope_freqs.weight": np.ones(3, np.float32)}}, "rope_freqs.weight: wanted 4 factors, got F32 [3]"),
     (
       {"drop": ("output_norm.weight",), "extra": {"output_norm.weight": np.ones(48, np.int8)}},
       "output_norm.weight: I8",
@@ -231,8 +248,46 @@ def test_directory_with_one_gguf(tmp_path):
   write_gguf(tmp_path / "model" / "a.gguf")
   assert converted(tmp_path / "model", tmp_path).config.num_heads == HEADS
   write_gguf(tmp_path / "model" / "b.gguf")
-  with pytest.raises(ConversionError, match=r"no config\.json and 2 \.gguf files"):
+  with pytest.raises(ConversionError, match=r"give the file that is meant\.\nGGUF models \(2\):\n  a\.gguf\n  b\.gguf"):
     convert(tmp_path / "model", tmp_path / "other")
+
+
+def test_a_config_json_of_the_hub_beside_it(tmp_path):
+  (tmp_path / "model").mkdir()
+  path = write_gguf(tmp_path / "model" / "a.gguf")
+  (tmp_path / "model" / "config.json").write_text('{"model_type": "llama"}')
+  assert converted(tmp_path / "model", tmp_path).source["files"][0]["name"] == path.name
+
+
+@pytest.mark.parametrize("given", ["", "m-00001-of-00003.gguf", "m-00002-of-00003.gguf"])
+def test_parts(tmp_path, given):
+  whole = with_vocabulary(tmp_path / "m.gguf", TOKENS)
+  (tmp_path / "model").mkdir()
+  parts = split_gguf(whole, tmp_path / "model" / "m", 3)
+  convert(whole, tmp_path / "whole")
+  got, want = converted(tmp_path / "model" / given, tmp_path), load_model(tmp_path / "whole")
+  assert got.config == want.config and got.tokenizer_files == want.tokenizer_files
+  assert [file["name"] for file in got.source["files"]] == [part.name for part in parts]
+  got, want = dict(flatten(got.params)), dict(flatten(want.params))
+  assert got.keys() == want.keys()
+  for name, array in want.items():
+    np.testing.assert_array_equal(got[name], array, strict=True, err_msg=name)
+
+
+def test_parts_that_do_not_fit(tmp_path):
+  (tmp_path / "model").mkdir()
+  parts = split_gguf(write_gguf(tmp_path / "m.gguf"), tmp_path / "model" / "m", 3)
+  other = parts[1].read_bytes()
+  parts[1].unlink()
+  for given in (parts[0], parts[2], tmp_path / "model"):
+    with pytest.raises(ConversionError, match=r"missing parts \(1\):\n  m-00002-of-00003\.gguf"):
+      convert(given, tmp_path / "out")
+  parts[1].write_bytes(parts[2].read_bytes())
+  refuse_part = r"m-00002-of-00003\.gguf: split\.no=2, split\.count=3: its name says that it is part 2 of 3"
+  with pytest.raises(ConversionError, match=refuse_part):
+    convert(parts[0], tmp_path / "out")
+  (tmp_path / "second.gguf").write_bytes(other)
+  refuse(tmp_path / "second.gguf", tmp_path, "split.no=1, split.count=3: its name says that it is part 1 of 1")
 
 
 def with_vocabulary(path, tokens, **arguments):
@@ -259,8 +314,10 @@ def test_tokenizer(tmp_path):
 @pytest.mark.parametrize(
   "arguments, fragment",
   [
-    ({"pre": "llama-bpe"}, "tokenizer.ggml.pre='llama-bpe'"),
-    ({"model": "llama"}, "tokenizer.ggml.model='llama'"),
+    ({"pre": "falcon"}, "tokenizer.ggml.pre='falcon': the pre-tokenizer 'falcon' is not supported: only gpt-2, smollm"),
+    ({"pre": "default"}, "tokenizer.ggml.pre='default'"),
+    ({"model": "llama"}, "tokenizer.ggml.scores: wanted a list of float"),
+    ({"model": "bert"}, "tokenizer.ggml.model='bert' is not supported: only 'gpt2'"),
     ({"tokens": [*TOKENS, "ab"]}, "tokens are listed twice"),
     ({"tokens": [t for t in TOKENS if t != "abc"]}, "the merge 'ab c' names tokens"),
   ],
@@ -268,3 +325,10 @@ def test_tokenizer(tmp_path):
 def test_refused_tokenizers(tmp_path, arguments, fragment):
   path = with_vocabulary(tmp_path / "m.gguf", **({"tokens": TOKENS} | arguments))
   refuse(path, tmp_path, fragment)
+  refuse(path, tmp_path, "give --tokenizer=DIR")
+  # Which is not looked at where another takes its place.
+  files = open_source(with_vocabulary(tmp_path / "good.gguf", TOKENS)).tokenizer_files
+  (tmp_path / "tokenizer").mkdir()
+  (tmp_path / "tokenizer" / "tokenizer.json").write_bytes(files["tokenizer.json"])
+  assert open_source(path, tmp_path / "tokenizer").tokenizer_files == {"tokenizer.json": files["tokenizer.json"]}
+  assert open_source(path, own_tokenizer=False).tokenizer_files == {}

@@ -11,6 +11,7 @@ from tokenizers import Tokenizer, models
 
 from convert_weights.errors import MAX_LISTED, ConversionError
 from convert_weights.hf_to_orbax import convert
+from convert_weights.open_source import open_source
 
 Q_PROJ = "model.layers.0.self_attn.q_proj.weight"
 
@@ -264,9 +265,9 @@ def test_both_one_file_and_an_index(source, tmp_path):
 
 
 def test_no_weights(source, tmp_path):
-  (source / "model.safetensors").rename(source / "adapter_model.safetensors")
-  refuse(source, tmp_path, "it holds adapter_model.safetensors. Give the file that is meant")
-  (source / "adapter_model.safetensors").unlink()
+  (source / "model.safetensors").rename(source / "other.safetensors")
+  refuse(source, tmp_path, "it holds other.safetensors. Give the file that is meant")
+  (source / "other.safetensors").unlink()
   refuse(source, tmp_path, "wanted model.safetensors or pytorch_model.bin")
 
 
@@ -276,7 +277,7 @@ def test_sources_that_are_none(source, tmp_path):
   (tmp_path / "model.safetensors").write_bytes(b"")
   refuse(tmp_path / "model.safetensors", tmp_path, "config.json: cannot be read: No such file")
   (source / "config.json").unlink()
-  refuse(source, tmp_path, "has no config.json and 0 .gguf files")
+  refuse(source, tmp_path, "holds neither config.json nor a .gguf file")
 
 
 def test_output_that_holds_something(source, tmp_path):
@@ -311,3 +312,33 @@ def test_a_write_that_fails_leaves_nothing(source, tmp_path):
   with pytest.raises(OSError):
     convert(source, tmp_path / "file" / "out")
   assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "source"]
+
+
+@pytest.mark.parametrize("others, kind", [(["config.json", "model.safetensors"], "beside the"), ([], "and no model")])
+@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
+def test_an_adapter(source, tmp_path, others, kind, name):
+  """By itself it is no model; beside one transformers would load both."""
+  for file in source.iterdir():
+    if file.name not in others:
+      file.unlink()
+  (source / name).write_text("{}")
+  said = refuse(source, tmp_path, f"{source}: holds a LoRA adapter ({name}) {kind}", "merge it into its")
+  assert "\n" not in said
+  if name.endswith(".safetensors"):
+    refuse(source / name, tmp_path, f"{source / name}: holds a LoRA adapter")
+
+
+@pytest.mark.parametrize("name", ["consolidated.safetensors", "consolidated.00.pth", "consolidated-00001-of-00002.pth"])
+def test_the_form_of_meta_and_mistral(source, tmp_path, name):
+  (source / "params.json").write_text("{}")
+  (source / name).write_bytes(b"not looked at where model.safetensors is")
+  assert open_source(source).weight_files == [source / "model.safetensors"]
+  (source / "model.safetensors").unlink()
+  for with_config in (True, False):
+    for path in (source, source / name):
+      said = refuse(
+        path, tmp_path, f"{path}: holds the original form of Meta's and Mistral's models ({name}, params.json)"
+      )
+      assert "\n" not in said and "config.json and model*.safetensors" in said
+    if with_config:
+      (source / "config.json").unlink()

@@ -177,3 +177,25 @@ def write_gguf(
   writer.write_tensors_to_file()
   writer.close()
   return path
+
+
+def split_gguf(path: Path, stem: Path, parts: int) -> list[Path]:
+  """Writes a GGUF file again as gguf-split would: all metadata in the first part, a share of the tensors in each."""
+  reader = gguf.GGUFReader(path)
+  paths = [stem.with_name(f"{stem.name}-{number + 1:05}-of-{parts:05}.gguf") for number in range(parts)]
+  for number, part in enumerate(paths):
+    writer = gguf.GGUFWriter(part, "llama")
+    for field in reader.fields.values() if number == 0 else ():
+      if not field.name.startswith(("GGUF.", "general.architecture")):
+        item = field.types[1] if len(field.types) > 1 else None
+        writer.add_key_value(field.name, field.contents(), field.types[0], item)
+    writer.add_uint16("split.no", number)
+    writer.add_uint16("split.count", parts)
+    writer.add_int32("split.tensors.count", len(reader.tensors))
+    for tensor in reader.tensors[number::parts]:
+      writer.add_tensor(tensor.name, np.array(tensor.data), raw_dtype=tensor.tensor_type)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+  return paths

@@ -1,0 +1,56 @@
+"""A GGUF model in one file or in the parts that gguf-split makes of it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+from convert_weights.errors import ConversionError, listing
+from convert_weights.gguf_file import GGUFFile, open_gguf
+from convert_weights.source import StoredTensor
+
+_PART = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
+
+
+def part_names(name: str) -> list[str]:
+  """The names of all parts of the model that a file is a part of: its own where it is no part."""
+  part = _PART.fullmatch(name)
+  if part is None:
+    return [name]
+  return [f"{part['stem']}-{number:05}-of-{part['count']}.gguf" for number in range(1, int(part["count"]) + 1)]
+
+
+def first_parts(names: Iterable[str]) -> list[str]:
+  """Of file names those of GGUF models, each by its first part, which need not be among them."""
+  return sorted({part_names(name)[0] for name in names if name.endswith(".gguf")})
+
+
+def open_parts(path: Path) -> tuple[list[Path], GGUFFile]:
+  """Opens the model that a file is or is a part of.
+
+  Returns:
+    Its files, and the metadata of the first with the tensors of all.
+
+  Raises:
+    ConversionError: a part is missing, corrupt, or none of this model.
+  """
+  paths = [path.with_name(name) for name in part_names(path.name)]
+  missing = [part.name for part in paths if not part.exists()]
+  if missing and len(paths) > 1:
+    raise ConversionError("\n".join([f"{path}: part of a model.", *listing("missing parts", missing)]))
+  files = [open_gguf(part) for part in paths]
+  tensors: dict[str, StoredTensor] = {}
+  for number, (part, file) in enumerate(zip(paths, files, strict=True)):
+    found = tuple(file.metadata.get(key, default) for key, default in (("split.no", 0), ("split.count", 1)))
+    # A model in one part says so with a 1, or not at all.
+    if found != (number, len(paths)) and not (len(paths) == 1 and found == (0, 0)):
+      raise ConversionError(
+        f"{part}: split.no={found[0]!r}, split.count={found[1]!r}: its name says that it is part {number + 1} of "
+        f"{len(paths)}. Parts are named NAME-00001-of-00003.gguf."
+      )
+    twice = sorted(tensors.keys() & file.tensors.keys())
+    if twice:
+      raise ConversionError("\n".join([f"{part}: refused.", *listing("tensors in two parts", twice)]))
+    tensors.update(file.tensors)
+  return paths, GGUFFile(files[0].metadata, tensors)

@@ -1,0 +1,97 @@
+"""RoPE in the metadata and tensors of a GGUF file -> RopeConfig."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import numpy as np
+
+from convert_weights.config_reader import ConfigReader
+from convert_weights.source import StoredTensor
+from supra_jax.config import RopeConfig
+from supra_jax.layers import rope_frequencies
+
+FACTORS = "rope_freqs.weight"
+ROPE_KEYS = {
+  "rope.dimension_count", "rope.freq_base", "rope.scale_linear", "rope.scaling.factor", "rope.scaling.finetuned",
+  "rope.scaling.original_context_length", "rope.scaling.type", "rope.scaling.yarn_beta_fast",
+  "rope.scaling.yarn_beta_slow",
+}  # fmt: skip
+# llama.cpp takes these where the file is silent, and converters write them.
+ROPE_KEYS_OFF_AT_ONE = {
+  "rope.scaling.attn_factor", "rope.scaling.yarn_attn_factor", "rope.scaling.yarn_ext_factor",
+}  # fmt: skip
+_DEFAULT_BASE = 10_000.0
+# Of Llama 3.1 and 3.3, and of Llama 3.2.
+_LLAMA_3_FACTORS, _LLAMA_3_CONTEXT = (8.0, 32.0), 8192
+# Relative, times the divisor: what float32 leaves of a blend, which the converter computes in it.
+_TOLERANCE = 1e-5
+
+
+def rope_config(reader: ConfigReader, head_dim: int, factors: StoredTensor | None) -> RopeConfig:
+  """The rotary settings; complaints go to the reader.
+
+  Args:
+    reader: of the keys behind the architecture's name.
+    head_dim: features of a head, all of which are rotated.
+    factors: the tensor FACTORS, where the file has it: what each frequency is divided by.
+  """
+  values = reader.values
+  reader.only("rope.dimension_count", head_dim)
+  reader.only("rope.scaling.type", "none", "linear", "yarn")
+  base = reader.number("rope.freq_base", float, _DEFAULT_BASE) or _DEFAULT_BASE
+  factor = reader.number("rope.scaling.factor", float, reader.number("rope.scale_linear", float, 1.0)) or 1.0
+  original = reader.number("rope.scaling.original_context_length", int, None)
+  kind = values.get("rope.scaling.type")
+  if factors is not None:
+    if kind in (None, "none") or factor == 1.0:
+      return _from_factors(reader, base, head_dim, factors, factor, original)
+    reader.refuse("rope.scaling.type", f"besides the factors of {FACTORS}")
+  if factor == 1.0 or kind == "none":
+    return RopeConfig(base)
+  if kind != "yarn":  # a factor without a type is linear, as in llama.cpp
+    return RopeConfig(base, "linear", factor)
+  if original is None:
+    original = reader.required("context_length")
+  try:
+    return RopeConfig(
+      base,
+      "yarn",
+      factor,
+      original_max_positions=original,
+      beta_fast=reader.number("rope.scaling.yarn_beta_fast", float, RopeConfig.beta_fast) or 1.0,
+      beta_slow=reader.number("rope.scaling.yarn_beta_slow", float, RopeConfig.beta_slow) or 1.0,
+      attention_factor=0.1 * math.log(factor) + 1.0 if factor > 1 else 1.0,
+    )
+  except ValueError as error:
+    reader.refused.append(str(error))
+    return RopeConfig(base)
+
+
+def _from_factors(
+  reader: ConfigReader, base: float, head_dim: int, tensor: StoredTensor, factor: float, original: int | None
+) -> RopeConfig:
+  """The llama3 scaling whose formula gives the factors: one of the published settings, or of those the file names."""
+  plain = RopeConfig(base)
+  pairs = -(-head_dim // 2)
+  if tensor.shape != (pairs,) or tensor.dtype is None:
+    reader.refused.append(f"{FACTORS}: wanted {pairs} factors, got {tensor.type_name} {list(tensor.shape)}")
+    return plain
+  frequencies = rope_frequencies(plain, head_dim)
+  found = tensor.read().astype(np.float64)
+  candidates = [plain] + [
+    RopeConfig(base, "llama3", divisor, original_max_positions=context)
+    for divisor, context in itertools.product((*_LLAMA_3_FACTORS, factor), {_LLAMA_3_CONTEXT, original})
+    if context is not None and divisor > 1
+  ]
+  for candidate in candidates:
+    slowed = rope_frequencies(candidate, head_dim) * found
+    if np.allclose(slowed, frequencies, rtol=_TOLERANCE * candidate.factor, atol=0):
+      return candidate
+  reader.refused.append(
+    f"{FACTORS}: these divide the frequencies by {np.array2string(found, precision=4, threshold=8)}, which is no "
+    "llama3 scaling with Llama 3's settings (factor 8 or 32, 8192 positions) or the file's own. Convert the model's "
+    "Hugging Face directory, whose config names them"
+  )
+  return plain
