@@ -315,7 +315,9 @@ class SupraAttention(nn.Module):
       slots, seen = slot_BS[:, :stop], [x[:, :, :stop] for x in repeated]
       # torch.compile knows no shapes that depend on data, so that a padded text keeps all slots there, and masks them.
       if sight.window is not None and (tokens.unpadded or not torch.compiler.is_compiling()):
-        kept = sight.columns(start, slots.shape[1], slots.device) if tokens.unpadded else sight.slots(slots, position[:, 0])
+        kept = (
+          sight.columns(start, slots.shape[1], slots.device) if tokens.unpadded else sight.slots(slots, position[:, 0])
+        )
         slots, seen = slots[:, kept], [x[:, :, kept] for x in seen]
       query, key = position[:, :, None], slots[:, None]
       mask_BTS = key <= query

@@ -289,7 +289,13 @@ class SupraForCausalLM(SupraPreTrainedModel, GenerationMixin):
   ) -> CausalLMOutputWithPast:
     """Logits float32 [B, T, vocabulary], of the last `logits_to_keep` tokens if that is not 0; see `SupraModel`."""
     read = self.model(
-      input_ids, attention_mask, cache, past_key_values, inputs_embeds, use_cache, output_hidden_states,
+      input_ids,
+      attention_mask,
+      cache,
+      past_key_values,
+      inputs_embeds,
+      use_cache,
+      output_hidden_states,
       kwargs.pop("position_ids", None),  # not an argument: `generate` would pass it
     )
     kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
