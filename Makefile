@@ -65,9 +65,9 @@ $(VENV)/.demo: $(VENV)/.installed
 	@touch $@
 
 # Parity with torch is tested on Python 3.11 only; stored numbers serve on the others.
-$(VENV)/.dev: $(VENV)/.demo
+$(VENV)/.dev: $(VENV)/.demo Makefile
 	@if $(BIN)/python -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))'; then \
-	  echo "Installing the tools for tests, and $(TEST_TORCH)"; \
+	  echo "Installing the tools for tests, $(TEST_TORCH), and transformers 4.57 in $(VENV)/transformers-4"; \
 	  $(PIP) --editable '.[dev,torch]' '$(TEST_TORCH)' '$(TEST_PEFT)' && \
 	  rm -rf $(VENV)/transformers-4 && \
 	  $(PIP) --no-deps --target $(VENV)/transformers-4 $(TEST_TRANSFORMERS_4); \

@@ -158,9 +158,8 @@ class Sight(NamedTuple):
     """Those that some row sees from there on, int64."""
     return (self.near(slot_BS, position_B[:, None]) & (slot_BS < PADDING)).any(0).nonzero()[:, 0]
 
-  def columns(self, start: int, stop: int, device: torch.device) -> Tensor:
-    """Alike for a text that begins here and has no padding, for its tokens from start to stop: its columns, int64."""
-    first = max(start - self.window + 1, 0)
+  def columns(self, first: int, stop: int, device: torch.device) -> Tensor:
+    """Alike for a text that begins here and has no padding: the sinks and what stands from first to stop, int64."""
     sinks = torch.arange(min(self.sinks, first), device=device)
     return torch.cat([sinks, torch.arange(first, stop, device=device)])
 
@@ -313,11 +312,11 @@ class SupraAttention(nn.Module):
       own, stop = slice(start, start + size), before + start + size
       position, real = tokens.position_BT[:, own], tokens.real_BT[:, own]
       slots, seen = slot_BS[:, :stop], [x[:, :, :stop] for x in repeated]
-      # torch.compile knows no shapes that depend on data, so that a padded text keeps all slots there, and masks them.
-      if sight.window is not None and (tokens.unpadded or not torch.compiler.is_compiling()):
-        kept = (
-          sight.columns(start, slots.shape[1], slots.device) if tokens.unpadded else sight.slots(slots, position[:, 0])
-        )
+      if sight.window is not None and tokens.unpadded:
+        kept = sight.columns(max(start - sight.window + 1, 0), slots.shape[1], slots.device)
+        slots, seen = slots[:, kept], [x[:, :, kept] for x in seen]
+      elif sight.window is not None and not torch.compiler.is_compiling():  # where no shape may depend on data
+        kept = sight.slots(slots, position[:, 0])
         slots, seen = slots[:, kept], [x[:, :, kept] for x in seen]
       query, key = position[:, :, None], slots[:, None]
       mask_BTS = key <= query

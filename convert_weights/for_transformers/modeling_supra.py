@@ -186,7 +186,7 @@ class SupraModel(SupraPreTrainedModel):
     if cache is not None and not isinstance(cache, SupraCache):
       raise ValueError(
         f"The cache is a {type(cache).__name__}, which cannot hold this model's recurrent state. Pass none with the "
-        "first tokens (generate makes its own), and then the one that the model returned (use_cache=True): a SupraCache."
+        "first tokens (generate makes its own), then the SupraCache that the model returns with use_cache=True."
       )
     if use_cache and self.training and torch.is_grad_enabled() and any(b.gradient_checkpointing for b in self.layers):
       logger.warning_once("`use_cache=True` is incompatible with gradient checkpointing. Setting `use_cache=False`.")
@@ -240,8 +240,8 @@ class SupraModel(SupraPreTrainedModel):
       (tokens.real_BT & (position_ids.to(wanted.device) != wanted)).any()
     ):
       raise ValueError(
-        "position_ids: positions follow from attention_mask and the cache; wanted those, or none. Texts that are packed "
-        "into one row cannot be told apart: give each a row of its own, padded."
+        "position_ids: positions follow from attention_mask and the cache; wanted those, or none. Texts that are "
+        "packed into one row cannot be told apart: give each a row of its own, padded."
       )
 
   def _forget(self, cache: SupraCache) -> None:

@@ -46,7 +46,9 @@ ROPES = {
 }
 # Each family with a RoPE of its own, and what has our code.
 CONVERTED = {
-  **{family: config.replace(rope=rope) for (family, config), rope in zip(FAMILIES.items(), ROPES.values())},
+  **{
+    family: config.replace(rope=rope) for (family, config), rope in zip(FAMILIES.items(), ROPES.values(), strict=False)
+  },
   "supra": tiny().replace(mixers=("supra",), rope=YARN),
   "window": tiny().replace(
     mixers=("supra", "supra_window"),
