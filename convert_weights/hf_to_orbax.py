@@ -25,6 +25,7 @@ from absl import flags
 from tqdm import tqdm
 
 from convert_weights.errors import ConversionError
+from convert_weights.model_card import stated_license
 from convert_weights.open_source import open_source
 from convert_weights.rounding import DTYPES, rounded
 from convert_weights.source import BFLOAT16, Leaf, Source
@@ -79,6 +80,7 @@ def convert(
       source=lambda: {
         "kind": opened.kind,
         "name": opened.name,
+        "license": stated_license(opened),
         "files": files.result(),
         "stored_types": sorted({tensor.type_name for tensor in opened.tensors.values()}),
         "dtype": target.name,

@@ -5,6 +5,7 @@ python -m convert_weights.orbax_to_hf --source=DIR --output=DIR [--format=transf
 `transformers`: a class of its own loads it where one is this model (Llama, Mistral, Qwen2, Qwen3). Else, and so for all
 that has SUPRA layers, the directory holds its own code in plain torch: from_pretrained(DIR, trust_remote_code=True).
 `openlm`: what the paper's code loads. What it cannot say is refused by name before anything is written.
+A model card goes with either, README.md, which says where the model comes from and how to load and upload it.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import numpy as np
 from absl import flags
 from tqdm import tqdm
 
-from convert_weights import hf_export, names, openlm_export
+from convert_weights import hf_export, model_card, names, openlm_export
 from convert_weights.errors import ConversionError
 from convert_weights.export import Export, Part
 from convert_weights.leaves import check_tensors
@@ -89,6 +90,7 @@ def convert(
       write_safetensors(directory, export.tensors, target, read, bar.update)
       for name, contents in files.items():
         (directory / name).write_bytes(contents)
+      (directory / model_card.FILE).write_bytes(model_card.card(model, export, target))
 
 
 def _check_parameters(source: str | os.PathLike[str], reader: ParameterReader, config: ModelConfig) -> None:

@@ -311,8 +311,19 @@ def _export(directory: Path, start: ModelCheckpoint, params: Any, config: TrainC
     config=start.config,
     params=unstack(jax.jit(merge_adapters)(params) if config.adapters.rank else params, start.config),
     tokenizer_files=start.tokenizer_files,
-    source={"trained_from": start.source, "train_config": dataclasses.asdict(config)},
+    source=lambda: {
+      "trained_from": start.source,
+      "train_config": dataclasses.asdict(config),
+      **_outcome(_summary(config, directory.parent / METRICS_FILE)),
+    },
   )
+
+
+def _outcome(summary: TrainSummary) -> dict[str, Any]:
+  """For whom the model is given to; JSON has no NaN."""
+  losses = {"before": summary.nll_before, "after": summary.nll_after}
+  known = {when: loss if math.isfinite(loss) else None for when, loss in losses.items()}
+  return {"tokens_trained": summary.tokens_trained, "heldout_nll": known}
 
 
 def _summary(config: TrainConfig, metrics_path: Path) -> TrainSummary:

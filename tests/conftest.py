@@ -16,6 +16,7 @@ HEAVY = {
   "test_hybrid",
   "test_layer_losses",
   "test_notebooks",
+  "test_peers",
   "test_plan",
   "test_processes",
   "test_sharded",

@@ -55,6 +55,9 @@ def test_learns_and_leaves_all_it_promises(start, text, tmp_path, changes):
   records = read_metrics(tmp_path / "metrics.jsonl")
   assert [r["step"] for r in records if "loss" in r] == list(range(1, 13))
   assert records[0]["heldout_nll"] == summary.nll_before and records[-1]["heldout_nll"] == summary.nll_after
+  source = json.loads((tmp_path / "checkpoint" / "source.json").read_text())  # for the card of an export
+  assert source["tokens_trained"] == summary.tokens_trained
+  assert source["heldout_nll"] == {"before": summary.nll_before, "after": summary.nll_after}
   assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
   (events,) = (tmp_path / "tensorboard").iterdir()
   assert b"train/loss" in events.read_bytes()

@@ -105,17 +105,14 @@ def apply_rope(x_BTNK: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> T
 
 
 class DenseFeatureMap(nn.Linear):
-  """phi(x) = relu(W x + b) over all heads together."""
+  """The W x + b of phi(x) = relu(W x + b) over all heads together; a plain linear layer, so that LoRA can wrap it."""
 
   def __init__(self, heads: int, width: int):
     super().__init__(heads * width, heads * width)
 
-  def forward(self, x_BTNK: Tensor) -> Tensor:
-    return F.relu(super().forward(x_BTNK.flatten(2))).view_as(x_BTNK)
-
 
 class PerHeadFeatureMap(nn.Module):
-  """phi(x) = relu(W x + b) with `maps` matrices, each shared by as many neighbouring heads."""
+  """The W x + b of phi(x) = relu(W x + b) with `maps` matrices, each shared by as many neighbouring heads."""
 
   def __init__(self, maps: int, width: int):
     super().__init__()
@@ -124,7 +121,7 @@ class PerHeadFeatureMap(nn.Module):
 
   def forward(self, x_BTNK: Tensor) -> Tensor:
     x = x_BTNK.unflatten(2, (len(self.weight), -1))
-    return F.relu(torch.einsum("btmrk,mjk->btmrj", x, self.weight) + self.bias[:, None]).reshape(x_BTNK.shape)
+    return (torch.einsum("btmrk,mjk->btmrj", x, self.weight) + self.bias[:, None]).reshape(x_BTNK.shape)
 
 
 def linear_attention(
@@ -161,6 +158,11 @@ class Sight(NamedTuple):
     """Those that some row sees from there on, int64."""
     return (self.near(slot_BS, position_B[:, None]) & (slot_BS < PADDING)).any(0).nonzero()[:, 0]
 
+  def columns(self, first: int, stop: int, device: torch.device) -> Tensor:
+    """Alike for a text that begins here and has no padding: the sinks and what stands from first to stop, int64."""
+    sinks = torch.arange(min(self.sinks, first), device=device)
+    return torch.cat([sinks, torch.arange(first, stop, device=device)])
+
 
 def sink_reach(config: SupraConfig) -> int | None:
   """The furthest that sinks seem to be, however far they are: no further than the teacher ever saw; None: no such."""
@@ -190,6 +192,7 @@ class Tokens(NamedTuple):
     rotation: (cos, sin) of RoPE, float32 [B, T, 1, K/2]; None where it does not go by position.
     far_rotation: alike, for q where it meets a window's sinks; None where that is the same.
     slopes_H: of the decays.
+    unpadded: the text begins here and has no padding, so that columns are positions.
   """
 
   real_BT: Tensor
@@ -198,6 +201,7 @@ class Tokens(NamedTuple):
   rotation: tuple[Tensor, Tensor] | None
   far_rotation: tuple[Tensor, Tensor] | None
   slopes_H: Tensor
+  unpadded: bool
 
 
 class SupraAttention(nn.Module):
@@ -272,12 +276,16 @@ class SupraAttention(nn.Module):
 
   def _features(self, q_BTHK: Tensor, k_BTGK: Tensor) -> tuple[Tensor, Tensor]:
     k_map = self.feature_map if self.feature_map_kv is None else self.feature_map_kv
-    q, k = self.feature_map(q_BTHK), k_map(k_BTGK)
+    q, k = self._phi(self.feature_map, q_BTHK), self._phi(k_map, k_BTGK)
     if self.config.supra["qk_norm"]:
       # Its gains of k are one a query head, so that k leaves with as many heads as q.
       k = k.repeat_interleave(q.shape[2] // k.shape[2], 2)
       q, k = self.q_feature_norm(q.flatten(2)).view_as(q), self.k_feature_norm(k.flatten(2)).view_as(q)
     return q, k
+
+  def _phi(self, feature_map: nn.Module, x_BTNK: Tensor) -> Tensor:
+    x = x_BTNK.flatten(2) if self.config.supra["feature_map"] == "dense" else x_BTNK
+    return F.relu(feature_map(x)).view_as(x_BTNK)
 
   def _linear(self, q: Tensor, k: Tensor, v: Tensor, tokens: Tokens, state: Tensor | None) -> tuple[Tensor, Tensor]:
     heads = q.shape[1]
@@ -304,7 +312,10 @@ class SupraAttention(nn.Module):
       own, stop = slice(start, start + size), before + start + size
       position, real = tokens.position_BT[:, own], tokens.real_BT[:, own]
       slots, seen = slot_BS[:, :stop], [x[:, :, :stop] for x in repeated]
-      if sight.window is not None:
+      if sight.window is not None and tokens.unpadded:
+        kept = sight.columns(max(start - sight.window + 1, 0), slots.shape[1], slots.device)
+        slots, seen = slots[:, kept], [x[:, :, kept] for x in seen]
+      elif sight.window is not None and not torch.compiler.is_compiling():  # where no shape may depend on data
         kept = sight.slots(slots, position[:, 0])
         slots, seen = slots[:, kept], [x[:, :, kept] for x in seen]
       query, key = position[:, :, None], slots[:, None]

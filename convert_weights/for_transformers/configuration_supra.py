@@ -67,10 +67,26 @@ class SupraConfig(PretrainedConfig):
 
   def __init__(self, **values: Any):
     own = {name: values.pop(name, default) for name, default in _DEFAULTS.items()}
+    # Releases of transformers differ in which of these the base class has.
+    own |= {name: values.pop(name) for name in ("eos_token_id", "pad_token_id") if values.get(name) is not None}
+    self.pad_token_id = None
     super().__init__(**values)
-    # Afterwards: the base class of some releases sets tie_word_embeddings itself.
+    # Afterwards: the base class of some releases sets ids and tie_word_embeddings itself.
     for name, value in own.items():
       setattr(self, name, value)
+
+  @property
+  def eos_token_id(self) -> int | list[int] | None:
+    """`eos_token_ids` as transformers spells them; None where there is none."""
+    return self.eos_token_ids if len(self.eos_token_ids) > 1 else next(iter(self.eos_token_ids), None)
+
+  @eos_token_id.setter
+  def eos_token_id(self, value: int | list[int] | None) -> None:
+    self.eos_token_ids = [] if value is None else [value] if isinstance(value, int) else list(value)
+
+  def to_dict(self) -> dict[str, Any]:
+    """All values; with eos_token_id, which `generate` looks for where there is no generation_config.json."""
+    return super().to_dict() | {"eos_token_id": self.eos_token_id}
 
   @property
   def num_hidden_layers(self) -> int:

@@ -19,7 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.utils import logging
 
 from .attention_supra import (
   PADDING,
@@ -36,6 +38,7 @@ from .attention_supra import (
 )
 from .configuration_supra import SupraConfig
 
+logger = logging.get_logger(__name__)
 # Releases of transformers differ in what they call it.
 CACHE_NAME = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
 
@@ -102,8 +105,8 @@ class SupraMLP(nn.Module):
     return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
-class SupraBlock(nn.Module):
-  """`x + attention(norm x)`, then `x + MLP(norm x)`."""
+class SupraBlock(GradientCheckpointingLayer):
+  """`x + attention(norm x)`, then `x + MLP(norm x)`; changes nothing that it is given, so that it may run twice."""
 
   def __init__(self, config: SupraConfig, layer: int):
     super().__init__()
@@ -126,6 +129,7 @@ class SupraPreTrainedModel(PreTrainedModel):
   _no_split_modules: ClassVar[list[str]] = ["SupraBlock"]
   _supports_sdpa = True
   _is_stateful = True
+  supports_gradient_checkpointing = True
 
   def get_input_embeddings(self) -> nn.Module:
     return self.base_model.embed_tokens
@@ -160,6 +164,7 @@ class SupraModel(SupraPreTrainedModel):
     inputs_embeds: Tensor | None = None,
     use_cache: bool | None = None,
     output_hidden_states: bool | None = None,
+    position_ids: Tensor | None = None,
   ) -> BaseModelOutputWithPast:
     """Reads tokens, going on from the cache.
 
@@ -170,13 +175,27 @@ class SupraModel(SupraPreTrainedModel):
       inputs_embeds: [B, T, D], in place of the ids.
       use_cache: return one.
       output_hidden_states: return the embeddings and what each layer makes of them.
+      position_ids: may say what follows from attention_mask and cache, and nothing else.
+
+    Raises:
+      ValueError: the cache is not ours, or shapes or positions do not fit.
     """
     x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
     x = self.post_embed_norm(x)
     cache = past_key_values if cache is None else cache
+    if cache is not None and not isinstance(cache, SupraCache):
+      raise ValueError(
+        f"The cache is a {type(cache).__name__}, which cannot hold this model's recurrent state. Pass none with the "
+        "first tokens (generate makes its own), then the SupraCache that the model returns with use_cache=True."
+      )
+    if use_cache and self.training and torch.is_grad_enabled() and any(b.gradient_checkpointing for b in self.layers):
+      logger.warning_once("`use_cache=True` is incompatible with gradient checkpointing. Setting `use_cache=False`.")
+      use_cache = False
     if cache is None and use_cache:
       cache = SupraCache()
     tokens = self._place(x, attention_mask, cache)
+    if position_ids is not None:
+      self._check_positions(position_ids, tokens)
     seen = [x]
     for layer, block in enumerate(self.layers):
       x, held = block(x, tokens, None if cache is None else cache.tensors.get(layer))
@@ -211,9 +230,19 @@ class SupraModel(SupraPreTrainedModel):
     rope, rotation, far = self.config.rope, None, None
     if rope["kind"] in ("half", "interleaved"):
       rotation, reach = rope_table(rope, self.config.head_dim, position[..., None]), sink_reach(self.config)
-      if reach is not None and bool((position > reach).any()):
+      if reach is not None and read + time - 1 > reach:
         far = rope_table(rope, self.config.head_dim, position.clamp(max=reach)[..., None])
-    return Tokens(real, position, slots, rotation, far, slopes)
+    return Tokens(real, position, slots, rotation, far, slopes, read == 0 and attention_mask is None)
+
+  def _check_positions(self, position_ids: Tensor, tokens: Tokens) -> None:
+    wanted = tokens.position_BT
+    if position_ids.shape not in (wanted.shape, wanted[:1].shape) or bool(
+      (tokens.real_BT & (position_ids.to(wanted.device) != wanted)).any()
+    ):
+      raise ValueError(
+        "position_ids: positions follow from attention_mask and the cache; wanted those, or none. Texts that are "
+        "packed into one row cannot be told apart: give each a row of its own, padded."
+      )
 
   def _forget(self, cache: SupraCache) -> None:
     """Drops the slots that no row's next token can see."""
@@ -259,11 +288,19 @@ class SupraForCausalLM(SupraPreTrainedModel, GenerationMixin):
     **kwargs: Any,
   ) -> CausalLMOutputWithPast:
     """Logits float32 [B, T, vocabulary], of the last `logits_to_keep` tokens if that is not 0; see `SupraModel`."""
-    if kwargs.get("position_ids") is not None:
-      raise ValueError("position_ids are not supported: positions follow from attention_mask and the cache.")
-    read = self.model(input_ids, attention_mask, cache, past_key_values, inputs_embeds, use_cache, output_hidden_states)
+    read = self.model(
+      input_ids,
+      attention_mask,
+      cache,
+      past_key_values,
+      inputs_embeds,
+      use_cache,
+      output_hidden_states,
+      kwargs.pop("position_ids", None),  # not an argument: `generate` would pass it
+    )
     kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-    logits = at_least_float32(F.linear(read.last_hidden_state[:, kept], self.get_output_embeddings().weight))
+    y = read.last_hidden_state[:, kept]
+    logits = at_least_float32(F.linear(y, self.model.embed_tokens.weight) if self.lm_head is None else self.lm_head(y))
     loss = None
     if labels is not None:
       loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)

@@ -118,8 +118,8 @@ def test_everything_there_and_back(random_params, tmp_path):
   exported, second = there_and_back(first, tmp_path)
   assert_same_model(second, load_model(first))
   assert {path.name for path in exported.iterdir()} == {
-    "attention_supra.py", "config.json", "configuration_supra.py", "generation_config.json", "model.safetensors",
-    "modeling_supra.py", "tokenizer.json", "tokenizer_config.json",
+    "README.md", "attention_supra.py", "config.json", "configuration_supra.py", "generation_config.json",
+    "model.safetensors", "modeling_supra.py", "tokenizer.json", "tokenizer_config.json",
   }  # fmt: skip
 
 

@@ -1,5 +1,7 @@
 """What transformers makes of an exported directory, against our own model."""
 
+import re
+
 import numpy as np
 import pytest
 
@@ -200,3 +202,10 @@ def test_generate_goes_on(hybrid):
   first = theirs.generate(prompt, **how, max_new_tokens=4, return_dict_in_generate=True)
   second = theirs.generate(first.sequences, **how, max_new_tokens=5, **carried(first))
   assert second.tolist() == whole.tolist()
+
+
+def test_the_model_card_s_load_lines_run(hybrid, capsys):
+  _, _, directory = hybrid
+  (lines,) = re.findall(r"```python\n(.*?)```", (directory / "README.md").read_text(), re.DOTALL)
+  exec(lines.replace("USER/NAME", str(directory)))
+  assert "Once upon a time" in capsys.readouterr().out

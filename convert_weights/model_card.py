@@ -1,0 +1,196 @@
+"""README.md of an export: where a model comes from, what it is, how to load it, in a form that model hubs read.
+
+Only what is known stands in it: source.json of a model directory says what the model was made from, step by step.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from huggingface_hub import ModelCardData, metadata_load
+
+from convert_weights import openlm_config
+from convert_weights.export import Export
+from convert_weights.source import Source
+from supra_jax.checkpoint import ModelCheckpoint
+from supra_jax.config import ModelConfig
+
+FILE = "README.md"
+_TRIED = "4.57, 5.3 and 5.24"
+_ON_THE_HUB = re.compile(r"(?P<id>[\w.-]+/[\w.-]+)@(?P<commit>[0-9a-f]{40})")
+_LICENSE = ("license", "license_name", "license_link")
+_PAPER = "[SUPRA](https://arxiv.org/abs/2405.06640)"
+
+
+def stated_license(source: Source) -> dict[str, Any]:
+  """What a source says of its licence, under the keys of a model card; empty where it says nothing."""
+  said = {key: source.original_config.get("general." + key.replace("_", ".")) for key in _LICENSE}  # GGUF's keys
+  readme = (source.path if source.path.is_dir() else source.path.parent) / FILE
+  if said["license"] is None and readme.is_file():
+    try:
+      metadata = metadata_load(readme) or {}
+    except Exception:  # of whichever YAML reader: a card that cannot be read says nothing
+      metadata = {}
+    said = {key: metadata.get(key) for key in _LICENSE}
+  return {key: value for key, value in said.items() if value is not None}
+
+
+def card(model: ModelCheckpoint, export: Export, dtype: np.dtype) -> bytes:
+  """The README.md that goes with an export.
+
+  Args:
+    model: what is exported; its parameters are not looked at.
+    export: what is written of it.
+    dtype: of the weights.
+  """
+  origin, steps = _history(model.source)
+  hub = _ON_THE_HUB.fullmatch(str(origin.get("name")))
+  linear = set(model.config.mixers) != {"softmax"}
+  openlm = export.config["model_type"] == openlm_config.MODEL_TYPE
+  data = ModelCardData(
+    base_model=hub["id"] if hub else None,
+    library_name=None if openlm else "transformers",
+    pipeline_tag="text-generation",
+    tags=["supra", "linear-attention"] if linear else None,
+    **_license(origin.get("license"), hub["id"] if hub else None),
+  )
+  name = hub["id"].partition("/")[2] if hub else origin.get("name", "A language model")
+  count = sum(math.prod(tensor.shape) for tensor in export.tensors)
+  sections = [
+    f"---\n{data.to_yaml()}\n---",
+    f"# {name}, linearised" if linear else f"# {name}",
+    "\n".join(
+      [
+        *_base(origin, hub),
+        *(_step(step) for step in steps),
+        *_layers(model.config),
+        f"- {count:,} parameters, {dtype.name}.",
+      ]
+    ),
+    "## Load\n\n" + (_load_openlm() if openlm else _load(model, own_code="auto_map" in export.config)),
+    "## Go on in JAX\n\nWith supra_jax; the parameters come back bit for bit:\n\n"
+    "```\npython -m convert_weights.hf_to_orbax --source=USER/NAME@COMMIT --output=DIR\n```",
+    "## Upload\n\nFrom this directory:\n\n```\nhf upload USER/NAME .\n```",
+  ]
+  return ("\n\n".join(sections) + "\n").encode()
+
+
+def _history(source: Mapping[str, Any]) -> tuple[Mapping[str, Any], Sequence[Mapping[str, Any]]]:
+  """What was converted, and what was done to it since, oldest first."""
+  steps: list[Mapping[str, Any]] = []
+  while (before := source.get("trained_from", source.get("linearized_from"))) is not None:
+    steps.insert(0, source)
+    source = before
+  return source, steps
+
+
+def _license(stated: Any, hub_id: str | None) -> dict[str, Any]:
+  license = dict(stated or {})
+  link = license.get("license_link")
+  if isinstance(link, str) and "://" not in link:  # a file of the source
+    license["license_link"] = f"https://huggingface.co/{hub_id}/blob/main/{link}" if hub_id else None
+  return license
+
+
+def _base(origin: Mapping[str, Any], hub: re.Match[str] | None) -> list[str]:
+  if hub:
+    name = f"[{hub['id']}](https://huggingface.co/{hub['id']}) at commit `{hub['commit']}`"
+  elif origin.get("name"):
+    name = f"`{origin['name']}`"
+  else:
+    return []
+  files: Sequence[Mapping[str, Any]] = origin.get("files", ())
+  types: Sequence[str] = origin.get("stored_types", ())
+  digest = f", sha256 `{files[0]['sha256']}`" if len(files) == 1 else ""
+  return [f"- Base model: {name}{digest}" + (f"; stored as {', '.join(types)}." if types else ".")]
+
+
+def _step(step: Mapping[str, Any]) -> str:
+  """One line of what was done."""
+  if "linearized_from" in step:
+    return f"- Linearised ({_PAPER}): {_method(step)}."
+  config = step.get("train_config") or {}
+  words = ["- Trained"]
+  if step.get("tokens_trained") is not None:
+    words.append(f"on {step['tokens_trained']:,} tokens")
+  if config.get("num_steps") is not None:
+    words.append(f"in {config['num_steps']:,} steps")
+  if config.get("distill_from"):
+    words.append("by distillation")
+  losses = step.get("heldout_nll") or {}
+  known = [f"{losses[when]:.4f} {when}" for when in ("before", "after") if losses.get(when) is not None]
+  return " ".join(words) + (f"; held-out loss in nats a token: {', '.join(known)}." if known else ".")
+
+
+def _method(step: Mapping[str, Any]) -> str:
+  calibration, kept = step.get("calibration"), step.get("kept_softmax")
+  stay = f", and layers {', '.join(map(str, kept['layers']))} stayed as they were" if kept else ""
+  if calibration:
+    return f"calibrated by least squares, calibration_tokens={calibration['tokens']}{stay}"
+  if step.get("window") is not None:
+    first = f" and a text's first {step['sinks']}" if step.get("sinks") else ""
+    return (
+      f"window, the base model's own softmax attention over the last {step['window']} tokens{first}, beside linear "
+      f"attention whose projection began as 0{stay}"
+    )
+  return ("identity, phi(x) = relu(x)" if step.get("phi") == "identity" else "random phi, the paper's start") + stay
+
+
+def _layers(config: ModelConfig) -> list[str]:
+  """A line a kind of layer."""
+  supra = config.supra
+  phi = f"phi {supra.feature_map}, decay {supra.decay}"
+  sinks = f" and a text's first {supra.sinks}" if supra.sinks else ""
+  seen = "all tokens" if config.sliding_window is None else f"the last {config.sliding_window} tokens"
+  kinds = {
+    "softmax": f"softmax attention over {seen}",
+    "supra": f"linear attention ({phi})",
+    "supra_window": f"softmax attention over the last {supra.window} tokens{sinks}, and linear attention ({phi})",
+  }
+  lines = []
+  for mixer in dict.fromkeys(config.mixers):
+    where = [i for i, other in enumerate(config.mixers) if other == mixer]
+    which = f"All {len(where)} layers" if len(where) == config.num_layers else f"Layers {', '.join(map(str, where))}"
+    lines.append(f"- {which}: {kinds[mixer]}.")
+  if "softmax" not in config.mixers or config.sliding_window is not None:
+    lines.append("- Its memory does not grow with the text.")
+  return lines
+
+
+def _load(model: ModelCheckpoint, own_code: bool) -> str:
+  trust = ", trust_remote_code=True" if own_code else ""
+  lines = [
+    "```python",
+    "from transformers import AutoModelForCausalLM" + (", AutoTokenizer" if model.tokenizer_files else ""),
+    "",
+    'model_id, revision = "USER/NAME", "COMMIT"',
+    f'model = AutoModelForCausalLM.from_pretrained(model_id, revision=revision, dtype="auto"{trust})',
+  ]
+  if model.tokenizer_files:
+    lines += [
+      f"tokenizer = AutoTokenizer.from_pretrained(model_id, revision=revision{trust})",
+      'inputs = tokenizer("Once upon a time", return_tensors="pt")',
+      "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=20)[0]))",
+    ]
+  lines += ["```", "", ""]
+  if own_code:
+    return "\n".join(lines) + (
+      "`trust_remote_code=True` runs the Python files beside the weights: read them, and pin `revision` to the commit "
+      f"that you read. They need torch and transformers alone, and were tried with transformers {_TRIED}. Programs "
+      "with code of their own for each architecture, such as vLLM and llama.cpp, cannot run this model."
+    )
+  return "\n".join(lines) + (
+    f"Pin `revision` to a commit, so that the model stays the same. It was tried with transformers {_TRIED}, and needs "
+    "no code but theirs: what runs models of this architecture runs it."
+  )
+
+
+def _load_openlm() -> str:
+  return (
+    "It is in the format of OpenLM: [the paper's own code](https://github.com/TRI-ML/linear_open_lm) loads it with "
+    "`from_pretrained`. transformers by itself, vLLM and llama.cpp cannot."
+  )
