@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,6 +10,7 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors
 
 from convert_weights.errors import ConversionError
 from supra_jax.config import ModelConfig
+from supra_jax.plain_json import to_json
 
 _PREFIX = "tokenizer.ggml."
 _NORMAL, _CONTROL, _USER_DEFINED, _UNUSED = 1, 3, 4, 5
@@ -78,7 +78,7 @@ def tokenizer_files(metadata: Mapping[str, Any], config: ModelConfig, where: str
   settings = {key: value for key, value in settings.items() if value is not None}
   return {
     "tokenizer.json": (tokenizer.to_str(pretty=True) + "\n").encode(),
-    "tokenizer_config.json": (json.dumps(settings, indent=2, ensure_ascii=False) + "\n").encode(),
+    "tokenizer_config.json": (to_json(settings, indent=2, ensure_ascii=False) + "\n").encode(),
   }
 
 

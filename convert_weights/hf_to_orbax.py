@@ -48,8 +48,8 @@ def convert(
   Args:
     source: a directory, a weights file, or a name on the hub; see `open_source`.
     output: the model directory to write; must not exist yet, or be empty.
-    dtype: `float32` or `bfloat16`; None keeps the source's: the one type that holds all its tensors exactly, where
-      float64 becomes float32, as do quantised tensors.
+    dtype: `float32` or `bfloat16`; None keeps bfloat16 where all tensors are that, and else takes float32, which holds
+      float16 and quantised tensors exactly. float16 is not kept: activations that fit bfloat16 may overflow it.
     tokenizer: a directory whose tokenizer takes the place of the source's own.
     progress: show bytes and time left on stderr.
 
@@ -64,6 +64,13 @@ def convert(
     raise ConversionError(f"{output} already exists. Remove it or choose another output directory.")
   opened = open_source(source, tokenizer)
   target = DTYPES[dtype] if dtype else _common_dtype(opened)
+  if progress and dtype is None and {tensor.dtype for tensor in opened.tensors.values()} == {np.dtype(np.float16)}:
+    wide = sum(math.prod(leaf.shape) * target.itemsize for leaf in opened.leaves)
+    print(
+      f"float16 becomes float32, which holds it exactly: {wide:,} bytes. --dtype=bfloat16 rounds it to half of that, "
+      f"{wide // 2:,} bytes.",
+      file=sys.stderr,
+    )
   with (
     tqdm(
       total=sum(leaf.num_bytes for leaf in opened.leaves),
@@ -90,8 +97,7 @@ def convert(
 
 def _common_dtype(source: Source) -> np.dtype:
   dtypes = {tensor.dtype for tensor in source.tensors.values()}
-  only = dtypes.pop() if len(dtypes) == 1 else None
-  return only if only in (np.dtype(np.float16), BFLOAT16) else DTYPES["float32"]
+  return BFLOAT16 if dtypes == {BFLOAT16} else DTYPES["float32"]
 
 
 def _parameters(source: Source, dtype: np.dtype, bar: tqdm) -> dict[str, Any]:

@@ -35,6 +35,7 @@ from supra_jax.checkpoint import load_model_without_params
 from supra_jax.config import ModelConfig
 from supra_jax.files import new_directory
 from supra_jax.parameter_reader import ParameterReader
+from supra_jax.plain_json import to_json
 
 FORMATS = {"transformers": hf_export.export, "openlm": openlm_export.export}
 # Where the tokenizer's own config does not say, transformers goes by the model, and may not know it, or follow its
@@ -110,12 +111,12 @@ def _common_dtype(reader: ParameterReader) -> np.dtype:
 def _files(export: Export, tokenizer_files: Mapping[str, bytes], dtype: np.dtype) -> dict[str, bytes]:
   """Name -> contents of all but the weights."""
   config = {**export.config, "dtype": dtype.name}
-  files = {"config.json": (json.dumps(config, indent=2) + "\n").encode(), **export.files, **tokenizer_files}
+  files = {"config.json": (to_json(config, indent=2) + "\n").encode(), **export.files, **tokenizer_files}
   tokenizer_class = next((name for file, name in _TOKENIZER_CLASSES.items() if file in files), None)
   settings = json.loads(files.get("tokenizer_config.json", b"{}"))
   if tokenizer_class is not None and settings.get("tokenizer_class") is None:
     settings["tokenizer_class"] = tokenizer_class
-    files["tokenizer_config.json"] = (json.dumps(settings, indent=2) + "\n").encode()
+    files["tokenizer_config.json"] = (to_json(settings, indent=2) + "\n").encode()
   return files
 
 

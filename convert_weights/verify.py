@@ -140,7 +140,9 @@ def _load_huggingface(source: Source) -> Any:
   model_type = source.original_config["model_type"]
   if model_type == hf_export.OWN_MODEL_TYPE:
     # This package's code, and not that in the directory, which may be anyone's.
-    from convert_weights.for_transformers.modeling_supra import SupraForCausalLM as model_class
+    from convert_weights.for_transformers import modeling_supra
+
+    model_class: Any = modeling_supra.SupraForCausalLM
   else:
     model_class = getattr(transformers, hf_config.FAMILIES[model_type].architectures[0])
   config = model_class.config_class.from_pretrained(directory, local_files_only=True)

@@ -9,6 +9,8 @@ import typing
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
+from supra_jax.plain_json import to_json
+
 Mixer = Literal["softmax", "supra", "supra_window"]
 FeatureMapKind = Literal["dense", "per_head", "per_head_separate"]
 Decay = Literal["lightning", "retnet", "none"]
@@ -202,7 +204,7 @@ class ModelConfig:
     return dataclasses.replace(self, **changes)
 
   def to_json(self) -> str:
-    return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
+    return to_json(dataclasses.asdict(self), indent=2) + "\n"
 
   @classmethod
   def from_json(cls, text: str) -> ModelConfig:

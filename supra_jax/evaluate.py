@@ -60,7 +60,7 @@ def text_nll(lm: LM, tokens: Sequence[int], *, window: int = 1024, batch_size: i
     batch = rows[first : first + batch_size]
     nll += float(_loss(lm.model, lm.params, {"tokens": batch}).nll)
     if not math.isfinite(nll):
-      raise not_finite(lm.model, lm.params, batch, before=first * window)
+      raise not_finite(lm.model, lm.params, batch.tolist(), before=first * window)
   targets = count * (window - 1)
   return nll / targets, targets
 

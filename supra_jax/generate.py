@@ -136,19 +136,19 @@ def generate_tokens(
   state = model.init_state(1, len(prompt_ids) + max_new_tokens + DECODE_TOKENS)
   logits, state = prefill(model, params, np.asarray([prompt_ids], np.int32), state)
   token_B = sample(logits, draw, sampling)
-  ready, done = (token_B[None], jnp.isfinite(logits).all(-1)[None]), 0
+  ready, done, last = (token_B[None], jnp.isfinite(logits).all(-1)[None]), 0, prompt_ids[-1]
   while True:
     # The next tokens are under way on the device while the host turns these into text.
     following = None
     if max_new_tokens - done > len(ready[0]):
       following, token_B, state, key = _decode(model, sampling, DECODE_TOKENS, params, token_B, state, key)
     tokens, finite = (np.asarray(x)[: max_new_tokens - done, 0].tolist() for x in ready)
-    for drawn, is_finite in zip(tokens, finite, strict=True):
+    for token, is_finite in zip(tokens, finite, strict=True):
       if not is_finite:
-        raise generated_not_finite(model, done, token) if done else not_finite(model, params, [prompt_ids])
-      if drawn in stop_ids:
+        raise generated_not_finite(model, done, last) if done else not_finite(model, params, [prompt_ids])
+      if token in stop_ids:
         return
-      token, done = drawn, done + 1
+      last, done = token, done + 1
       yield token
     if following is None:
       return

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import os
 import sys
 import time
@@ -23,6 +22,8 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
 from tqdm import tqdm
+
+from supra_jax.plain_json import to_json
 
 Record = Mapping[str, Any]
 
@@ -123,13 +124,7 @@ def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
 
 
 def _line(record: Record) -> str:
-  return json.dumps({name: _plain(value) for name, value in record.items()}, allow_nan=False) + "\n"
-
-
-def _plain(value: Any) -> Any:
-  # Numpy and jax scalars have `item`.
-  value = value.item() if hasattr(value, "item") else value
-  return None if isinstance(value, float) and not math.isfinite(value) else value
+  return to_json(record) + "\n"
 
 
 class _Board:

@@ -33,6 +33,7 @@ from supra_jax.packed import (
   load_info,
   tokenizer_fingerprint,
 )
+from supra_jax.plain_json import to_json
 from supra_jax.text import InputFile, find_files
 
 Part = Literal["train", "heldout"]
@@ -230,7 +231,7 @@ class _Job:
           f"The {name} part of {arguments['input']}, heldout_every={arguments['heldout_every']}: {error}"
         ) from error
     with into_place(self._partial / SOURCE_FILE) as temporary:
-      temporary.write_text(json.dumps({"arguments": arguments, "files": self._files}, indent=2) + "\n")
+      temporary.write_text(to_json({"arguments": arguments, "files": self._files}, indent=2) + "\n")
     return {name: load_info(self._partial / name) for name in self._parts}
 
   def _save(self) -> None:
@@ -245,7 +246,7 @@ class _Job:
     for name, part in self._parts.items():
       state[name] = {"documents": part.documents, "shards": [dataclasses.asdict(shard) for shard in part.shards]}
       arrays[f"{name}_ids"], arrays[f"{name}_starts"] = part.pending
-    arrays["state"] = np.array(json.dumps(state))
+    arrays["state"] = np.array(to_json(state))
     with into_place(self._partial / JOURNAL_FILE) as temporary, open(temporary, "wb") as file:
       np.savez(file, allow_pickle=False, **arrays)
 
