@@ -15,14 +15,13 @@ import math
 import os
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from absl import flags
-from tqdm import tqdm
 
 from convert_weights.errors import ConversionError
 from convert_weights.open_source import open_source
@@ -31,6 +30,7 @@ from convert_weights.source import BFLOAT16, Leaf, Source
 from supra_jax import checkpoint
 from supra_jax.bin.entry import run
 from supra_jax.params_io import UnreadArray
+from supra_jax.progress import of_bytes
 
 _CHUNK_BYTES = 2**18
 
@@ -72,16 +72,13 @@ def convert(
       file=sys.stderr,
     )
   with (
-    tqdm(
-      total=sum(leaf.num_bytes for leaf in opened.leaves),
-      desc="Converting", unit="B", unit_scale=True, unit_divisor=1024, disable=not progress, file=sys.stderr,
-    ) as bar,
+    of_bytes("Converting", sum(leaf.num_bytes for leaf in opened.leaves), enabled=progress) as shown,
     _described(opened.weight_files) as files,
-  ):  # fmt: skip
+  ):
     checkpoint.save_model(
       final,
       config=opened.config,
-      params=_parameters(opened, target, bar),
+      params=_parameters(opened, target, shown.advance),
       tokenizer_files=opened.tokenizer_files,
       source=lambda: {
         "kind": opened.kind,
@@ -100,21 +97,21 @@ def _common_dtype(source: Source) -> np.dtype:
   return BFLOAT16 if dtypes == {BFLOAT16} else DTYPES["float32"]
 
 
-def _parameters(source: Source, dtype: np.dtype, bar: tqdm) -> dict[str, Any]:
+def _parameters(source: Source, dtype: np.dtype, done: Callable[[int], None]) -> dict[str, Any]:
   params: dict[str, Any] = {}
   for leaf in source.leaves:
     *parents, name = leaf.path
     node = params
     for parent in parents:
       node = node.setdefault(parent, {})
-    read = functools.partial(_read, leaf, dtype, f"{source.path}: {leaf.name}", bar)
+    read = functools.partial(_read, leaf, dtype, f"{source.path}: {leaf.name}", done)
     node[name] = UnreadArray(math.prod(leaf.shape) * dtype.itemsize, read)
   return params
 
 
-def _read(leaf: Leaf, dtype: np.dtype, name: str, bar: tqdm) -> np.ndarray:
+def _read(leaf: Leaf, dtype: np.dtype, name: str, done: Callable[[int], None]) -> np.ndarray:
   array = rounded(leaf.read(), dtype, name)
-  bar.update(leaf.num_bytes)
+  done(leaf.num_bytes)
   return array
 
 

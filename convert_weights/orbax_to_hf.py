@@ -14,14 +14,12 @@ import errno
 import json
 import os
 import shutil
-import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
 from absl import flags
-from tqdm import tqdm
 
 from convert_weights import hf_export, names, openlm_export
 from convert_weights.errors import ConversionError
@@ -36,6 +34,7 @@ from supra_jax.config import ModelConfig
 from supra_jax.files import new_directory
 from supra_jax.parameter_reader import ParameterReader
 from supra_jax.plain_json import to_json
+from supra_jax.progress import of_bytes
 
 FORMATS = {"transformers": hf_export.export, "openlm": openlm_export.export}
 # Where the tokenizer's own config does not say, transformers goes by the model, and may not know it, or follow its
@@ -80,13 +79,10 @@ def convert(
 
     with (
       new_directory(output) as directory,
-      tqdm(
-        total=total, desc=f"Writing {output}", unit="B", unit_scale=True, unit_divisor=1024, disable=not progress,
-        file=sys.stderr,
-      ) as bar,
+      of_bytes(f"Writing {output}", total, enabled=progress) as shown,
       _named_errors(output, directory, total),
-    ):  # fmt: skip
-      write_safetensors(directory, export.tensors, target, read, bar.update)
+    ):
+      write_safetensors(directory, export.tensors, target, read, shown.advance)
       for name, contents in _files(export, model.tokenizer_files, target).items():
         (directory / name).write_bytes(contents)
 

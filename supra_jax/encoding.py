@@ -7,17 +7,17 @@ import dataclasses
 import multiprocessing
 import os
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from typing import Any, NamedTuple, TextIO
+from typing import Any, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
+from supra_jax import progress
 from supra_jax.packed import TextEncoder
 from supra_jax.text import InputFile, Piece, parse, read_pieces
 
@@ -133,54 +133,30 @@ def _work(piece: Piece) -> Encoded:
   return _encode(piece)
 
 
-class PackingProgress:
-  """Tokens done, share of the input, tokens/s and time left: a bar on a terminal, else a line every `seconds`.
+class PackingProgress(progress.Progress):
+  """Tokens done, share of the input, tokens/s and time left.
 
   Attributes:
     tokens: that were packed since the start, which is not that of the input where a run goes on.
   """
 
-  def __init__(self, total_bytes: int, first_byte: int = 0, *, seconds: float = 10.0, stream: TextIO | None = None):
-    self._stream = stream or sys.stderr
-    self._total, self._first, self._byte, self._seconds = total_bytes, first_byte, first_byte, seconds
-    self._began = self._said = time.monotonic()
-    self.tokens = 0
-    self._bar = (
-      tqdm(
-        total=total_bytes,
-        initial=first_byte,
-        file=self._stream,
-        bar_format="{percentage:3.0f}% {bar} {postfix}, {remaining} left",
-        dynamic_ncols=True,
-      )
-      if self._stream.isatty()
-      else None
+  def __init__(self, total_bytes: int, first_byte: int = 0, *, seconds: float = progress.SECONDS):
+    super().__init__(
+      total_bytes,
+      lambda byte, total: f"packing, {byte / max(total, 1):.0%} of the input",
+      first=first_byte,
+      seconds=seconds,
+      bar_format="{percentage:3.0f}% {bar} {postfix}, {remaining} left",
     )
+    self._since = time.monotonic()
+    self.tokens = 0
 
   @property
   def tokens_per_second(self) -> float:
-    return self.tokens / max(time.monotonic() - self._began, 1e-9)
+    return self.tokens / max(time.monotonic() - self._since, 1e-9)
 
   def update(self, tokens: int, byte: int) -> None:
     """Says that so many tokens more are packed, and that the input is read up to `byte`."""
     self.tokens += tokens
-    if self._bar is not None:
-      self._bar.set_postfix_str(self._text(), refresh=False)
-      self._bar.update(byte - self._byte)
-    self._byte = byte
-    if self._bar is None and time.monotonic() - self._said >= self._seconds:
-      self._said = time.monotonic()
-      rate = (byte - self._first) / (self._said - self._began)
-      left = tqdm.format_interval((self._total - byte) / rate) if rate else "?"
-      share = byte / max(self._total, 1)
-      print(f"packing, {share:.0%} of the input, {self._text()}, {left} left", file=self._stream, flush=True)
-
-  def _text(self) -> str:
-    return f"{tqdm.format_sizeof(self.tokens)} tokens, {tqdm.format_sizeof(self.tokens_per_second)} tokens/s"
-
-  def __enter__(self) -> PackingProgress:
-    return self
-
-  def __exit__(self, *error: object) -> None:
-    if self._bar is not None:
-      self._bar.close()
+    speed = tqdm.format_sizeof(self.tokens_per_second)
+    self.advance_to(byte, f"{tqdm.format_sizeof(self.tokens)} tokens, {speed} tokens/s")

@@ -18,7 +18,7 @@ PACKAGES = ("kernels_pallas", "supra_jax", "convert_weights")
 
 # supra_jax, from the ground up. `__init__` is the front door; `bin.*` are the programs, `bin.entry` what they share.
 FLOORS = {
-  "F1": ("plain_json", "config", "sharding", "files"),
+  "F1": ("plain_json", "progress", "config", "sharding", "files"),
   "F2": ("layers", "feature_maps", "softmax", "attention", "transformer", "finite", "adapters", "layer_losses"),
   "F3": (
     "params_io",
@@ -49,8 +49,8 @@ ORDER = [f"supra_jax.{name}" for floor in FLOORS.values() for name in floor]
 # Modules of supra_jax that convert_weights may use, and those of supra_jax that may use convert_weights.
 OPEN_TO_CONVERTERS = {
   f"supra_jax.{name}"
-  for name in "bin.entry config checkpoint files finite lm parameter_reader params_io plain_json tokenizer".split()
-}
+  for name in ("bin.entry", "config", "checkpoint", "files", "finite", "lm", "parameter_reader", "params_io")
+} | {"supra_jax.plain_json", "supra_jax.progress", "supra_jax.tokenizer"}
 USES_CONVERTERS = {"supra_jax.demo", "supra_jax.bin.demo"}
 
 # Packages that only some modules may import.
