@@ -29,6 +29,7 @@ from supra_jax.data import heldout_batches, make_loader, parse_sources
 from supra_jax.evaluate import mean_nll
 from supra_jax.linearize import Phi, linearize
 from supra_jax.packed import load_info
+from supra_jax.plain_json import to_json
 from supra_jax.sharding import make_mesh
 from supra_jax.transformer import Transformer
 
@@ -120,7 +121,7 @@ def main() -> None:
   for seed, name in itertools.product(seeds, names):
     done = workdir / f"{name.replace(' ', '_')}-{seed}.json"
     if not done.exists():
-      done.write_text(json.dumps(nll_of(CHOICES[name], seed, teacher, data)))
+      done.write_text(to_json(nll_of(CHOICES[name], seed, teacher, data)))
       jax.clear_caches()
     found.setdefault(name, {})[str(seed)] = json.loads(done.read_text())
     print(f"{name}, seed {seed}: {found[name][str(seed)]:.3f}", flush=True)
@@ -130,7 +131,7 @@ def main() -> None:
     "teacher_nll": heldout_nll(teacher.params, teacher.config, data),
     "choices": found,
   }
-  Path(_OUTPUT.value).write_text(json.dumps(result, indent=1) + "\n")
+  Path(_OUTPUT.value).write_text(to_json(result, indent=1) + "\n")
   print(f"Teacher: {result['teacher_nll']:.3f}\n{table(found)}")
 
 

@@ -8,7 +8,6 @@ Files are out of the page cache before each measurement, and on the disk at the 
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import shutil
@@ -21,6 +20,7 @@ from absl import flags
 
 from benchmarks.machine import cpu_name
 from supra_jax.bin.entry import run
+from supra_jax.plain_json import to_json
 from tests.convert_weights import random_checkpoint
 
 MISTRAL_7B = {
@@ -71,7 +71,7 @@ def main() -> None:
       times = {"copy_seconds": copy_seconds, "seconds": seconds, "ratio": seconds / copy_seconds, "peak_gb": peak}
       result["rounds"].append({name: round(x, 2) for name, x in times.items()})
       print(result["rounds"][-1], flush=True)
-    Path(_OUTPUT.value).write_text(json.dumps(result, indent=1) + "\n")
+    Path(_OUTPUT.value).write_text(to_json(result, indent=1) + "\n")
   finally:
     shutil.rmtree(workdir)
 

@@ -10,7 +10,6 @@ the short form.
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import platform
 import random
@@ -31,6 +30,7 @@ from supra_jax.bin.entry import run as run_main
 from supra_jax.checkpoint import load_model, save_model
 from supra_jax.data import PackedDataset
 from supra_jax.metrics import read_metrics
+from supra_jax.plain_json import to_json
 from supra_jax.train_config import TrainConfig
 from tests import runs, tiny
 
@@ -386,7 +386,7 @@ def main() -> None:
     "cores": os.cpu_count(),
     "rows": [dataclasses.asdict(row) for row in rows],
   }
-  Path(_OUTPUT.value).write_text(json.dumps(result, indent=2) + "\n")
+  Path(_OUTPUT.value).write_text(to_json(result, indent=2) + "\n")
   sys.exit(any(row.mismatches for row in rows))
 
 

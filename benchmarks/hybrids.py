@@ -28,6 +28,7 @@ from supra_jax.evaluate import mean_nll
 from supra_jax.flops import state_bytes
 from supra_jax.generate import generate_tokens
 from supra_jax.linearize import Calibration, linearize_checkpoint
+from supra_jax.plain_json import to_json
 from supra_jax.sharding import least_tokens
 from supra_jax.transformer import Transformer
 
@@ -85,7 +86,7 @@ def one(name: str, changes: dict[str, Any], workdir: Path) -> dict[str, Any]:
   with shown() as report:
     linearize_checkpoint(_TEACHER.value, directory, phi="identity", calibration=calibration, report=report, **changes)
   found = measure(supra_jax.load(directory), Path(_DATA.value) / "heldout")
-  done.write_text(json.dumps(found))
+  done.write_text(to_json(found))
   shutil.rmtree(directory)
   return found
 
@@ -109,9 +110,9 @@ def main() -> None:
     found[name] = one(name, MODELS[name], workdir)
     print(f"{name}: {found[name]['nll']:.3f}", flush=True)
   for model in found.values():
-    model["tokens_per_second"] = decoding_speed(ModelConfig.from_json(json.dumps(model.pop("config"))))
+    model["tokens_per_second"] = decoding_speed(ModelConfig.from_json(to_json(model.pop("config"))))
   recipe = {"calibration_tokens": _TOKENS.value, "heldout_rows": _HELDOUT_ROWS.value}
-  Path(_OUTPUT.value).write_text(json.dumps(described() | recipe | {"models": found}, indent=1) + "\n")
+  Path(_OUTPUT.value).write_text(to_json(described() | recipe | {"models": found}, indent=1) + "\n")
   print(table(found))
 
 

@@ -20,7 +20,6 @@ Writes linear_attention_<device>.json and a plot beside it.
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import os
 import platform
 import re
@@ -41,6 +40,8 @@ from benchmarks.machine import cpu_name
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+
+from supra_jax.plain_json import to_json
 
 _SHAPES = flags.DEFINE_list("shapes", [], "BxTxHxGxD: rows, tokens, heads, key/value heads, width. Default: by device.")
 _PEERS = flags.DEFINE_bool("peers", True, "Whether others than ours run.")
@@ -250,7 +251,7 @@ def main(_) -> None:
   output = Path(_OUTPUT.value)
   output.mkdir(parents=True, exist_ok=True)
   stem = "linear_attention_" + re.sub(r"[^a-z0-9]+", "_", _device().lower()).strip("_")
-  (output / f"{stem}.json").write_text(json.dumps(report, indent=1) + "\n")
+  (output / f"{stem}.json").write_text(to_json(report, indent=1) + "\n")
   dtype = "bfloat16" if is_gpu() else "float32"
   _plot(report["rows"], output / f"{stem}.png", f"{device}: median wall-clock time, {dtype}")
 

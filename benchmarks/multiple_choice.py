@@ -20,6 +20,7 @@ from absl import flags
 import supra_jax
 from supra_jax.bin.entry import run
 from supra_jax.evaluate import loglikelihoods
+from supra_jax.plain_json import to_json
 
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Model directory.", required=True)
 _DATA = flags.DEFINE_string("data", None, "Directory of TASK/SPLIT.jsonl.", required=True)
@@ -96,7 +97,7 @@ def main() -> None:
     seconds = time.monotonic() - began
     print(f"{task:<16}{result['n']:>6}{result['acc']:>8.3f}{result['acc_norm']:>10.3f}{seconds:>9.0f}", flush=True)
   if _OUTPUT.value:
-    Path(_OUTPUT.value).write_text(json.dumps(table, indent=2) + "\n")
+    Path(_OUTPUT.value).write_text(to_json(table, indent=2) + "\n")
 
 
 if __name__ == "__main__":

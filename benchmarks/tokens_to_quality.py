@@ -29,6 +29,7 @@ from supra_jax.linearize import Calibration, Phi
 from supra_jax.optimizer import OptimizerConfig
 from supra_jax.packed import load_info
 from supra_jax.picture import plot_curves
+from supra_jax.plain_json import to_json
 from supra_jax.train_config import DataConfig, TrainConfig
 from supra_jax.train_setup import heldout_nll
 
@@ -135,7 +136,7 @@ def one_run(name: str, seed: int, config: TrainConfig, workdir: Path) -> dict[st
     [2 * method.calibration_tokens + tokens + read_by_teacher(config, tokens), seconds, nll]
     for tokens, seconds, nll in done.points
   ]
-  result.write_text(json.dumps({"seed": seed, **dataclasses.asdict(done), "points": points}))
+  result.write_text(to_json({"seed": seed, **dataclasses.asdict(done), "points": points}))
   for left in ("checkpoint", "training"):
     shutil.rmtree(directory / left)
   return json.loads(result.read_text())
@@ -212,7 +213,7 @@ def main() -> None:
   recipe["rate_scale"] = _RATE_SCALE.value
   result = described() | {"teacher_nll": teacher_nll, "recipe": recipe, "methods": found}
   output = Path(_OUTPUT.value)
-  output.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
+  output.with_suffix(".json").write_text(to_json(result, indent=1) + "\n")
   curves = {name: [[(p[0], p[2]) for p in r["points"]] for r in runs] for name, runs in found.items()}
   slow = "random" if "random" in curves else ""
   plot_curves(curves, output.with_suffix(".png"), teacher_nll=teacher_nll, tenth_of=slow)

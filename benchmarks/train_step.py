@@ -54,6 +54,7 @@ from absl import app, flags
 from benchmarks.machine import cpu_name
 from supra_jax.config import PRESETS, ModelConfig
 from supra_jax.flops import PEAK_FLOPS, mfu, train_flops_per_token
+from supra_jax.plain_json import to_json
 
 _TOKENS = flags.DEFINE_list("tokens", ["512", "2048", "8192"], "Lengths T.")
 _PRESET = flags.DEFINE_enum("preset", "smollm2_135m", list(PRESETS), "Shape of the model.")
@@ -329,7 +330,7 @@ def _plot(rows: list[dict], path: Path, title: str) -> None:
 
 def main(_) -> None:
   if _WORKER.value:
-    print(json.dumps(measure(_WORKER.value, int(_TOKENS.value[0]), _REMAT.value[0])))
+    print(to_json(measure(_WORKER.value, int(_TOKENS.value[0]), _REMAT.value[0])))
     return
   remats = _REMAT.value * (len(_TOKENS.value) if len(_REMAT.value) == 1 else 1)
   if len(remats) != len(_TOKENS.value) or not set(remats) <= {"none", "matmuls", "block"}:
@@ -365,7 +366,7 @@ def main(_) -> None:
   output = Path(_OUTPUT.value)
   output.mkdir(parents=True, exist_ok=True)
   stem = "train_step_" + re.sub(r"[^a-z0-9]+", "_", (", ".join(gpus) or cpu_name()).lower()).strip("_")
-  (output / f"{stem}.json").write_text(json.dumps(report, indent=1) + "\n")
+  (output / f"{stem}.json").write_text(to_json(report, indent=1) + "\n")
   _plot(report["rows"], output / f"{stem}.png", f"{_PRESET.value}, a training step\n{report['device']}")
 
 

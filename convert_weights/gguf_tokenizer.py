@@ -19,7 +19,7 @@ from convert_weights.sentencepiece_tokenizer import (
   USER_DEFINED,
   sentencepiece_bpe,
 )
-from convert_weights.tokenizer_source import template_and_settings, to_json
+from convert_weights.tokenizer_source import template_and_settings, tokenizer_json
 from supra_jax.config import ModelConfig
 
 _PREFIX = "tokenizer.ggml."
@@ -79,7 +79,7 @@ class _Tables:
     }
     template = self._metadata.get("tokenizer.chat_template")
     settings |= {"chat_template": template if isinstance(template, str) else None}
-    return {"tokenizer.json": to_json(tokenizer)} | template_and_settings(settings)
+    return {"tokenizer.json": tokenizer_json(tokenizer)} | template_and_settings(settings)
 
   def _byte_level(self) -> tuple[tokenizers.Tokenizer, bool]:
     """The tokenizer, and whether it adds BOS where the file does not say."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from convert_weights import hf_config
 from convert_weights.errors import ConversionError
 from convert_weights.export import Export, essential, one_or_many, transformers_tensors
 from supra_jax.config import ModelConfig, RopeConfig, from_mapping
+from supra_jax.plain_json import to_json
 
 OWN_MODEL_TYPE = "supra"
 _CODE = Path(__file__).parent / "for_transformers"
@@ -27,7 +27,7 @@ def export(config: ModelConfig) -> Export:
   """A directory that transformers loads: by a class of its own where one is this model, else by ours."""
   tensors = transformers_tensors(config)
   generation = {"bos_token_id": config.bos_token_id, "eos_token_id": one_or_many(config.eos_token_ids)}
-  text = json.dumps({key: value for key, value in generation.items() if value is not None}, indent=2) + "\n"
+  text = to_json({key: value for key, value in generation.items() if value is not None}, indent=2) + "\n"
   files = {"generation_config.json": text.encode()}
   for model_type, family in hf_config.FAMILIES.items():
     values = _family_config(config, model_type, family)

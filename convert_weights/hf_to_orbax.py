@@ -15,14 +15,13 @@ import math
 import os
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from absl import flags
-from tqdm import tqdm
 
 from convert_weights.errors import ConversionError
 from convert_weights.model_card import stated_license
@@ -32,6 +31,7 @@ from convert_weights.source import BFLOAT16, Leaf, Source
 from supra_jax import checkpoint
 from supra_jax.bin.entry import run
 from supra_jax.params_io import UnreadArray
+from supra_jax.progress import of_bytes
 
 _CHUNK_BYTES = 2**18
 
@@ -49,8 +49,8 @@ def convert(
   Args:
     source: a directory, a weights file, or a name on the hub; see `open_source`.
     output: the model directory to write; must not exist yet, or be empty.
-    dtype: `float32` or `bfloat16`; None keeps the source's: the one type that holds all its tensors exactly, where
-      float64 becomes float32, as do quantised tensors.
+    dtype: `float32` or `bfloat16`; None keeps bfloat16 where all tensors are that, and else takes float32, which holds
+      float16 and quantised tensors exactly. float16 is not kept: activations that fit bfloat16 may overflow it.
     tokenizer: a directory whose tokenizer takes the place of the source's own.
     progress: show bytes and time left on stderr.
 
@@ -65,17 +65,21 @@ def convert(
     raise ConversionError(f"{output} already exists. Remove it or choose another output directory.")
   opened = open_source(source, tokenizer)
   target = DTYPES[dtype] if dtype else _common_dtype(opened)
+  if progress and dtype is None and {tensor.dtype for tensor in opened.tensors.values()} == {np.dtype(np.float16)}:
+    wide = sum(math.prod(leaf.shape) * target.itemsize for leaf in opened.leaves)
+    print(
+      f"float16 becomes float32, which holds it exactly: {wide:,} bytes. --dtype=bfloat16 rounds it to half of that, "
+      f"{wide // 2:,} bytes.",
+      file=sys.stderr,
+    )
   with (
-    tqdm(
-      total=sum(leaf.num_bytes for leaf in opened.leaves),
-      desc="Converting", unit="B", unit_scale=True, unit_divisor=1024, disable=not progress, file=sys.stderr,
-    ) as bar,
+    of_bytes("Converting", sum(leaf.num_bytes for leaf in opened.leaves), enabled=progress) as shown,
     _described(opened.weight_files) as files,
-  ):  # fmt: skip
+  ):
     checkpoint.save_model(
       final,
       config=opened.config,
-      params=_parameters(opened, target, bar),
+      params=_parameters(opened, target, shown.advance),
       tokenizer_files=opened.tokenizer_files,
       source=lambda: {
         "kind": opened.kind,
@@ -92,25 +96,24 @@ def convert(
 
 def _common_dtype(source: Source) -> np.dtype:
   dtypes = {tensor.dtype for tensor in source.tensors.values()}
-  only = dtypes.pop() if len(dtypes) == 1 else None
-  return only if only in (np.dtype(np.float16), BFLOAT16) else DTYPES["float32"]
+  return BFLOAT16 if dtypes == {BFLOAT16} else DTYPES["float32"]
 
 
-def _parameters(source: Source, dtype: np.dtype, bar: tqdm) -> dict[str, Any]:
+def _parameters(source: Source, dtype: np.dtype, done: Callable[[int], None]) -> dict[str, Any]:
   params: dict[str, Any] = {}
   for leaf in source.leaves:
     *parents, name = leaf.path
     node = params
     for parent in parents:
       node = node.setdefault(parent, {})
-    read = functools.partial(_read, leaf, dtype, f"{source.path}: {leaf.name}", bar)
+    read = functools.partial(_read, leaf, dtype, f"{source.path}: {leaf.name}", done)
     node[name] = UnreadArray(math.prod(leaf.shape) * dtype.itemsize, read)
   return params
 
 
-def _read(leaf: Leaf, dtype: np.dtype, name: str, bar: tqdm) -> np.ndarray:
+def _read(leaf: Leaf, dtype: np.dtype, name: str, done: Callable[[int], None]) -> np.ndarray:
   array = rounded(leaf.read(), dtype, name)
-  bar.update(leaf.num_bytes)
+  done(leaf.num_bytes)
   return array
 
 

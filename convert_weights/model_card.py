@@ -39,13 +39,14 @@ def stated_license(source: Source) -> dict[str, Any]:
   return {key: value for key, value in said.items() if value is not None}
 
 
-def card(model: ModelCheckpoint, export: Export, dtype: np.dtype) -> bytes:
+def card(model: ModelCheckpoint, export: Export, dtype: np.dtype, *, has_tokenizer: bool) -> bytes:
   """The README.md that goes with an export.
 
   Args:
     model: what is exported; its parameters are not looked at.
     export: what is written of it.
     dtype: of the weights.
+    has_tokenizer: whether a tokenizer is written too.
   """
   origin, steps = _history(model.source)
   hub = _ON_THE_HUB.fullmatch(str(origin.get("name")))
@@ -71,7 +72,7 @@ def card(model: ModelCheckpoint, export: Export, dtype: np.dtype) -> bytes:
         f"- {count:,} parameters, {dtype.name}.",
       ]
     ),
-    "## Load\n\n" + (_load_openlm() if openlm else _load(model, own_code="auto_map" in export.config)),
+    "## Load\n\n" + (_load_openlm() if openlm else _load(has_tokenizer, own_code="auto_map" in export.config)),
     "## Go on in JAX\n\nWith supra_jax; the parameters come back bit for bit:\n\n"
     "```\npython -m convert_weights.hf_to_orbax --source=USER/NAME@COMMIT --output=DIR\n```",
     "## Upload\n\nFrom this directory:\n\n```\nhf upload USER/NAME .\n```",
@@ -161,16 +162,16 @@ def _layers(config: ModelConfig) -> list[str]:
   return lines
 
 
-def _load(model: ModelCheckpoint, own_code: bool) -> str:
+def _load(has_tokenizer: bool, own_code: bool) -> str:
   trust = ", trust_remote_code=True" if own_code else ""
   lines = [
     "```python",
-    "from transformers import AutoModelForCausalLM" + (", AutoTokenizer" if model.tokenizer_files else ""),
+    "from transformers import AutoModelForCausalLM" + (", AutoTokenizer" if has_tokenizer else ""),
     "",
     'model_id, revision = "USER/NAME", "COMMIT"',
     f'model = AutoModelForCausalLM.from_pretrained(model_id, revision=revision, dtype="auto"{trust})',
   ]
-  if model.tokenizer_files:
+  if has_tokenizer:
     lines += [
       f"tokenizer = AutoTokenizer.from_pretrained(model_id, revision=revision{trust})",
       'inputs = tokenizer("Once upon a time", return_tensors="pt")',

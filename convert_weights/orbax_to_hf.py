@@ -22,7 +22,6 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 from absl import flags
-from tqdm import tqdm
 
 from convert_weights import hf_export, model_card, names, openlm_export
 from convert_weights.errors import ConversionError
@@ -38,6 +37,7 @@ from supra_jax.checkpoint import ModelCheckpoint, load_model_without_params
 from supra_jax.config import ModelConfig
 from supra_jax.files import new_directory
 from supra_jax.parameter_reader import ParameterReader
+from supra_jax.progress import of_bytes
 from supra_jax.tokenizer import Tokenizer
 
 FORMATS = {"transformers": hf_export.export, "openlm": openlm_export.export}
@@ -81,16 +81,12 @@ def convert(
 
     with (
       new_directory(output) as directory,
-      tqdm(
-        total=total, desc=f"Writing {output}", unit="B", unit_scale=True, unit_divisor=1024, disable=not progress,
-        file=sys.stderr,
-      ) as bar,
+      of_bytes(f"Writing {output}", total, enabled=progress) as shown,
       _named_errors(output, directory, total),
-    ):  # fmt: skip
-      write_safetensors(directory, export.tensors, target, read, bar.update)
+    ):
+      write_safetensors(directory, export.tensors, target, read, shown.advance)
       for name, contents in files.items():
         (directory / name).write_bytes(contents)
-      (directory / model_card.FILE).write_bytes(model_card.card(model, export, target))
 
 
 def _check_parameters(source: str | os.PathLike[str], reader: ParameterReader, config: ModelConfig) -> None:
@@ -131,7 +127,8 @@ def _files(export: Export, model: ModelCheckpoint, dtype: np.dtype) -> dict[str,
       )
   if TEMPLATE_FILE in model.tokenizer_files:
     files[TEMPLATE_FILE] = model.tokenizer_files[TEMPLATE_FILE]
-  return {"config.json": as_json(config), **files}
+  card = model_card.card(model, export, dtype, has_tokenizer=tokenizer is not None)
+  return {"config.json": as_json(config), **files, model_card.FILE: card}
 
 
 @contextlib.contextmanager

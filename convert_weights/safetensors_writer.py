@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -11,6 +10,7 @@ import numpy as np
 
 from convert_weights.export import Part, Tensor
 from convert_weights.source import BFLOAT16
+from supra_jax.plain_json import to_json
 
 # Above it a model is cut into several files, as transformers does.
 MAX_SHARD_BYTES = 5_000_000_000
@@ -45,7 +45,7 @@ def write_safetensors(
       "metadata": {"total_size": sum(num_bytes(t.shape, dtype) for t in tensors)},
       "weight_map": {t.name: name for name, shard in zip(names, shards, strict=True) for t in shard},
     }
-    (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+    (directory / "model.safetensors.index.json").write_text(to_json(index, indent=2) + "\n")
 
 
 def num_bytes(shape: Sequence[int], dtype: np.dtype) -> int:
@@ -76,7 +76,7 @@ def _write(
   for tensor in tensors:
     begin, end = end, end + num_bytes(tensor.shape, dtype)
     header[tensor.name] = {"dtype": TYPES[dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
-  text = json.dumps(header, separators=(",", ":")).encode()
+  text = to_json(header, separators=(",", ":")).encode()
   text += b" " * (-len(text) % 8)  # the numbers begin at a multiple of 8
   with path.open("wb") as file:
     file.write(len(text).to_bytes(8, "little") + text)

@@ -10,7 +10,7 @@ from tokenizers import Tokenizer as Backend
 
 from convert_weights.errors import ConversionError
 from convert_weights.tokenizer_probe import first_difference
-from convert_weights.tokenizer_source import SETTINGS_FILE, as_json, begin_with, content, to_json
+from convert_weights.tokenizer_source import SETTINGS_FILE, as_json, begin_with, content, tokenizer_json
 from convert_weights.tokenizer_vocabularies import sentencepiece_vocabulary
 from supra_jax.tokenizer import Tokenizer
 
@@ -54,7 +54,7 @@ def exported_tokenizer(files: Mapping[str, bytes], tokenizer: Tokenizer) -> dict
       f"The tokenizer.json to write gives {differs!r} the ids {backend.encode(differs).ids}; the model's own tokenizer "
       f"gives {tokenizer.encode(differs)}."
     )
-  return {"tokenizer.json": contents or to_json(backend), SETTINGS_FILE: as_json(_settings(settings, backend))}
+  return {"tokenizer.json": contents or tokenizer_json(backend), SETTINGS_FILE: as_json(_settings(settings, backend))}
 
 
 def _begins(tokenizer: Tokenizer) -> bool:

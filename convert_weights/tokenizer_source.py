@@ -6,7 +6,6 @@ the tokens that other files add to them, chat templates, and how to generate.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -16,6 +15,7 @@ from tokenizers import AddedToken, Tokenizer, processors
 
 from convert_weights.errors import ConversionError, read_json_object
 from convert_weights.tokenizer_vocabularies import VOCABULARIES
+from supra_jax.plain_json import to_json
 
 SETTINGS_FILE, GENERATION_FILE, TEMPLATE_FILE = "tokenizer_config.json", "generation_config.json", "chat_template.jinja"
 _TEMPLATES = "additional_chat_templates"
@@ -58,7 +58,7 @@ def tokenizer_files(directory: Path) -> dict[str, bytes]:
       if vocabulary.begins and settings.get("add_bos_token") is not False:
         begin_with(vocabulary.tokenizer, vocabulary.tokenizer.token_to_id(content(settings["bos_token"])))
       keeps = vocabulary.contents and not changed
-      files["tokenizer.json"] = vocabulary.contents if keeps else to_json(vocabulary.tokenizer)
+      files["tokenizer.json"] = vocabulary.contents if keeps else tokenizer_json(vocabulary.tokenizer)
   except ValueError as error:
     raise ConversionError(f"{directory}: the tokenizer cannot be used: {error}") from error
   return files | template_and_settings(settings)
@@ -97,12 +97,12 @@ def begin_with(tokenizer: Tokenizer, token_id: int | None) -> None:
   )
 
 
-def to_json(tokenizer: Tokenizer) -> bytes:
+def tokenizer_json(tokenizer: Tokenizer) -> bytes:
   return (tokenizer.to_str(pretty=True) + "\n").encode()
 
 
 def as_json(values: Mapping[str, Any]) -> bytes:
-  return (json.dumps(values, indent=2, ensure_ascii=False) + "\n").encode()
+  return (to_json(values, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 def content(token: Any) -> str:

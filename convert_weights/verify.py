@@ -19,11 +19,13 @@ import jax
 import numpy as np
 from absl import flags
 
+from convert_weights import hf_config, hf_export
 from convert_weights.errors import ConversionError
 from convert_weights.open_source import open_source
 from convert_weights.source import Source
 from supra_jax import lm
 from supra_jax.bin.entry import run
+from supra_jax.finite import not_finite
 
 # Of a text no more is read: enough for any rotary angle or window to show, and few enough for a CPU.
 MAX_TOKENS = 512
@@ -57,7 +59,8 @@ def compare(source: str | os.PathLike[str], checkpoint: str | os.PathLike[str], 
       tokenizer gets random tokens.
 
   Raises:
-    ConversionError: there is nothing to run the source with, or the two are not of one size.
+    ConversionError: there is nothing to run the source with, or transformers does not run it; the two are not of one
+      size; logits are not finite.
   """
   opened = open_source(source)
   if opened.kind not in _RUNNERS:
@@ -68,6 +71,10 @@ def compare(source: str | os.PathLike[str], checkpoint: str | os.PathLike[str], 
       f"{checkpoint} was not converted from {source}: it has {ours.shape[-1]} logits, not {opened.config.vocab_size}."
     )
   theirs = _RUNNERS[opened.kind](opened, tokens)
+  if not np.isfinite(theirs).all():
+    raise ConversionError(
+      f"{source}: its logits are not finite where transformers runs it in float32: there is nothing to compare."
+    )
   difference = np.abs(ours - theirs)
   return Comparison(
     len(tokens),
@@ -90,7 +97,10 @@ def _run_checkpoint(checkpoint: str | os.PathLike[str], text: str | None) -> tup
     raise ConversionError("The text is empty.")
   # Accelerators multiply float32 with fewer bits unless told otherwise.
   with jax.default_matmul_precision("highest"):
-    return tokens, np.asarray(model(tokens[None])[0][0])
+    logits = np.asarray(model(tokens[None])[0][0])
+    if not np.isfinite(logits).all():
+      raise ConversionError(f"{checkpoint}: {not_finite(model.model, model.params, [tokens.tolist()])}")
+  return tokens, logits
 
 
 def _run_transformers(source: Source, tokens: np.ndarray) -> np.ndarray:
@@ -101,13 +111,61 @@ def _run_transformers(source: Source, tokens: np.ndarray) -> np.ndarray:
     raise ConversionError(f"To run the source takes {error.name}: pip install 'supra_jax[torch]'.") from error
   transformers.utils.logging.set_verbosity_error()
   transformers.utils.logging.disable_progress_bar()
+  load = _load_gguf if source.kind == "gguf" else _load_huggingface
+  try:
+    with torch.no_grad():
+      return load(source).eval()(torch.from_numpy(tokens[None])).logits[0].numpy()
+  except Exception as error:  # whatever transformers makes of a config that it does not like
+    said = " ".join(str(error).split()) or type(error).__name__
+    raise ConversionError(f"{source.path}: transformers does not run it: {said}") from error
+
+
+def _load_huggingface(source: Source) -> Any:
+  """The model of the very files that were opened, read by torch and safetensors.
+
+  `from_pretrained` of a directory would go by the names of the files in it.
+  """
+  import safetensors.torch
+  import torch
+  import transformers
+
+  state: dict[str, Any] = {}
+  for path in source.weight_files:
+    if path.suffix == ".safetensors":
+      state |= safetensors.torch.load_file(path)
+    else:
+      loaded = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+      state |= loaded.get("state_dict", loaded)
   directory = source.path if source.path.is_dir() else source.path.parent
-  arguments: dict[str, Any] = {"gguf_file": source.path.name} if source.kind == "gguf" else {}
-  model = transformers.AutoModelForCausalLM.from_pretrained(
-    str(directory), dtype=torch.float32, local_files_only=True, **arguments
+  model_type = source.original_config["model_type"]
+  if model_type == hf_export.OWN_MODEL_TYPE:
+    # This package's code, and not that in the directory, which may be anyone's.
+    from convert_weights.for_transformers import modeling_supra
+
+    model_class: Any = modeling_supra.SupraForCausalLM
+  else:
+    model_class = getattr(transformers, hf_config.FAMILIES[model_type].architectures[0])
+  config = model_class.config_class.from_pretrained(directory, local_files_only=True)
+  return model_class.from_pretrained(
+    None, config=config, state_dict=state, dtype=torch.float32, attn_implementation="eager"
   )
-  with torch.no_grad():
-    return model.eval()(torch.from_numpy(tokens[None])).logits[0].numpy()
+
+
+def _load_gguf(source: Source) -> Any:
+  import gguf
+  import torch
+  import transformers
+
+  path, *more = source.weight_files
+  if more:
+    raise ValueError("it reads no GGUF in several parts.")
+  model = transformers.AutoModelForCausalLM.from_pretrained(
+    str(path.parent), gguf_file=path.name, dtype=torch.float32, local_files_only=True
+  )
+  for tensor in gguf.GGUFReader(path).tensors:
+    if tensor.name == "rope_freqs.weight":  # llama3 scaling, which transformers passes over
+      model.model.rotary_emb.inv_freq /= torch.tensor(tensor.data)
+  return model
 
 
 # Kind of a source -> (source, token ids [T]) -> logits float32 [T, vocabulary].
@@ -142,7 +200,7 @@ def report(found: Comparison, tolerance: float) -> None:
 
 
 def main() -> None:
-  text = None if _TEXT.value is None else Path(_TEXT.value).read_text()
+  text = None if _TEXT.value is None else Path(_TEXT.value).read_text("utf-8-sig")
   report(compare(_SOURCE.value, _CHECKPOINT.value, text), _TOLERANCE.value)
 
 

@@ -98,7 +98,7 @@ def linear_attention(
     q: [B, T, H, K] float, queries.
     k: [B, T, Gk, K] float, keys; Gk divides H and head h reads group h // (H / Gk).
     v: [B, T, Gv, V] float, values; Gv divides H, independently of Gk.
-    slopes: [H] float, at least 0. Constants: differentiating with respect to them raises a TypeError.
+    slopes: [H] float, finite and at least 0. Constants: differentiating with respect to them raises a TypeError.
     scale: factor of the output, not of the state; K**-0.5 as a rule.
     initial_state: [B, H, K, V] float, S_in; zero if None. It belongs to token 0's document.
     segment_ids: [B, T] integer document ids; wherever the id changes the state starts from zero, also where an earlier
@@ -168,7 +168,7 @@ def linear_attention_step(
     q: [B, H, K] float.
     k: [B, Gk, K] float.
     v: [B, Gv, V] float.
-    slopes: [H] float, at least 0, constants.
+    slopes: [H] float, finite and at least 0, constants.
     state: [B, H, K, V] float, the state after the token before; zeros at the start of a document.
     scale: factor of the output.
 
@@ -269,5 +269,9 @@ def _check_operands(q: jax.Array, k: jax.Array, v: jax.Array, slopes: jax.Array,
     if num_heads % x.shape[-2]:
       raise ValueError(f"{name} has {x.shape[-2]} heads, wanted a divisor of q's {num_heads}")
   _check("slopes", slopes, "[H]", (num_heads,), jnp.floating)
-  if not isinstance(slopes, jax.core.Tracer) and not (np.asarray(slopes, np.float32) >= 0).all():
-    raise ValueError(f"slopes are {np.asarray(slopes)}, wanted none below 0: gamma = exp(-slope) must not exceed 1")
+  if not isinstance(slopes, jax.core.Tracer):
+    values = np.asarray(slopes, np.float32)
+    if not (np.isfinite(values) & (values >= 0)).all():
+      raise ValueError(
+        f"slopes are {np.asarray(slopes)}, wanted all finite and none below 0: gamma = exp(-slope) must not exceed 1"
+      )

@@ -34,12 +34,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from tqdm import tqdm
 
 from supra_jax.attention import LinearAttention, WindowAttention
 from supra_jax.config import ModelConfig
 from supra_jax.data import Batch
 from supra_jax.layers import Dense, Norm, SwiGLU, at_least_float32
+from supra_jax.progress import Progress
 from supra_jax.sharding import BATCH_AXES, constrain, put_batch
 from supra_jax.transformer import Block, Transformer
 
@@ -103,16 +103,13 @@ def solve(
 @contextlib.contextmanager
 def shown() -> Iterator[Report]:
   """Yields a report that shows a bar with time left on stderr, for one round of layers after another."""
-  with tqdm(desc="Calibrating", unit="layer") as bar:
+  describe = lambda done, total: f"Calibrating, {done} of {total} layers"  # noqa: E731
+  with Progress(0, describe, desc="Calibrating", unit="layer") as progress:
 
     def report(layer: int, layers: int, value: float, text: str) -> None:
-      if bar.n == bar.total:  # a new round, which began when the last one ended
-        ended = bar.last_print_t
-        bar.reset()
-        bar.start_t = bar.last_print_t = ended
-      bar.total = layers
-      bar.set_postfix_str(text)
-      bar.update()
+      if progress.done == progress.total:
+        progress.begin(layers)
+      progress.advance_to(progress.done + 1, text)
 
     yield report
 

@@ -29,6 +29,7 @@ from jax.experimental import multihost_utils
 from supra_jax.config import ModelConfig
 from supra_jax.files import new_directory, temporary_directory
 from supra_jax.params_io import Params, check_space, first_line, read_params, write_params
+from supra_jax.plain_json import to_json
 
 CONFIG_FILE = "config.json"
 SOURCE_FILE = "source.json"
@@ -106,7 +107,7 @@ def save_model(
       (temporary / CONFIG_FILE).write_text(config.to_json())
       for name, contents in tokenizer_files.items():
         (temporary / name).write_bytes(contents)
-      (temporary / SOURCE_FILE).write_text(json.dumps(dict(source() if callable(source) else source), indent=2) + "\n")
+      (temporary / SOURCE_FILE).write_text(to_json(dict(source() if callable(source) else source), indent=2) + "\n")
 
 
 def load_model(
@@ -241,7 +242,7 @@ class TrainingCheckpoints:
     # Orbax calls this when all files of a step are written and its directory is about to get its name.
     if jax.process_index() == 0:
       (partial,) = self.directory.glob(f"{self._saving}.orbax-checkpoint-tmp*")
-      (partial / MANIFEST_FILE).write_text(json.dumps(_digests(partial), indent=0) + "\n")
+      (partial / MANIFEST_FILE).write_text(to_json(_digests(partial), indent=0) + "\n")
 
   def _newest_whole_step(self) -> int | None:
     # -1: nothing was saved yet; -2: nothing is whole, which all processes are to raise.

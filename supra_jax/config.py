@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
+import sys
 import types
 import typing
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
+
+from supra_jax.plain_json import to_json
 
 Mixer = Literal["softmax", "supra", "supra_window"]
 FeatureMapKind = Literal["dense", "per_head", "per_head_separate"]
@@ -16,6 +20,9 @@ NormKind = Literal["rms_norm", "layer_norm", "layer_norm_gain"]
 QKNorm = Literal["none", "head", "all_heads"]
 RopeKind = Literal["half", "interleaved", "by_head", "none"]
 RopeScaling = Literal["none", "linear", "llama3", "yarn"]
+
+
+_LARGEST_SLOPE = 3.4e38  # slopes are float32
 
 
 def _check_choices(config: Any) -> None:
@@ -29,8 +36,8 @@ def _check_choices(config: Any) -> None:
 
 def _check_positive(config: Any, *names: str) -> None:
   for name in names:
-    if not getattr(config, name) > 0:
-      raise ValueError(f"{type(config).__name__}.{name}={getattr(config, name)!r}: wanted a positive number.")
+    if not 0 < getattr(config, name) < math.inf:
+      raise ValueError(f"{type(config).__name__}.{name}={getattr(config, name)!r}: wanted a positive finite number.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,6 +116,8 @@ class SupraConfig:
       raise ValueError(f"SupraConfig.sinks={self.sinks}: wanted 0 or more.")
     if self.decay_start is not None:
       _check_positive(self, "decay_start")
+      if self.decay_start > _LARGEST_SLOPE:
+        raise ValueError(f"SupraConfig.decay_start={self.decay_start!r}: wanted a slope that float32 can hold.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -202,7 +211,7 @@ class ModelConfig:
     return dataclasses.replace(self, **changes)
 
   def to_json(self) -> str:
-    return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
+    return to_json(dataclasses.asdict(self), indent=2) + "\n"
 
   @classmethod
   def from_json(cls, text: str) -> ModelConfig:
@@ -248,7 +257,9 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
     return value  # __post_init__ checks the choice and names the field
   if dataclasses.is_dataclass(hint):
     return from_mapping(typing.cast(type, hint), value, path)
-  if hint is float and isinstance(value, int) and not isinstance(value, bool):
+  if hint is float and isinstance(value, int | float) and not isinstance(value, bool):
+    if not abs(value) <= sys.float_info.max:
+      raise ValueError(f"{path}: wanted a finite number, got {value!r}.")
     return float(value)
   if type(value) is not hint:
     raise ValueError(f"{path}: wanted {hint.__name__}, got {value!r}.")

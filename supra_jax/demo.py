@@ -17,6 +17,7 @@ from supra_jax.linearize import SINKS, Calibration, Phi, linearize_checkpoint
 from supra_jax.lm import load
 from supra_jax.metrics import read_metrics
 from supra_jax.picture import plot_curves
+from supra_jax.plain_json import to_json
 from supra_jax.train import METRICS_FILE, train
 from supra_jax.train_config import TrainConfig
 from supra_jax.train_setup import heldout_nll, prepare_data
@@ -121,7 +122,7 @@ def run_from(
     with contextlib.nullcontext() if calibration is None else shown() as report:
       new: dict[str, Any] = {"phi": phi, "seed": config.seed, "window": window, "calibration": calibration}
       linearize_checkpoint(teacher, start, **new, report=report)
-    measured.write_text(json.dumps(0.0 if calibration is None else time.monotonic() - began))
+    measured.write_text(to_json(0.0 if calibration is None else time.monotonic() - began))
   calibration_seconds = json.loads(measured.read_text())
   speed = train(
     dataclasses.replace(config, init_checkpoint=str(start)), workdir, teacher_nll=teacher_nll

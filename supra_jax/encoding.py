@@ -4,32 +4,62 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import hashlib
 import multiprocessing
 import os
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from typing import Any, NamedTuple, TextIO
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
+from supra_jax import progress
+from supra_jax.config import ModelConfig
 from supra_jax.packed import TextEncoder
 from supra_jax.text import InputFile, Piece, parse, read_pieces
+from supra_jax.tokenizer import Tokenizer
 
 # Of files so small in all, packing in one process is done before others have started.
 SMALL_INPUT = 2**21
 
 
+def load_tokenizer(directory: str | os.PathLike[str]) -> tuple[Tokenizer, ModelConfig]:
+  """The tokenizer and the config of a model directory, or of one that holds nothing else.
+
+  Raises:
+    ValueError: the config is not one of ours, or there is no tokenizer.
+    OSError: there is no config.
+  """
+  path = Path(directory) / "config.json"
+  try:
+    config = ModelConfig.from_json(path.read_text())
+  except ValueError as error:
+    raise ValueError(
+      f"{path} is no config of a supra_jax model. Convert a model of others first: python -m "
+      f"convert_weights.hf_to_orbax --source={directory} --output=DIR; then give DIR. ({error})"
+    ) from error
+  files = {path.name: path.read_bytes() for path in Path(directory).glob("tokenizer*") if path.is_file()}
+  if (tokenizer := Tokenizer.from_files(files, config)) is None:
+    raise ValueError(f"{directory} has neither a tokenizer.json nor a tokenizer.model.")
+  return tokenizer, config
+
+
 class Encoded(NamedTuple):
-  """Documents as tokens: ids [n] one after the other, and lengths [documents], 0 for one that gave no token."""
+  """Documents as tokens: ids [n] one after the other, and lengths [documents], 0 for one that gave no token.
+
+  Attributes:
+    bad: what was wrong with each item that was passed over.
+  """
 
   ids: np.ndarray
   lengths: np.ndarray
+  bad: list[str]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,11 +71,14 @@ class Encoder:
   bos: bool
   vocab_size: int
   dtype: str
+  skip_bad: bool
 
   def __call__(self, piece: Piece) -> Encoded:
-    documents = [self._encode(where, text) for where, text in parse(piece, self.text_key)]
+    bad: list[str] = []
+    found = parse(piece, self.text_key, bad if self.skip_bad else None)
+    documents = [self._encode(where, text) for where, text in found]
     ids = np.concatenate([np.zeros(0, self.dtype), *documents])
-    return Encoded(ids, np.array([len(document) for document in documents], np.int64))
+    return Encoded(ids, np.array([len(document) for document in documents], np.int64), bad)
 
   def _encode(self, where: str, text: str) -> np.ndarray:
     try:
@@ -60,17 +93,25 @@ class Encoder:
     return document.astype(self.dtype)
 
 
-Place = tuple[int, int]  # in the input: number of a file, and of its items that are done
+# In the input: number of a file, of its items that are done, and their `digest_of`.
+Place = tuple[int, int, str]
+
+
+def digest_of(items: Iterable[bytes | None], before: str = "") -> str:
+  """A digest of items and of those before them, however they are cut into pieces."""
+  for item in items:
+    before = hashlib.sha256(before.encode() + (b"" if item is None else b":" + item)).hexdigest()
+  return before
 
 
 def pieces_from(files: list[InputFile], text_key: str, at: Place) -> Iterator[tuple[tuple[Place, int], Piece]]:
   """Yields ((place after it, bytes read up to there), piece), from a place on."""
   before = sum(file.size for file in files[: at[0]])
   for number, file in enumerate(files[at[0] :], start=at[0]):
-    done = at[1] if number == at[0] else 0
+    done, digest = at[1:] if number == at[0] else (0, "")
     for piece in read_pieces(file.path, text_key, skip=done):
-      done += len(piece.items)
-      yield ((number, done), before + piece.bytes_read), piece
+      done, digest = done + len(piece.items), digest_of(piece.items, digest)
+      yield ((number, done, digest), before + piece.bytes_read), piece
     before += file.size
 
 
@@ -133,54 +174,30 @@ def _work(piece: Piece) -> Encoded:
   return _encode(piece)
 
 
-class PackingProgress:
-  """Tokens done, share of the input, tokens/s and time left: a bar on a terminal, else a line every `seconds`.
+class PackingProgress(progress.Progress):
+  """Tokens done, share of the input, tokens/s and time left.
 
   Attributes:
     tokens: that were packed since the start, which is not that of the input where a run goes on.
   """
 
-  def __init__(self, total_bytes: int, first_byte: int = 0, *, seconds: float = 10.0, stream: TextIO | None = None):
-    self._stream = stream or sys.stderr
-    self._total, self._first, self._byte, self._seconds = total_bytes, first_byte, first_byte, seconds
-    self._began = self._said = time.monotonic()
-    self.tokens = 0
-    self._bar = (
-      tqdm(
-        total=total_bytes,
-        initial=first_byte,
-        file=self._stream,
-        bar_format="{percentage:3.0f}% {bar} {postfix}, {remaining} left",
-        dynamic_ncols=True,
-      )
-      if self._stream.isatty()
-      else None
+  def __init__(self, total_bytes: int, first_byte: int = 0, *, seconds: float = progress.SECONDS):
+    super().__init__(
+      total_bytes,
+      lambda byte, total: f"packing, {byte / max(total, 1):.0%} of the input",
+      first=first_byte,
+      seconds=seconds,
+      bar_format="{percentage:3.0f}% {bar} {postfix}, {remaining} left",
     )
+    self._since = time.monotonic()
+    self.tokens = 0
 
   @property
   def tokens_per_second(self) -> float:
-    return self.tokens / max(time.monotonic() - self._began, 1e-9)
+    return self.tokens / max(time.monotonic() - self._since, 1e-9)
 
   def update(self, tokens: int, byte: int) -> None:
     """Says that so many tokens more are packed, and that the input is read up to `byte`."""
     self.tokens += tokens
-    if self._bar is not None:
-      self._bar.set_postfix_str(self._text(), refresh=False)
-      self._bar.update(byte - self._byte)
-    self._byte = byte
-    if self._bar is None and time.monotonic() - self._said >= self._seconds:
-      self._said = time.monotonic()
-      rate = (byte - self._first) / (self._said - self._began)
-      left = tqdm.format_interval((self._total - byte) / rate) if rate else "?"
-      share = byte / max(self._total, 1)
-      print(f"packing, {share:.0%} of the input, {self._text()}, {left} left", file=self._stream, flush=True)
-
-  def _text(self) -> str:
-    return f"{tqdm.format_sizeof(self.tokens)} tokens, {tqdm.format_sizeof(self.tokens_per_second)} tokens/s"
-
-  def __enter__(self) -> PackingProgress:
-    return self
-
-  def __exit__(self, *error: object) -> None:
-    if self._bar is not None:
-      self._bar.close()
+    speed = tqdm.format_sizeof(self.tokens_per_second)
+    self.advance_to(byte, f"{tqdm.format_sizeof(self.tokens)} tokens, {speed} tokens/s")

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from supra_jax.finite import NotFiniteError, not_finite
 from supra_jax.generate import round_up_length
 from supra_jax.lm import LM
 from supra_jax.losses import LossSums, language_model_loss
@@ -45,13 +46,23 @@ def text_nll(lm: LM, tokens: Sequence[int], *, window: int = 1024, batch_size: i
 
   Returns:
     (nats a token, number of targets).
+
+  Raises:
+    NotFiniteError: logits are not finite; says where they first are.
+    ValueError: the text does not fill one window.
   """
   count = len(tokens) // window
   if not count:
     raise ValueError(f"The text has {len(tokens)} tokens, fewer than one window of {window}.")
   rows = np.asarray(tokens[: count * window], np.int32).reshape(count, window)
-  batches = ({"tokens": rows[i : i + batch_size]} for i in range(0, count, batch_size))
-  return mean_nll(lm.model, lm.params, batches), count * (window - 1)
+  nll = 0.0
+  for first in range(0, count, batch_size):
+    batch = rows[first : first + batch_size]
+    nll += float(_loss(lm.model, lm.params, {"tokens": batch}).nll)
+    if not math.isfinite(nll):
+      raise not_finite(lm.model, lm.params, batch.tolist(), before=first * window)
+  targets = count * (window - 1)
+  return nll / targets, targets
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -76,6 +87,9 @@ def loglikelihoods(lm: LM, requests: Sequence[tuple[Sequence[int], Sequence[int]
 
   Returns:
     For each, in order: the sum of the continuation's log-likelihoods in nats, and whether it is the greedy one.
+
+  Raises:
+    NotFiniteError: logits are not finite; says of which request, and where they first are.
   """
   rows = [([*context, *continuation], len(context)) for context, continuation in requests]
   if any(not first or first == len(row) for row, first in rows):
@@ -95,5 +109,7 @@ def loglikelihoods(lm: LM, requests: Sequence[tuple[Sequence[int], Sequence[int]
         tokens[slot, : len(row)], lengths[slot] = row, len(row)
       scores, greedy = _continuation_scores(lm.model, lm.params, tokens, lengths, first)
       for i, score, is_greedy in zip(part, np.asarray(scores), np.asarray(greedy), strict=False):
+        if not math.isfinite(score):
+          raise NotFiniteError(f"Request {i}: {not_finite(lm.model, lm.params, [rows[i][0]])}")
         results[i] = (float(score), bool(is_greedy))
   return results

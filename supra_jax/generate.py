@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from supra_jax.finite import generated_not_finite, not_finite
 from supra_jax.transformer import DecodeState, Transformer
 
 PREFILL_TOKENS = 512  # a piece of the prompt; memory does not grow with the prompt beyond the state
@@ -113,17 +114,18 @@ def prefill(model: Transformer, params: Mapping[str, Any], tokens_BT: np.ndarray
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=5)
 def _decode(model: Transformer, sampling: Sampling, steps: int, params, token_B, state: DecodeState, key):
-  """Reads `token`, draws the next, `steps` times over: (tokens [steps, B], last token, state, key)."""
+  """Reads `token`, draws the next, `steps` times over: ((tokens, whether logits were finite) [steps, B], last token,
+  state, key)."""
 
   def step(carry, _):
     token, state, key = carry
     key, draw = jax.random.split(key)
     logits, state = model.bind({"params": params}).logits(token[:, None], state)
     token = sample(logits[:, 0], draw, sampling)
-    return (token, state, key), token
+    return (token, state, key), (token, jnp.isfinite(logits[:, 0]).all(-1))
 
-  (token_B, state, key), tokens = jax.lax.scan(step, (token_B, state, key), length=steps)
-  return tokens, token_B, state, key
+  (token_B, state, key), drawn = jax.lax.scan(step, (token_B, state, key), length=steps)
+  return drawn, token_B, state, key
 
 
 def generate_tokens(
@@ -145,6 +147,9 @@ def generate_tokens(
     sampling: greedy unless told otherwise.
     seed: of the sampling; which tokens are drawn does not depend on how the loop is cut.
     stop_ids: a drawn token that is among them ends the text and is not yielded.
+
+  Raises:
+    NotFiniteError: the logits that a token is drawn from are not finite; says after which token.
   """
   if not prompt_ids:
     raise ValueError("The prompt is empty, and the model has no token that starts or ends a text: give at least one.")
@@ -155,17 +160,20 @@ def generate_tokens(
   state = model.init_state(1, len(prompt_ids) + max_new_tokens + DECODE_TOKENS)
   logits, state = prefill(model, params, np.asarray([prompt_ids], np.int32), state)
   token_B = sample(logits, draw, sampling)
-  ready, left = token_B[None], max_new_tokens
+  ready, done, last = (token_B[None], jnp.isfinite(logits).all(-1)[None]), 0, prompt_ids[-1]
   while True:
     # The next tokens are under way on the device while the host turns these into text.
     following = None
-    if left > len(ready):
+    if max_new_tokens - done > len(ready[0]):
       following, token_B, state, key = _decode(model, sampling, DECODE_TOKENS, params, token_B, state, key)
-    for token in np.asarray(ready)[:left, 0].tolist():
+    tokens, finite = (np.asarray(x)[: max_new_tokens - done, 0].tolist() for x in ready)
+    for token, is_finite in zip(tokens, finite, strict=True):
+      if not is_finite:
+        raise generated_not_finite(model, done, last) if done else not_finite(model, params, [prompt_ids])
       if token in stop_ids:
         return
+      last, done = token, done + 1
       yield token
-    left -= len(ready)
     if following is None:
       return
     ready = following

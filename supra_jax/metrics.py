@@ -10,9 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import os
-import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -22,7 +20,9 @@ from typing import Any, TextIO
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
-from tqdm import tqdm
+
+from supra_jax import progress
+from supra_jax.plain_json import to_json
 
 Record = Mapping[str, Any]
 
@@ -123,13 +123,7 @@ def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
 
 
 def _line(record: Record) -> str:
-  return json.dumps({name: _plain(value) for name, value in record.items()}, allow_nan=False) + "\n"
-
-
-def _plain(value: Any) -> Any:
-  # Numpy and jax scalars have `item`.
-  value = value.item() if hasattr(value, "item") else value
-  return None if isinstance(value, float) and not math.isfinite(value) else value
+  return to_json(record) + "\n"
 
 
 class _Board:
@@ -182,15 +176,15 @@ SHOWN: Mapping[str, Callable[[float], str]] = {
 }
 
 
-class Progress:
-  """Steps done, what SHOWN names and time left: a bar on a terminal, else a line every `seconds`."""
+class Progress(progress.Progress):
+  """Steps done, what SHOWN names and time left."""
 
   def __init__(
     self,
     total_steps: int,
     *,
     first_step: int = 0,
-    seconds: float = 10.0,
+    seconds: float = progress.SECONDS,
     stream: TextIO | None = None,
     enabled: bool = True,
   ):
@@ -199,22 +193,18 @@ class Progress:
     Args:
       total_steps: of the whole run.
       first_step: steps done before.
-      seconds: between two lines where there is no terminal.
-      stream: None is stderr.
-      enabled: whether anything is said.
+      seconds, stream, enabled: as `progress.Progress` takes them.
     """
-    self._stream = stream or sys.stderr
-    self._enabled = enabled
-    self._total, self._first, self._step, self._seconds = total_steps, first_step, first_step, seconds
-    self._began = self._said = time.monotonic()
-    self._said_step: int | None = None
-    self._shown: dict[str, str] = {}
-    form = "{n_fmt}/{total_fmt} {bar} {postfix}, {remaining} left"
-    self._bar = (
-      tqdm(total=total_steps, initial=first_step, file=self._stream, bar_format=form, dynamic_ncols=True)
-      if enabled and self._stream.isatty()
-      else None
+    super().__init__(
+      total_steps,
+      lambda step, total: f"step {step}/{total}",
+      first=first_step,
+      seconds=seconds,
+      stream=stream,
+      enabled=enabled,
+      bar_format="{n_fmt}/{total_fmt} {bar} {postfix}, {remaining} left",
     )
+    self._shown: dict[str, str] = {}
 
   def update(self, step: int, /, **values: Any) -> None:
     """Says that `step` steps are done.
@@ -225,43 +215,4 @@ class Progress:
         SHOWN lacks are not shown.
     """
     self._shown |= {name: form(values[name]) for name, form in SHOWN.items() if values.get(name) is not None}
-    if self._bar is not None:
-      self._bar.set_postfix_str(self._text(), refresh=False)
-      self._bar.update(step - self._step)
-    self._step = step
-    if self._bar is None and time.monotonic() - self._said >= self._seconds:
-      self._say()
-
-  def message(self, text: str) -> None:
-    """Prints a line without breaking the bar."""
-    if self._bar is not None:
-      tqdm.write(text, file=self._stream)
-    else:
-      self._print(text)
-
-  def close(self) -> None:
-    if self._bar is not None:
-      self._bar.close()
-    elif self._step not in (self._first, self._said_step):
-      self._say()
-
-  def __enter__(self) -> Progress:
-    return self
-
-  def __exit__(
-    self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-  ) -> None:
-    self.close()
-
-  def _text(self) -> str:
-    return ", ".join(text for name in SHOWN if (text := self._shown.get(name)))
-
-  def _say(self) -> None:
-    self._said, self._said_step = time.monotonic(), self._step
-    rate = (self._step - self._first) / max(self._said - self._began, 1e-9)
-    left = tqdm.format_interval((self._total - self._step) / rate) if rate else "?"
-    self._print(", ".join(filter(None, (f"step {self._step}/{self._total}", self._text(), f"{left} left"))))
-
-  def _print(self, text: str) -> None:
-    if self._enabled:
-      print(text, file=self._stream, flush=True)
+    self.advance_to(step, ", ".join(text for name in SHOWN if (text := self._shown.get(name))))

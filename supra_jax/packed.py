@@ -19,6 +19,7 @@ import numpy as np
 from array_record.python import array_record_module
 
 from supra_jax.files import into_place
+from supra_jax.plain_json import to_json
 
 Join = Literal["join", "separate"]
 
@@ -96,7 +97,7 @@ def tokenizer_fingerprint(tokenizer: TextEncoder) -> str:
   Of behaviour and not of files, since one tokenizer comes as tokenizer.json, tokenizer.model or inside a GGUF.
   """
   encoded = [tokenizer.encode(text, bos=False) for text in _PROBE]
-  said = json.dumps([[list(map(int, ids)) for ids in encoded], list(tokenizer.eos_ids), tokenizer.bos_id])
+  said = to_json([[list(map(int, ids)) for ids in encoded], list(tokenizer.eos_ids), tokenizer.bos_id])
   return hashlib.sha256(said.encode()).hexdigest()
 
 
@@ -277,7 +278,7 @@ class RowsWriter:
       shards=tuple(self.shards),
     )
     with into_place(self._directory / META_FILE) as temporary:
-      temporary.write_text(json.dumps(dataclasses.asdict(info), indent=2) + "\n")
+      temporary.write_text(to_json(dataclasses.asdict(info), indent=2) + "\n")
     return info
 
   @property

@@ -12,9 +12,11 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import datetime
+import itertools
 import json
 import os
 import shutil
+import sys
 import zipfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -22,7 +24,16 @@ from typing import Any, Literal
 
 import numpy as np
 
-from supra_jax.encoding import Encoded, Encoder, PackingProgress, Place, encode_in_order, pieces_from, worker_count
+from supra_jax.encoding import (
+  Encoded,
+  Encoder,
+  PackingProgress,
+  Place,
+  digest_of,
+  encode_in_order,
+  pieces_from,
+  worker_count,
+)
 from supra_jax.files import TEMPORARY, into_place, locked
 from supra_jax.packed import (
   Join,
@@ -33,22 +44,34 @@ from supra_jax.packed import (
   load_info,
   tokenizer_fingerprint,
 )
-from supra_jax.text import InputFile, find_files
+from supra_jax.plain_json import to_json
+from supra_jax.text import InputFile, find_files, read_pieces
 
 Part = Literal["train", "heldout"]
 
 SOURCE_FILE, JOURNAL_FILE = "source.json", "journal.npz"
 SHARD_BYTES = 2**26
+BAD_NAMED = 5
+NOTHING_BAD: Mapping[str, Any] = {"count": 0, "first": []}
 _OURS = {"train", "heldout", SOURCE_FILE, JOURNAL_FILE}
 
 
 @dataclasses.dataclass(frozen=True)
 class Prepared:
-  """What `prepare` leaves, and how many tokens a second it packed; None where all was there before."""
+  """What `prepare` leaves.
+
+  Attributes:
+    train, heldout: the two parts.
+    tokens_per_second: how many were packed; None where all was there before.
+    bad: how many lines and rows were skipped since they hold no text.
+    bad_first: what was wrong with the first of them.
+  """
 
   train: PackedInfo
   heldout: PackedInfo | None
   tokens_per_second: float | None
+  bad: int = 0
+  bad_first: tuple[str, ...] = ()
 
 
 def prepare(
@@ -62,6 +85,7 @@ def prepare(
   documents: Join = "join",
   bos: bool = False,
   heldout_every: int = 0,
+  skip_bad: bool = False,
   workers: int | None = None,
   shard_bytes: int = SHARD_BYTES,
 ) -> Prepared:
@@ -83,14 +107,15 @@ def prepare(
     documents: `separate` stores, beside each token, the number of its document in the row, from 1.
     bos: start each document with the begin-of-text id.
     heldout_every: every N-th document is held out; 0 holds none out.
+    skip_bad: lines and rows that hold no text are skipped and counted; False raises at the first.
     workers: processes that encode; 0 does it in this one. None is one a core, or 0 where the input is small.
     shard_bytes: a file of rows holds about so many bytes before compression.
 
   Raises:
     FileExistsError: `output` holds something else.
     FileNotFoundError: no file matches `input`.
-    ValueError: bad input, by file and line; too little of it; a tokenizer that does not fit; or another text or other
-      arguments than those that `output`, or its half-finished OUTPUT.partial, was made with.
+    ValueError: bad input, by file and line; too little of it; a tokenizer that does not fit; other arguments than those
+      that `output`, or its half-finished OUTPUT.partial, was made with; or another text than that of `output`.
   """
   if sequence_length < 1 or documents not in ("join", "separate"):
     raise ValueError(
@@ -124,7 +149,7 @@ def prepare(
   with locked(partial):
     job = _Job(partial, arguments, files)
     first = job.bytes_read
-    encode = Encoder(tokenizer, text_key, bos, vocab_size, job.dtype)
+    encode = Encoder(tokenizer, text_key, bos, vocab_size, job.dtype, skip_bad)
     pieces = pieces_from(files, text_key, job.at)
     with PackingProgress(sum(file.size for file in files), first) as progress:
       for (at, bytes_read), encoded in encode_in_order(pieces, encode, worker_count(workers, files)):
@@ -135,7 +160,9 @@ def prepare(
       output.rmdir()
     os.rename(partial, output)
   (output / JOURNAL_FILE).unlink(missing_ok=True)
-  return Prepared(infos["train"], infos.get("heldout"), progress.tokens_per_second)
+  return Prepared(
+    infos["train"], infos.get("heldout"), progress.tokens_per_second, job.bad["count"], tuple(job.bad["first"])
+  )
 
 
 def _already_there(output: Path, arguments: Mapping[str, Any]) -> Prepared:
@@ -151,9 +178,9 @@ def _already_there(output: Path, arguments: Mapping[str, Any]) -> Prepared:
     raise ValueError(f"{output} is of other text or arguments; remove it or choose another output. {'; '.join(differ)}")
   # Left where a run was cut off between its last two steps.
   (output / JOURNAL_FILE).unlink(missing_ok=True)
-  return Prepared(
-    load_info(output / "train"), load_info(output / "heldout") if arguments["heldout_every"] else None, None
-  )
+  heldout = load_info(output / "heldout") if arguments["heldout_every"] else None
+  bad = made.get("skipped", NOTHING_BAD)
+  return Prepared(load_info(output / "train"), heldout, None, bad["count"], tuple(bad["first"]))
 
 
 def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
@@ -168,12 +195,14 @@ class _Job:
   Attributes:
     dtype: how tokens are stored.
     at, bytes_read: how much of the input its rows and pending tokens hold.
+    bad: how many items of that were skipped, and what was wrong with the first.
   """
 
   def __init__(self, partial: Path, arguments: Mapping[str, Any], files: list[InputFile]):
     self._partial, self._arguments = partial, arguments
     self._files = [dataclasses.astuple(file) for file in files]
-    self.at: Place = (0, 0)
+    self.at: Place = (0, 0, "")
+    self.bad: Mapping[str, Any] = NOTHING_BAD
     self.bytes_read = self._documents = 0
     largest = max(arguments["vocab_size"] - 1, arguments["sequence_length"] + 1)
     self.dtype = "<u2" if largest < 2**16 else "<i4"
@@ -189,14 +218,12 @@ class _Job:
       for name in names
     }
     journal = partial / JOURNAL_FILE
-    if journal.exists():
-      self._resume(journal)
-    else:
+    if not (journal.exists() and self._resume(journal)):
       paths = list(partial.iterdir())
       strangers = sorted({path.name.removesuffix(TEMPORARY) for path in paths} - _OURS)
       if strangers:
         raise ValueError(f"{partial} holds {', '.join(strangers)}, which is not of this program; remove it.")
-      # No file of rows was finished for good, so nothing is lost; arguments may be others now.
+      # Without a journal no file of rows was finished for good, so nothing is lost; arguments may be others now.
       for path in paths:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     for name in names:
@@ -208,6 +235,8 @@ class _Job:
     every = self._arguments["heldout_every"]
     heldout = numbers % every == 0 if every else np.zeros(len(numbers), bool)
     self.at, self.bytes_read, self._documents = at, bytes_read, self._documents + len(numbers)
+    first = [*self.bad["first"], *encoded.bad][:BAD_NAMED]
+    self.bad = {"count": self.bad["count"] + len(encoded.bad), "first": first}
     for name, part in self._parts.items():
       chosen = heldout if name == "heldout" else ~heldout
       part.add(encoded.ids[np.repeat(chosen, encoded.lengths)], encoded.lengths[chosen])
@@ -230,7 +259,9 @@ class _Job:
           f"The {name} part of {arguments['input']}, heldout_every={arguments['heldout_every']}: {error}"
         ) from error
     with into_place(self._partial / SOURCE_FILE) as temporary:
-      temporary.write_text(json.dumps({"arguments": arguments, "files": self._files}, indent=2) + "\n")
+      temporary.write_text(
+        to_json({"arguments": arguments, "files": self._files, "skipped": self.bad}, indent=2) + "\n"
+      )
     return {name: load_info(self._partial / name) for name in self._parts}
 
   def _save(self) -> None:
@@ -240,16 +271,18 @@ class _Job:
       "at": self.at,
       "bytes_read": self.bytes_read,
       "documents": self._documents,
+      "skipped": self.bad,
     }
     arrays = {}
     for name, part in self._parts.items():
       state[name] = {"documents": part.documents, "shards": [dataclasses.asdict(shard) for shard in part.shards]}
       arrays[f"{name}_ids"], arrays[f"{name}_starts"] = part.pending
-    arrays["state"] = np.array(json.dumps(state))
+    arrays["state"] = np.array(to_json(state))
     with into_place(self._partial / JOURNAL_FILE) as temporary, open(temporary, "wb") as file:
       np.savez(file, allow_pickle=False, **arrays)
 
-  def _resume(self, journal: Path) -> None:
+  def _resume(self, journal: Path) -> bool:
+    """Goes on where the journal ends; False, and a line that says why, where the text before that is another now."""
     try:
       with np.load(journal) as saved:
         arrays = {name: saved[name] for name in saved.files}
@@ -257,15 +290,32 @@ class _Job:
     except (ValueError, KeyError, EOFError, OSError, zipfile.BadZipFile) as error:
       raise ValueError(f"{journal} cannot be read: {error}. Remove {self._partial} to start over.") from error
     differ = _differences(state["arguments"], self._arguments)
-    differ += _differences(_described(state["files"]), _described(self._files))
     if differ:
       raise ValueError(
-        f"{self._partial} is half-finished, of other arguments or files; remove it to start over. {'; '.join(differ)}"
+        f"{self._partial} is half-finished, of other arguments; remove it to start over. {'; '.join(differ)}"
       )
-    self.at, self.bytes_read, self._documents = tuple(state["at"]), state["bytes_read"], state["documents"]
+    number, done, digest = (*state["at"], "")[:3]  # older journals have no digest
+    changed = _differences(_described(state["files"]), _described(self._files))
+    if changed and not self._begins_alike(state["files"], (number, done, digest)):
+      print(f"The input has changed, packing starts over: {'; '.join(changed)}", file=sys.stderr, flush=True)
+      return False
+    self.at, self.bytes_read, self._documents = (number, done, digest), state["bytes_read"], state["documents"]
+    self.bad = state.get("skipped", NOTHING_BAD)
     for name, part in self._parts.items():
       shards = [Shard(**shard) for shard in state[name]["shards"]]
       part.restore(state[name]["documents"], shards, arrays[f"{name}_ids"], arrays[f"{name}_starts"])
+    return True
+
+  def _begins_alike(self, files: Sequence[Sequence[Any]], at: Place) -> bool:
+    """Whether all that was read up to a place of files is still there: what comes after it may have changed."""
+    number, done, digest = at
+    if [tuple(file) for file in files[:number]] != self._files[:number]:
+      return False
+    path = files[number][0]
+    if path not in [file[0] for file in self._files[number : number + 1]]:
+      return False
+    items = itertools.chain.from_iterable(piece.items for piece in read_pieces(path, self._arguments["text_key"]))
+    return digest_of(itertools.islice(items, done)) == digest
 
 
 def _described(files: Iterable[Sequence[Any]]) -> dict[str, str]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import importlib.metadata
-import json
 import os
 import platform
 import subprocess
@@ -14,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import jax
+
+from supra_jax.plain_json import to_json
 
 RUNS_FILE = "runs.jsonl"
 PACKAGES = ("supra_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
@@ -51,7 +52,7 @@ def write_run_record(workdir: str | os.PathLike[str], config: Mapping[str, Any])
     "processes": jax.process_count(),
     "flags": {name: os.environ.get(name) for name in FLAGS},
   }
-  line = json.dumps(record) + "\n"
+  line = to_json(record) + "\n"
   path = Path(workdir) / RUNS_FILE
   path.parent.mkdir(parents=True, exist_ok=True)
   with path.open("a") as file:

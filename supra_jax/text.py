@@ -6,6 +6,7 @@ cuts them into lines, `parse` turns those into texts.
 
 from __future__ import annotations
 
+import codecs
 import dataclasses
 import glob
 import gzip
@@ -97,25 +98,32 @@ def read_pieces(path: str, text_key: str = "text", *, skip: int = 0) -> Iterator
     yield Piece(path, first_number + number - len(items), items, bytes_read)
 
 
-def parse(piece: Piece, text_key: str = "text") -> Iterator[tuple[str, str]]:
+def parse(piece: Piece, text_key: str = "text", bad: list[str] | None = None) -> Iterator[tuple[str, str]]:
   """Yields (where it is, text) of each document of a piece; blank lines of JSON are none.
 
+  Args:
+    piece: of a file.
+    text_key: the key of a JSON line, or the column of a parquet file, that holds the text.
+    bad: where it is given, items that are no documents are passed over, and what is wrong with each is added to it.
+
   Raises:
-    ValueError: an item is no document; names file and line or row.
+    ValueError: an item is no document, and `bad` is None; names file and line or row.
   """
   kind = "row" if piece.path.endswith(".parquet") else "line" if piece.path.endswith(LINE_ENDINGS) else ""
   for number, item in enumerate(piece.items, start=piece.first):
     where = f"{piece.path}, {kind} {number}" if kind else piece.path
-    if kind == "line":
-      if item and item.strip():
-        yield where, _json_text(item, text_key, where)
-    elif item is None:
-      raise ValueError(f"{where}: null under {text_key!r}.")
+    if item and kind != "row":
+      item = item.removeprefix(codecs.BOM_UTF8)  # which editors of Windows begin a file with
+    if kind == "line" and not (item and item.strip()):
+      continue
+    try:
+      text = (_json_text if kind == "line" else _plain_text)(item, text_key, where)
+    except ValueError as error:
+      if bad is None:
+        raise
+      bad.append(str(error))
     else:
-      try:
-        yield where, item.decode("utf-8")
-      except UnicodeDecodeError as error:
-        raise ValueError(f"{where}: not UTF-8 text: {error}.") from error
+      yield where, text
 
 
 def read_documents(pattern: str, text_key: str = "text") -> Iterator[str]:
@@ -150,9 +158,18 @@ def documents_in_turns(pattern: str, text_key: str = "text") -> Iterator[str]:
         yield text
 
 
-def _json_text(line: bytes, text_key: str, where: str) -> str:
+def _plain_text(item: bytes | None, text_key: str, where: str) -> str:
+  if item is None:
+    raise ValueError(f"{where}: null under {text_key!r}.")
   try:
-    record = json.loads(line)
+    return item.decode("utf-8")
+  except UnicodeDecodeError as error:
+    raise ValueError(f"{where}: not UTF-8 text: {error}.") from error
+
+
+def _json_text(line: bytes | None, text_key: str, where: str) -> str:
+  try:
+    record = json.loads(line or b"")
   except (ValueError, RecursionError) as error:
     raise ValueError(f"{where}: not JSON: {error}.") from error
   text = record.get(text_key) if isinstance(record, dict) else None

@@ -10,6 +10,8 @@ from typing import Any, Protocol
 import sentencepiece
 import tokenizers
 
+from supra_jax.plain_json import to_json
+
 _SPACE = "▁"  # how SentencePiece writes a space
 # `normalizer_spec { add_dummy_prefix: false }`. Serialised messages that are joined are merged, so this works where the
 # sentencepiece package has no way to switch the prefix off.
@@ -117,7 +119,7 @@ class _PieceDecoder:
       elif kind == "Strip" and fused and step["content"] == " " and step["stop"] == 0:
         self.leading_spaces += step["start"]
       else:
-        raise ValueError(f"tokenizer.json has the decoder {json.dumps(step)}, which is not supported.")
+        raise ValueError(f"tokenizer.json has the decoder {to_json(step)}, which is not supported.")
 
   def replaced(self, token: str) -> str:
     for old, new in self._replacements:

@@ -33,6 +33,7 @@ from supra_jax.checkpoint import (
 from supra_jax.config import ModelConfig
 from supra_jax.metrics import MetricsWriter, Progress, read_metrics
 from supra_jax.picture import plot_losses
+from supra_jax.plain_json import to_json
 from supra_jax.reporter import Reporter
 from supra_jax.run_record import write_run_record
 from supra_jax.sharding import make_mesh, param_shardings, process_shard, put_batch
@@ -137,7 +138,7 @@ def _claim(config: TrainConfig, start: ModelCheckpoint, workdir: Path) -> None:
   values = _described(config, start.config)
   if path.exists():
     stored = json.loads(path.read_text())
-    model = ModelConfig.from_json(json.dumps(stored.pop("model")))
+    model = ModelConfig.from_json(to_json(stored.pop("model")))
     # Read and written again: an option that is newer than the run has its default.
     before, now = _flat(_described(TrainConfig.from_mapping(stored), model)), _flat(values)
     differ = [
@@ -155,7 +156,7 @@ def _claim(config: TrainConfig, start: ModelCheckpoint, workdir: Path) -> None:
         shutil.rmtree(workdir / leftover, ignore_errors=True)
   together("config read")
   if jax.process_index() == 0:
-    path.write_text(json.dumps(values, indent=2) + "\n")
+    path.write_text(to_json(values, indent=2) + "\n")
     write_run_record(workdir, values)
   together("config written")
 

@@ -259,7 +259,7 @@ class Transformer(nn.Module):
   ) -> tuple[Context, DecodeState]:
     """Where each token stands, and the state's counters after the last real one (layers are still to come)."""
     batch, time = tokens_BT.shape
-    step = jnp.broadcast_to(jnp.arange(time), (batch, time))
+    step = jnp.broadcast_to(jnp.arange(time, dtype=jnp.int32), (batch, time))
     cached, position, segment = (
       jnp.full(batch, fresh, jnp.int32) if state is None else getattr(state, name) for name, fresh in _FRESH.items()
     )

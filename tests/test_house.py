@@ -18,8 +18,8 @@ PACKAGES = ("kernels_pallas", "supra_jax", "convert_weights")
 
 # supra_jax, from the ground up. `__init__` is the front door; `bin.*` are the programs, `bin.entry` what they share.
 FLOORS = {
-  "F1": ("config", "sharding", "files"),
-  "F2": ("layers", "feature_maps", "softmax", "attention", "transformer", "adapters", "layer_losses"),
+  "F1": ("plain_json", "progress", "config", "sharding", "files"),
+  "F2": ("layers", "feature_maps", "softmax", "attention", "transformer", "finite", "adapters", "layer_losses"),
   "F3": (
     "params_io",
     "checkpoint",
@@ -55,10 +55,13 @@ OPEN_TO_CONVERTERS = {
     "config",
     "checkpoint",
     "files",
+    "finite",
     "layers",
     "lm",
     "parameter_reader",
     "params_io",
+    "plain_json",
+    "progress",
     "tokenizer",
     "tokenizer_backends",
   )
@@ -158,6 +161,15 @@ def test_reserved_packages(module):
     allowed = RESERVED.get(name.split(".")[0], ".*")
     where = f"{MODULES[module].relative_to(ROOT)}:{line}"
     assert re.fullmatch(allowed, module), f"{where} imports {name}, which is for {allowed}."
+
+
+def test_json_is_written_in_one_place():
+  """Python's json writes NaN and infinities, which JSON does not have; `plain_json.to_json` writes null."""
+  paths = [*MODULES.values(), *(ROOT / "benchmarks").glob("*.py")]
+  for path in set(paths) - {MODULES["supra_jax.plain_json"]}:
+    for node in ast.walk(ast.parse(path.read_text(), str(path))):
+      if isinstance(node, ast.Call) and ast.unparse(node.func) in ("json.dump", "json.dumps"):
+        assert any(word.arg == "allow_nan" for word in node.keywords), f"{path.relative_to(ROOT)}:{node.lineno}"
 
 
 def test_every_import_is_declared():

@@ -35,6 +35,16 @@ def test_kinds_of_file_in_order(tmp_path):
   assert read(tmp_path / "*") == ["één", "two\nlines", ""] * 4 + ["a file\nis a document\n"]
 
 
+def test_a_byte_order_mark_is_no_text(tmp_path):
+  mark = b"\xef\xbb\xbf"
+  lines = mark + b'{"text": "a"}\n' + mark + b"\n" + mark + b'{"text": "b"}\n'
+  (tmp_path / "a.jsonl").write_bytes(lines)
+  (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(lines))
+  (tmp_path / "c.jsonl.zst").write_bytes(zstandard.ZstdCompressor().compress(lines))
+  (tmp_path / "d.txt").write_bytes(mark + b"of Windows")
+  assert read(tmp_path / "*") == ["a", "b"] * 3 + ["of Windows"]
+
+
 def test_text_key(tmp_path):
   (tmp_path / "a.jsonl").write_text('{"body": "x"}\n')
   write_parquet(tmp_path / "b.parquet", ["y"], name="body")

@@ -1,7 +1,6 @@
 """SmolLM2-135M becomes an RNN, from the package that carries it to text that streams: `make demo`."""
 
 import importlib.util
-import json
 from pathlib import Path
 
 from absl import flags
@@ -11,6 +10,7 @@ import supra_jax
 from convert_weights.hf_to_orbax import convert
 from supra_jax.bin.entry import run
 from supra_jax.demo import compare_starts
+from supra_jax.plain_json import to_json
 from supra_jax.train_config import TrainConfig
 
 _CONFIG = config_flags.DEFINE_config_file("config", "configs/demo.py", "The recipe.", lock_config=True)
@@ -44,7 +44,7 @@ def main() -> None:
     print(piece, end="", flush=True)
     text += piece
   report |= {"prompt": _PROMPT.value, "text": text}
-  (workdir / "report.json").write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n")
+  (workdir / "report.json").write_text(to_json(report, indent=2, ensure_ascii=False) + "\n")
   print(f"\n\nLeft in {workdir}: checkpoint, metrics.jsonl, starts.png, report.json; the paper's start in random.")
 
 

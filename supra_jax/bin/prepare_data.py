@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import cast
 
 from absl import flags
 
 from supra_jax.bin.entry import run
-from supra_jax.config import ModelConfig
+from supra_jax.encoding import load_tokenizer
 from supra_jax.packed import Join
 from supra_jax.packing import prepare
-from supra_jax.tokenizer import Tokenizer
 
 _INPUT = flags.DEFINE_string("input", None, ".txt, .jsonl[.gz|.zst], .parquet files; pydoc:topics.", required=True)
 _TOKENIZER = flags.DEFINE_string("tokenizer", None, "Model directory, or its config.json and tokenizer.", required=True)
@@ -21,17 +19,16 @@ _TEXT_KEY = flags.DEFINE_string("text_key", "text", "Key of a JSON line, or colu
 _DOCUMENTS = flags.DEFINE_enum("documents", "join", ["join", "separate"], "Run documents together, or keep them apart.")
 _BOS = flags.DEFINE_bool("bos", False, "Start each document with the begin-of-text id.")
 _HELDOUT = flags.DEFINE_integer("heldout_every", 0, "Hold out every N-th document; 0: none.", lower_bound=0)
+_ON_BAD = flags.DEFINE_enum(
+  "on_bad_document", "stop", ["stop", "skip"], "At a line or row that holds no text: stop there, or skip and count it."
+)
 _WORKERS = flags.DEFINE_integer(
   "workers", None, "Processes that encode; 0 for none. Default: one a core.", lower_bound=0
 )
 
 
 def main() -> None:
-  directory = Path(_TOKENIZER.value)
-  files = {path.name: path.read_bytes() for path in directory.glob("tokenizer*") if path.is_file()}
-  config = ModelConfig.from_json((directory / "config.json").read_text())
-  if (tokenizer := Tokenizer.from_files(files, config)) is None:
-    raise ValueError(f"{directory} has neither a tokenizer.json nor a tokenizer.model.")
+  tokenizer, config = load_tokenizer(_TOKENIZER.value)
   made = prepare(
     _INPUT.value,
     tokenizer,
@@ -42,6 +39,7 @@ def main() -> None:
     documents=cast(Join, _DOCUMENTS.value),
     bos=_BOS.value,
     heldout_every=_HELDOUT.value,
+    skip_bad=_ON_BAD.value == "skip",
     workers=_WORKERS.value,
   )
   for name, info in (("train", made.train), ("heldout", made.heldout)):
@@ -50,6 +48,9 @@ def main() -> None:
         f"{_OUTPUT.value}/{name}: {info.documents:,} documents, {info.tokens:,} tokens in {info.rows:,} rows of "
         f"{info.sequence_length:,}, {info.dropped_tokens:,} dropped."
       )
+  if made.bad:
+    more = f"; and {made.bad - len(made.bad_first):,} more" if made.bad > len(made.bad_first) else ""
+    print(f"{made.bad:,} skipped, which hold no text: {'; '.join(made.bad_first)}{more}")
   speed = made.tokens_per_second
   print("All was packed before." if speed is None else f"{speed:,.0f} tokens/s.")
 

@@ -100,7 +100,7 @@ def test_shards_may_be_links(tmp_path):
   [
     (ml_dtypes.bfloat16, None, jnp.bfloat16),
     (ml_dtypes.bfloat16, "float32", jnp.float32),
-    (np.float16, None, jnp.float16),
+    (np.float16, None, jnp.float32),
     (np.float16, "bfloat16", jnp.bfloat16),
     (np.float32, "bfloat16", jnp.bfloat16),
     (np.float64, None, jnp.float32),
@@ -115,6 +115,18 @@ def test_dtypes(stored, flag, wanted, tmp_path):
   params = load_model(tmp_path / "out").params
   expected = {name: tensor.astype(np.float32).astype(wanted) for name, tensor in tensors.items()}
   check_parameters(params, expected, tied=False)
+
+
+def test_float16_says_what_halves_it(tmp_path, capsys):
+  source = copy_case("mistral_gqa", tmp_path / "source")
+  tensors = {name: tensor.astype(np.float16) for name, tensor in source_tensors("mistral_gqa").items()}
+  save_file(tensors, source / "model.safetensors")
+  convert(source, tmp_path / "out", progress=True)
+  size = sum(tensor.nbytes for tensor in tensors.values())
+  said = capsys.readouterr().err
+  assert f"{2 * size:,} bytes. --dtype=bfloat16 rounds it to half of that, {size:,} bytes." in said
+  convert(source, tmp_path / "half", "bfloat16", progress=True)
+  assert "--dtype" not in capsys.readouterr().err
 
 
 def test_mixed_dtypes_become_the_one_that_holds_all(tmp_path):
