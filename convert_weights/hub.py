@@ -25,7 +25,8 @@ _ID = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(@(?P<revision>[^@:\s]+))?(:(?P<file
 SMALL_FILES = (
   "config.json", "generation_config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json",
   "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "tekken.json", "chat_template.jinja",
-  "chat_template.json", "additional_chat_templates/*.jinja", ADAPTER_CONFIG, "params.json", "README.md",
+  "chat_template.json", "additional_chat_templates/*.jinja", "spiece.model", "sentencepiece.bpe.model", "vocab.txt",
+  "*.tiktoken", ADAPTER_CONFIG, "params.json", "README.md",
 )  # fmt: skip
 # Many models have their weights in several forms; the first of these is taken.
 _WEIGHTS = (
