@@ -67,8 +67,6 @@ def download(source: str) -> tuple[Path, str]:
   except (RevisionNotFoundError, HFValidationError) as error:
     raise ConversionError(f"{source} is no path on this machine, and the hub says: {_last_line(error)}") from error
   except Exception as error:  # of whichever HTTP client this version of huggingface_hub has
-    if _is_refusal(error):
-      raise _not_let_in(source, name) from error
     directory = _cached(source, name, revision, error)
     files = [path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file()]
     weights = wanted_weights(source, files, named["file"])
@@ -134,6 +132,8 @@ def _cached(source: str, name: str, revision: str | None, error: Exception) -> P
     # Which files have to be there is seen later. Asked for none, the cache need not be whole.
     return Path(huggingface_hub.snapshot_download(name, revision=revision, local_files_only=True, allow_patterns=[]))
   except OSError:
+    if _is_refusal(error):
+      raise _not_let_in(source, name) from error
     raise ConversionError(
       f"{source} is no path on this machine, the hub cannot be reached ({_last_line(error)}), and its cache does not "
       "have it."
