@@ -25,7 +25,8 @@ _ID = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(@(?P<revision>[^@:\s]+))?(:(?P<file
 SMALL_FILES = (
   "config.json", "generation_config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json",
   "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "tekken.json", "chat_template.jinja",
-  "chat_template.json", "additional_chat_templates/*.jinja", ADAPTER_CONFIG, "params.json", "README.md",
+  "chat_template.json", "additional_chat_templates/*.jinja", "spiece.model", "sentencepiece.bpe.model", "vocab.txt",
+  "*.tiktoken", ADAPTER_CONFIG, "params.json", "README.md",
 )  # fmt: skip
 # Many models have their weights in several forms; the first of these is taken.
 _WEIGHTS = (
@@ -66,8 +67,6 @@ def download(source: str) -> tuple[Path, str]:
   except (RevisionNotFoundError, HFValidationError) as error:
     raise ConversionError(f"{source} is no path on this machine, and the hub says: {_last_line(error)}") from error
   except Exception as error:  # of whichever HTTP client this version of huggingface_hub has
-    if _is_refusal(error):
-      raise _not_let_in(source, name) from error
     directory = _cached(source, name, revision, error)
     files = [path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file()]
     weights = wanted_weights(source, files, named["file"])
@@ -133,6 +132,8 @@ def _cached(source: str, name: str, revision: str | None, error: Exception) -> P
     # Which files have to be there is seen later. Asked for none, the cache need not be whole.
     return Path(huggingface_hub.snapshot_download(name, revision=revision, local_files_only=True, allow_patterns=[]))
   except OSError:
+    if _is_refusal(error):
+      raise _not_let_in(source, name) from error
     raise ConversionError(
       f"{source} is no path on this machine, the hub cannot be reached ({_last_line(error)}), and its cache does not "
       "have it."

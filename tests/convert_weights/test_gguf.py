@@ -13,7 +13,6 @@ from tiny_checkpoints import (
   HEADS,
   KV_HEADS,
   copy_case,
-  flatten,
   leaf,
   permute,
   source_tensors,
@@ -256,7 +255,7 @@ def test_a_config_json_of_the_hub_beside_it(tmp_path):
   (tmp_path / "model").mkdir()
   path = write_gguf(tmp_path / "model" / "a.gguf")
   (tmp_path / "model" / "config.json").write_text('{"model_type": "llama"}')
-  assert converted(tmp_path / "model", tmp_path).source["files"][0]["name"] == path.name
+  assert open_source(tmp_path / "model").weight_files == [path]
 
 
 @pytest.mark.parametrize("given", ["", "m-00001-of-00003.gguf", "m-00002-of-00003.gguf"])
@@ -264,14 +263,12 @@ def test_parts(tmp_path, given):
   whole = with_vocabulary(tmp_path / "m.gguf", TOKENS)
   (tmp_path / "model").mkdir()
   parts = split_gguf(whole, tmp_path / "model" / "m", 3)
-  convert(whole, tmp_path / "whole")
-  got, want = converted(tmp_path / "model" / given, tmp_path), load_model(tmp_path / "whole")
+  got, want = open_source(tmp_path / "model" / given), open_source(whole)
   assert got.config == want.config and got.tokenizer_files == want.tokenizer_files
-  assert [file["name"] for file in got.source["files"]] == [part.name for part in parts]
-  got, want = dict(flatten(got.params)), dict(flatten(want.params))
-  assert got.keys() == want.keys()
-  for name, array in want.items():
-    np.testing.assert_array_equal(got[name], array, strict=True, err_msg=name)
+  assert list(got.weight_files) == parts
+  for ours, theirs in zip(got.leaves, want.leaves, strict=True):
+    assert ours.path == theirs.path
+    np.testing.assert_array_equal(ours.read(), theirs.read(), strict=True, err_msg=str(ours.path))
 
 
 def test_parts_that_do_not_fit(tmp_path):

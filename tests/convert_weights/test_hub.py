@@ -233,8 +233,8 @@ def test_small_files():
   wanted = [
     "README.md", "adapter_config.json", "added_tokens.json", "additional_chat_templates/tool_use.jinja",
     "chat_template.jinja", "chat_template.json", "config.json", "generation_config.json", "merges.txt", "params.json",
-    "special_tokens_map.json", "tekken.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json",
-    "vocab.json",
+    "qwen.tiktoken", "sentencepiece.bpe.model", "special_tokens_map.json", "spiece.model", "tekken.json",
+    "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt",
   ]  # fmt: skip
   assert (
     sorted(wanted_small_files([*wanted, "original/params.json", "onnx/config.json", "x.json", "a.jinja"])) == wanted

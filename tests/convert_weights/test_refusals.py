@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 from tiny_checkpoints import change_config, copy_case
-from tokenizers import Tokenizer, models
+from tokenizers import Tokenizer, decoders, models
 
 from convert_weights.errors import MAX_LISTED, ConversionError
 from convert_weights.hf_to_orbax import convert
@@ -342,3 +342,14 @@ def test_the_form_of_meta_and_mistral(source, tmp_path, name):
       assert "\n" not in said and "config.json and model*.safetensors" in said
     if with_config:
       (source / "config.json").unlink()
+
+
+def test_a_broken_tokenizer_gives_way_to_another(source, tmp_path):
+  """Which `--tokenizer` names: what is replaced is not looked at."""
+  (source / "tokenizer.json").write_text("{")
+  (tmp_path / "other").mkdir()
+  other = Tokenizer(models.BPE({"a": 0}, []))
+  other.decoder = decoders.ByteLevel()
+  other.save(str(tmp_path / "other" / "tokenizer.json"))
+  assert open_source(source, tmp_path / "other").tokenizer_files.keys() == {"tokenizer.json"}
+  refuse(source, tmp_path, "tokenizer")
