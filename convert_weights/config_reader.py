@@ -68,8 +68,8 @@ class ConfigReader:
       self.refuse(key, "wanted true or false")
     return value is True
 
-  def only(self, key: str, *allowed: Any) -> None:
-    value = self.values.get(key)
+  def only(self, key: str, first: Any, *others: Any) -> None:
+    value, allowed = self.values.get(key), (first, *others)
     if value is not None and value not in allowed:
       self.refuse(key, f"only {' or '.join(map(repr, allowed))} is supported")
 

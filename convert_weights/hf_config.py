@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -68,19 +69,21 @@ _TRANSLATED = {
   "tie_word_embeddings", "rope_theta", "rope_scaling", "rope_parameters", "attention_bias", "mlp_bias",
   "sliding_window", "layer_types", "bos_token_id", "eos_token_id", "pretraining_tp", "partial_rotary_factor",
 }  # fmt: skip
-# Keys that public Llama and Mistral checkpoints carry and that leave the forward pass alone.
+# Keys that public checkpoints carry and that transformers' own classes leave alone, in all families: of tools that made
+# the checkpoint, of training, of generation, of classifiers, and dual_chunk_attention_config, which vLLM reads alone.
 _HARMLESS = {
   "_attn_implementation", "_attn_implementation_autoset", "_flash_attn_2_enabled", "_name_or_path",
   "attention_dropout", "attention_probs_dropout_prob", "attn_implementation", "attn_pdrop", "chunk_size_feed_forward",
-  "decoder_start_token_id", "diversity_penalty", "do_sample", "dtype", "early_stopping", "embd_pdrop",
-  "encoder_no_repeat_ngram_size", "finetuning_task", "forced_bos_token_id", "forced_eos_token_id", "hidden_dropout",
-  "hidden_dropout_prob", "id2label", "initializer_range", "is_llama_config", "label2id", "length_penalty",
-  "max_length", "max_sequence_length", "min_length", "model_max_length", "neftune_noise_alpha",
-  "no_repeat_ngram_size", "num_beam_groups", "num_beams", "num_return_sequences", "output_attentions",
-  "output_hidden_states", "output_scores", "pad_token_id", "problem_type", "repetition_penalty", "resid_pdrop",
-  "return_dict", "return_dict_in_generate", "sep_token_id", "suppress_tokens", "task_specific_params", "temperature",
+  "decoder_start_token_id", "diversity_penalty", "do_sample", "dtype", "dual_chunk_attention_config",
+  "early_stopping", "embd_pdrop", "encoder_no_repeat_ngram_size", "finetuning_task", "forced_bos_token_id",
+  "forced_eos_token_id", "gradient_checkpointing", "hidden_dropout", "hidden_dropout_prob", "id2label",
+  "initializer_range", "is_llama_config", "label2id", "length_penalty", "max_length", "max_sequence_length",
+  "mergekit_version", "min_length", "model_max_length", "neftune_noise_alpha", "no_repeat_ngram_size",
+  "num_beam_groups", "num_beams", "num_labels", "num_return_sequences", "output_attentions", "output_hidden_states",
+  "output_scores", "pad_token_id", "problem_type", "repetition_penalty", "resid_pdrop", "return_dict",
+  "return_dict_in_generate", "sep_token_id", "suppress_tokens", "task_specific_params", "temperature",
   "tokenizer_class", "top_k", "top_p", "torch_dtype", "transformers.js_config", "transformers_version", "typical_p",
-  "unk_token_id", "unsloth_fixed", "unsloth_version", "use_cache",
+  "unk_token_id", "unsloth_fixed", "unsloth_version", "use_cache", "use_sdpa",
 }  # fmt: skip
 # What only some families look at.
 _WINDOW_KEYS = {"use_sliding_window", "max_window_layers"}
@@ -116,6 +119,7 @@ def model_config(config: Mapping[str, Any], generation: Mapping[str, Any], where
       reader.refuse("hidden_size", f"not divisible by num_attention_heads={num_heads}, and head_dim is not given")
   kv_default = family.num_kv_heads if "num_key_value_heads" not in config else None
   num_layers = reader.layers("num_hidden_layers")
+  max_positions = reader.number("max_position_embeddings", int, None)
   translated = {
     "vocab_size": vocab_size,
     "hidden_size": hidden_size,
@@ -125,11 +129,11 @@ def model_config(config: Mapping[str, Any], generation: Mapping[str, Any], where
     "head_dim": reader.number("head_dim", int, head_dim),
     "mixers": ("softmax",) * num_layers,
     "norm_eps": reader.number("rms_norm_eps", float, _DEFAULT_NORM_EPS),
-    "sliding_window": _sliding_window(reader, family, num_layers),
+    "sliding_window": _sliding_window(reader, family, num_layers, max_positions),
     "qk_norm": family.qk_norm,
     "tie_embeddings": reader.flag("tie_word_embeddings"),
     **_biases(reader, family),
-    "max_positions": reader.number("max_position_embeddings", int, None),
+    "max_positions": max_positions,
   }
   rope = rope_config(reader)
   generation_reader = ConfigReader(generation)
@@ -155,12 +159,18 @@ def _biases(reader: ConfigReader, family: Family) -> dict[str, bool]:
   return {name: reader.flag(bias) if isinstance(bias, str) else bias for name, bias in biases.items()}
 
 
-def _sliding_window(reader: ConfigReader, family: Family, num_layers: int) -> int | None:
+def _sliding_window(reader: ConfigReader, family: Family, num_layers: int, max_positions: int | None) -> int | None:
   """The one window of all layers, or None."""
   values, first = reader.values, 0
   window = reader.number("sliding_window", int, None if "sliding_window" in values else family.sliding_window)
   if family.windows == "none":
-    reader.only("sliding_window")
+    # transformers' attention passes over it, but its cache drops what lies further back: a text read token by token has
+    # other logits than one read at once, unless the window holds all positions.
+    if window is not None and window < (max_positions or math.inf):
+      reader.refuse(
+        "sliding_window", "only null, or a window no shorter than max_position_embeddings, is supported in this family"
+      )
+    window = None
   elif family.windows == "some":
     window = window if reader.flag("use_sliding_window") else None
     first = values.get("max_window_layers", _DEFAULT_MAX_WINDOW_LAYERS)

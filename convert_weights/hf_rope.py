@@ -24,6 +24,8 @@ _OPTIONAL: Mapping[str, set[str]] = {
     "truncate",
   },
 }  # fmt: skip
+# What vLLM reads (attn_factor), and a note of who made the checkpoint; transformers passes over both.
+_HARMLESS = {"attn_factor", "finetuned"}
 _REFUSED = {
   "dynamic": "its frequencies depend on the length of the whole text, so that cutting it would change results",
   "longrope": "its frequencies change once a text is long, so that cutting it would change results",
@@ -79,7 +81,7 @@ def _scaling(inner: ConfigReader, max_positions: Any) -> list[RopeConfig]:
     inner.refuse(name, reason or f"only {' or '.join(_NEEDED)} is supported")
     return []
   needed, optional = _NEEDED[kind], _OPTIONAL.get(kind, set())
-  inner.unknown_keys({"rope_type", "type", "rope_theta", "partial_rotary_factor"} | needed | optional)
+  inner.unknown_keys({"rope_type", "type", "rope_theta", "partial_rotary_factor"} | needed | optional | _HARMLESS)
   for key in sorted(needed):
     if section.get(key) is None:
       inner.refuse(key, f"missing, {kind} scaling needs it")

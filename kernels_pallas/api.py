@@ -270,8 +270,8 @@ def _check_operands(q: jax.Array, k: jax.Array, v: jax.Array, slopes: jax.Array,
       raise ValueError(f"{name} has {x.shape[-2]} heads, wanted a divisor of q's {num_heads}")
   _check("slopes", slopes, "[H]", (num_heads,), jnp.floating)
   if not isinstance(slopes, jax.core.Tracer):
-    values = np.asarray(slopes, np.float32)
-    if not (np.isfinite(values) & (values >= 0)).all():
+    values = np.asarray(slopes, np.float64)
+    if not ((values >= 0) & (values <= np.finfo(np.float32).max)).all():
       raise ValueError(
         f"slopes are {np.asarray(slopes)}, wanted all finite and none below 0: gamma = exp(-slope) must not exceed 1"
       )

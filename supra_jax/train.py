@@ -147,8 +147,11 @@ def _claim(config: TrainConfig, start: ModelCheckpoint, workdir: Path) -> None:
       if before.get(name) != now.get(name) and name not in MAY_CHANGE_ON_RESUME
     ]
     if differ and (workdir / METRICS_FILE).exists():
+      trained = workdir / "checkpoint"
+      further = f" To train its model further, there: --config.init_checkpoint={trained}." if trained.exists() else ""
       raise ValueError(
-        f"{workdir} belongs to a run with another config or model; choose another workdir. " + "; ".join(differ)
+        f"{workdir} belongs to a run with another config or model; choose another workdir.{further} "
+        + "; ".join(differ)
       )
     if differ and jax.process_index() == 0:
       # The run before never began, for bad input perhaps; rows packed for it are of no use to this one.

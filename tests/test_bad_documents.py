@@ -14,7 +14,7 @@ from tests.test_packing import OPTIONS, ROOT, contents, prepare, small_pieces, t
 
 
 @pytest.mark.parametrize("change", ["mended", "appended", "earlier line", "earlier file", "absent"])
-def test_a_bad_line_is_mended(self, change, tmp_path, text, small_pieces, monkeypatch, capsys):
+def test_a_bad_line_is_mended(change, tmp_path, text, small_pieces, monkeypatch, capsys):
   """What was packed before it stays, unless that has changed too."""
   file = text.with_name("2.jsonl")
   good = file.read_bytes()
@@ -33,7 +33,7 @@ def test_a_bad_line_is_mended(self, change, tmp_path, text, small_pieces, monkey
     file.unlink()
   taken = []
   take = packing._Job.take
-  monkeypatch.setattr(packing._Job, "take", lambda self, *args: taken.append(args) or take(self, *args))
+  monkeypatch.setattr(packing._Job, "take", lambda self, *args: taken.append(args) or take(*args))
   prepare(text, tmp_path / "out", **OPTIONS)
   pieces = len(taken)
   prepare(text, tmp_path / "whole", **OPTIONS)
@@ -44,7 +44,7 @@ def test_a_bad_line_is_mended(self, change, tmp_path, text, small_pieces, monkey
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_bad_lines_are_skipped_and_counted(self, workers, tmp_path, text, small_pieces, monkeypatch):
+def test_bad_lines_are_skipped_and_counted(workers, tmp_path, text, small_pieces, monkeypatch):
   write_lines(text.with_name("9.jsonl"), ["of one file more"])
   prepare(text, tmp_path / "good", **OPTIONS)
   kept = {path: path.read_bytes() for path in text.parent.iterdir()}
@@ -64,7 +64,7 @@ def test_bad_lines_are_skipped_and_counted(self, workers, tmp_path, text, small_
   assert (again.bad, again.bad_first, again.tokens_per_second) == (made.bad, made.bad_first, None)
 
 
-def test_a_count_of_bad_lines_outlives_a_kill(self, tmp_path, text, small_pieces, monkeypatch):
+def test_a_count_of_bad_lines_outlives_a_kill(tmp_path, text, small_pieces, monkeypatch):
   file = text.with_name("0.jsonl")
   file.write_bytes(b"[]\n" * 7 + file.read_bytes())
   saved = packing._Job._save
@@ -96,6 +96,6 @@ def test_a_tokenizer_of_another_kind_of_model(tmp_path):
   (tmp_path / "tokenizer.json").write_bytes(tiny.tokenizer_json())
   (tmp_path / "config.json").write_text('{"architectures": ["LlamaForCausalLM"]}')
   with pytest.raises(
-    ValueError, match=r"config\.json is no config of a supra_jax model\. Convert .* hf_to_orbax --source"
+    ValueError, match=r"config\.json is no config of a supra_jax model\. Convert .*hf_to_orbax --source"
   ):
     encoding.load_tokenizer(tmp_path)

@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import math
 
 import pytest
 
@@ -130,7 +131,7 @@ def test_what_is_no_object_is_refused(text):
     ({"vocab_size": 0}, r"vocab_size=0.*positive"),
     ({"hidden_size": -1}, r"hidden_size=-1.*positive"),
     ({"value_head_dim": 0}, r"value_width=0.*positive"),
-    ({"norm_eps": float("nan")}, r"norm_eps=nan.*positive"),
+    ({"norm_eps": float("nan")}, r"norm_eps=nan.*positive|norm_eps: wanted a finite number, got nan"),
     ({"sliding_window": 0}, r"sliding_window=0.*positive"),
     ({"num_kv_heads": 4}, r"num_kv_heads=4 does not divide num_heads=6"),
     ({"head_dim": 7}, r"head_dim=7 is odd"),
@@ -155,6 +156,10 @@ def test_invalid_values_are_named(changes, message):
     (lambda: SupraConfig(window=0), r"SupraConfig.window=0.*positive"),
     (lambda: SupraConfig(sinks=-1), r"SupraConfig.sinks=-1.*0 or more"),
     (lambda: SupraConfig(decay_start=0.0), r"SupraConfig.decay_start=0.0.*positive"),
+    (lambda: SupraConfig(decay_start=math.inf), r"SupraConfig.decay_start=inf.*positive finite number"),
+    (lambda: SupraConfig(decay_start=math.nan), r"SupraConfig.decay_start=nan.*positive finite number"),
+    (lambda: SupraConfig(decay_start=1e39), r"SupraConfig.decay_start=1e\+39: wanted a slope that float32 can hold"),
+    (lambda: RopeConfig(base=math.inf), r"RopeConfig.base=inf.*positive finite number"),
     (lambda: RopeConfig(base=0.0), r"RopeConfig.base=0.0.*positive"),
     (lambda: RopeConfig(scaling="ntk"), r"RopeConfig.scaling='ntk'.*'llama3'"),
     (lambda: RopeConfig(factor=-2.0), r"RopeConfig.factor=-2.0.*positive"),
@@ -166,6 +171,13 @@ def test_invalid_values_are_named(changes, message):
 def test_invalid_parts_are_named(make, message):
   with pytest.raises(ValueError, match=message):
     make()
+
+
+@pytest.mark.parametrize("text", ["NaN", "Infinity", "-Infinity", "1e999"])
+def test_numbers_that_are_not_finite_are_named(text):
+  given = json.dumps(_changed("supra.decay_start", 0.5)).replace("0.5", text)
+  with pytest.raises(ValueError, match=r"supra: decay_start: wanted a finite number, got (nan|-?inf)"):
+    ModelConfig.from_json(given)
 
 
 def test_configs_are_frozen():

@@ -43,7 +43,7 @@ FLOORS = {
     "linearize",
   ),
   "F4": ("generate", "lm", "evaluate", "train_config", "train_step", "train_setup", "plan", "reporter", "train"),
-  "F5": ("__init__", "demo", "bin.entry", "bin.*"),
+  "F5": ("__init__", "demo", "bin.options", "bin.entry", "bin.*"),
 }
 ORDER = [f"supra_jax.{name}" for floor in FLOORS.values() for name in floor]
 

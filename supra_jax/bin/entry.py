@@ -8,6 +8,8 @@ from collections.abc import Callable
 
 from absl import app, flags, logging
 
+from supra_jax.bin.options import unknown_option
+
 
 def run(main: Callable[[], None]) -> None:
   """Parses flags and calls `main`.
@@ -41,5 +43,5 @@ def _parse_flags(argv: list[str]) -> list[str]:
     cause: object = error
     while isinstance(cause, BaseException) and not isinstance(cause, OSError) and cause.args:
       cause = cause.args[0]
-    print(f"error: {cause}", file=sys.stderr)
+    print(f"error: {unknown_option(argv) or cause}", file=sys.stderr)
     sys.exit(1)

@@ -134,3 +134,69 @@ def test_refused_configs(model_type, settings, fragment):
   with pytest.raises(ConversionError) as caught:
     config_of(model_type, **settings)
   assert fragment in str(caught.value)
+
+
+# Found in public checkpoints, and passed over by transformers' own classes.
+HARMLESS = {
+  "dual_chunk_attention_config": {"chunk_size": 8, "local_size": 4, "original_max_position_embeddings": 8},
+  "gradient_checkpointing": True,
+  "mergekit_version": "0.1",
+  "num_labels": 1,
+  "use_sdpa": True,
+}
+ATTN_FACTOR = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "attn_factor": 0.878}
+OLDER_YARN = {"type": "yarn", "factor": 16.0, "original_max_position_embeddings": 8, "finetuned": True}
+
+
+def saved(directory, model_type, **settings):
+  """A model with other logits for any other attention; its config.json says `settings`, and transformers reads it."""
+  import torch
+  import transformers
+
+  config = transformers.AutoConfig.for_model(model_type, **SIZES)
+  torch.manual_seed(0)
+  model = transformers.AutoModelForCausalLM.from_config(config)
+  with torch.no_grad():
+    for parameter in model.parameters():
+      parameter.add_(0.3 * torch.randn_like(parameter)) if parameter.ndim == 1 else parameter.mul_(5)
+  model.save_pretrained(directory)
+  values = json.loads((directory / "config.json").read_text()) | settings
+  (directory / "config.json").write_text(json.dumps(values))
+  return transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+
+
+@pytest.mark.parametrize(
+  "model_type, rope",
+  [("llama", OLDER_YARN), ("mistral", None), ("qwen2", None), ("qwen3", ATTN_FACTOR)],
+)
+@pytest.mark.usefixtures("quick_compilation")
+def test_keys_that_transformers_passes_over(tmp_path, model_type, rope):
+  torch = pytest.importorskip("torch")
+  older = {"rope_parameters": None, "rope_theta": 1e4, "rope_scaling": rope} if rope else {}
+  model = saved(tmp_path, model_type, **HARMLESS, **older)
+  with torch.no_grad():
+    want = model(torch.from_numpy(TOKENS)).logits.numpy()
+  np.testing.assert_allclose(read(tmp_path)(TOKENS)[0], want, atol=1e-4)
+
+
+@pytest.mark.usefixtures("quick_compilation")
+def test_sliding_window_of_a_llama(tmp_path):
+  """transformers' attention passes over it, and its cache does not: only a window that holds all is one model."""
+  torch = pytest.importorskip("torch")
+
+  def in_two_ways(model):
+    tokens, pieces, past = torch.from_numpy(TOKENS), [], None
+    with torch.no_grad():
+      for at in range(TOKENS.shape[1]):
+        out = model(tokens[:, at : at + 1], past_key_values=past, use_cache=True)
+        past = out.past_key_values
+        pieces.append(out.logits.numpy())
+      return model(tokens, use_cache=False).logits.numpy(), np.concatenate(pieces, 1)
+
+  at_once, by_token = in_two_ways(saved(tmp_path / "64", "llama", sliding_window=64))
+  np.testing.assert_allclose(by_token, at_once, atol=1e-4)
+  np.testing.assert_allclose(read(tmp_path / "64")(TOKENS)[0], at_once, atol=1e-4)
+  at_once, by_token = in_two_ways(saved(tmp_path / "8", "llama", sliding_window=8))
+  assert np.abs(at_once - by_token).max() > 0.1
+  with pytest.raises(ConversionError, match=r"sliding_window=8: only null, or a window no shorter than max_position"):
+    read(tmp_path / "8")
