@@ -189,6 +189,15 @@ def read_all(directory):
   return logits, kept.said
 
 
+def encode_all(directory):
+  """{tokenizer: ids of each text}."""
+  texts = json.loads((directory / "texts.json").read_text())
+  return {
+    path.name: list(transformers.AutoTokenizer.from_pretrained(path)(texts)["input_ids"])
+    for path in sorted((directory / "exported").iterdir())
+  }
+
+
 def main(directory):
   logits, warnings = read_all(directory)
   failed, saved = {}, {}
@@ -201,6 +210,7 @@ def main(directory):
       failed[name] = traceback.format_exc()
   np.savez(directory / "logits.npz", **logits)
   said = {"version": transformers.__version__, "warnings": warnings, "failed": failed, "saved": saved}
+  said["ids"] = encode_all(directory / "tokenizers")
   (directory / "said.json").write_text(json.dumps(said, default=str))
 
 

@@ -16,16 +16,19 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 import peers  # noqa: E402
+import tokenizer_kinds  # noqa: E402
 from safetensors.numpy import load_file  # noqa: E402
 
 import supra_jax  # noqa: E402
 from convert_weights import hf_export, hf_to_orbax, names  # noqa: E402
 from convert_weights.orbax_to_hf import convert  # noqa: E402
+from convert_weights.tokenizer_probe import hard_texts  # noqa: E402
 from supra_jax.checkpoint import load_model, save_model  # noqa: E402
 from supra_jax.config import RopeConfig, SupraConfig, tiny  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
+TEXTS = ("Hello there", "<|im_start|>hi<|im_end|> yo", *hard_texts()[::20])
 # Made by the Makefile; beside the same torch.
 TRANSFORMERS_4 = Path(sys.prefix) / "transformers-4"
 
@@ -78,13 +81,20 @@ def directory(tmp_path_factory, random_params):
   for name, (family, config) in OTHERS.items():
     copy = shutil.copytree(directory / family / "hf", directory / name / "hf")
     (copy / "config.json").write_text(json.dumps({**hf_export.export(config).config, "dtype": "float32"}))
+  tokenizer_kinds.write(directory / "tokenizers", texts_json=json.dumps(TEXTS))
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(directory / "modules"))
     yield directory
 
 
 @pytest.fixture(scope="module")
-def child(directory):
+def tokenizers(directory):
+  """By name, those that the exports in `tokenizers` were made of."""
+  return tokenizer_kinds.exports(directory / "tokenizers")
+
+
+@pytest.fixture(scope="module")
+def child(directory, tokenizers):
   """The process of transformers 4; None where that is not installed."""
   if not TRANSFORMERS_4.exists():
     yield None
@@ -151,6 +161,10 @@ def test_transformers_4_reads_all_alike(now, before):
   for name, logits in now[0].items():
     assert_close(before[0][name], logits)
   assert now[1] == before[1]["warnings"] == []
+
+
+def test_transformers_4_encodes_alike(before, tokenizers):
+  assert before[1]["ids"] == {name: [ours.encode(text) for text in TEXTS] for name, ours in tokenizers.items()}
 
 
 @pytest.mark.parametrize("tool", [name for name in peers.TOOLS if name != "compiled"])

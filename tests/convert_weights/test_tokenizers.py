@@ -1,14 +1,12 @@
 """Tokenizers as people's checkpoints have them: the converted ones give transformers' ids, and so do exports."""
 
 import base64
-import io
 import json
-from pydoc_data.topics import topics
 
 import numpy as np
 import pytest
-import sentencepiece
-from tokenizers import AddedToken, Tokenizer
+from tokenizer_kinds import CONFIG, TEXT, exports, sentencepiece_model, write
+from tokenizers import AddedToken
 
 from convert_weights import tokenizer_vocabularies
 from convert_weights.byte_level import byte_level_bpe
@@ -22,19 +20,7 @@ from supra_jax.generate import Sampling, generate_tokens
 from supra_jax.tokenizer_backends import BYTE_OF, SentencePieceBackend
 from tests.tiny import byte_bpe
 
-CONFIG = tiny().replace(vocab_size=10_000, bos_token_id=None, eos_token_ids=())
-TEXT = [line for name in sorted(topics)[:30] for line in topics[name].split("\n") if line.strip()]
 MARKED = ("<|im_start|>hi<|im_end|> yo", "a <|im_end|>  b", "<s>hi</s> yo", "a</s>b")
-
-
-def sentencepiece_model(**how):
-  written = io.BytesIO()
-  sentencepiece.SentencePieceTrainer.train(
-    sentence_iterator=iter(TEXT), model_writer=written, vocab_size=600, byte_fallback=True, character_coverage=0.9995,
-    unk_id=0, bos_id=1, eos_id=2, pad_id=-1, minloglevel=2,
-    **{"model_type": "bpe", "normalization_rule_name": "identity", "remove_extra_whitespaces": False} | how,
-  )  # fmt: skip
-  return written.getvalue()
 
 
 @pytest.fixture(scope="module")
@@ -45,15 +31,6 @@ def model():
 @pytest.fixture(scope="module")
 def bpe():
   return json.loads(byte_bpe(TEXT, 512))["model"]
-
-
-def write(directory, **files):
-  directory.mkdir(exist_ok=True)
-  for name, contents in files.items():
-    stem, _, ending = name.rpartition("_")
-    contents = json.dumps(contents) if isinstance(contents, dict) else contents
-    (directory / f"{stem}.{ending}").write_bytes(contents.encode() if isinstance(contents, str) else contents)
-  return directory
 
 
 def read(directory):
@@ -266,32 +243,22 @@ def test_chat_templates(bpe, tmp_path):
   assert template() == {"default": "{{ messages }}\n", "tool_use": "tools"}
 
 
-def test_exports_say_begin_of_text_themselves(model, tmp_path):
-  """As ours does, in the file that all releases read, whatever the class and the flags were."""
-  files = tokenizer_files(write(tmp_path / "a", tokenizer_model=model))
-  ours = tokenizer.Tokenizer.from_files(files, CONFIG)
-  byte_level = {"tokenizer.json": byte_bpe(TEXT, 512)}
-  flags = {"tokenizer_class": "LlamaTokenizerFast", "bos_token": "<|endoftext|>", "extra_special_tokens": ["<|x|>"]}
-  cases = [(files, ours)]
-  for add in (True, False):
-    files = byte_level | {"tokenizer_config.json": json.dumps(flags | {"add_bos_token": add}).encode()}
-    cases.append((files, tokenizer.Tokenizer.from_files(files, CONFIG)))
-  # A model directory of before conversion made a tokenizer.json.
-  files = {"tokenizer.model": model}
-  cases.append((files, tokenizer.Tokenizer.from_files(files, CONFIG)))
-  for i, (files, ours) in enumerate(cases):
-    written = exported_tokenizer(files, ours)
-    out = write(tmp_path / str(i), config_json={"model_type": "llama"})
-    for name, contents in written.items():
-      (out / name).write_bytes(contents)
-    settings = json.loads(written["tokenizer_config.json"])
+def test_exports_give_our_ids(tmp_path):
+  """Whatever the class and the flags were; `test_peers.py` has older releases."""
+  for name, ours in exports(tmp_path).items():
+    directory = tmp_path / "exported" / name
+    settings = json.loads((directory / "tokenizer_config.json").read_text())
     assert settings["tokenizer_class"] == "PreTrainedTokenizerFast"
     assert settings.get("additional_special_tokens", ["<|x|>"]) == ["<|x|>"]
-    texts = ("Hello there", *hard_texts()[:100])
-    assert [Tokenizer.from_str(written["tokenizer.json"].decode()).encode(text).ids for text in texts] == [
-      ours.encode(text) for text in texts
-    ]
-    assert transformers_ids(out, texts) == [ours.encode(text) for text in texts]
+    texts = ("Hello there", *MARKED[:2], *hard_texts()[:100])
+    assert transformers_ids(directory, texts) == [ours.encode(text) for text in texts], name
+
+
+def test_an_export_that_would_give_other_ids_is_refused(bpe):
+  files = {"tokenizer.json": byte_bpe(TEXT, 512)}
+  other = tokenizer.Tokenizer.from_files({"tokenizer.json": byte_bpe(TEXT, 400)}, CONFIG)
+  with pytest.raises(ConversionError, match=r"The tokenizer.json to write gives"):
+    exported_tokenizer(files, other)
 
 
 @pytest.mark.parametrize(
