@@ -14,7 +14,6 @@ from convert_weights.model_card import stated_license
 from convert_weights.open_source import open_source
 from convert_weights.orbax_to_hf import convert
 from supra_jax.linearize import linearize_checkpoint
-from tests.tiny import write_checkpoint
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 STATED = {"license": "other", "license_name": "ours", "license_link": "LICENSE"}
@@ -81,8 +80,8 @@ def test_a_model_of_the_hub_that_was_trained(linearized, tmp_path):
   assert re.search(r"- [\d,]+ parameters, bfloat16\.", card.text)
 
 
-def test_nothing_is_known(tmp_path):
-  checkpoint = write_checkpoint(tmp_path / "orbax", "softmax")
+def test_nothing_is_known(linearized, tmp_path):
+  checkpoint = shutil.copytree(linearized.parent / "orbax", tmp_path / "orbax")
   (checkpoint / "source.json").write_text("{}")
   card = card_of(checkpoint, tmp_path / "out")
   assert card.data.to_dict() == {"library_name": "transformers", "pipeline_tag": "text-generation"}
