@@ -76,7 +76,7 @@ def _family_config(config: ModelConfig, model_type: str, family: hf_config.Famil
     "head_dim": config.head_dim,
     "hidden_act": "silu",
     "rms_norm_eps": config.norm_eps,
-    **_rope(config.rope),
+    **rope_keys(config.rope),
     "tie_word_embeddings": config.tie_embeddings,
     "bos_token_id": config.bos_token_id,
     "eos_token_id": one_or_many(config.eos_token_ids),
@@ -97,7 +97,7 @@ def _family_config(config: ModelConfig, model_type: str, family: hf_config.Famil
   return values
 
 
-def _rope(rope: RopeConfig) -> dict[str, Any]:
+def rope_keys(rope: RopeConfig) -> dict[str, Any]:
   """RoPE in both spellings: transformers 4 reads rope_theta and rope_scaling alone, and knows no rope_parameters."""
   kind = "default" if rope.scaling == "none" else rope.scaling
   scaling: dict[str, Any] = {"rope_type": kind}

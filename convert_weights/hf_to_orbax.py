@@ -149,7 +149,7 @@ def main() -> None:
 
 if __name__ == "__main__":
   _SOURCE = flags.DEFINE_string(
-    "source", None, "A directory, a weights file, or owner/name[@revision] on the hub.", required=True
+    "source", None, "A directory, a weights file, or owner/name[@revision][:FILE] on the hub.", required=True
   )
   _OUTPUT = flags.DEFINE_string("output", None, "Model directory to write; must not exist yet.", required=True)
   _DTYPE = flags.DEFINE_enum("dtype", None, list(DTYPES), "Type of the parameters; unset keeps the source's.")

@@ -62,7 +62,7 @@ def compare(source: str | os.PathLike[str], checkpoint: str | os.PathLike[str], 
     ConversionError: there is nothing to run the source with, or transformers does not run it; the two are not of one
       size; logits are not finite.
   """
-  opened = open_source(source)
+  opened = open_source(source, own_tokenizer=False)
   if opened.kind not in _RUNNERS:
     raise ConversionError(f"{source}: transformers has no model for a source of the kind {opened.kind!r}.")
   tokens, ours = _run_checkpoint(checkpoint, text)
@@ -159,11 +159,15 @@ def _load_gguf(source: Source) -> Any:
   path, *more = source.weight_files
   if more:
     raise ValueError("it reads no GGUF in several parts.")
-  model = transformers.AutoModelForCausalLM.from_pretrained(
-    str(path.parent), gguf_file=path.name, dtype=torch.float32, local_files_only=True
-  )
+  how = {"gguf_file": path.name, "local_files_only": True}
+  config = transformers.AutoConfig.from_pretrained(str(path.parent), **how)
+  # What transformers passes over in these files.
+  config.head_dim = source.config.head_dim
+  if source.config.rope.scaling in ("linear", "yarn"):
+    config.rope_parameters = hf_export.rope_keys(source.config.rope)["rope_parameters"]
+  model = transformers.AutoModelForCausalLM.from_pretrained(str(path.parent), config=config, dtype=torch.float32, **how)
   for tensor in gguf.GGUFReader(path).tensors:
-    if tensor.name == "rope_freqs.weight":  # llama3 scaling, which transformers passes over
+    if tensor.name == "rope_freqs.weight":  # llama3 scaling, which it passes over too
       model.model.rotary_emb.inv_freq /= torch.tensor(tensor.data)
   return model
 

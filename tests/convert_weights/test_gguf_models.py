@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from tiny_checkpoints import permute, read
 
+from convert_weights import hf_to_orbax, verify
 from convert_weights.errors import ConversionError
 from convert_weights.open_source import open_source
 from supra_jax.config import RopeConfig
@@ -185,3 +186,14 @@ def test_yarn(tmp_path, betas):
   path = write(tmp_path / "m.gguf", model, "qwen2", rope_scaling_orig_ctx_len=64, **metadata)
   config = same(path, model, tmp_path / "hf")
   assert config.rope.scaling == "yarn" and config.rope.attention_factor == pytest.approx(1.1386, abs=1e-4)
+
+
+def test_verify_knows_what_transformers_passes_over(tmp_path):
+  """YaRN and Qwen3's head_dim: its own reading would be another model, and a right conversion would fail."""
+  rope = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64}
+  model = tiny("qwen3", head_dim=16, rope_parameters=rope)
+  metadata = {"rope_scaling_type": gguf.RopeScalingType.YARN, "rope_scaling_factor": 4.0}
+  path = write(tmp_path / "m.gguf", model, "qwen3", rope_scaling_orig_ctx_len=64, **metadata)
+  hf_to_orbax.convert(path, tmp_path / "converted")
+  found = verify.compare(path, tmp_path / "converted")
+  assert found.largest < 1e-4 * found.deviation
