@@ -323,6 +323,8 @@ def _summary(config: TrainConfig, metrics_path: Path) -> TrainSummary:
   records = read_metrics(metrics_path)
   heldout = [record["heldout_nll"] for record in records if "heldout_nll" in record]
   speeds = [record["tokens_per_second"] for record in records if record.get("tokens_per_second")]
+  if None in (heldout[0], heldout[-1]):
+    raise ValueError(f"{metrics_path.parent}: the held-out loss is not finite: the model there is of no use as it is.")
   return TrainSummary(
     nll_before=heldout[0],
     nll_after=heldout[-1],
