@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import math
 import statistics
 import time
 from collections.abc import Mapping, Sequence
@@ -109,7 +110,8 @@ class Reporter:
     """Reports the held-out loss after a step, nats a token."""
     record = {"step": step, "tokens": step * self._config.tokens_a_step, "heldout_nll": nll}
     self._write({**record, "heldout_perplexity": perplexity(nll)})
-    self._progress.message(f"step {step}: held-out loss {nll:.4f} nats a token")
+    said = f"{nll:.4f} nats a token" if math.isfinite(nll) else "is not finite"
+    self._progress.message(f"step {step}: held-out loss {said}")
 
   def _write(self, record: Mapping[str, Any]) -> None:
     try:

@@ -110,6 +110,7 @@ def train(
       raise
     run.checkpoints.close()
   if jax.process_index() == 0:
+    _summary(config, workdir / METRICS_FILE)  # refuses losses that are not finite, which nobody can draw
     plot_losses(workdir / METRICS_FILE, workdir / PICTURE_FILE, teacher_nll=teacher_nll)
   together("run done")
   return _summary(config, workdir / METRICS_FILE)
