@@ -35,6 +35,11 @@ def mean_nll(model: Transformer, params: Mapping[str, Any], batches: Iterable[Ma
   return nll / weight
 
 
+def perplexity(nll: float) -> float:
+  """Exp of nats a token; infinite where float64 cannot hold it."""
+  return math.exp(nll) if nll < 709 else math.inf
+
+
 def text_nll(lm: LM, tokens: Sequence[int], *, window: int = 1024, batch_size: int = 1) -> tuple[float, int]:
   """Mean negative log-likelihood of a text, read in windows that do not see each other.
 

@@ -14,6 +14,7 @@ import jax
 
 from supra_jax import data, flops
 from supra_jax.config import ModelConfig
+from supra_jax.evaluate import perplexity
 from supra_jax.metrics import MetricsWriter, Progress
 from supra_jax.train_config import TrainConfig
 
@@ -108,8 +109,9 @@ class Reporter:
   def evaluated(self, step: int, nll: float) -> None:
     """Reports the held-out loss after a step, nats a token."""
     record = {"step": step, "tokens": step * self._config.tokens_a_step, "heldout_nll": nll}
-    self._write({**record, "heldout_perplexity": math.exp(nll)})
-    self._progress.message(f"step {step}: held-out loss {nll:.4f} nats a token")
+    self._write({**record, "heldout_perplexity": perplexity(nll)})
+    said = f"{nll:.4f} nats a token" if math.isfinite(nll) else "is not finite"
+    self._progress.message(f"step {step}: held-out loss {said}")
 
   def _write(self, record: Mapping[str, Any]) -> None:
     try:

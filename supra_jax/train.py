@@ -110,6 +110,7 @@ def train(
       raise
     run.checkpoints.close()
   if jax.process_index() == 0:
+    _summary(config, workdir / METRICS_FILE)  # refuses losses that are not finite, which nobody can draw
     plot_losses(workdir / METRICS_FILE, workdir / PICTURE_FILE, teacher_nll=teacher_nll)
   together("run done")
   return _summary(config, workdir / METRICS_FILE)
@@ -334,6 +335,8 @@ def _summary(config: TrainConfig, metrics_path: Path) -> TrainSummary:
   records = read_metrics(metrics_path)
   heldout = [record["heldout_nll"] for record in records if "heldout_nll" in record]
   speeds = [record["tokens_per_second"] for record in records if record.get("tokens_per_second")]
+  if None in (heldout[0], heldout[-1]):
+    raise ValueError(f"{metrics_path.parent}: the held-out loss is not finite: the model there is of no use as it is.")
   return TrainSummary(
     nll_before=heldout[0],
     nll_after=heldout[-1],

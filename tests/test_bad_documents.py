@@ -33,7 +33,7 @@ def test_a_bad_line_is_mended(change, tmp_path, text, small_pieces, monkeypatch,
     file.unlink()
   taken = []
   take = packing._Job.take
-  monkeypatch.setattr(packing._Job, "take", lambda self, *args: taken.append(args) or take(*args))
+  monkeypatch.setattr(packing._Job, "take", lambda self, *args: taken.append(args) or take(self, *args))
   prepare(text, tmp_path / "out", **OPTIONS)
   pieces = len(taken)
   prepare(text, tmp_path / "whole", **OPTIONS)

@@ -200,8 +200,25 @@ def test_another_config_in_the_same_workdir_is_refused(start, text, tmp_path):
   with pytest.raises(ValueError, match=r"optimizer.learning_rate: 0.01 before, 0.5 now; seed: 0 before, 1 now"):
     train.train(other, tmp_path)
   assert (tmp_path / "metrics.jsonl").read_bytes() == before
+  # More steps: said how to go on, which goes on.
+  with pytest.raises(ValueError, match=r"choose another workdir.*num_steps: 1 before, 2 now") as caught:
+    train.train(make_config(start, text, num_steps=2), tmp_path)
+  (further,) = re.findall(r"--config\.init_checkpoint=(\S+)\. ", str(caught.value))
+  after = train.train(make_config(further, text, num_steps=2), tmp_path / "further").nll_before
+  assert after == pytest.approx(read_metrics(tmp_path / "metrics.jsonl")[-1]["heldout_nll"], abs=1e-4)
   # What only says how often to look may change.
   train.train(make_config(start, text, num_steps=1, log_every=5), tmp_path)
+
+
+def test_a_loss_that_is_not_finite_is_no_result(start, text, tmp_path):
+  model = load_model(start)
+  model.params["norm"]["weight"] = model.params["norm"]["weight"].at[0].set(np.inf)
+  files = model.tokenizer_files
+  save_model(tmp_path / "bad", config=model.config, params=model.params, tokenizer_files=files, source={})
+  with pytest.raises(ValueError, match="the held-out loss is not finite"):
+    train.train(make_config(tmp_path / "bad", text, num_steps=1), tmp_path / "run")
+  lines = (tmp_path / "run" / "metrics.jsonl").read_text()
+  assert '"heldout_nll": null' in lines and "NaN" not in lines
 
 
 def test_a_run_of_before_an_option_goes_on(start, text, tmp_path):

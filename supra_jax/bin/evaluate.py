@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import itertools
-import math
 
 from absl import flags
 
 import supra_jax
 from supra_jax.bin.entry import run
-from supra_jax.evaluate import text_nll
+from supra_jax.evaluate import perplexity, text_nll
 from supra_jax.text import read_documents
 
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Model directory.", required=True)
@@ -27,7 +26,7 @@ def main() -> None:
   documents = (lm.tokenizer.encode(text, bos=False) for text in read_documents(_INPUT.value, _TEXT_KEY.value))
   tokens = list(itertools.islice(itertools.chain.from_iterable(documents), _MAX_TOKENS.value or None))
   nll, targets = text_nll(lm, tokens, window=_WINDOW.value)
-  print(f"loss {nll:.4f} nats a token, perplexity {math.exp(nll):.3f}, {targets} tokens, windows of {_WINDOW.value}")
+  print(f"loss {nll:.4f} nats a token, perplexity {perplexity(nll):.3f}, {targets} tokens, windows of {_WINDOW.value}")
 
 
 if __name__ == "__main__":

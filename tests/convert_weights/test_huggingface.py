@@ -290,7 +290,7 @@ def test_program(tmp_path):
   command = [sys.executable, "-m", "convert_weights.hf_to_orbax", f"--source={source}", f"--output={tmp_path / 'out'}"]
   done = subprocess.run([*command, "--dtype=bfloat16"], capture_output=True, text=True)
   assert done.returncode == 0, done.stderr
-  assert "Converting: 100%" in done.stderr and "00:00" in done.stderr
+  assert done.stderr.startswith("Converting, 100% of ") and done.stderr.count("\n") == 1
   assert load_model(tmp_path / "out").params["norm"]["weight"].dtype == jnp.bfloat16
   change_config(source, hidden_act="gelu")
   done = subprocess.run([*command, f"--output={tmp_path / 'other'}"], capture_output=True, text=True)

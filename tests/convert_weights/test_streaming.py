@@ -118,6 +118,6 @@ def test_a_full_disk_is_one_line_and_nothing_is_left(source, tmp_path):
   resource.prlimit(run.pid, resource.RLIMIT_FSIZE, (MIB, MIB))
   said = run.communicate()[1].replace("\r", "\n").strip().splitlines()
   assert run.returncode == 1
-  errors = [line for line in said if not line.startswith("Converting:")]
+  errors = [line for line in said if not line.startswith("Converting,")]
   assert len(errors) == 1 and errors[0].startswith("error: The parameters could not be written: "), said
   assert list(tmp_path.iterdir()) == []
