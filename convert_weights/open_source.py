@@ -13,6 +13,7 @@ from convert_weights.hf_source import open_huggingface
 from convert_weights.openlm_source import open_openlm
 from convert_weights.source import Source, tokenizer_files
 from convert_weights.weights import WEIGHT_SUFFIXES
+from supra_jax.files import local
 from supra_jax.tokenizer import Tokenizer
 
 
@@ -29,7 +30,7 @@ def open_source(source: str | os.PathLike[str], tokenizer: str | os.PathLike[str
   """
   opened = _open(source)
   if tokenizer is not None:
-    files = tokenizer_files(Path(tokenizer))
+    files = tokenizer_files(local(tokenizer))
     if not files:
       raise ConversionError(f"{tokenizer}: holds neither tokenizer.json nor tokenizer.model.")
     opened = dataclasses.replace(opened, tokenizer_files=files)
@@ -37,7 +38,7 @@ def open_source(source: str | os.PathLike[str], tokenizer: str | os.PathLike[str
 
 
 def _open(source: str | os.PathLike[str]) -> Source:
-  if Path(source).exists():
+  if local(source).exists():
     return _open_path(Path(source))
   # What is no path on this machine may be a name elsewhere.
   path = hub.download(str(source))

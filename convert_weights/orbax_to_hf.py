@@ -33,7 +33,7 @@ from convert_weights.source import StoredTensor
 from supra_jax.bin.entry import run
 from supra_jax.checkpoint import load_model_without_params
 from supra_jax.config import ModelConfig
-from supra_jax.files import new_directory
+from supra_jax.files import local, new_directory
 from supra_jax.parameter_reader import ParameterReader
 
 FORMATS = {"transformers": hf_export.export, "openlm": openlm_export.export}
@@ -78,7 +78,7 @@ def convert(
       return part.change(rounded(reader.read(part.path), target, f"{source}: {'.'.join(part.path)}"))
 
     with (
-      new_directory(output) as directory,
+      new_directory(local(output)) as directory,
       tqdm(
         total=total, desc=f"Writing {output}", unit="B", unit_scale=True, unit_divisor=1024, disable=not progress,
         file=sys.stderr,

@@ -24,6 +24,7 @@ from convert_weights.open_source import open_source
 from convert_weights.source import Source
 from supra_jax import lm
 from supra_jax.bin.entry import run
+from supra_jax.files import local
 
 # Of a text no more is read: enough for any rotary angle or window to show, and few enough for a CPU.
 MAX_TOKENS = 512
@@ -142,7 +143,7 @@ def report(found: Comparison, tolerance: float) -> None:
 
 
 def main() -> None:
-  text = None if _TEXT.value is None else Path(_TEXT.value).read_text()
+  text = None if _TEXT.value is None else local(_TEXT.value).read_text()
   report(compare(_SOURCE.value, _CHECKPOINT.value, text), _TOLERANCE.value)
 
 

@@ -15,6 +15,8 @@ from typing import Any
 
 import jax
 
+from supra_jax.files import local
+
 RUNS_FILE = "runs.jsonl"
 PACKAGES = ("supra_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 FLAGS = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")
@@ -52,7 +54,7 @@ def write_run_record(workdir: str | os.PathLike[str], config: Mapping[str, Any])
     "flags": {name: os.environ.get(name) for name in FLAGS},
   }
   line = json.dumps(record) + "\n"
-  path = Path(workdir) / RUNS_FILE
+  path = local(workdir) / RUNS_FILE
   path.parent.mkdir(parents=True, exist_ok=True)
   with path.open("a") as file:
     file.write(line)

@@ -18,7 +18,7 @@ PACKAGES = ("kernels_pallas", "supra_jax", "convert_weights")
 
 # supra_jax, from the ground up. `__init__` is the front door; `bin.*` are the programs, `bin.entry` what they share.
 FLOORS = {
-  "F1": ("config", "sharding", "files"),
+  "F1": ("config", "sharding", "bucket", "files"),
   "F2": ("layers", "feature_maps", "softmax", "attention", "transformer", "adapters", "layer_losses"),
   "F3": (
     "params_io",

@@ -11,6 +11,7 @@ import supra_jax
 from convert_weights.hf_to_orbax import convert
 from supra_jax.bin.entry import run
 from supra_jax.demo import compare_starts
+from supra_jax.files import local
 from supra_jax.train_config import TrainConfig
 
 _CONFIG = config_flags.DEFINE_config_file("config", "configs/demo.py", "The recipe.", lock_config=True)
@@ -31,7 +32,7 @@ def smollm2_gguf() -> Path:
 
 
 def main() -> None:
-  workdir = Path(_WORKDIR.value)
+  workdir = local(_WORKDIR.value)
   window, random = (TrainConfig.from_mapping(config.value.to_dict()) for config in (_CONFIG, _RANDOM_CONFIG))
   teacher = workdir / "teacher"
   if not teacher.exists():

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import cast
 
 from absl import flags
 
 from supra_jax.bin.entry import run
 from supra_jax.config import ModelConfig
+from supra_jax.files import place
 from supra_jax.packed import Join
 from supra_jax.packing import prepare
 from supra_jax.tokenizer import Tokenizer
@@ -27,7 +27,7 @@ _WORKERS = flags.DEFINE_integer(
 
 
 def main() -> None:
-  directory = Path(_TOKENIZER.value)
+  directory = place(_TOKENIZER.value)
   files = {path.name: path.read_bytes() for path in directory.glob("tokenizer*") if path.is_file()}
   config = ModelConfig.from_json((directory / "config.json").read_text())
   if (tokenizer := Tokenizer.from_files(files, config)) is None:
