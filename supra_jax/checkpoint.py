@@ -34,9 +34,10 @@ from supra_jax.files import (
   remove_directory,
   rename_directory,
   renames_directories,
+  sync_below,
   temporary_directory,
 )
-from supra_jax.params_io import IN_PLACE, Params, check_space, first_line, read_params, write_params
+from supra_jax.params_io import IN_PLACE, Params, adapt_to_disk, check_space, first_line, read_params, write_params
 
 CONFIG_FILE = "config.json"
 SOURCE_FILE = "source.json"
@@ -168,6 +169,7 @@ class TrainingCheckpoints:
   def __init__(self, directory: str | os.PathLike[str], *, keep: int):
     self.directory = absolute(directory)
     self._in_place = _agreed(lambda: not isinstance(self.directory, Path) or not renames_directories(self.directory))
+    adapt_to_disk(self.directory)
     asynchronous = ocp.AsyncOptions(post_finalization_callback=self._write_manifest)
     options = ocp.CheckpointManagerOptions(
       max_to_keep=keep,
@@ -263,6 +265,8 @@ class TrainingCheckpoints:
     if jax.process_index() == 0:
       (partial,) = self._partial(str(self._saving))
       (partial / MANIFEST_FILE).write_text(json.dumps(_digests(partial), indent=0) + "\n")
+      if isinstance(partial, Path):
+        sync_below(partial)
 
   def _newest_whole_step(self) -> int | None:
     # -1: nothing was saved yet; -2: nothing is whole, which all processes are to raise.

@@ -163,10 +163,7 @@ def _renamed(final: Path, last: str) -> Iterator[Path]:
       for left in temporary.iterdir():
         shutil.rmtree(left) if left.is_dir() else left.unlink()
       yield temporary
-      for parent, _, names in os.walk(temporary):
-        for name in names:
-          _sync(Path(parent, name))
-        _sync(Path(parent))
+      sync_below(temporary)
       if (final / UNFINISHED).exists():
         shutil.rmtree(final)
       elif final.exists():
@@ -238,13 +235,29 @@ def remove_directory(directory: AnyPath) -> None:
       return
 
 
-def _sync(path: Path) -> None:
-  """Waits until a file's contents, or a directory's names, are on the disk, where the disk can tell."""
+def sync_below(directory: Path) -> None:
+  """Waits until all files below a directory are on the disk."""
+  for parent, _, names in os.walk(directory):
+    for name in names:
+      _sync(Path(parent, name))
+    _sync(Path(parent))
+
+
+def syncs_directories(directory: Path) -> bool:
+  """Whether the disk of a directory can tell when its names are on it."""
+  directory.mkdir(parents=True, exist_ok=True)
+  return _sync(directory)
+
+
+def _sync(path: Path) -> bool:
+  """Waits until a file's contents, or a directory's names, are on the disk; False where it cannot tell."""
   handle = os.open(path, os.O_RDONLY)
   try:
     os.fsync(handle)
   except OSError as error:
     if error.errno not in _NO_SUCH_CALL:
       raise
+    return False
   finally:
     os.close(handle)
+  return True

@@ -12,9 +12,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from orbax.checkpoint._src.serialization import tensorstore_utils
 from orbax.checkpoint.options import AtomicityMode, AtomicityOptions
 
-from supra_jax.files import AnyPath
+from supra_jax.files import AnyPath, syncs_directories
 
 Params = Mapping[str, Any]
 
@@ -49,6 +50,17 @@ def check_space(directory: AnyPath, arrays: Any) -> None:
     raise OSError(f"{needed:,} bytes are to be written to {directory}; {disk.free:,} are free")
 
 
+def adapt_to_disk(directory: AnyPath) -> None:
+  """Has tensorstore do without fsync in this process where a directory's disk has none for directories; it would fail.
+
+  Whoever writes there then waits for the files with `files.sync_below`.
+  """
+  if isinstance(directory, Path) and not syncs_directories(directory):
+    # Orbax has no option for it.
+    for context in (tensorstore_utils._BASE_TS_CONTEXT, tensorstore_utils._DEFAULT_OCDBT_TS_CONTEXT):
+      context["file_io_sync"] = False
+
+
 def write_params(path: AnyPath, params: Params) -> None:
   """Writes a nested dict of jax arrays, numpy arrays and UnreadArrays; all processes together, each its own shards.
 
@@ -56,6 +68,7 @@ def write_params(path: AnyPath, params: Params) -> None:
     OSError: the disk is full, or fails.
   """
   kinds = [(kind, ocp.type_handlers.get_type_handler(kind)) for kind in (np.ndarray, jax.Array)]
+  adapt_to_disk(path.parent)
   registry = ocp.type_handlers.create_type_handler_registry((UnreadArray, _Unread(deepcopy_host_arrays=False)), *kinds)
   # zstd takes a fifth off bfloat16, and longer than a disk.
   handler = ocp.PyTreeCheckpointHandler(use_compression=False, type_handler_registry=registry)
