@@ -33,7 +33,7 @@ from convert_weights.source import StoredTensor
 from supra_jax.bin.entry import run
 from supra_jax.checkpoint import load_model_without_params
 from supra_jax.config import ModelConfig
-from supra_jax.files import local, new_directory
+from supra_jax.files import check_free, local, new_directory
 from supra_jax.parameter_reader import ParameterReader
 
 FORMATS = {"transformers": hf_export.export, "openlm": openlm_export.export}
@@ -67,6 +67,7 @@ def convert(
     raise ConversionError(f"format={format!r}: wanted one of {', '.join(FORMATS)}.")
   if dtype is not None and dtype not in DTYPES:
     raise ConversionError(f"dtype={dtype!r}: wanted one of {', '.join(DTYPES)}.")
+  check_free(local(output))
   model = load_model_without_params(source)
   export = FORMATS[format](model.config)
   with ParameterReader(source) as reader:
@@ -78,7 +79,7 @@ def convert(
       return part.change(rounded(reader.read(part.path), target, f"{source}: {'.'.join(part.path)}"))
 
     with (
-      new_directory(local(output)) as directory,
+      new_directory(output) as directory,
       tqdm(
         total=total, desc=f"Writing {output}", unit="B", unit_scale=True, unit_divisor=1024, disable=not progress,
         file=sys.stderr,

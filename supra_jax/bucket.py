@@ -23,7 +23,6 @@ SCHEME = "gs"
 COPY_SECONDS = 60.0
 
 
-@functools.cache
 def _storage() -> Any:
   try:
     import fsspec
@@ -77,7 +76,10 @@ def checksums(directory: epath.Path) -> dict[str, str]:
 def move(directory: epath.Path, target: epath.Path) -> None:
   """Copies the files of a directory to another place, and removes them here."""
   with _errors(directory):
-    _storage().mv(str(directory), str(target), recursive=True)
+    # Not `mv`, which asks for the directories too, as if they were files.
+    for name in checksums(directory):
+      _storage().cp_file(str(directory / name), str(target / name))
+    directory.rmtree()
 
 
 def upload(file: Path, target: epath.Path) -> None:

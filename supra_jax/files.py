@@ -89,6 +89,12 @@ def occupied(path: AnyPath) -> bool:
   return not path.is_dir() or (any(path.iterdir()) and not (path / UNFINISHED).exists())
 
 
+def check_free(path: str | os.PathLike[str]) -> None:
+  """Raises FileExistsError, or what `place` raises, where `new_directory` would: before there is work to lose."""
+  if occupied(place(path)):
+    raise FileExistsError(f"{path} already exists. Remove it or choose another output directory.")
+
+
 @contextlib.contextmanager
 def into_place(path: Path) -> Iterator[Path]:
   """Yields a temporary sibling that becomes `path` when the block succeeds, and not before it is on the disk."""
@@ -135,9 +141,8 @@ def new_directory(path: str | os.PathLike[str], *, last: str = "config.json") ->
     FileExistsError: `path` exists and is not an empty directory.
     ValueError: another process makes the same directory.
   """
+  check_free(path)
   final = absolute(path)
-  if occupied(final):
-    raise FileExistsError(f"{path} already exists. Remove it or choose another output directory.")
   with _in_bucket(final) if not isinstance(final, Path) else _renamed(final, last) as directory:
     yield directory
 

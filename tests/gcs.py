@@ -14,6 +14,7 @@ import time
 import urllib.request
 from collections.abc import Iterator
 from http import HTTPStatus
+from pathlib import Path
 from unittest import mock
 
 from tests import runs
@@ -22,10 +23,12 @@ BUCKET = "bucket"
 
 
 @contextlib.contextmanager
-def running() -> Iterator[None]:
-  """Serves while it lasts, to this process and to those that it starts."""
+def running(cache: Path) -> Iterator[None]:
+  """Serves while it lasts, to this process and to those that it starts; what they copy goes into `cache`."""
   url = f"http://127.0.0.1:{(port := runs.free_port())}"
-  names = {"STORAGE_EMULATOR_HOST": url, "TENSORSTORE_GCS_HTTP_URL": url, "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false"}
+  names = {"STORAGE_EMULATOR_HOST": url, "TENSORSTORE_GCS_HTTP_URL": url, "XDG_CACHE_HOME": str(cache)}
+  # Or gcsfs asks Google for the kind of the bucket.
+  names["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] = "false"
   server = subprocess.Popen(
     [sys.executable, "-m", "tests.gcs", str(port)], cwd=runs.ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
   )
