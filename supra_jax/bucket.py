@@ -41,6 +41,8 @@ def _look(bucket: str) -> None:
     _storage().info(bucket)
   except ValueError:
     raise
+  except FileNotFoundError as error:
+    raise ValueError(f"gs://{bucket} is not there, or not for you to read.") from error
   except Exception as error:  # of whatever its client and those below it raise
     raise ValueError(f"gs://{bucket} cannot be reached: {_said(error)}") from error
 

@@ -1,9 +1,12 @@
 """Paths that are none of this machine's, and disks that lack what a local one has."""
 
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
+import jax
+import numpy as np
 import pytest
 
 from convert_weights import hf_to_orbax, orbax_to_hf, verify
@@ -20,7 +23,7 @@ from supra_jax.run_record import write_run_record
 from supra_jax.text import read_documents
 from supra_jax.tokenizer import Tokenizer
 from supra_jax.train import train
-from tests import runs, tiny
+from tests import poor_disk, runs, tiny
 
 
 @pytest.fixture(scope="module")
@@ -126,3 +129,40 @@ def test_buckets_need_gcsfs(monkeypatch):
   monkeypatch.setitem(sys.modules, "gcsfs", None)
   with pytest.raises(ValueError, match=r"need `pip install 'supra_jax\[gcs\]'`\.$"):
     place("gs://never-seen-before/model")
+
+
+def _contents(directory: Path) -> dict[str, bytes]:
+  return {str(p.relative_to(directory)): p.read_bytes() for p in sorted(directory.rglob("*")) if p.is_file()}
+
+
+def _on_a_poor_disk(what: str, here: Path, moves: int = 0) -> int:
+  """The exit status of `poor_disk`; what it says is shown where the test fails."""
+  command = [sys.executable, "-m", "tests.poor_disk", what, str(here), str(moves)]
+  return subprocess.run(command, cwd=runs.ROOT).returncode
+
+
+def test_a_model_on_a_disk_that_renames_no_directories(here):
+  assert _on_a_poor_disk("model", here, moves=2) == -signal.SIGKILL
+  with pytest.raises(FileNotFoundError, match=r"out is not a supra_jax model: config.json is missing"):
+    load_model("out")
+  assert _on_a_poor_disk("model", here) == 0
+  got, want = load_model("out"), load_model("model")
+  assert (got.config, got.tokenizer_files, got.source) == (want.config, want.tokenizer_files, want.source)
+  jax.tree.map(np.testing.assert_array_equal, got.params, want.params)
+  kept = {path.name for path in here.iterdir()} - {"source", "text.jsonl"}
+  assert kept == {"model", "out"} and not list((here / "out").rglob("unfinished"))
+
+
+def test_packed_rows_on_a_disk_that_renames_no_directories(here):
+  assert _on_a_poor_disk("rows", here, moves=3) == -signal.SIGKILL
+  assert _on_a_poor_disk("rows", here) == 0
+  got = _contents(here / "out")
+  (here / "out").rename(here / "poor")
+  poor_disk.rows(here)
+  want = _contents(here / "out")
+  assert got == want
+  assert not (here / "out.partial").exists()
+
+
+def test_states_on_a_disk_that_renames_no_directories(here):
+  assert _on_a_poor_disk("states", here) == 0

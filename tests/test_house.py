@@ -56,6 +56,9 @@ USES_CONVERTERS = {"supra_jax.demo", "supra_jax.bin.demo"}
 # Packages that only some modules may import.
 RESERVED = {
   "orbax": r"supra_jax\.(checkpoint|params_io|parameter_reader)",
+  "etils": r"supra_jax\.(bucket|files)",
+  "fsspec": r"supra_jax\.bucket",
+  "gcsfs": r"supra_jax\.bucket",
   "grain": r"supra_jax\.(data|checkpoint)",
   "tensorboardX": r"supra_jax\.metrics",
   "matplotlib": r"supra_jax\.picture",
