@@ -84,6 +84,12 @@ def move(directory: epath.Path, target: epath.Path) -> None:
     directory.rmtree()
 
 
+def remove(directory: epath.Path) -> None:
+  """Removes what is there, if anything."""
+  with _errors(directory), contextlib.suppress(FileNotFoundError):
+    directory.rmtree()
+
+
 def upload(file: Path, target: epath.Path) -> None:
   with _errors(target):
     _storage().put_file(str(file), str(target))

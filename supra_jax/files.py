@@ -143,14 +143,13 @@ def new_directory(path: str | os.PathLike[str], *, last: str = "config.json") ->
   """
   check_free(path)
   final = absolute(path)
-  with _in_bucket(final) if not isinstance(final, Path) else _renamed(final, last) as directory:
+  with _in_bucket(final, last) if not isinstance(final, Path) else _renamed(final, last) as directory:
     yield directory
 
 
 @contextlib.contextmanager
-def _in_bucket(final: epath.Path) -> Iterator[epath.Path]:
-  if final.exists():
-    final.rmtree(missing_ok=True)
+def _in_bucket(final: epath.Path, last: str) -> Iterator[epath.Path]:
+  remove_directory(final, first=last)
   (final / UNFINISHED).write_text("")
   try:
     yield final
@@ -170,7 +169,7 @@ def _renamed(final: Path, last: str) -> Iterator[Path]:
       yield temporary
       sync_below(temporary)
       if (final / UNFINISHED).exists():
-        shutil.rmtree(final)
+        remove_directory(final, first=last)
       elif final.exists():
         final.rmdir()
       rename_directory(temporary, final, last=last)
@@ -228,16 +227,23 @@ def renames_directories(parent: Path) -> bool:
   return True
 
 
-def remove_directory(directory: AnyPath) -> None:
-  """Removes a directory into which threads of a failed write may still write, and which they would make anew."""
+def remove_directory(directory: AnyPath, *, first: str | None = None) -> None:
+  """Removes a directory into which threads of a failed write may still write, and which they would make anew.
+
+  Args:
+    directory: need not exist.
+    first: a file in it that goes before all others: the one without which nobody takes it for whole.
+  """
+  if first is not None and directory.exists():
+    (directory / first).unlink(missing_ok=True)
   for _ in range(20):
+    if not directory.exists():
+      return
     if isinstance(directory, Path):
       shutil.rmtree(directory, ignore_errors=True)
     else:
-      directory.rmtree(missing_ok=True)
+      bucket.remove(directory)
     time.sleep(0.3)
-    if not directory.exists():
-      return
 
 
 def sync_below(directory: Path) -> None:

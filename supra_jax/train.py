@@ -21,6 +21,7 @@ from jax.sharding import Mesh
 
 from supra_jax import bucket, data
 from supra_jax.adapters import merge_adapters
+from supra_jax.checkpoint import CONFIG_FILE as MODEL_CONFIG_FILE
 from supra_jax.checkpoint import (
   ModelCheckpoint,
   TrainingCheckpoints,
@@ -317,8 +318,8 @@ def _profile(directory: Path) -> Iterator[Any]:
 
 def _export(directory: AnyPath, start: ModelCheckpoint, params: Any, config: TrainConfig) -> None:
   """Writes the trained model, one subtree a layer, beside the run; an earlier export gives way."""
-  if jax.process_index() == 0 and directory.exists():
-    remove_directory(directory)
+  if jax.process_index() == 0:
+    remove_directory(directory, first=MODEL_CONFIG_FILE)
   together("earlier export removed")
   save_model(
     directory,
