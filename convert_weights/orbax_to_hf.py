@@ -123,7 +123,8 @@ def _files(export: Export, tokenizer_files: Mapping[str, bytes], dtype: np.dtype
 @contextlib.contextmanager
 def _named_errors(output: str | os.PathLike[str], directory: Path, total: int) -> Iterator[None]:
   """Says what could not be written; a disk that is too full, before it is full."""
-  free = shutil.disk_usage(directory).free
+  disk = shutil.disk_usage(directory)
+  free = disk.free if disk.total else total  # some network disks say that they have 0 bytes in all
   try:
     if free < total:
       raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

@@ -1,7 +1,7 @@
 """A process whose disk is a mounted bucket's: `python -m tests.poor_disk WHAT DIRECTORY MOVES`.
 
-It has no locks, no fsync of directories, and renames no directory that holds files. After MOVES files that were moved
-into place one by one the process is killed; 0 is never.
+It has no locks, no fsync of directories, renames no directory that holds files, and says that it has 0 bytes in all.
+After MOVES files that were moved into place one by one the process is killed; 0 is never.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
+from convert_weights import orbax_to_hf
 from supra_jax.checkpoint import TrainingCheckpoints, load_model, save_model
 from supra_jax.files import TEMPORARY
 from supra_jax.packing import prepare
@@ -37,6 +39,8 @@ def _refuse(name: str, refuses, code: int, module=os) -> None:
 def make_poor(moves: int) -> None:
   _refuse("fsync", lambda handle: os.path.isdir(f"/proc/self/fd/{handle}"), errno.EINVAL)
   _refuse("flock", lambda *_: True, errno.ENOTSUP, fcntl)
+  no_bytes = type(shutil.disk_usage("/"))(0, 0, 0)
+  shutil.disk_usage = lambda _: no_bytes
   # As gcsfuse has it.
   _refuse("rename", lambda path, _: os.path.isdir(path) and os.listdir(path), errno.EMFILE)
   replace, moved = os.replace, []
@@ -59,6 +63,7 @@ def model(directory: Path) -> None:
     tokenizer_files=stored.tokenizer_files,
     source=stored.source,
   )
+  orbax_to_hf.convert(directory / "model", directory / "exported")
 
 
 def rows(directory: Path) -> None:

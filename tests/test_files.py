@@ -149,8 +149,9 @@ def test_a_model_on_a_disk_that_renames_no_directories(here):
   got, want = load_model("out"), load_model("model")
   assert (got.config, got.tokenizer_files, got.source) == (want.config, want.tokenizer_files, want.source)
   jax.tree.map(np.testing.assert_array_equal, got.params, want.params)
-  kept = {path.name for path in here.iterdir()} - {"source", "text.jsonl"}
-  assert kept == {"model", "out"} and not list((here / "out").rglob("unfinished"))
+  assert _contents(here / "exported") == _contents(here / "source")
+  assert {path.name for path in here.iterdir()} == {"model", "text.jsonl", "source", "out", "exported"}
+  assert not list((here / "out").rglob("unfinished"))
 
 
 def test_packed_rows_on_a_disk_that_renames_no_directories(here):
