@@ -30,6 +30,7 @@ from convert_weights.rounding import DTYPES, rounded
 from convert_weights.source import BFLOAT16, Leaf, Source
 from supra_jax import checkpoint
 from supra_jax.bin.entry import run
+from supra_jax.files import occupied, place
 from supra_jax.params_io import UnreadArray
 from supra_jax.progress import of_bytes
 
@@ -60,8 +61,8 @@ def convert(
   """
   if dtype is not None and dtype not in DTYPES:
     raise ConversionError(f"dtype={dtype!r}: wanted one of {', '.join(DTYPES)}.")
-  final = Path(output)
-  if final.exists() and (not final.is_dir() or any(final.iterdir())):
+  final = place(output)
+  if occupied(final):
     raise ConversionError(f"{output} already exists. Remove it or choose another output directory.")
   opened = open_source(source, tokenizer)
   target = DTYPES[dtype] if dtype else _common_dtype(opened)

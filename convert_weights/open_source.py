@@ -17,6 +17,7 @@ from convert_weights.source import Source
 from convert_weights.tokenizer_source import GENERATION_FILE, tokenizer_files
 from convert_weights.tokenizer_vocabularies import VOCABULARIES
 from convert_weights.weights import WEIGHT_SUFFIXES, has_weights, refuse_other_forms
+from supra_jax.files import local
 from supra_jax.tokenizer import Tokenizer
 
 
@@ -36,7 +37,7 @@ def open_source(
   """
   files: Mapping[str, bytes] | None = None if own_tokenizer else {}
   if tokenizer is not None:
-    files = {name: contents for name, contents in tokenizer_files(Path(tokenizer)).items() if name != GENERATION_FILE}
+    files = {name: contents for name, contents in tokenizer_files(local(tokenizer)).items() if name != GENERATION_FILE}
     if not files:
       raise ConversionError(f"{tokenizer}: holds no tokenizer: none of {', '.join(VOCABULARIES)}.")
   opened = _open(source, files)
@@ -44,7 +45,7 @@ def open_source(
 
 
 def _open(source: str | os.PathLike[str], tokenizer: Mapping[str, bytes] | None) -> Source:
-  if Path(source).exists():
+  if local(source).exists():
     return _open_path(Path(source), tokenizer)
   # What is no path on this machine may be a name elsewhere.
   path, name = hub.download(str(source))

@@ -35,7 +35,7 @@ from convert_weights.tokenizer_source import GENERATION_FILE, TEMPLATE_FILE, as_
 from supra_jax.bin.entry import run
 from supra_jax.checkpoint import ModelCheckpoint, load_model_without_params
 from supra_jax.config import ModelConfig
-from supra_jax.files import new_directory
+from supra_jax.files import check_free, local, new_directory
 from supra_jax.parameter_reader import ParameterReader
 from supra_jax.progress import of_bytes
 from supra_jax.tokenizer import Tokenizer
@@ -68,6 +68,7 @@ def convert(
     raise ConversionError(f"format={format!r}: wanted one of {', '.join(FORMATS)}.")
   if dtype is not None and dtype not in DTYPES:
     raise ConversionError(f"dtype={dtype!r}: wanted one of {', '.join(DTYPES)}.")
+  check_free(local(output))
   model = load_model_without_params(source)
   export = FORMATS[format](model.config)
   with ParameterReader(source) as reader:
@@ -134,7 +135,8 @@ def _files(export: Export, model: ModelCheckpoint, dtype: np.dtype) -> dict[str,
 @contextlib.contextmanager
 def _named_errors(output: str | os.PathLike[str], directory: Path, total: int) -> Iterator[None]:
   """Says what could not be written; a disk that is too full, before it is full."""
-  free = shutil.disk_usage(directory).free
+  disk = shutil.disk_usage(directory)
+  free = disk.free if disk.total else total  # some network disks say that they have 0 bytes in all
   try:
     if free < total:
       raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

@@ -11,7 +11,6 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
 
@@ -25,6 +24,7 @@ from convert_weights.open_source import open_source
 from convert_weights.source import Source
 from supra_jax import lm
 from supra_jax.bin.entry import run
+from supra_jax.files import local
 from supra_jax.finite import not_finite
 
 # Of a text no more is read: enough for any rotary angle or window to show, and few enough for a CPU.
@@ -204,7 +204,7 @@ def report(found: Comparison, tolerance: float) -> None:
 
 
 def main() -> None:
-  text = None if _TEXT.value is None else Path(_TEXT.value).read_text("utf-8-sig")
+  text = None if _TEXT.value is None else local(_TEXT.value).read_text("utf-8-sig")
   report(compare(_SOURCE.value, _CHECKPOINT.value, text), _TOLERANCE.value)
 
 

@@ -13,7 +13,6 @@ import dataclasses
 import hashlib
 import json
 import os
-import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -26,15 +25,26 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
+from supra_jax import bucket
 from supra_jax.config import ModelConfig
-from supra_jax.files import new_directory, temporary_directory
-from supra_jax.params_io import Params, check_space, first_line, read_params, write_params
+from supra_jax.files import (
+  AnyPath,
+  absolute,
+  new_directory,
+  remove_directory,
+  rename_directory,
+  renames_directories,
+  sync_below,
+  temporary_directory,
+)
+from supra_jax.params_io import IN_PLACE, Params, adapt_to_disk, check_space, first_line, read_params, write_params
 from supra_jax.plain_json import to_json
 
 CONFIG_FILE = "config.json"
 SOURCE_FILE = "source.json"
 PARAMS_DIRECTORY = "params"
 MANIFEST_FILE = "digests.json"
+COMMIT_FILE = "commit_success.txt"  # Orbax's
 UNSIGNED_FILES = (MANIFEST_FILE, "_CHECKPOINT_METADATA")
 TOKENIZER_FILES = (
   "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "chat_template.jinja", "generation_config.json",
@@ -65,13 +75,13 @@ def together(what: str) -> None:
 
 
 @contextlib.contextmanager
-def _new_shared_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
+def _new_shared_directory(path: str | os.PathLike[str]) -> Iterator[AnyPath]:
   """`new_directory` for all processes together: the first makes it and renames it."""
   with contextlib.ExitStack() as stack:
     if jax.process_index() == 0:
-      stack.enter_context(new_directory(path))
+      stack.enter_context(new_directory(path, last=CONFIG_FILE))
     together("directory made")
-    yield temporary_directory(Path(path).absolute())
+    yield temporary_directory(path)
     together("directory written")
   together("directory renamed")
 
@@ -104,10 +114,11 @@ def save_model(
     check_space(temporary.parent, params)
     write_params(temporary / PARAMS_DIRECTORY, params)
     if jax.process_index() == 0:
-      (temporary / CONFIG_FILE).write_text(config.to_json())
       for name, contents in tokenizer_files.items():
         (temporary / name).write_bytes(contents)
       (temporary / SOURCE_FILE).write_text(to_json(dict(source() if callable(source) else source), indent=2) + "\n")
+      # The last, since without it there is no model: in a bucket nothing else tells a half-written one.
+      (temporary / CONFIG_FILE).write_text(config.to_json())
 
 
 def load_model(
@@ -125,13 +136,13 @@ def load_model(
     ValueError: its config.json does not describe a model.
   """
   model = load_model_without_params(directory)
-  params = read_params(Path(directory).absolute() / PARAMS_DIRECTORY, dtype, shardings)
+  params = read_params(absolute(directory) / PARAMS_DIRECTORY, dtype, shardings)
   return dataclasses.replace(model, params=params)
 
 
 def load_model_without_params(directory: str | os.PathLike[str]) -> ModelCheckpoint:
   """`load_model` of all but the parameters, which are an empty dict."""
-  path = Path(directory).absolute()
+  path = absolute(directory)
   for name in (CONFIG_FILE, PARAMS_DIRECTORY):
     if not (path / name).exists():
       raise FileNotFoundError(
@@ -150,18 +161,25 @@ def load_model_without_params(directory: str | os.PathLike[str]) -> ModelCheckpo
 class TrainingCheckpoints:
   """What a run needs to go on: the train state and the position in the data, a directory a step.
 
-  Each directory has a manifest of the sha256 of its files, written before it gets its final name: Orbax's arrays carry
-  no checksum, and a flipped bit would be trained on.
+  Each directory has a manifest of the sha256 of its files, in a bucket of the storage's own checksums: Orbax's arrays
+  carry none, and a flipped bit would be trained on. The manifest is written before the directory gets its final name;
+  where directories cannot be renamed, before Orbax writes COMMIT_FILE.
 
   Attributes:
     directory: of the run's checkpoints.
   """
 
   def __init__(self, directory: str | os.PathLike[str], *, keep: int):
-    self.directory = Path(directory).absolute()
+    self.directory = absolute(directory)
+    self._in_place = _agreed(lambda: not isinstance(self.directory, Path) or not renames_directories(self.directory))
+    adapt_to_disk(self.directory)
     asynchronous = ocp.AsyncOptions(post_finalization_callback=self._write_manifest)
     options = ocp.CheckpointManagerOptions(
-      max_to_keep=keep, create=True, cleanup_tmp_directories=True, async_options=asynchronous
+      max_to_keep=keep,
+      create=True,
+      cleanup_tmp_directories=True,
+      async_options=asynchronous,
+      atomicity_options=IN_PLACE if self._in_place else None,
     )
     self._errors: list[Exception] = []
     names = {"state": _watched_handler(self._errors), "position": ocp.JsonCheckpointHandler()}
@@ -235,14 +253,23 @@ class TrainingCheckpoints:
       raise OSError(f"checkpoint {where} could not be written: {first_line(error)}") from error
 
   def _remove_partial(self) -> None:
-    for partial in self.directory.glob("*.orbax-checkpoint-tmp*"):
-      shutil.rmtree(partial, ignore_errors=True)
+    for partial in self._partial("*"):
+      remove_directory(partial)
+
+  def _partial(self, step: str) -> list[AnyPath]:
+    """Directories of a step, or of any, that are not whole yet."""
+    if not self._in_place:
+      return list(self.directory.glob(f"{step}.orbax-checkpoint-tmp*"))
+    found = [path for path in self.directory.glob(step) if path.name.isdigit()]
+    return [path for path in found if not (path / COMMIT_FILE).exists()]
 
   def _write_manifest(self) -> None:
     # Orbax calls this when all files of a step are written and its directory is about to get its name.
     if jax.process_index() == 0:
-      (partial,) = self.directory.glob(f"{self._saving}.orbax-checkpoint-tmp*")
+      (partial,) = self._partial(str(self._saving))
       (partial / MANIFEST_FILE).write_text(to_json(_digests(partial), indent=0) + "\n")
+      if isinstance(partial, Path):
+        sync_below(partial)
 
   def _newest_whole_step(self) -> int | None:
     # -1: nothing was saved yet; -2: nothing is whole, which all processes are to raise.
@@ -272,10 +299,19 @@ class TrainingCheckpoints:
       said = f"Checkpoint {path} is damaged: {damage}."
       if move:
         aside = self.directory.with_name("damaged") / f"{step}-{os.getpid()}"
-        aside.parent.mkdir(exist_ok=True)
-        os.rename(path, aside)
+        if isinstance(path, Path):
+          aside.parent.mkdir(exist_ok=True)
+          rename_directory(path, aside, last=MANIFEST_FILE)
+        else:
+          bucket.move(path, aside)
         said += f" It was moved to {aside}."
       print(said, file=sys.stderr)
+
+
+def _agreed(ask: Callable[[], bool]) -> bool:
+  """What the first process finds, for all."""
+  found = jax.process_index() == 0 and ask()
+  return bool(multihost_utils.broadcast_one_to_all(np.int32(found))) if jax.process_count() > 1 else found
 
 
 def _watched_handler(errors: list[Exception]) -> ocp.StandardCheckpointHandler:
@@ -303,8 +339,11 @@ class _Watched:
       raise
 
 
-def _digests(directory: Path) -> dict[str, str]:
-  """Relative path -> sha256 of every file below, but for the manifest and Orbax's own note of the step."""
+def _digests(directory: AnyPath) -> dict[str, str]:
+  """Relative path -> digest of every file below, but for the manifest and Orbax's own notes of the step."""
+  if not isinstance(directory, Path):
+    found = bucket.checksums(directory)
+    return {name: digest for name, digest in found.items() if name.rpartition("/")[2] not in UNSIGNED_FILES}
 
   def digest(path: Path) -> str:
     with path.open("rb") as file:
@@ -315,7 +354,7 @@ def _digests(directory: Path) -> dict[str, str]:
     return dict(zip((str(path.relative_to(directory)) for path in paths), pool.map(digest, paths), strict=True))
 
 
-def _damage(directory: Path) -> str:
+def _damage(directory: AnyPath) -> str:
   """What is wrong with a checkpoint, naming a file; empty if nothing is."""
   try:
     wanted = json.loads((directory / MANIFEST_FILE).read_text())

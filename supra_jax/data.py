@@ -11,13 +11,12 @@ import itertools
 import math
 import os
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import TypeAlias
 
 import grain
 import numpy as np
 
-from supra_jax.packed import META_FILE, load_info
+from supra_jax.packed import META_FILE, load_info, local_files
 
 # A packed directory and its share of the rows that are drawn, to within a hundredth. Weights need not add up to 1.
 Source = tuple[str, float]
@@ -34,7 +33,7 @@ class PackedDataset:
 
   def __init__(self, path: str | os.PathLike[str]):
     self.info = load_info(path)
-    self._files = [str(Path(path) / shard.file) for shard in self.info.shards]
+    self._files = [str(file) for file in local_files(path, self.info)]
     self._ends = list(itertools.accumulate(shard.rows for shard in self.info.shards))
     try:
       self._source = grain.sources.ArrayRecordDataSource(self._files)

@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,6 +20,7 @@ from tqdm import tqdm
 
 from supra_jax import progress
 from supra_jax.config import ModelConfig
+from supra_jax.files import place
 from supra_jax.packed import TextEncoder
 from supra_jax.text import InputFile, Piece, parse, read_pieces
 from supra_jax.tokenizer import Tokenizer
@@ -36,7 +36,7 @@ def load_tokenizer(directory: str | os.PathLike[str]) -> tuple[Tokenizer, ModelC
     ValueError: the config is not one of ours, or there is no tokenizer.
     OSError: there is no config.
   """
-  path = Path(directory) / "config.json"
+  path = place(directory) / "config.json"
   try:
     config = ModelConfig.from_json(path.read_text())
   except ValueError as error:
@@ -44,7 +44,7 @@ def load_tokenizer(directory: str | os.PathLike[str]) -> tuple[Tokenizer, ModelC
       f"{path} is no config of a supra_jax model. Convert a model of others first: python -m "
       f"convert_weights.hf_to_orbax --source={directory} --output=DIR; then give DIR. ({error})"
     ) from error
-  files = {path.name: path.read_bytes() for path in Path(directory).glob("tokenizer*") if path.is_file()}
+  files = {path.name: path.read_bytes() for path in place(directory).glob("tokenizer*") if path.is_file()}
   if (tokenizer := Tokenizer.from_files(files, config)) is None:
     raise ValueError(f"{directory} has neither a tokenizer.json nor a tokenizer.model.")
   return tokenizer, config

@@ -7,7 +7,6 @@ import functools
 import itertools
 import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, Literal
 
 import jax
@@ -19,6 +18,7 @@ from supra_jax.calibrate import RIDGE, Report, calibrate
 from supra_jax.checkpoint import ModelCheckpoint, load_model, save_model
 from supra_jax.config import Mixer, ModelConfig, SupraConfig
 from supra_jax.data import Batch, make_loader, parse_sources
+from supra_jax.files import check_free, place
 from supra_jax.hybrid import MEASURED_TOKENS, choose_softmax_layers, layer_divergences, set_apart
 from supra_jax.packed import META_FILE, check_packed
 from supra_jax.sharding import (
@@ -150,8 +150,10 @@ def linearize_checkpoint(
     The new config.
 
   Raises:
+    FileExistsError: `output` holds something.
     ValueError: as `linearize`; or so many layers cannot be kept; or they are to be chosen and nothing is calibrated.
   """
+  check_free(output)
   new: dict[str, Any] = {"supra": supra, "layers": layers, "phi": phi, "seed": seed, "window": window, "sinks": sinks}
   kept: dict[str, Any] | None = None
   if calibration is None:
@@ -227,7 +229,7 @@ def _first_batches(calibration: Calibration, start: ModelCheckpoint, mesh: Mesh,
   sources = parse_sources(calibration.data)
   tokenizer = Tokenizer.from_files(start.tokenizer_files, start.config)
   index, count = process_shard(mesh)
-  if (Path(sources[0][0]) / META_FILE).exists():
+  if (place(sources[0][0]) / META_FILE).exists():
     for path, _ in sources:
       check_packed(path, vocab_size=start.config.vocab_size, tokenizer=tokenizer)
     loader = make_loader(sources, batch_size=rows, seed=calibration.seed, shard_index=index, shard_count=count)

@@ -22,6 +22,7 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
 
 from supra_jax import progress
+from supra_jax.files import local, place
 from supra_jax.plain_json import to_json
 
 Record = Mapping[str, Any]
@@ -57,7 +58,7 @@ class MetricsWriter:
     self._board: _Board | None = None
     if not enabled:
       return
-    path = Path(path)
+    path = local(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     kept = []
     if restored_step is not None and path.exists():
@@ -68,7 +69,7 @@ class MetricsWriter:
     os.replace(partial, path)
     self._file = path.open("a")
     if tensorboard is not None:
-      self._board = _Board(Path(tensorboard), 0 if restored_step is None else restored_step + 1)
+      self._board = _Board(local(tensorboard), 0 if restored_step is None else restored_step + 1)
 
   def write(self, record: Record) -> None:
     """Appends a record, which has a step; nan and infinities become null.
@@ -110,7 +111,7 @@ def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     ValueError: a whole line is no record, by file and number.
   """
   records = []
-  *lines, _ = Path(path).read_text().split("\n")
+  *lines, _ = place(path).read_text().split("\n")
   for number, line in enumerate(lines, start=1):
     try:
       record = json.loads(line)

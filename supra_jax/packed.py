@@ -18,7 +18,8 @@ from typing import Any, Literal, Protocol
 import numpy as np
 from array_record.python import array_record_module
 
-from supra_jax.files import into_place
+from supra_jax import bucket
+from supra_jax.files import TEMPORARY, AnyPath, into_place, place
 from supra_jax.plain_json import to_json
 
 Join = Literal["join", "separate"]
@@ -108,7 +109,8 @@ def load_info(path: str | os.PathLike[str]) -> PackedInfo:
     FileNotFoundError: meta.json or a file of rows is missing.
     ValueError: it is not what `packing.prepare` writes, or a file of rows has another size.
   """
-  meta = Path(path) / META_FILE
+  directory = place(path)
+  meta = directory / META_FILE
   if not meta.is_file():
     raise FileNotFoundError(
       f"{path} is no packed dataset: {META_FILE} is missing. Make one with `python -m supra_jax.bin.prepare_data`; "
@@ -125,15 +127,49 @@ def load_info(path: str | os.PathLike[str]) -> PackedInfo:
   if info is None:
     names = ", ".join(field.name for field in dataclasses.fields(PackedInfo))
     raise ValueError(f"{meta}: wanted the keys {names}, each of its type and all in agreement; got {values}.")
+  sizes = _sizes(directory)
   for shard in info.shards:
-    file = Path(path) / shard.file
-    if not file.is_file():
+    file = directory / shard.file
+    if shard.file not in sizes:
       raise FileNotFoundError(f"{file} is missing; {META_FILE} names it. Bring it back, or pack again.")
-    if file.stat().st_size != shard.bytes:
+    if sizes[shard.file] != shard.bytes:
       raise ValueError(
-        f"{file} has {file.stat().st_size} bytes; {META_FILE} says {shard.bytes}. Bring it back, or pack again."
+        f"{file} has {sizes[shard.file]} bytes; {META_FILE} says {shard.bytes}. Bring it back, or pack again."
       )
   return info
+
+
+def local_files(path: str | os.PathLike[str], info: PackedInfo) -> list[Path]:
+  """The files of rows, which can be read on local disks only: those of a bucket are copied to this machine's cache.
+
+  Raises:
+    ValueError: a file of a bucket is not what was written.
+    OSError: it cannot be copied.
+  """
+  directory = place(path)
+  if isinstance(directory, Path):
+    return [directory / shard.file for shard in info.shards]
+  # Named after their contents, so that what is there is right, whoever put it there.
+  cache = bucket.cache_directory()
+  files = [cache / f"{shard.sha256}.array_record" for shard in info.shards]
+  for shard, file in zip(info.shards, files, strict=True):
+    if not file.exists():
+      partial = file.with_name(f"{file.name}.{os.getpid()}{TEMPORARY}")
+      try:
+        bucket.download(directory / shard.file, partial)
+        if _sha256(partial) != shard.sha256:
+          raise ValueError(f"{directory / shard.file}: not the bytes that were written. Bring it back, or pack again.")
+        os.replace(partial, file)
+      finally:
+        partial.unlink(missing_ok=True)
+  return files
+
+
+def _sizes(directory: AnyPath) -> dict[str, int]:
+  """File name -> bytes."""
+  if not isinstance(directory, Path):
+    return bucket.sizes(directory)
+  return {path.name: path.stat().st_size for path in directory.iterdir() if path.is_file()}
 
 
 def check_packed(
@@ -174,14 +210,14 @@ def verify(path: str | os.PathLike[str]) -> PackedInfo:
     ValueError: files differ from what was written; names them all.
   """
   info = load_info(path)
-  wrong = [shard.file for shard in info.shards if _sha256(Path(path) / shard.file) != shard.sha256]
+  wrong = [shard.file for shard in info.shards if _sha256(place(path) / shard.file) != shard.sha256]
   if wrong:
     raise ValueError(f"{path}: {', '.join(wrong)}: not the bytes that were written. Bring them back, or pack again.")
   return info
 
 
-def _sha256(path: Path) -> str:
-  with open(path, "rb") as file:
+def _sha256(path: AnyPath) -> str:
+  with path.open("rb") as file:
     return hashlib.file_digest(file, "sha256").hexdigest()
 
 

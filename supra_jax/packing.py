@@ -4,7 +4,8 @@ OUTPUT/source.json    the arguments and the input files
 OUTPUT/train/         a packed directory, see `supra_jax.packed`
 OUTPUT/heldout/       another, of every `heldout_every`-th document; absent where none are held out
 
-Until it is whole it is called OUTPUT.partial; journal.npz there says what the finished files of rows hold.
+Until it is whole it is called OUTPUT.partial; journal.npz there says what the finished files of rows hold. An OUTPUT
+in a bucket is made in this machine's cache and copied there.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import datetime
+import hashlib
 import itertools
 import json
 import os
@@ -24,6 +26,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from supra_jax import bucket
 from supra_jax.encoding import (
   Encoded,
   Encoder,
@@ -34,8 +37,20 @@ from supra_jax.encoding import (
   pieces_from,
   worker_count,
 )
-from supra_jax.files import TEMPORARY, into_place, locked
+from supra_jax.files import (
+  TEMPORARY,
+  UNFINISHED,
+  AnyPath,
+  absolute,
+  into_place,
+  locked,
+  move_files,
+  new_directory,
+  occupied,
+  rename_directory,
+)
 from supra_jax.packed import (
+  META_FILE,
   Join,
   PackedInfo,
   RowsWriter,
@@ -140,16 +155,47 @@ def prepare(
     "tokenizer_sha256": tokenizer_fingerprint(tokenizer),
     "shard_bytes": shard_bytes,
   }
-  output = Path(output).absolute()
-  if output.exists() and (not output.is_dir() or any(output.iterdir())):
+  directory = absolute(output)
+  if isinstance(directory, Path):
+    return _pack(directory, tokenizer, arguments, skip_bad, workers)
+  if occupied(directory):
+    return _already_there(directory, arguments)
+  name = hashlib.sha256(to_json([str(directory), arguments]).encode()).hexdigest()
+  made_here = bucket.cache_directory() / f"packing-{name}"
+  made = _pack(made_here, tokenizer, arguments, skip_bad, workers)
+  _copy(made_here, directory)
+  shutil.rmtree(made_here)
+  return made
+
+
+def _copy(directory: Path, target: AnyPath) -> None:
+  """Copies what was packed to a bucket, what tells of files after those, and SOURCE_FILE last."""
+
+  def turn(path: Path) -> tuple[bool, bool, Path]:
+    return path.name == SOURCE_FILE, path.name == META_FILE, path
+
+  with new_directory(os.fspath(target)) as there:
+    for path in sorted((path for path in directory.rglob("*") if path.is_file()), key=turn):
+      bucket.upload(path, there / path.relative_to(directory))
+
+
+def _pack(
+  output: Path, tokenizer: TextEncoder, arguments: Mapping[str, Any], skip_bad: bool, workers: int | None
+) -> Prepared:
+  """`prepare` on a disk."""
+  partial = output.with_name(f"{output.name}.partial")
+  if (output / UNFINISHED).exists():
+    # The disk does not rename directories, and a job was cut off between its last files.
+    move_files(partial, output, last=SOURCE_FILE)
+  if occupied(output):
     return _already_there(output, arguments)
 
+  input, text_key = arguments["input"], arguments["text_key"]
   files = find_files(input)
-  partial = output.with_name(f"{output.name}.partial")
   with locked(partial):
     job = _Job(partial, arguments, files)
     first = job.bytes_read
-    encode = Encoder(tokenizer, text_key, bos, vocab_size, job.dtype, skip_bad)
+    encode = Encoder(tokenizer, text_key, arguments["bos"], arguments["vocab_size"], job.dtype, skip_bad)
     pieces = pieces_from(files, text_key, job.at)
     with PackingProgress(sum(file.size for file in files), first) as progress:
       for (at, bytes_read), encoded in encode_in_order(pieces, encode, worker_count(workers, files)):
@@ -158,14 +204,14 @@ def prepare(
     infos = job.finish()
     if output.exists():
       output.rmdir()
-    os.rename(partial, output)
+    rename_directory(partial, output, last=SOURCE_FILE)
   (output / JOURNAL_FILE).unlink(missing_ok=True)
   return Prepared(
     infos["train"], infos.get("heldout"), progress.tokens_per_second, job.bad["count"], tuple(job.bad["first"])
   )
 
 
-def _already_there(output: Path, arguments: Mapping[str, Any]) -> Prepared:
+def _already_there(output: AnyPath, arguments: Mapping[str, Any]) -> Prepared:
   if not (output / SOURCE_FILE).is_file():
     raise FileExistsError(f"{output} holds something that is no packed text. Remove it or choose another output.")
   made = json.loads((output / SOURCE_FILE).read_text())

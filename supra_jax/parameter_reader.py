@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -12,6 +11,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from supra_jax.checkpoint import PARAMS_DIRECTORY
+from supra_jax.files import absolute
 from supra_jax.params_io import first_line
 
 
@@ -30,7 +30,7 @@ class ParameterReader:
     Raises:
       ValueError: there is no checkpoint, or it is damaged.
     """
-    self._path = Path(directory).absolute() / PARAMS_DIRECTORY
+    self._path = absolute(directory) / PARAMS_DIRECTORY
     self._checkpointer = ocp.PyTreeCheckpointer()
     try:
       metadata = self._checkpointer.metadata(self._path).item_metadata

@@ -7,7 +7,6 @@ import math
 import re
 import time
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -17,6 +16,7 @@ from jax.sharding import Mesh
 from supra_jax.checkpoint import load_model_without_params
 from supra_jax.compiled import Memory, Traffic, collectives, memory
 from supra_jax.config import PRESETS, Mixer, ModelConfig
+from supra_jax.files import place
 from supra_jax.flops import step_flops_per_token
 from supra_jax.sharding import TIME_AXIS, batch_sharding, batch_shards, make_mesh, mesh_sizes, parameter_name
 from supra_jax.train_config import TrainConfig
@@ -92,7 +92,7 @@ def planned_teacher(config: TrainConfig, preset: str = "") -> ModelConfig | None
 
 def _planned(config: TrainConfig, field: str, preset: str, mixer: Mixer) -> ModelConfig:
   path = getattr(config, field)
-  if not preset and path and Path(path).exists():
+  if not preset and path and place(path).exists():
     return load_model_without_params(path).config
   name = preset or config.preset
   if name not in PRESETS:

@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 
+from supra_jax.files import local
 from supra_jax.plain_json import to_json
 
 RUNS_FILE = "runs.jsonl"
@@ -53,7 +54,7 @@ def write_run_record(workdir: str | os.PathLike[str], config: Mapping[str, Any])
     "flags": {name: os.environ.get(name) for name in FLAGS},
   }
   line = to_json(record) + "\n"
-  path = Path(workdir) / RUNS_FILE
+  path = local(workdir) / RUNS_FILE
   path.parent.mkdir(parents=True, exist_ok=True)
   with path.open("a") as file:
     file.write(line)

@@ -19,6 +19,8 @@ from typing import IO, Any
 
 import zstandard
 
+from supra_jax.files import local
+
 PYDOC_TOPICS = "pydoc:topics"
 LINE_ENDINGS = (".jsonl", ".jsonl.gz", ".jsonl.zst")
 ENDINGS = (".txt", *LINE_ENDINGS, ".parquet")
@@ -64,11 +66,11 @@ def find_files(pattern: str) -> list[InputFile]:
 
   Raises:
     FileNotFoundError: nothing matches.
-    ValueError: a file has another ending.
+    ValueError: a file has another ending, or the pattern is a URL.
   """
   if pattern == PYDOC_TOPICS:
     return [InputFile(PYDOC_TOPICS, sum(map(len, _topics())), 0)]
-  paths = sorted(path for path in glob.glob(pattern, recursive=True) if os.path.isfile(path))
+  paths = sorted(path for path in glob.glob(str(local(pattern)), recursive=True) if os.path.isfile(path))
   if not paths:
     raise FileNotFoundError(f"No file matches {pattern!r}.")
   for path in paths:

@@ -7,7 +7,6 @@ import dataclasses
 import functools
 import json
 import math
-import shutil
 import signal
 import statistics
 import time
@@ -20,8 +19,9 @@ import jax.numpy as jnp
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from supra_jax import data
+from supra_jax import bucket, data
 from supra_jax.adapters import merge_adapters
+from supra_jax.checkpoint import CONFIG_FILE as MODEL_CONFIG_FILE
 from supra_jax.checkpoint import (
   ModelCheckpoint,
   TrainingCheckpoints,
@@ -31,11 +31,12 @@ from supra_jax.checkpoint import (
   together,
 )
 from supra_jax.config import ModelConfig
+from supra_jax.files import AnyPath, place, remove_directory
 from supra_jax.metrics import MetricsWriter, Progress, read_metrics
 from supra_jax.picture import plot_losses
 from supra_jax.plain_json import to_json
 from supra_jax.reporter import Reporter
-from supra_jax.run_record import write_run_record
+from supra_jax.run_record import RUNS_FILE, write_run_record
 from supra_jax.sharding import make_mesh, param_shardings, process_shard, put_batch
 from supra_jax.tokenizer import Tokenizer
 from supra_jax.train_config import TrainConfig
@@ -78,11 +79,12 @@ def train(
 
   Leaves in `workdir`: `checkpoint/` (the model, for `supra_jax.load`), `metrics.jsonl`, `tensorboard/`, `loss.png`,
   `training/` (states to resume from), `data/` (packed rows), `train_config.json` and `runs.jsonl` (what made it).
-  With several processes each calls it, on a file system they share.
+  With several processes each calls it, on a file system they share. In a bucket, what a run adds lines to is written on
+  this machine, and copied at least once a minute and before each training state.
 
   Args:
     config: the run.
-    workdir: a directory of its own.
+    workdir: a directory of its own, local or gs://.
     teacher_nll: drawn as a line in the picture.
     profile_steps: so many steps are traced into `profile/`, after those that compile.
 
@@ -92,28 +94,29 @@ def train(
     OSError: a file cannot be read or written.
     Preempted: SIGTERM ended it.
   """
-  workdir = Path(workdir)
-  workdir.mkdir(parents=True, exist_ok=True)
+  directory = place(workdir)
+  directory.mkdir(parents=True, exist_ok=True)
   mesh = make_mesh(config.mesh)
   check_batch(config, mesh)
   start = load_model_without_params(config.init_checkpoint)
-  _claim(config, start, workdir)
-  with jax.set_mesh(mesh):
-    run, state, first = _start(config, start, workdir, mesh)
-    try:
-      state = _loop(run, state, first, profile_steps)
-      _export(workdir / "checkpoint", run.start, state.params, config)
-    except BaseException:
-      # Of several processes one may fail alone; it must not wait for the others' part in a save, nor they for it.
-      if jax.process_count() == 1:
-        run.checkpoints.close()
-      raise
-    run.checkpoints.close()
-  if jax.process_index() == 0:
-    _summary(config, workdir / METRICS_FILE)  # refuses losses that are not finite, which nobody can draw
-    plot_losses(workdir / METRICS_FILE, workdir / PICTURE_FILE, teacher_nll=teacher_nll)
+  with bucket.copies(directory, (METRICS_FILE, RUNS_FILE)) as files:
+    _claim(config, start, directory, files)
+    with jax.set_mesh(mesh):
+      run, state, first = _start(config, start, directory, files, mesh)
+      try:
+        state = _loop(run, state, first, profile_steps)
+        _export(directory / "checkpoint", run.start, state.params, config, files.directory / METRICS_FILE)
+      except BaseException:
+        # Of several processes one may fail alone; it must not wait for the others' part in a save, nor they for it.
+        if jax.process_count() == 1:
+          run.checkpoints.close()
+        raise
+      run.checkpoints.close()
+    if jax.process_index() == 0:
+      _summary(config, files.directory / METRICS_FILE)  # refuses losses that are not finite, which nobody can draw
+      plot_losses(files.directory / METRICS_FILE, files.directory / PICTURE_FILE, teacher_nll=teacher_nll)
   together("run done")
-  return _summary(config, workdir / METRICS_FILE)
+  return _summary(config, directory / METRICS_FILE)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,7 +124,7 @@ class _Run:
   """The parts of a run that its loop works with."""
 
   config: TrainConfig
-  workdir: Path
+  files: bucket.Copies
   mesh: Mesh
   start: ModelCheckpoint  # without parameters
   step: TrainStep
@@ -129,11 +132,11 @@ class _Run:
   extra: tuple[Any, ...]  # what each step is given besides state and batch: the teacher's parameters
   sources: Sequence[data.Source]
   batches: data.Batches
-  heldout: Path
+  heldout: AnyPath
   checkpoints: TrainingCheckpoints
 
 
-def _claim(config: TrainConfig, start: ModelCheckpoint, workdir: Path) -> None:
+def _claim(config: TrainConfig, start: ModelCheckpoint, workdir: AnyPath, files: bucket.Copies) -> None:
   """Writes the configs of run and model into a new workdir, or holds them against those that are there."""
   path = workdir / CONFIG_FILE
   values = _described(config, start.config)
@@ -157,11 +160,12 @@ def _claim(config: TrainConfig, start: ModelCheckpoint, workdir: Path) -> None:
     if differ and jax.process_index() == 0:
       # The run before never began, for bad input perhaps; rows packed for it are of no use to this one.
       for leftover in ("data", "data.partial"):
-        shutil.rmtree(workdir / leftover, ignore_errors=True)
+        remove_directory(workdir / leftover)
   together("config read")
   if jax.process_index() == 0:
     path.write_text(to_json(values, indent=2) + "\n")
-    write_run_record(workdir, values)
+    write_run_record(files.directory, values)
+    files.copy()
   together("config written")
 
 
@@ -176,7 +180,9 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
   return flat
 
 
-def _start(config: TrainConfig, start: ModelCheckpoint, workdir: Path, mesh: Mesh) -> tuple[_Run, TrainState, int]:
+def _start(
+  config: TrainConfig, start: ModelCheckpoint, workdir: AnyPath, files: bucket.Copies, mesh: Mesh
+) -> tuple[_Run, TrainState, int]:
   """The run, its state and the steps done: the newest that was saved, or new ones."""
   tokenizer = Tokenizer.from_files(start.tokenizer_files, start.config)
   teacher = load_model_without_params(config.distill_from).config if config.distill_from else None
@@ -189,7 +195,7 @@ def _start(config: TrainConfig, start: ModelCheckpoint, workdir: Path, mesh: Mes
   )
   checkpoints = TrainingCheckpoints(workdir / "training", keep=config.keep_checkpoints)
   extra = () if teacher is None else (load_teacher(config, teacher, mesh),)
-  run = _Run(config, workdir, mesh, start, step, shapes, extra, sources, batches, heldout, checkpoints)
+  run = _Run(config, files, mesh, start, step, shapes, extra, sources, batches, heldout, checkpoints)
   restored = checkpoints.restore(shapes)
   if restored is not None:
     first, state, position = restored
@@ -221,7 +227,7 @@ def _preemption() -> Iterator[Any]:
 
 
 def _loop(run: _Run, state: TrainState, first: int, profile_steps: int) -> TrainState:
-  config, workdir = run.config, run.workdir
+  config, workdir = run.config, run.files.directory
   shardings = jax.tree.map(lambda x: x.sharding, run.shapes)
   program = functools.cache(lambda active, transfer: run.step.compiled(shardings, active, transfer=transfer))
   speaks = jax.process_index() == 0
@@ -259,6 +265,8 @@ def _loop(run: _Run, state: TrainState, first: int, profile_steps: int) -> Train
       if evaluates or saves:
         reporter.drain()
       with reporter.clock.paused():
+        # Before a state of the step, that a run that goes on from it has all lines before.
+        _copy(run.files, reporter, 0.0 if saves else bucket.COPY_SECONDS)
         if evaluates and not stop:
           evaluate(step)
         if saves:
@@ -270,6 +278,13 @@ def _loop(run: _Run, state: TrainState, first: int, profile_steps: int) -> Train
         run.checkpoints.wait()
         raise Preempted(f"SIGTERM: saved after step {step} of {config.num_steps}. The same command goes on from there.")
   return state
+
+
+def _copy(files: bucket.Copies, reporter: Reporter, seconds: float) -> None:
+  try:
+    files.copy(seconds=seconds)
+  except OSError as error:
+    reporter.say(f"{error}. Training goes on; it is tried again.")
 
 
 @contextlib.contextmanager
@@ -306,10 +321,10 @@ def _profile(directory: Path) -> Iterator[Any]:
     jax.profiler.stop_trace()
 
 
-def _export(directory: Path, start: ModelCheckpoint, params: Any, config: TrainConfig) -> None:
+def _export(directory: AnyPath, start: ModelCheckpoint, params: Any, config: TrainConfig, metrics_path: Path) -> None:
   """Writes the trained model, one subtree a layer, beside the run; an earlier export gives way."""
-  if jax.process_index() == 0 and directory.exists():
-    shutil.rmtree(directory)
+  if jax.process_index() == 0:
+    remove_directory(directory, first=MODEL_CONFIG_FILE)
   together("earlier export removed")
   save_model(
     directory,
@@ -319,27 +334,33 @@ def _export(directory: Path, start: ModelCheckpoint, params: Any, config: TrainC
     source=lambda: {
       "trained_from": start.source,
       "train_config": dataclasses.asdict(config),
-      **_outcome(_summary(config, directory.parent / METRICS_FILE)),
+      **_outcome(config, metrics_path),
     },
   )
 
 
-def _outcome(summary: TrainSummary) -> dict[str, Any]:
-  """For whom the model is given to; JSON has no NaN."""
-  losses = {"before": summary.nll_before, "after": summary.nll_after}
-  known = {when: loss if math.isfinite(loss) else None for when, loss in losses.items()}
-  return {"tokens_trained": summary.tokens_trained, "heldout_nll": known}
+def _outcome(config: TrainConfig, metrics_path: Path) -> dict[str, Any]:
+  """For whom the model is given to."""
+  heldout = _heldout(read_metrics(metrics_path))
+  losses = {"before": heldout[0], "after": heldout[-1]}
+  return {"tokens_trained": config.num_steps * config.tokens_a_step, "heldout_nll": losses}
 
 
-def _summary(config: TrainConfig, metrics_path: Path) -> TrainSummary:
+def _heldout(records: Sequence[Mapping[str, Any]]) -> list[float | None]:
+  """Nats a token of each evaluation; None where it was not finite."""
+  return [record["heldout_nll"] for record in records if "heldout_nll" in record]
+
+
+def _summary(config: TrainConfig, metrics_path: AnyPath) -> TrainSummary:
   records = read_metrics(metrics_path)
-  heldout = [record["heldout_nll"] for record in records if "heldout_nll" in record]
+  heldout = _heldout(records)
+  first, last = heldout[0], heldout[-1]
   speeds = [record["tokens_per_second"] for record in records if record.get("tokens_per_second")]
-  if None in (heldout[0], heldout[-1]):
+  if first is None or last is None:
     raise ValueError(f"{metrics_path.parent}: the held-out loss is not finite: the model there is of no use as it is.")
   return TrainSummary(
-    nll_before=heldout[0],
-    nll_after=heldout[-1],
+    nll_before=first,
+    nll_after=last,
     tokens_trained=config.num_steps * config.tokens_a_step,
     tokens_per_second=statistics.median(speeds) if speeds else math.nan,
   )

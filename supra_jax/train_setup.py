@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -15,6 +14,7 @@ from supra_jax import data
 from supra_jax.checkpoint import load_model, together
 from supra_jax.config import ModelConfig
 from supra_jax.evaluate import mean_nll
+from supra_jax.files import AnyPath, place
 from supra_jax.packed import check_packed
 from supra_jax.packing import prepare
 from supra_jax.sharding import (
@@ -33,16 +33,16 @@ from supra_jax.transformer import Transformer, stack_runs
 
 
 def prepare_data(
-  config: DataConfig, tokenizer: Tokenizer | None, vocab_size: int, directory: Path
-) -> tuple[Sequence[data.Source], Path]:
+  config: DataConfig, tokenizer: Tokenizer | None, vocab_size: int, directory: AnyPath
+) -> tuple[Sequence[data.Source], AnyPath]:
   """(sources to train on, held-out directory); packs text into `directory` unless it is there and fits.
 
   Raises:
     ValueError: packed data or text do not fit the model or the config; or there is text and no tokenizer.
   """
   if config.sources:
-    sources, heldout = data.parse_sources(config.sources), Path(config.heldout)
-    for path in [*(Path(path) for path, _ in sources), heldout]:
+    sources, heldout = data.parse_sources(config.sources), place(config.heldout)
+    for path in [*(path for path, _ in sources), heldout]:
       check_packed(path, sequence_length=config.sequence_length, vocab_size=vocab_size, tokenizer=tokenizer)
     return sources, heldout
   if tokenizer is None:
@@ -63,7 +63,7 @@ def prepare_data(
   return ((str(directory / "train"), 1.0),), directory / "heldout"
 
 
-def heldout_nll(model: Transformer, params: Any, path: Path, config: TrainConfig, mesh: Mesh | None = None) -> float:
+def heldout_nll(model: Transformer, params: Any, path: AnyPath, config: TrainConfig, mesh: Mesh | None = None) -> float:
   """Mean nats a token of the held-out rows; without a mesh on one device."""
   rows = config.batch_size // config.microbatches
   index, count = (0, 1) if mesh is None else process_shard(mesh)

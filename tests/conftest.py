@@ -8,6 +8,7 @@ import pytest
 # Real models, real processes, 7B compiled, many programs: half of the time of all tests. CI runs them on one of its two
 # Pythons.
 HEAVY = {
+  "test_bucket",
   "test_calibrate",
   "test_export_torch",
   "test_faults",

@@ -89,22 +89,24 @@ class Run:
   def __init__(
     self,
     config: TrainConfig,
-    workdir: Path,
+    workdir: Path | str,
     *flags: str,
     processes: int = 1,
     devices: int = 1,
     cache: Path | None = None,
+    recipe: Path | None = None,
   ):
     """Starts it.
 
     Args:
-      config: written as a recipe beside the workdir.
+      config: written as a recipe.
       workdir: of the run.
       *flags: more of the command line.
       processes, devices: how many, and how many fake ones each has.
       cache: directory of compiled programs, which later runs need not compile.
+      recipe: where it is written; None is beside the workdir.
     """
-    recipe = workdir.with_name(f"{workdir.name}_recipe.py")
+    recipe = recipe or Path(f"{workdir}_recipe.py")
     recipe.parent.mkdir(parents=True, exist_ok=True)
     recipe.write_text(
       "import json\nimport ml_collections\n\n\ndef get_config():\n"
@@ -179,6 +181,11 @@ class Run:
     """Waits for a good end and returns what was said."""
     assert self.wait(seconds) == [0] * len(self.processes), self.said
     return self.said
+
+
+def importable() -> dict[str, str]:
+  """Environment of a process that finds this project's packages from any working directory."""
+  return os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])}
 
 
 def free_port() -> int:

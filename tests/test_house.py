@@ -18,7 +18,7 @@ PACKAGES = ("kernels_pallas", "supra_jax", "convert_weights")
 
 # supra_jax, from the ground up. `__init__` is the front door; `bin.*` are the programs, `bin.entry` what they share.
 FLOORS = {
-  "F1": ("plain_json", "progress", "config", "sharding", "files"),
+  "F1": ("plain_json", "progress", "config", "sharding", "bucket", "files"),
   "F2": ("layers", "feature_maps", "softmax", "attention", "transformer", "finite", "adapters", "layer_losses"),
   "F3": (
     "params_io",
@@ -71,6 +71,9 @@ USES_CONVERTERS = {"supra_jax.demo", "supra_jax.bin.demo"}
 # Packages that only some modules may import.
 RESERVED = {
   "orbax": r"supra_jax\.(checkpoint|params_io|parameter_reader)",
+  "etils": r"supra_jax\.(bucket|files)",
+  "fsspec": r"supra_jax\.bucket",
+  "gcsfs": r"supra_jax\.bucket",
   "grain": r"supra_jax\.(data|checkpoint)",
   "tensorboardX": r"supra_jax\.metrics",
   "matplotlib": r"supra_jax\.picture",

@@ -10,6 +10,7 @@ import supra_jax
 from convert_weights.hf_to_orbax import convert
 from supra_jax.bin.entry import run
 from supra_jax.demo import compare_starts
+from supra_jax.files import local
 from supra_jax.plain_json import to_json
 from supra_jax.train_config import TrainConfig
 
@@ -31,7 +32,7 @@ def smollm2_gguf() -> Path:
 
 
 def main() -> None:
-  workdir = Path(_WORKDIR.value)
+  workdir = local(_WORKDIR.value)
   window, random = (TrainConfig.from_mapping(config.value.to_dict()) for config in (_CONFIG, _RANDOM_CONFIG))
   teacher = workdir / "teacher"
   if not teacher.exists():

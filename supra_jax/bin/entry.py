@@ -23,9 +23,10 @@ def run(main: Callable[[], None]) -> None:
       raise app.UsageError(f"Unknown arguments: {' '.join(argv[1:])}")
     if not flags.FLAGS["verbosity"].present:
       logging.set_verbosity(logging.ERROR)  # jax and orbax say much that is no news to a user
-      # Orbax logs the traceback of an error in each thread and task that it passes through, and raises it too.
+      # They log the traceback of an error in each thread and task that it passes through, and raise it too.
       logging.get_absl_logger().addFilter(lambda record: "orbax" not in record.pathname)
-      python_logging.getLogger("asyncio").setLevel("CRITICAL")
+      for name in ("asyncio", "gcsfs"):
+        python_logging.getLogger(name).setLevel("CRITICAL")
     try:
       main()
     except (ValueError, OSError) as error:

@@ -14,7 +14,9 @@ from supra_jax.bin.entry import run
 from supra_jax.train import Preempted, TrainConfig, train
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The recipe.", lock_config=True)
-_WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run; goes on where it stopped.", required=True)
+_WORKDIR = flags.DEFINE_string(
+  "workdir", None, "Directory of the run, local or gs://; goes on where it stopped.", required=True
+)
 _PROFILE_STEPS = flags.DEFINE_integer("profile_steps", 0, "Trace so many steps into WORKDIR/profile.", lower_bound=0)
 _DISTRIBUTED = flags.DEFINE_bool("distributed", False, "One process of several: detected, or as named by:")
 _COORDINATOR = flags.DEFINE_string("coordinator_address", None, "HOST:PORT of process 0.")
