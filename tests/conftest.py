@@ -11,6 +11,7 @@ HEAVY = {
   "test_calibrate",
   "test_export_torch",
   "test_faults",
+  "test_finite",
   "test_fuzz",
   "test_generate",
   "test_hybrid",
@@ -23,6 +24,7 @@ HEAVY = {
   "test_streaming",
   "test_train",
   "test_window",
+  "test_x64",
 }
 
 
