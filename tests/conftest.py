@@ -12,6 +12,7 @@ HEAVY = {
   "test_calibrate",
   "test_export_torch",
   "test_faults",
+  "test_finite",
   "test_fuzz",
   "test_generate",
   "test_hybrid",
@@ -25,6 +26,7 @@ HEAVY = {
   "test_streaming",
   "test_train",
   "test_window",
+  "test_x64",
 }
 
 
