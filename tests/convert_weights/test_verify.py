@@ -168,7 +168,7 @@ def test_gguf_with_the_frequencies_of_llama3(transformers, tmp_path):
 def test_what_transformers_refuses_is_one_line(transformers, tmp_path):
   source = copy_case("llama_gqa_tied", tmp_path / "source", pad_token_id=[1])
   convert(source, tmp_path / "out")
-  with pytest.raises(ConversionError, match=r"source: transformers does not run it: .*pad_token_id") as caught:
+  with pytest.raises(ConversionError, match=r"source: transformers does not run it: ") as caught:
     verify.compare(source, tmp_path / "out")
   assert "\n" not in str(caught.value)
 
