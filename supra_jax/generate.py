@@ -54,7 +54,10 @@ class Sampling:
     if ignored:
       warnings.warn(f"generation_config.json asks for {', '.join(ignored)}, which is not supported.", stacklevel=3)
     said = {name: generation[name] for name in ("temperature", "top_k", "top_p") if generation.get(name) is not None}
-    return cls(**{"temperature": 1.0, "top_k": 50, "top_p": 1.0} | said)
+    try:
+      return cls(**{"temperature": 1.0, "top_k": 50, "top_p": 1.0} | said)
+    except (TypeError, ValueError) as error:
+      raise ValueError(f"generation_config.json: {error}") from error
 
   def __post_init__(self):
     if self.temperature < 0 or self.top_k < 0 or not 0 < self.top_p <= 1:

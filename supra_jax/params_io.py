@@ -12,7 +12,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
-from orbax.checkpoint._src.serialization import tensorstore_utils
 from orbax.checkpoint.options import AtomicityMode, AtomicityOptions
 
 from supra_jax.files import AnyPath, syncs_directories
@@ -56,7 +55,9 @@ def adapt_to_disk(directory: AnyPath) -> None:
   Whoever writes there then waits for the files with `files.sync_below`.
   """
   if isinstance(directory, Path) and not syncs_directories(directory):
-    # Orbax has no option for it.
+    # Orbax has no option for it; imported here, so that a release without these names serves all other disks.
+    from orbax.checkpoint._src.serialization import tensorstore_utils
+
     for context in (tensorstore_utils._BASE_TS_CONTEXT, tensorstore_utils._DEFAULT_OCDBT_TS_CONTEXT):
       context["file_io_sync"] = False
 

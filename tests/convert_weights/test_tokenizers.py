@@ -275,6 +275,12 @@ def test_sampling_of_a_checkpoint(generation, wanted):
   assert LM(CONFIG, params, None, generation).sampling == wanted
 
 
+@pytest.mark.parametrize("wrong", [{"top_p": 2.0}, {"temperature": "hot"}])
+def test_sampling_that_cannot_be_names_its_file(wrong):
+  with pytest.raises(ValueError, match=r"generation_config\.json: "):
+    Sampling.of_checkpoint({"do_sample": True} | wrong)
+
+
 def test_sampling_that_is_not_supported_is_said():
   with pytest.warns(UserWarning, match="asks for repetition_penalty=1.05, which is not supported"):
     Sampling.of_checkpoint({"do_sample": True, "repetition_penalty": 1.05, "typical_p": 1.0, "min_p": None})
