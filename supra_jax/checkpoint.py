@@ -2,7 +2,8 @@
 
 DIR/config.json       the ModelConfig
 DIR/params/           the parameters, an Orbax PyTree checkpoint, one subtree a layer
-DIR/tokenizer.json    or tokenizer.model; absent where the source had none
+DIR/tokenizer.json    or tokenizer.model, with tokenizer_config.json; absent where the source had none
+DIR/chat_template.jinja, DIR/generation_config.json   as the source has them
 DIR/source.json       where the model came from
 """
 
@@ -58,7 +59,8 @@ class ModelCheckpoint:
   Attributes:
     config: what the model is.
     params: nested dict of jax arrays.
-    tokenizer_files: file name -> contents, the subset of TOKENIZER_FILES that the directory holds.
+    tokenizer_files: file name -> contents, of TOKENIZER_FILES those that the directory holds: the tokenizer, and how a
+      text is begun and drawn with it.
     source: where the model came from (JSON object).
   """
 
