@@ -6,12 +6,13 @@ the tokens that other files add to them, chat templates, and how to generate.
 
 from __future__ import annotations
 
+import dataclasses
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tokenizers import AddedToken, Tokenizer, processors
+from tokenizers import AddedToken, Tokenizer, normalizers, pre_tokenizers, processors
 
 from convert_weights.errors import ConversionError, read_json_object
 from convert_weights.tokenizer_vocabularies import VOCABULARIES
@@ -24,6 +25,8 @@ _PADDING = "pad_token_id"
 # In the order in which transformers adds those that the vocabulary lacks.
 _NAMED = tuple(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
 _LISTED = ("extra_special_tokens", "additional_special_tokens")
+# Classes that do what tokenizer.json says, whatever the settings say of a token that begins a text.
+_DEAF = ("PreTrainedTokenizer", "TokenizersBackend", "Qwen2Tokenizer", "GPT2Tokenizer")
 # Vocabularies of other families' tokenizers.
 _FOREIGN = re.compile(r"spiece\.model|sentencepiece\.bpe\.model|vocab\.txt|.*\.tiktoken|merges\.txt")
 
@@ -47,14 +50,14 @@ def tokenizer_files(directory: Path) -> dict[str, bytes]:
   try:
     vocabulary = VOCABULARIES[name](directory, settings)
     settings = {**vocabulary.settings, **settings}
-    added = [*_added_tokens(directory, settings), *_named_tokens(settings)]
+    added = _added_tokens(directory, settings)
     if vocabulary.tokenizer is None:
-      missing = [repr(token.content) for _, token in added if token.content not in vocabulary.special]
+      missing = [repr(token) for token in added if token not in vocabulary.special]
       if missing:
         raise ValueError(f"to this {name} no tokens can be added: {', '.join(missing[:20])}.")
       files[name] = vocabulary.contents
     else:
-      changed = _add(vocabulary.tokenizer, added)
+      changed = _add(vocabulary.tokenizer, added) | _set_prefix_space(vocabulary.tokenizer, settings)
       if vocabulary.begins and settings.get("add_bos_token") is not False:
         begin_with(vocabulary.tokenizer, vocabulary.tokenizer.token_to_id(content(settings["bos_token"])))
       keeps = vocabulary.contents and not changed
@@ -118,7 +121,13 @@ def _settings(directory: Path) -> dict[str, Any]:
   settings = _object(directory / SETTINGS_FILE)
   # Where these list all added tokens, transformers leaves the older file alone.
   if "added_tokens_decoder" not in settings:
-    settings |= _object(directory / _SPECIAL_MAP)
+    older = _object(directory / _SPECIAL_MAP)
+    for name in _LISTED:
+      if isinstance(listed := settings.get(name), list) and isinstance(older.get(name), list):
+        older[name] = [*listed, *(token for token in older[name] if token not in listed)]
+    settings |= older
+  if str(settings.get("tokenizer_class")).removesuffix("Fast") in _DEAF and (directory / "tokenizer.json").is_file():
+    settings.pop("add_bos_token", None)
   if settings.get("legacy") is None:
     settings.pop("legacy", None)
   templates = {"default": directory / TEMPLATE_FILE} if (directory / TEMPLATE_FILE).is_file() else {}
@@ -153,52 +162,90 @@ def _refuse_what_is_left(directory: Path) -> None:
     )
 
 
-Added = tuple[int | None, AddedToken]
+@dataclasses.dataclass
+class _Added:
+  """What the files say of a token beside the vocabulary.
+
+  Attributes:
+    token_id: its id, where they say it.
+    flags: how it is found in a text, where a list of tokens says so.
+    own_flags: the same where only its name says so, which counts for tokens that the vocabulary lacks.
+    special: it is a special token.
+  """
+
+  token_id: int | None = None
+  flags: Mapping[str, bool] | None = None
+  own_flags: Mapping[str, bool] = dataclasses.field(default_factory=lambda: _flags({}))
+  special: bool = False
 
 
-def _added_tokens(directory: Path, settings: Mapping[str, Any]) -> list[Added]:
-  """Those that other files add to the vocabulary, with their ids and in order of these."""
+def _added_tokens(directory: Path, settings: Mapping[str, Any]) -> dict[str, _Added]:
+  """Token -> what is said of it, in the order in which transformers adds those that the vocabulary lacks."""
   listed = settings.get("added_tokens_decoder")
-  if isinstance(listed, dict):
-    return [(i, _token(listed[name])) for i, name in sorted((int(name), name) for name in listed)]
-  special = {token.content for _, token in _named_tokens(settings)}
-  added = _object(directory / _ADDED)
-  if not all(type(i) is int for i in added.values()):
-    raise ValueError(f"{_ADDED}: wanted an object of token -> id.")
-  in_order = sorted(added.items(), key=lambda item: item[1])
-  return [(i, AddedToken(text, special=text in special, normalized=False)) for text, i in in_order]
+  if listed is None:
+    ids = _object(directory / _ADDED)
+    if not all(type(i) is int for i in ids.values()):
+      raise ValueError(f"{_ADDED}: wanted an object of token -> id.")
+    added = {token: _Added(i) for token, i in sorted(ids.items(), key=lambda item: item[1])}
+  elif isinstance(listed, dict):
+    in_order = sorted(((int(i), entry) for i, entry in listed.items()), key=lambda item: item[0])
+    if not all(isinstance(entry, dict) for _, entry in in_order):
+      raise ValueError(f"{SETTINGS_FILE}: added_tokens_decoder: wanted an object for each token.")
+    added = {content(entry): _Added(i, _flags(entry), special=entry.get("special") is True) for i, entry in in_order}
+  else:
+    raise ValueError(f"{SETTINGS_FILE}: added_tokens_decoder: wanted an object of id -> token.")
+  for token in _named_tokens(settings):
+    known = added.setdefault(content(token), _Added())
+    known.special = True
+    if isinstance(token, dict):
+      known.own_flags = _flags(token)
+  return added
 
 
-def _named_tokens(settings: Mapping[str, Any]) -> list[Added]:
+def _named_tokens(settings: Mapping[str, Any]) -> list[Any]:
   """Special tokens that have a name, or are listed without an id."""
   named = [settings.get(name) for name in _NAMED]
   for name in _LISTED:
     listed = settings.get(name) or []
     named += listed.values() if isinstance(listed, dict) else listed
-  return [(None, _token(token, special=True)) for token in named if token]
+  return [token for token in named if token]
 
 
-def _token(token: Any, special: bool = False) -> AddedToken:
-  flags = token if isinstance(token, dict) else {}
-  special = special or flags.get("special") is True
-  # A text is normalised before tokens that are so are looked for in it: SentencePiece's would not be found.
-  how = {name: flags.get(name) is True for name in ("single_word", "lstrip", "rstrip")}
-  return AddedToken(content(token), special=special, normalized=False, **how)
+def _flags(entry: Mapping[str, Any]) -> dict[str, bool]:
+  return {name: entry.get(name) is True for name in ("single_word", "lstrip", "rstrip", "normalized")}
 
 
-def _add(tokenizer: Tokenizer, added: Iterable[Added]) -> bool:
-  """Adds the tokens that the tokenizer lacks, and says whether there were any.
+def _add(tokenizer: Tokenizer, added: Mapping[str, _Added]) -> bool:
+  """Adds the tokens that the tokenizer lacks, and changes those that it has otherwise; says whether there were any.
 
   Raises:
     ValueError: a token has another id there.
   """
-  known = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
-  before = len(known)
-  for wanted, token in added:
-    if token.content not in known:
-      known.add(token.content)
-      (tokenizer.add_special_tokens if token.special else tokenizer.add_tokens)([token])
-    got = tokenizer.token_to_id(token.content)
-    if wanted not in (None, got):
-      raise ValueError(f"{token.content!r} is said to have the id {wanted}; in the vocabulary it has, or gets, {got}.")
-  return len(known) > before
+  known = {token.content: token for token in tokenizer.get_added_tokens_decoder().values()}
+  changed = False
+  for text, said in added.items():
+    before = known.get(text)
+    found = said.own_flags if before is None else {name: getattr(before, name) for name in said.own_flags}
+    flags = dict(found if said.flags is None else said.flags)
+    if isinstance(tokenizer.normalizer, normalizers.Sequence):
+      # SentencePiece's normaliser puts spaces before what it is given, tokens that are to be found included.
+      flags["normalized"] = False
+    special = said.special or (said.flags is None and before is not None and before.special)
+    token = AddedToken(text, special=special, **flags)
+    if repr(token) != repr(before):
+      tokenizer.add_tokens([token])
+      changed = True
+    if said.token_id not in (None, got := tokenizer.token_to_id(text)):
+      raise ValueError(f"{text!r} is said to have the id {said.token_id}; in the vocabulary it has, or gets, {got}.")
+  return changed
+
+
+def _set_prefix_space(tokenizer: Tokenizer, settings: Mapping[str, Any]) -> bool:
+  """Has a byte-level tokenizer put a space before a text, or not, where the settings say so."""
+  wanted, splits = settings.get("add_prefix_space"), tokenizer.pre_tokenizer
+  if not isinstance(wanted, bool) or not isinstance(splits, pre_tokenizers.ByteLevel):
+    return False
+  changed = splits.add_prefix_space != wanted
+  splits.add_prefix_space = wanted
+  tokenizer.pre_tokenizer = splits
+  return changed

@@ -115,6 +115,44 @@ def test_tokens_that_tokenizer_json_lacks(bpe, tmp_path):
   assert ours.eos_ids == (513,) and ours.encode("<pad>") == [514]
 
 
+FLAGS = {"lstrip": False, "rstrip": False, "single_word": False, "normalized": False, "special": True}
+
+
+@pytest.mark.parametrize(
+  "settings, older",
+  [
+    ({"added_tokens_decoder": {"0": FLAGS | {"content": "<|endoftext|>", "rstrip": True}}}, {}),
+    ({"added_tokens_decoder": {"0": FLAGS | {"content": "<|endoftext|>", "lstrip": True}}}, {}),
+    ({"added_tokens_decoder": {"0": FLAGS | {"content": "<|endoftext|>", "single_word": True}}}, {}),
+    ({"eos_token": "<|endoftext|>"}, {}),
+    ({}, {"eos_token": {"content": "<|endoftext|>", "rstrip": True}}),
+    ({}, {"eos_token": {"content": "<e>", "lstrip": True}}),
+    ({"additional_special_tokens": ["<a1>"]}, {"additional_special_tokens": ["<b1>"], "eos_token": "<e>"}),
+    ({"add_bos_token": True, "bos_token": "<|endoftext|>"}, {}),
+    ({"add_prefix_space": True, "tokenizer_class": "GPT2Tokenizer", "eos_token": "<|endoftext|>"}, {}),
+  ],
+)
+@pytest.mark.parametrize("special", [True, False])
+def test_what_settings_say_of_tokens(settings, older, special, tmp_path):
+  """Flags of a token that tokenizer.json has with others, names, lists in two files: ids and text are transformers'."""
+  transformers = pytest.importorskip("transformers")
+  description = json.loads(byte_bpe(TEXT, 512))
+  description["added_tokens"][0]["special"] = special
+  settings = {"tokenizer_class": "PreTrainedTokenizerFast"} | settings
+  source = write(
+    tmp_path,
+    tokenizer_json=description,
+    tokenizer_config_json=settings,
+    special_tokens_map_json=older,
+    config_json={"model_type": "llama"},
+  )
+  ours, theirs = read(source), transformers.AutoTokenizer.from_pretrained(source)
+  for text in ("a <|endoftext|> b", "x<|endoftext|>y", "hello world", "p<a1>q r <e>s"):
+    ids = ours.encode(text)
+    assert ids == theirs(text)["input_ids"]
+    assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True)
+
+
 def test_vocab_and_merges(bpe, tmp_path):
   merges = "\n".join(["#version: 0.2", *(" ".join(merge) for merge in bpe["merges"])])
   source = write(
