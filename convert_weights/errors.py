@@ -25,6 +25,12 @@ def listing(title: str, items: Iterable[str]) -> list[str]:
   return lines
 
 
+def refuse_pointer(path: Path, contents: bytes) -> None:
+  """Raises ConversionError where a file is not there, but the note that Git LFS leaves in its place."""
+  if contents.startswith(b"version https://git-lfs.github.com/spec/"):
+    raise ConversionError(f"{path}: is a pointer of Git LFS: bring the file itself with `git lfs pull`.")
+
+
 def read_json_object(path: Path) -> dict[str, Any]:
   """Reads a JSON object.
 
@@ -32,9 +38,13 @@ def read_json_object(path: Path) -> dict[str, Any]:
     ConversionError: the file is missing, unreadable, no JSON, or no object.
   """
   try:
-    value = json.loads(path.read_bytes())
+    contents = path.read_bytes()
+    refuse_pointer(path, contents)
+    value = json.loads(contents)
   except OSError as error:
     raise ConversionError(f"{path}: cannot be read: {error.strerror}.") from error
+  except ConversionError:
+    raise
   except (ValueError, RecursionError) as error:
     raise ConversionError(f"{path}: not valid JSON: {error}.") from error
   if not isinstance(value, dict):

@@ -38,6 +38,8 @@ def open_source(
   files: Mapping[str, bytes] | None = None if own_tokenizer else {}
   if tokenizer is not None:
     files = {name: contents for name, contents in tokenizer_files(local(tokenizer)).items() if name != GENERATION_FILE}
+    if not local(tokenizer).is_dir():
+      raise ConversionError(f"{tokenizer}: wanted a directory that holds a tokenizer, and there is none of that name.")
     if not files:
       raise ConversionError(f"{tokenizer}: holds no tokenizer: none of {', '.join(VOCABULARIES)}.")
   opened = _open(source, files)
@@ -83,12 +85,16 @@ def _open_weights(directory: Path, file: Path | None, tokenizer: Mapping[str, by
 
 
 def _with_checked_tokenizer(source: Source, where: str | os.PathLike[str]) -> Source:
-  """The source, if its tokenizer can be used; OpenLM's configs leave the ids that begin and end a text to it."""
+  """The source, if its tokenizer can be used; the ids that begin and end a text are its where the config has none.
+
+  OpenLM's never do, and those of a GGUF are with the tokenizer that `--tokenizer` may take the place of.
+  """
   try:
     tokenizer = Tokenizer.from_files(source.tokenizer_files, source.config)
   except ValueError as error:
     raise ConversionError(f"{where}: the tokenizer cannot be used: {error}") from error
-  if tokenizer is None or source.kind != openlm_config.MODEL_TYPE:
+  says_nothing = source.kind == "gguf" and not source.config.eos_token_ids
+  if tokenizer is None or not (source.kind == openlm_config.MODEL_TYPE or says_nothing):
     return source
   config = source.config.replace(bos_token_id=tokenizer.bos_id, eos_token_ids=tokenizer.eos_ids)
   return dataclasses.replace(source, config=config)

@@ -13,7 +13,7 @@ from sentencepiece import sentencepiece_model_pb2
 from tokenizers import Tokenizer
 
 from convert_weights.byte_level import KINDS, byte_level_bpe, ranked_bpe
-from convert_weights.errors import read_json_object
+from convert_weights.errors import read_json_object, refuse_pointer
 from convert_weights.sentencepiece_tokenizer import sentencepiece_bpe
 from convert_weights.tokenizer_probe import first_difference
 from supra_jax.tokenizer_backends import NO_DUMMY_PREFIX, SentencePieceBackend
@@ -54,7 +54,9 @@ def _tokenizer_json(directory: Path, settings: Mapping[str, Any]) -> Vocabulary:
 
 
 def _tokenizer_model(directory: Path, settings: Mapping[str, Any]) -> Vocabulary:
-  contents = (directory / "tokenizer.model").read_bytes()
+  path = directory / "tokenizer.model"
+  contents = path.read_bytes()
+  refuse_pointer(path, contents)
   ranks = _ranks(contents)
   return sentencepiece_vocabulary(contents, settings) if ranks is None else _llama_3(ranks, settings)
 

@@ -204,7 +204,10 @@ def report(found: Comparison, tolerance: float) -> None:
 
 
 def main() -> None:
-  text = None if _TEXT.value is None else local(_TEXT.value).read_text("utf-8-sig")
+  try:
+    text = None if _TEXT.value is None else local(_TEXT.value).read_text("utf-8-sig")
+  except UnicodeDecodeError as error:
+    raise ConversionError(f"{_TEXT.value}: not UTF-8 text: {error}.") from error
   report(compare(_SOURCE.value, _CHECKPOINT.value, text), _TOLERANCE.value)
 
 

@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -144,7 +145,7 @@ def calibrate(
     The student's parameters, in the dtypes that they had.
 
   Raises:
-    ValueError: there are no batches.
+    ValueError: there are no batches, or activations are not finite.
   """
   if not batches:
     raise ValueError("There are no batches to calibrate with.")
@@ -162,6 +163,11 @@ def calibrate(
       name, missed = f"layers_{i}", 0.0
       if theirs != ours:
         params[name], missed = _calibrate_layer(run, streams, teacher_params[name], params[name], batches, ridge, mlp)
+        if not math.isfinite(missed):
+          raise ValueError(
+            f"Layer {i} cannot be calibrated: the teacher's activations there are not finite. "
+            "`supra_jax.bin.evaluate` on the teacher says from which token on."
+          )
       else:
         for number, batch in enumerate(batches):
           before = streams.read(number, "teacher", "student")

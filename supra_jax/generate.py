@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
@@ -41,27 +42,35 @@ class Sampling:
   top_p: float = 1.0
 
   @classmethod
-  def of_checkpoint(cls, generation: Mapping[str, Any]) -> Sampling:
+  def of_checkpoint(cls, generation: Mapping[str, Any], **given: float | None) -> Sampling:
     """What a generation_config.json asks for: greedy, unless it says `do_sample`.
 
     Args:
       generation: its contents, or empty. Where it is silent transformers' defaults hold, the 50 likeliest tokens among
         them. What it asks for besides and is not supported is named in a warning.
+      **given: values of fields, which go before it unless they are None.
+
+    Raises:
+      ValueError: a value is out of range, or none at all.
     """
-    if generation.get("do_sample") is not True:
-      return cls()
     ignored = [f"{name}={generation[name]}" for name, off in _NOT_SUPPORTED.items() if generation.get(name, off) != off]
     if ignored:
       warnings.warn(f"generation_config.json asks for {', '.join(ignored)}, which is not supported.", stacklevel=3)
-    said = {name: generation[name] for name in ("temperature", "top_k", "top_p") if generation.get(name) is not None}
+    values: dict[str, Any] = {}
+    if generation.get("do_sample") is True:
+      said = {name: generation[name] for name in ("temperature", "top_k", "top_p") if generation.get(name) is not None}
+      values = {"temperature": 1.0, "top_k": 50, "top_p": 1.0} | said
+    chosen = {name: value for name, value in given.items() if value is not None}
     try:
-      return cls(**{"temperature": 1.0, "top_k": 50, "top_p": 1.0} | said)
+      return cls(**values | chosen)
     except (TypeError, ValueError) as error:
-      raise ValueError(f"generation_config.json: {error}") from error
+      where = f"generation_config.json says {said}; " if values else ""
+      raise ValueError(f"{where}{error}") from error
 
   def __post_init__(self):
-    if self.temperature < 0 or self.top_k < 0 or not 0 < self.top_p <= 1:
-      raise ValueError(f"{self}: wanted temperature >= 0, top_k >= 0 and 0 < top_p <= 1.")
+    whole = isinstance(self.top_k, int) and self.top_k >= 0
+    if not (0 <= self.temperature < math.inf and whole and 0 < self.top_p <= 1):
+      raise ValueError(f"{self}: wanted a finite temperature >= 0, a whole top_k >= 0, and 0 < top_p <= 1.")
 
 
 def round_up_length(n: int) -> int:

@@ -7,6 +7,7 @@ of what comes out is measured. Below that layer nothing changes: only what is ab
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -77,6 +78,8 @@ def layer_divergences(
       elif report is not None:
         divergence = float(sums.loss / sums.weight)
         report(layer, len(changed), divergence, f"KL with layer {layer} kept {divergence:.3f}")
+  if not all(map(math.isfinite, total.values())):
+    raise ValueError("Divergences from the teacher cannot be measured: its logits, or the student's, are not finite.")
   if not weight:
     raise ValueError("Nothing to measure divergences on: no batch has a target.")
   return Divergences(round(weight), total[None] / weight, {layer: total[layer] / weight for layer in changed})

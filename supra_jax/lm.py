@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -17,7 +18,7 @@ from supra_jax import checkpoint, generate
 from supra_jax.attention import KVCache
 from supra_jax.config import ModelConfig
 from supra_jax.generate import Sampling
-from supra_jax.tokenizer import Tokenizer
+from supra_jax.tokenizer import StreamDecoder, Tokenizer
 from supra_jax.transformer import DecodeState, Padding, Transformer
 
 
@@ -44,7 +45,7 @@ class LM:
     config: what the model is.
     params: nested dict of arrays, one subtree a layer.
     tokenizer: None where the checkpoint has none.
-    sampling: how text is drawn unless told otherwise.
+    generation: contents of the checkpoint's generation_config.json, which says how text is drawn unless told otherwise.
     model: the Flax module; `model.apply({"params": params}, ...)` for all that is not here.
   """
 
@@ -64,7 +65,7 @@ class LM:
     self.config = config
     self.params = params
     self.tokenizer = tokenizer
-    self.sampling = Sampling.of_checkpoint(generation or {})
+    self.generation = generation or {}
     self.model = Transformer(config, dtype=params["embed_tokens"]["embedding"].dtype)
 
   def __call__(
@@ -112,18 +113,18 @@ class LM:
     top_p: float | None = None,
     seed: int = 0,
   ) -> Iterator[str]:
-    """Yields the text that follows `prompt`, piece by piece, until an end-of-text token.
+    """The text that follows `prompt`, piece by piece, until an end-of-text token.
 
     Args:
       prompt: may be empty where the model has a token that starts or ends a text.
       max_new_tokens: at most so many.
-      temperature: 0 takes the likeliest token each time. None, here and below: as `sampling` has it.
+      temperature: 0 takes the likeliest token each time. None, here and below: as `generation` has it.
       top_k: draws from the k likeliest tokens; 0 means all.
       top_p: draws from the likeliest tokens that together reach this probability; 1 means all.
       seed: of the draws.
 
     Raises:
-      ValueError: the checkpoint has no tokenizer, or an argument is out of range.
+      ValueError: the checkpoint has no tokenizer, or an argument is out of range; at once, before the first piece.
     """
     if self.tokenizer is None:
       raise ValueError("This checkpoint has no tokenizer: use generate.generate_tokens with token ids.")
@@ -133,21 +134,16 @@ class LM:
       prompt_ids = [i for i in start if i is not None][:1]
     # Where no text comes before, a space that the tokenizer itself puts before a text is not of the text.
     decoder = self.tokenizer.stream_decoder(continues=bool(prompt))
-    given: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
     tokens = generate.generate_tokens(
       self.model,
       self.params,
       prompt_ids,
       max_new_tokens=max_new_tokens,
-      sampling=dataclasses.replace(self.sampling, **{name: x for name, x in given.items() if x is not None}),
+      sampling=Sampling.of_checkpoint(self.generation, temperature=temperature, top_k=top_k, top_p=top_p),
       seed=seed,
       stop_ids=self.config.eos_token_ids,
     )
-    for token in tokens:
-      if text := decoder.push(token):
-        yield text
-    if text := decoder.flush():
-      yield text
+    return filter(None, itertools.chain(map(decoder.push, tokens), _flushed(decoder)))
 
   def _apply_concrete(self, tokens, state, *, lengths, segment_ids, padding):
     if tokens.ndim != 2 or not np.issubdtype(tokens.dtype, np.integer) or tokens.shape[1] < 1:
@@ -182,6 +178,10 @@ class LM:
 
   def _apply(self, tokens, state, **kwargs):
     return _logits(self.model, self.params, tokens, state, **kwargs)
+
+
+def _flushed(decoder: StreamDecoder) -> Iterator[str]:
+  yield decoder.flush()  # once all tokens are in
 
 
 @functools.partial(jax.jit, static_argnums=0, static_argnames="padding")

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from supra_jax.calibrate import Moments, calibrate, solve
-from supra_jax.checkpoint import load_model
+from supra_jax.checkpoint import load_model, save_model
 from supra_jax.config import SupraConfig, tiny
 from supra_jax.linearize import Calibration, linearize, linearize_checkpoint, rows_of_text
 from supra_jax.lm import load
@@ -293,4 +293,17 @@ def test_too_little_text_is_said(tmp_path):
   (tmp_path / "a.txt").write_text("Little.")
   with pytest.raises(ValueError, match=r"a\.txt has 0 rows of 512 tokens for calibration; wanted at least 8"):
     linearize_checkpoint(teacher, tmp_path / "out", calibration=Calibration(str(tmp_path / "a.txt")))
+  assert not (tmp_path / "out").exists()
+
+
+def test_activations_that_are_not_finite(tmp_path, random_params):
+  """Are no calibration: nothing is written."""
+  config = tiny_model.tiny_config("softmax")
+  params = jax.tree.map(np.asarray, random_params(config))
+  params["layers_0"]["input_layernorm"]["weight"] = np.full(config.hidden_size, 3e38, np.float32)
+  files = {"tokenizer.json": tiny_model.tokenizer_json()}
+  save_model(tmp_path / "teacher", config=config, params=params, tokenizer_files=files, source={})
+  how = Calibration(str(tiny_model.write_text(tmp_path / "a.jsonl")), tokens=500, sequence_length=48, batch_size=4)
+  with pytest.raises(ValueError, match=r"Layer \d cannot be calibrated: the teacher's activations there are not"):
+    linearize_checkpoint(tmp_path / "teacher", tmp_path / "out", calibration=how)
   assert not (tmp_path / "out").exists()

@@ -10,6 +10,10 @@ from absl import app, flags, logging
 
 from supra_jax.bin.options import unknown_option
 
+DTYPES = ("float32", "bfloat16", "float16")  # that a model can be run in
+# Clients of buckets, whose errors are of the network and not of this program.
+_CLIENTS = ("aiohttp", "gcsfs", "google")
+
 
 def run(main: Callable[[], None]) -> None:
   """Parses flags and calls `main`.
@@ -31,6 +35,11 @@ def run(main: Callable[[], None]) -> None:
       main()
     except (ValueError, OSError) as error:
       print(f"error: {error}", file=sys.stderr)
+      sys.exit(1)
+    except Exception as error:
+      if type(error).__module__.partition(".")[0] not in _CLIENTS:
+        raise
+      print(f"error: the bucket cannot be reached: {error}", file=sys.stderr)
       sys.exit(1)
 
   app.run(absl_main, flags_parser=_parse_flags)

@@ -7,7 +7,7 @@ import itertools
 from absl import flags
 
 import supra_jax
-from supra_jax.bin.entry import run
+from supra_jax.bin.entry import DTYPES, run
 from supra_jax.evaluate import perplexity, text_nll
 from supra_jax.text import read_documents
 
@@ -16,7 +16,7 @@ _INPUT = flags.DEFINE_string("input", None, ".txt, .jsonl[.gz|.zst] or .parquet 
 _TEXT_KEY = flags.DEFINE_string("text_key", "text", "Key of a JSON line that holds the text.")
 _WINDOW = flags.DEFINE_integer("window", 1024, "Tokens a window; windows do not see each other.", lower_bound=2)
 _MAX_TOKENS = flags.DEFINE_integer("max_tokens", 0, "Read at most so many tokens; 0 means all.", lower_bound=0)
-_DTYPE = flags.DEFINE_string("dtype", None, "float32 or bfloat16. Default: as stored.")
+_DTYPE = flags.DEFINE_enum("dtype", None, DTYPES, "Of the computation. Default: as stored.")
 
 
 def main() -> None:

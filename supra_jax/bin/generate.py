@@ -8,7 +8,7 @@ import warnings
 from absl import flags
 
 import supra_jax
-from supra_jax.bin.entry import run
+from supra_jax.bin.entry import DTYPES, run
 
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Model directory.", required=True)
 _PROMPT = flags.DEFINE_string("prompt", None, "Text to go on from.", required=True)
@@ -20,21 +20,22 @@ _TEMPERATURE = flags.DEFINE_float(
 _TOP_K = flags.DEFINE_integer("top_k", None, f"Draw from the k likeliest tokens; 0 means all. {_OWN}", lower_bound=0)
 _TOP_P = flags.DEFINE_float("top_p", None, f"Draw from the likeliest tokens that reach this probability. {_OWN}")
 _SEED = flags.DEFINE_integer("seed", 0, "Of the draws.")
-_DTYPE = flags.DEFINE_string("dtype", None, "float32 or bfloat16. Default: as stored.")
+_DTYPE = flags.DEFINE_enum("dtype", None, DTYPES, "Of the computation. Default: as stored.")
 
 
 def main() -> None:
   warnings.showwarning = lambda message, *_: print(f"note: {message}", file=sys.stderr)
   lm = supra_jax.load(_CHECKPOINT.value, _DTYPE.value)
-  print(_PROMPT.value, end="", flush=True)
-  for text in lm.stream(
+  texts = lm.stream(
     _PROMPT.value,
     max_new_tokens=_MAX_NEW_TOKENS.value,
     temperature=_TEMPERATURE.value,
     top_k=_TOP_K.value,
     top_p=_TOP_P.value,
     seed=_SEED.value,
-  ):
+  )
+  print(_PROMPT.value, end="", flush=True)
+  for text in texts:
     print(text, end="", flush=True)
   print()
 

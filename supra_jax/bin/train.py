@@ -28,7 +28,11 @@ flags.mark_flag_as_required("config")
 def main() -> None:
   config = TrainConfig.from_mapping(_CONFIG.value.to_dict())
   if _DISTRIBUTED.value:
-    jax.distributed.initialize(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
+    try:
+      jax.distributed.initialize(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
+    except ValueError as error:
+      flags_for_all = "--coordinator_address=HOST:PORT --num_processes=N --process_id=I"
+      raise ValueError(f"--distributed: {error} Outside TPU pods and Slurm give {flags_for_all}.") from error
   try:
     summary = train(config, _WORKDIR.value, profile_steps=_PROFILE_STEPS.value)
   except Preempted as preempted:

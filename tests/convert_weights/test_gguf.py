@@ -329,3 +329,8 @@ def test_refused_tokenizers(tmp_path, arguments, fragment):
   (tmp_path / "tokenizer" / "tokenizer.json").write_bytes(files["tokenizer.json"])
   assert open_source(path, tmp_path / "tokenizer").tokenizer_files == {"tokenizer.json": files["tokenizer.json"]}
   assert open_source(path, own_tokenizer=False).tokenizer_files == {}
+  # Ids that end a text are with the tokenizer, where the file has none.
+  (tmp_path / "tokenizer" / "tokenizer_config.json").write_text(json.dumps({"eos_token": TOKENS[1]}))
+  silent = write_gguf(tmp_path / "silent.gguf")
+  assert open_source(silent).config.eos_token_ids == ()
+  assert open_source(silent, tmp_path / "tokenizer").config.eos_token_ids == (1,)

@@ -1,9 +1,10 @@
 """Tokenizers as people's checkpoints have them: the converted ones give transformers' ids, and so do exports."""
 
 import base64
+import dataclasses
 import json
+import math
 
-import numpy as np
 import pytest
 from tokenizer_kinds import CONFIG, TEXT, exports, sentencepiece_model, write
 from tokenizers import AddedToken
@@ -254,6 +255,13 @@ def test_what_is_not_read_is_named(tmp_path, name):
     tokenizer_files(source)
 
 
+def test_a_pointer_of_git_lfs_is_named(tmp_path):
+  pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
+  for name in ("tokenizer_model", "tokenizer_json"):
+    with pytest.raises(ConversionError, match=r"is a pointer of Git LFS"):
+      tokenizer_files(write(tmp_path, **{name: pointer}))
+
+
 def test_chat_templates(bpe, tmp_path):
   transformers = pytest.importorskip("transformers")
   settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|endoftext|>", "chat_template": "stale"}
@@ -309,19 +317,23 @@ def test_an_export_that_would_give_other_ids_is_refused(bpe):
   ],
 )
 def test_sampling_of_a_checkpoint(generation, wanted):
-  params = {"embed_tokens": {"embedding": np.zeros((1, 1), np.float32)}}
-  assert LM(CONFIG, params, None, generation).sampling == wanted
+  assert Sampling.of_checkpoint(generation) == wanted
+  assert Sampling.of_checkpoint(generation, temperature=0.5, top_k=None) == dataclasses.replace(wanted, temperature=0.5)
 
 
-@pytest.mark.parametrize("wrong", [{"top_p": 2.0}, {"temperature": "hot"}])
+@pytest.mark.parametrize("wrong", [{"top_p": 2.0}, {"temperature": "0.6"}, {"top_k": -1}, {"top_k": 20.0}])
 def test_sampling_that_cannot_be_names_its_file(wrong):
-  with pytest.raises(ValueError, match=r"generation_config\.json: "):
+  """When text is drawn: the model can be loaded, and a flag takes its place."""
+  with pytest.raises(ValueError, match=r"generation_config\.json says .*"):
     Sampling.of_checkpoint({"do_sample": True} | wrong)
+  Sampling.of_checkpoint({"do_sample": True} | wrong, temperature=1.0, top_k=3, top_p=0.9)
+  with pytest.raises(ValueError, match="wanted a finite temperature"):
+    Sampling.of_checkpoint({}, temperature=math.nan)
 
 
 def test_sampling_that_is_not_supported_is_said():
   with pytest.warns(UserWarning, match="asks for repetition_penalty=1.05, which is not supported"):
-    Sampling.of_checkpoint({"do_sample": True, "repetition_penalty": 1.05, "typical_p": 1.0, "min_p": None})
+    Sampling.of_checkpoint({"repetition_penalty": 1.05, "typical_p": 1.0, "min_p": None})
 
 
 def test_a_text_that_begins_with_nothing_begins_without_a_space(model, tmp_path, random_params):
