@@ -200,6 +200,17 @@ def test_other_architecture(tmp_path):
   refuse(tmp_path / "m.gguf", tmp_path, "general.architecture='gemma'")
 
 
+def test_an_adapter_is_no_model(tmp_path):
+  writer = gguf.GGUFWriter(tmp_path / "m.gguf", "llama")
+  writer.add_type("adapter")
+  writer.add_tensor("blk.0.attn_q.weight.lora_a", np.zeros((4, 8), np.float32))
+  writer.write_header_to_file()
+  writer.write_kv_data_to_file()
+  writer.write_tensors_to_file()
+  writer.close()
+  refuse(tmp_path / "m.gguf", tmp_path, "general.type='adapter': wanted a model; merge an adapter into its base model")
+
+
 @pytest.mark.parametrize("keep", [0, 3, 4, 20, 100, 1000, 3000, -1, -5000])
 def test_truncated(tmp_path, keep):
   path = write_gguf(tmp_path / "m.gguf", tokens=TOKENS[:97])
