@@ -208,7 +208,7 @@ def test_an_adapter_is_no_model(tmp_path):
   writer.write_kv_data_to_file()
   writer.write_tensors_to_file()
   writer.close()
-  refuse(tmp_path / "m.gguf", tmp_path, "general.type='adapter': wanted a model; merge an adapter into its base model")
+  refuse(tmp_path / "m.gguf", tmp_path, "general.type='adapter': wanted a model (merge an adapter into its own)")
 
 
 @pytest.mark.parametrize("keep", [0, 3, 4, 20, 100, 1000, 3000, -1, -5000])
