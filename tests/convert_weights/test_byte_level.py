@@ -7,7 +7,6 @@ from pydoc_data.topics import topics
 import pytest
 import regex
 import tokenizers
-import transformers
 from tokenizers import models, pre_tokenizers, trainers
 
 from convert_weights.byte_level import KINDS, byte_level_bpe, ranked_bpe
@@ -103,6 +102,7 @@ def test_kinds_differ(trained):
 
 @pytest.mark.parametrize("kind, name", [("gpt-2", "GPT2Tokenizer"), ("qwen2", "Qwen2Tokenizer")])
 def test_ids_of_transformers(trained, kind, name):
+  transformers = pytest.importorskip("transformers")
   theirs = getattr(transformers, name)(vocab=trained[0], merges=trained[1], unk_token=None)
   ours = byte_level_bpe(*trained, kind)
   for text in TEXTS:

@@ -9,7 +9,6 @@ import gguf
 import pytest
 import sentencepiece
 import tokenizers
-import transformers
 from tokenizers import models, pre_tokenizers, trainers
 
 from convert_weights.errors import ConversionError
@@ -89,6 +88,7 @@ def test_ids_of_sentencepiece(tmp_path, sentences):
     assert tokenizer.encode(text, bos=False) == sentences.encode(text), text
     assert tokenizer.encode(text, bos=True) == [1, *sentences.encode(text)]
     assert tokenizer.decode(sentences.encode(text)) == text.replace("▁", " ")
+  transformers = pytest.importorskip("transformers")
   theirs = transformers.PreTrainedTokenizerFast(
     tokenizer_object=tokenizers.Tokenizer.from_buffer(files["tokenizer.json"])
   )
@@ -135,6 +135,7 @@ def test_ids_of_transformers(tmp_path, words, pre, name):
   tokens, types, merges = words
   files = files_of(tmp_path / "m.gguf", "gpt2", tokens, types, pre=pre, merges=merges)
   ours = Tokenizer.from_files(files, CONFIG)
+  transformers = pytest.importorskip("transformers")
   theirs = getattr(transformers, name)(
     vocab={token: i for i, token in enumerate(tokens)}, merges=merges, bos_token="<|begin|>", eos_token="</s>",
     unk_token="<s>", extra_special_tokens=["<think>"],
