@@ -10,15 +10,14 @@ from tokenizers import Tokenizer as Backend
 
 from convert_weights.errors import ConversionError
 from convert_weights.tokenizer_probe import first_difference
-from convert_weights.tokenizer_source import SETTINGS_FILE, as_json, begin_with, content, tokenizer_json
+from convert_weights.tokenizer_source import NAMED, SETTINGS_FILE, as_json, begin_with, content, tokenizer_json
 from convert_weights.tokenizer_vocabularies import sentencepiece_vocabulary
 from supra_jax.tokenizer import Tokenizer
 
 # All releases have this class, and it does what tokenizer.json says; others follow rules of their family.
 _CLASS = "PreTrainedTokenizerFast"
-_NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _KEPT = (
-  *_NAMED, "model_max_length", "padding_side", "truncation_side", "clean_up_tokenization_spaces",
+  *NAMED, "model_max_length", "padding_side", "truncation_side", "clean_up_tokenization_spaces",
   "chat_template",  # several, in a list; a single one has a file of its own
 )  # fmt: skip
 
@@ -64,7 +63,7 @@ def _begins(tokenizer: Tokenizer) -> bool:
 def _settings(settings: Mapping[str, Any], backend: Backend) -> dict[str, Any]:
   """A tokenizer_config.json with what the class needs to know; tokenizer.json has the rest."""
   kept = {key: settings[key] for key in _KEPT if settings.get(key) is not None}
-  kept |= {key: content(kept[key]) for key in _NAMED if key in kept}
+  kept |= {key: content(kept[key]) for key in NAMED if key in kept}
   listed = settings.get("extra_special_tokens") or settings.get("additional_special_tokens")
   # Under the older name, which newer releases read too; the newer name is an object in older ones.
   if isinstance(listed, list):

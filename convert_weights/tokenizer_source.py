@@ -23,7 +23,7 @@ _TEMPLATES = "additional_chat_templates"
 _SPECIAL_MAP, _ADDED = "special_tokens_map.json", "added_tokens.json"
 _PADDING = "pad_token_id"
 # In the order in which transformers adds those that the vocabulary lacks.
-_NAMED = tuple(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
+NAMED = tuple(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
 _LISTED = ("extra_special_tokens", "additional_special_tokens")
 # Classes that do what tokenizer.json says, whatever the settings say of a token that begins a text.
 _DEAF = ("PreTrainedTokenizer", "TokenizersBackend", "Qwen2Tokenizer", "GPT2Tokenizer")
@@ -204,7 +204,7 @@ def _added_tokens(directory: Path, settings: Mapping[str, Any]) -> dict[str, _Ad
 
 def _named_tokens(settings: Mapping[str, Any]) -> list[Any]:
   """Special tokens that have a name, or are listed without an id."""
-  named = [settings.get(name) for name in _NAMED]
+  named = [settings.get(name) for name in NAMED]
   for name in _LISTED:
     listed = settings.get(name) or []
     named += listed.values() if isinstance(listed, dict) else listed

@@ -190,25 +190,27 @@ def test_refused_tensors(tmp_path, arguments, fragment):
   refuse(write_gguf(tmp_path / "m.gguf", **arguments), tmp_path, fragment)
 
 
-def test_other_architecture(tmp_path):
-  writer = gguf.GGUFWriter(tmp_path / "m.gguf", "gemma")
-  writer.add_tensor("token_embd.weight", np.ones((2, 2), np.float32))
+def write_one_tensor(path, architecture, tensor, array, kind=None):
+  writer = gguf.GGUFWriter(path, architecture)
+  if kind is not None:
+    writer.add_type(kind)
+  writer.add_tensor(tensor, array)
   writer.write_header_to_file()
   writer.write_kv_data_to_file()
   writer.write_tensors_to_file()
   writer.close()
-  refuse(tmp_path / "m.gguf", tmp_path, "general.architecture='gemma'")
+  return path
+
+
+def test_other_architecture(tmp_path):
+  path = write_one_tensor(tmp_path / "m.gguf", "gemma", "token_embd.weight", np.ones((2, 2), np.float32))
+  refuse(path, tmp_path, "general.architecture='gemma'")
 
 
 def test_an_adapter_is_no_model(tmp_path):
-  writer = gguf.GGUFWriter(tmp_path / "m.gguf", "llama")
-  writer.add_type("adapter")
-  writer.add_tensor("blk.0.attn_q.weight.lora_a", np.zeros((4, 8), np.float32))
-  writer.write_header_to_file()
-  writer.write_kv_data_to_file()
-  writer.write_tensors_to_file()
-  writer.close()
-  refuse(tmp_path / "m.gguf", tmp_path, "general.type='adapter': wanted a model (merge an adapter into its own)")
+  array = np.zeros((4, 8), np.float32)
+  path = write_one_tensor(tmp_path / "m.gguf", "llama", "blk.0.attn_q.weight.lora_a", array, kind="adapter")
+  refuse(path, tmp_path, "general.type='adapter': wanted a model (merge an adapter into its own)")
 
 
 @pytest.mark.parametrize("keep", [0, 3, 4, 20, 100, 1000, 3000, -1, -5000])
