@@ -22,16 +22,17 @@ from absl import flags
 
 from benchmarks.machine import described
 from supra_jax.bin.entry import run
-from supra_jax.calibrate import RIDGE, calibrate, shown
-from supra_jax.checkpoint import ModelCheckpoint, load_model
-from supra_jax.config import ModelConfig, SupraConfig
-from supra_jax.data import heldout_batches, make_loader, parse_sources
-from supra_jax.evaluate import mean_nll
-from supra_jax.linearize import Phi, linearize
-from supra_jax.packed import load_info
-from supra_jax.plain_json import to_json
-from supra_jax.sharding import make_mesh
-from supra_jax.transformer import Transformer
+from supra_jax.core.plain_json import to_json
+from supra_jax.core.sharding import make_mesh
+from supra_jax.data.loading import heldout_batches, make_loader, parse_sources
+from supra_jax.data.packed import load_info
+from supra_jax.linearization.calibrate import calibrate, shown
+from supra_jax.linearization.linearize import Phi, linearize
+from supra_jax.linearization.solve import RIDGE
+from supra_jax.model.config import ModelConfig, SupraConfig
+from supra_jax.model.transformer import Transformer
+from supra_jax.objectives.heldout import mean_nll
+from supra_jax.storage.model_directory import ModelCheckpoint, load_model
 
 ROWS = 4
 

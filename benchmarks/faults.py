@@ -3,8 +3,8 @@
     python -m benchmarks.faults --workdir=DIR [--kills=50] [--processes=1,2] [--output=FILE.json]
 
 Every run is the real binary. Runs that were hurt are compared with one that was not: losses and the exported model bit
-for bit, and the position in the data of every training state. Exits 1 if anything differs. `tests/test_faults.py` is
-the short form.
+for bit, and the position in the data of every training state. Exits 1 if anything differs.
+`tests/training/test_faults.py` is the short form.
 """
 
 from __future__ import annotations
@@ -26,13 +26,14 @@ import jax
 import numpy as np
 from absl import flags
 
+from benchmarks import runs
 from supra_jax.bin.entry import run as run_main
-from supra_jax.checkpoint import load_model, save_model
-from supra_jax.data import PackedDataset
-from supra_jax.metrics import read_metrics
-from supra_jax.plain_json import to_json
-from supra_jax.train_config import TrainConfig
-from tests import runs, tiny
+from supra_jax.core.plain_json import to_json
+from supra_jax.data.loading import PackedDataset
+from supra_jax.experiments import tiny
+from supra_jax.storage.model_directory import load_model, save_model
+from supra_jax.training.config import TrainConfig
+from supra_jax.training.metrics import read_metrics
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory for all runs; must not exist.", required=True)
 _KILLS = flags.DEFINE_integer("kills", 50, "SIGKILLs, for each number of processes.", lower_bound=0)

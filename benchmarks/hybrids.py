@@ -20,17 +20,17 @@ from absl import flags
 import supra_jax
 from benchmarks.machine import described
 from supra_jax.bin.entry import run
-from supra_jax.calibrate import shown
-from supra_jax.checkpoint import load_model_without_params
-from supra_jax.config import ModelConfig
-from supra_jax.data import heldout_batches
-from supra_jax.evaluate import mean_nll
-from supra_jax.flops import state_bytes
-from supra_jax.generate import generate_tokens
-from supra_jax.linearize import Calibration, linearize_checkpoint
-from supra_jax.plain_json import to_json
-from supra_jax.sharding import least_tokens
-from supra_jax.transformer import Transformer
+from supra_jax.core.plain_json import to_json
+from supra_jax.core.sharding import least_tokens
+from supra_jax.data.loading import heldout_batches
+from supra_jax.inference.decode import generate_tokens
+from supra_jax.linearization.calibrate import shown
+from supra_jax.linearization.linearize import Calibration, linearize_checkpoint
+from supra_jax.model.config import ModelConfig
+from supra_jax.model.costs import state_bytes
+from supra_jax.model.transformer import Transformer
+from supra_jax.objectives.heldout import mean_nll
+from supra_jax.storage.model_directory import load_model_without_params
 
 KEPT = 4
 DECODED, ROUNDS = 64, 3

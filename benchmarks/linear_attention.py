@@ -41,7 +41,7 @@ from benchmarks.machine import cpu_name
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from supra_jax.plain_json import to_json
+from supra_jax.core.plain_json import to_json
 
 _SHAPES = flags.DEFINE_list("shapes", [], "BxTxHxGxD: rows, tokens, heads, key/value heads, width. Default: by device.")
 _PEERS = flags.DEFINE_bool("peers", True, "Whether others than ours run.")

@@ -19,8 +19,8 @@ from absl import flags
 
 import supra_jax
 from supra_jax.bin.entry import run
-from supra_jax.evaluate import loglikelihoods
-from supra_jax.plain_json import to_json
+from supra_jax.core.plain_json import to_json
+from supra_jax.evaluation.likelihood import loglikelihoods
 
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Model directory.", required=True)
 _DATA = flags.DEFINE_string("data", None, "Directory of TASK/SPLIT.jsonl.", required=True)

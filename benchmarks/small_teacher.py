@@ -15,16 +15,16 @@ from absl import flags
 
 import supra_jax
 from supra_jax.bin.entry import run
-from supra_jax.checkpoint import save_model
-from supra_jax.config import ModelConfig
-from supra_jax.optimizer import OptimizerConfig
-from supra_jax.packing import prepare
-from supra_jax.sharding import least_tokens
-from supra_jax.text import documents_in_turns
-from supra_jax.train import train
-from supra_jax.train_config import DataConfig, TrainConfig
-from supra_jax.transformer import Transformer
-from tests import tiny
+from supra_jax.core.sharding import least_tokens
+from supra_jax.data.packing import prepare
+from supra_jax.data.text import documents_in_turns
+from supra_jax.experiments import tiny
+from supra_jax.model.config import ModelConfig
+from supra_jax.model.transformer import Transformer
+from supra_jax.storage.model_directory import save_model
+from supra_jax.training.config import DataConfig, TrainConfig
+from supra_jax.training.loop import train
+from supra_jax.training.optimizer import OptimizerConfig
 
 LENGTH, ROWS = 128, 32
 CONFIG = ModelConfig(

@@ -3,9 +3,10 @@
     python -m benchmarks.tokens_to_quality --teacher=DIR --data=DIR --workdir=DIR [--methods=random,calibrated_32k] \
       [--seeds=0,1,2] [--num_steps=60] [--batch_size=2]
 
-`--data` is what `supra_jax.bin.prepare_data` packed, with held-out text. Every run uses `supra_jax.train` with AdamW on
-a cosine of its own length; a killed benchmark goes on where it was. Tokens that the teacher reads too, in calibration
-and where it is distilled from, are counted twice. Writes a table, JSON and two plots, against tokens and seconds.
+`--data` is what `supra_jax.bin.prepare_data` packed, with held-out text. Every run uses `supra_jax.training.loop`
+with AdamW on a cosine of its own length; a killed benchmark goes on where it was. Tokens that the teacher reads too, in
+calibration and where it is distilled from, are counted twice. Writes a table, JSON and two plots, against tokens and
+seconds.
 """
 
 from __future__ import annotations
@@ -22,16 +23,16 @@ from absl import flags
 
 import supra_jax
 from benchmarks.machine import described
-from supra_jax.adapters import AdapterConfig
 from supra_jax.bin.entry import run
-from supra_jax.demo import run_from
-from supra_jax.linearize import Calibration, Phi
-from supra_jax.optimizer import OptimizerConfig
-from supra_jax.packed import load_info
-from supra_jax.picture import plot_curves
-from supra_jax.plain_json import to_json
-from supra_jax.train_config import DataConfig, TrainConfig
-from supra_jax.train_setup import heldout_nll
+from supra_jax.core.plain_json import to_json
+from supra_jax.data.packed import load_info
+from supra_jax.experiments.demo import run_from
+from supra_jax.linearization.linearize import Calibration, Phi
+from supra_jax.model.adapters import AdapterConfig
+from supra_jax.training.config import DataConfig, TrainConfig
+from supra_jax.training.optimizer import OptimizerConfig
+from supra_jax.training.pictures import plot_curves
+from supra_jax.training.setup import heldout_nll
 
 
 @dataclasses.dataclass(frozen=True)

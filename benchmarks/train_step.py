@@ -24,7 +24,7 @@ On a GPU, 7B-wide layers, as many as fit beside their optimizer state:
 
     python -m benchmarks.train_step --preset=mistral_7b --layers=-1 --remat=block --tokens=2048
 
-MFU is then by each contestant's own FLOPs (`supra_jax.flops`), of these layers and the vocabulary: nothing is
+MFU is then by each contestant's own FLOPs (`supra_jax.model.costs`), of these layers and the vocabulary: nothing is
 extrapolated to the whole model. This mode has not been run on a GPU yet.
 
 Writes train_step_<device>.json and a plot beside it.
@@ -52,9 +52,10 @@ from typing import Any
 from absl import app, flags
 
 from benchmarks.machine import cpu_name
-from supra_jax.config import PRESETS, ModelConfig
-from supra_jax.flops import PEAK_FLOPS, mfu, train_flops_per_token
-from supra_jax.plain_json import to_json
+from supra_jax.core.plain_json import to_json
+from supra_jax.model.config import ModelConfig
+from supra_jax.model.costs import PEAK_FLOPS, mfu, train_flops_per_token
+from supra_jax.model.presets import PRESETS
 
 _TOKENS = flags.DEFINE_list("tokens", ["512", "2048", "8192"], "Lengths T.")
 _PRESET = flags.DEFINE_enum("preset", "smollm2_135m", list(PRESETS), "Shape of the model.")
@@ -84,12 +85,12 @@ def our_step(config: ModelConfig, tokens: int, remat: str) -> Contestant:
   import jax
   import numpy as np
 
-  from supra_jax.compiled import memory
-  from supra_jax.optimizer import OptimizerConfig
-  from supra_jax.sharding import make_mesh, put_batch
-  from supra_jax.train_setup import state_shapes
-  from supra_jax.train_step import TrainStep
-  from supra_jax.transformer import Transformer
+  from supra_jax.core.sharding import make_mesh, put_batch
+  from supra_jax.model.transformer import Transformer
+  from supra_jax.training.compiled import memory
+  from supra_jax.training.optimizer import OptimizerConfig
+  from supra_jax.training.setup import state_shapes
+  from supra_jax.training.step import TrainStep
 
   device, mesh = jax.devices()[0], make_mesh(devices=jax.devices()[:1])
   jax.set_mesh(mesh)

@@ -3,8 +3,11 @@
 Parameters are random. Make them in Python, with GPT-NeoX's tokenizer.json:
 
     import jax, jax.numpy as jnp
-    from supra_jax import checkpoint, config, transformer
-    model = config.open_lm_1b("supra")
+    from supra_jax.model import presets
+    from supra_jax.storage import model_directory as checkpoint
+    from supra_jax.model import config
+    from supra_jax.model import transformer
+    model = presets.open_lm_1b("supra")
     init = transformer.Transformer(model).init
     params = init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32), method="logits")["params"]
     made = {"config": model, "params": params, "source": {"seed": 0}}

@@ -1,6 +1,6 @@
 """Two small layers through everything that a run does, in seconds on a CPU: a rehearsal, not a model.
 
-    python -c 'from tests import tiny; tiny.write_checkpoint("runs/tiny/model", "supra")'
+    python -c 'from supra_jax.experiments import tiny; tiny.write_checkpoint("runs/tiny/model", "supra")'
     python -m supra_jax.bin.train --config=configs/tiny.py --workdir=runs/tiny/run
 
 What it takes on a mesh that need not be here:

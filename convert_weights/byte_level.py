@@ -10,7 +10,7 @@ import tokenizers
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 
 from convert_weights.errors import ConversionError
-from supra_jax.tokenizer_backends import BYTE_OF
+from supra_jax.data.tokenizer_backends import BYTE_OF
 
 _CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _SPACES = r"\s*[\r\n]+|\s+(?!\S)|\s+"

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from convert_weights import names
-from supra_jax.config import ModelConfig, SupraConfig
+from supra_jax.model.config import ModelConfig, SupraConfig
 
 
 def _as_it_is(array: np.ndarray) -> np.ndarray:

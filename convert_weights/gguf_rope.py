@@ -9,8 +9,8 @@ import numpy as np
 
 from convert_weights.config_reader import ConfigReader
 from convert_weights.source import StoredTensor
-from supra_jax.config import RopeConfig
-from supra_jax.layers import rope_frequencies
+from supra_jax.model.config import RopeConfig
+from supra_jax.model.rope import rope_frequencies
 
 FACTORS = "rope_freqs.weight"
 ROPE_KEYS = {

@@ -17,7 +17,7 @@ from convert_weights.gguf_parts import open_parts
 from convert_weights.gguf_rope import FACTORS, ROPE_KEYS, ROPE_KEYS_OFF_AT_ONE, rope_config
 from convert_weights.leaves import check_tensors
 from convert_weights.source import Leaf, Source, StoredTensor
-from supra_jax.config import ModelConfig, QKNorm
+from supra_jax.model.config import ModelConfig, QKNorm
 
 
 class _Architecture(NamedTuple):

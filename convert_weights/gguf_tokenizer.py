@@ -20,7 +20,7 @@ from convert_weights.sentencepiece_tokenizer import (
   sentencepiece_bpe,
 )
 from convert_weights.tokenizer_source import template_and_settings, tokenizer_json
-from supra_jax.config import ModelConfig
+from supra_jax.model.config import ModelConfig
 
 _PREFIX = "tokenizer.ggml."
 

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from convert_weights.config_reader import ConfigReader
 from convert_weights.errors import ConversionError, listing
 from convert_weights.hf_rope import rope_config
-from supra_jax.config import ModelConfig, QKNorm
+from supra_jax.model.config import ModelConfig, QKNorm
 
 
 @dataclasses.dataclass(frozen=True)

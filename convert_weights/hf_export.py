@@ -10,8 +10,9 @@ from typing import Any
 from convert_weights import hf_config
 from convert_weights.errors import ConversionError
 from convert_weights.export import Export, essential, one_or_many, transformers_tensors
-from supra_jax.config import ModelConfig, RopeConfig, from_mapping
-from supra_jax.plain_json import to_json
+from supra_jax.core.plain_json import to_json
+from supra_jax.core.schema import from_mapping
+from supra_jax.model.config import ModelConfig, RopeConfig
 
 OWN_MODEL_TYPE = "supra"
 _CODE = Path(__file__).parent / "for_transformers"

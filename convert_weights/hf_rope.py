@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from convert_weights.config_reader import ConfigReader
-from supra_jax.config import RopeConfig
+from supra_jax.model.config import RopeConfig
 
 _DEFAULT_BASE = 10_000.0
 # The keys that a kind of scaling needs, and those that it may have besides.

@@ -28,11 +28,11 @@ from convert_weights.model_card import stated_license
 from convert_weights.open_source import open_source
 from convert_weights.rounding import DTYPES, rounded
 from convert_weights.source import BFLOAT16, Leaf, Source
-from supra_jax import checkpoint
 from supra_jax.bin.entry import run
-from supra_jax.files import occupied, place
-from supra_jax.params_io import UnreadArray
-from supra_jax.progress import of_bytes
+from supra_jax.core.files import occupied, place
+from supra_jax.core.progress import of_bytes
+from supra_jax.storage import model_directory as checkpoint
+from supra_jax.storage.parameters import UnreadArray
 
 _CHUNK_BYTES = 2**18
 

@@ -16,8 +16,8 @@ from huggingface_hub import ModelCardData, metadata_load
 from convert_weights import openlm_config
 from convert_weights.export import Export
 from convert_weights.source import Source
-from supra_jax.checkpoint import ModelCheckpoint
-from supra_jax.config import ModelConfig
+from supra_jax.model.config import ModelConfig
+from supra_jax.storage.model_directory import ModelCheckpoint
 
 FILE = "README.md"
 _TRIED = "4.57, 5.3 and 5.24"

@@ -7,7 +7,7 @@ import typing
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-from supra_jax.config import Mixer, ModelConfig
+from supra_jax.model.config import Mixer, ModelConfig
 
 HF_EMBEDDING = "model.embed_tokens.weight"
 HF_UNEMBEDDING = "lm_head.weight"

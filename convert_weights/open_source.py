@@ -17,8 +17,8 @@ from convert_weights.source import Source
 from convert_weights.tokenizer_source import GENERATION_FILE, tokenizer_files
 from convert_weights.tokenizer_vocabularies import VOCABULARIES
 from convert_weights.weights import WEIGHT_SUFFIXES, has_weights, refuse_other_forms
-from supra_jax.files import local
-from supra_jax.tokenizer import Tokenizer
+from supra_jax.core.files import local
+from supra_jax.data.tokenizer import Tokenizer
 
 
 def open_source(

@@ -7,7 +7,7 @@ from typing import Any
 
 from convert_weights.config_reader import ConfigReader
 from convert_weights.errors import ConversionError, listing
-from supra_jax.config import ModelConfig, NormKind, RopeConfig, RopeKind, SupraConfig
+from supra_jax.model.config import ModelConfig, NormKind, RopeConfig, RopeKind, SupraConfig
 
 MODEL_TYPE = "openlm"
 NORMS: Mapping[str, NormKind] = {

@@ -11,7 +11,7 @@ import numpy as np
 from convert_weights import names, openlm_config
 from convert_weights.errors import ConversionError, listing
 from convert_weights.export import Export, Part, Tensor, differences, essential, one_or_many, part_of
-from supra_jax.config import ModelConfig, RopeConfig
+from supra_jax.model.config import ModelConfig, RopeConfig
 
 # transformers' save_pretrained, with which the paper's code writes its models, puts it before every name.
 _PREFIX = "model."

@@ -33,12 +33,12 @@ from convert_weights.source import StoredTensor
 from convert_weights.tokenizer_export import exported_tokenizer
 from convert_weights.tokenizer_source import GENERATION_FILE, TEMPLATE_FILE, as_json
 from supra_jax.bin.entry import run
-from supra_jax.checkpoint import ModelCheckpoint, load_model_without_params
-from supra_jax.config import ModelConfig
-from supra_jax.files import check_free, local, new_directory
-from supra_jax.parameter_reader import ParameterReader
-from supra_jax.progress import of_bytes
-from supra_jax.tokenizer import Tokenizer
+from supra_jax.core.files import check_free, local, new_directory
+from supra_jax.core.progress import of_bytes
+from supra_jax.data.tokenizer import Tokenizer
+from supra_jax.model.config import ModelConfig
+from supra_jax.storage.model_directory import ModelCheckpoint, load_model_without_params
+from supra_jax.storage.parameter_reader import ParameterReader
 
 FORMATS = {"transformers": hf_export.export, "openlm": openlm_export.export}
 

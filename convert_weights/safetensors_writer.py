@@ -10,7 +10,7 @@ import numpy as np
 
 from convert_weights.export import Part, Tensor
 from convert_weights.source import BFLOAT16
-from supra_jax.plain_json import to_json
+from supra_jax.core.plain_json import to_json
 
 # Above it a model is cut into several files, as transformers does.
 MAX_SHARD_BYTES = 5_000_000_000

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from convert_weights.errors import ConversionError
-from supra_jax.config import ModelConfig
+from supra_jax.model.config import ModelConfig
 
 BFLOAT16 = np.dtype(jnp.bfloat16)
 

@@ -12,7 +12,7 @@ from convert_weights.errors import ConversionError
 from convert_weights.tokenizer_probe import first_difference
 from convert_weights.tokenizer_source import NAMED, SETTINGS_FILE, as_json, begin_with, content, tokenizer_json
 from convert_weights.tokenizer_vocabularies import sentencepiece_vocabulary
-from supra_jax.tokenizer import Tokenizer
+from supra_jax.data.tokenizer import Tokenizer
 
 # All releases have this class, and it does what tokenizer.json says; others follow rules of their family.
 _CLASS = "PreTrainedTokenizerFast"

@@ -16,7 +16,7 @@ from tokenizers import AddedToken, Tokenizer, normalizers, pre_tokenizers, proce
 
 from convert_weights.errors import ConversionError, read_json_object
 from convert_weights.tokenizer_vocabularies import VOCABULARIES
-from supra_jax.plain_json import to_json
+from supra_jax.core.plain_json import to_json
 
 SETTINGS_FILE, GENERATION_FILE, TEMPLATE_FILE = "tokenizer_config.json", "generation_config.json", "chat_template.jinja"
 _TEMPLATES = "additional_chat_templates"

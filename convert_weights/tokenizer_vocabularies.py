@@ -16,7 +16,7 @@ from convert_weights.byte_level import KINDS, byte_level_bpe, ranked_bpe
 from convert_weights.errors import read_json_object, refuse_pointer
 from convert_weights.sentencepiece_tokenizer import sentencepiece_bpe
 from convert_weights.tokenizer_probe import first_difference
-from supra_jax.tokenizer_backends import NO_DUMMY_PREFIX, SentencePieceBackend
+from supra_jax.data.tokenizer_backends import NO_DUMMY_PREFIX, SentencePieceBackend
 
 # The pre-tokenizer of vocab.json and merges.txt by class, and the class where tokenizer_config.json names none.
 _CLASSES = {"GPT2Tokenizer": "gpt-2", "Qwen2Tokenizer": "qwen2"}

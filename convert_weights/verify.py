@@ -22,10 +22,10 @@ from convert_weights import hf_config, hf_export
 from convert_weights.errors import ConversionError
 from convert_weights.open_source import open_source
 from convert_weights.source import Source
-from supra_jax import lm
 from supra_jax.bin.entry import run
-from supra_jax.files import local
-from supra_jax.finite import not_finite
+from supra_jax.core.files import local
+from supra_jax.inference import lm
+from supra_jax.model.finite import not_finite
 
 # Of a text no more is read: enough for any rotary angle or window to show, and few enough for a CPU.
 MAX_TOKENS = 512

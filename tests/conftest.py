@@ -42,7 +42,7 @@ jax.config.update("jax_default_matmul_precision", "highest")
 
 
 def _random_params(config, seed=0):
-  from supra_jax.transformer import Transformer  # here, so that tests of lower floors do not need it
+  from supra_jax.model.transformer import Transformer  # here, so that tests of lower floors do not need it
 
   shapes = jax.eval_shape(
     functools.partial(Transformer(config).init, method="logits"), jax.random.key(0), jnp.zeros((1, 1), jnp.int32)

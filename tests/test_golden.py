@@ -11,13 +11,13 @@ import pytest
 
 import supra_jax
 from convert_weights import hf_to_orbax
-from supra_jax import attention
-from supra_jax.losses import language_model_loss
-from supra_jax.optimizer import OptimizerConfig, make_schedule
-from supra_jax.sharding import make_mesh
-from supra_jax.train_step import TrainStep
-from supra_jax.transformer import Transformer
-from tests import openlm
+from supra_jax.core.sharding import make_mesh
+from supra_jax.model import attention
+from supra_jax.model.transformer import Transformer
+from supra_jax.objectives.losses import language_model_loss
+from supra_jax.training.optimizer import OptimizerConfig, make_schedule
+from supra_jax.training.step import TrainStep
+from tests.support import openlm
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

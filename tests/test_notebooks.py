@@ -23,7 +23,7 @@ def test_notebook(notebook, tmp_path):
     "HF_MODULES_CACHE": str(tmp_path / "modules"),
   }
   done = subprocess.run(
-    [sys.executable, "-m", "tests.notebooks", copy],
+    [sys.executable, "-m", "tests.support.notebooks", copy],
     capture_output=True,
     text=True,
     cwd=tmp_path,

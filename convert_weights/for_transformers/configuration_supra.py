@@ -54,7 +54,8 @@ _DEFAULTS: dict[str, Any] = {
 class SupraConfig(PretrainedConfig):
   """A Llama-shaped model whose layers each have softmax attention, SUPRA's linear one, or both (`mixers`).
 
-  Without arguments it is Mistral-7B, all of whose layers are SUPRA's. `supra_jax/config.py` says what each field means.
+  Without arguments it is Mistral-7B, all of whose layers are SUPRA's. `supra_jax/model/config.py` says what each
+  field means.
   """
 
   model_type = "supra"

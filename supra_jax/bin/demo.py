@@ -9,10 +9,10 @@ from ml_collections import config_flags
 import supra_jax
 from convert_weights.hf_to_orbax import convert
 from supra_jax.bin.entry import run
-from supra_jax.demo import compare_starts
-from supra_jax.files import local
-from supra_jax.plain_json import to_json
-from supra_jax.train_config import TrainConfig
+from supra_jax.core.files import local
+from supra_jax.core.plain_json import to_json
+from supra_jax.experiments.demo import compare_starts
+from supra_jax.training.config import TrainConfig
 
 _CONFIG = config_flags.DEFINE_config_file("config", "configs/demo.py", "The recipe.", lock_config=True)
 _RANDOM_CONFIG = config_flags.DEFINE_config_file(

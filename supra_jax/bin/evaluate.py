@@ -8,8 +8,9 @@ from absl import flags
 
 import supra_jax
 from supra_jax.bin.entry import DTYPES, run
-from supra_jax.evaluate import perplexity, text_nll
-from supra_jax.text import read_documents
+from supra_jax.data.text import read_documents
+from supra_jax.evaluation.likelihood import text_nll
+from supra_jax.objectives.heldout import perplexity
 
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Model directory.", required=True)
 _INPUT = flags.DEFINE_string("input", None, ".txt, .jsonl[.gz|.zst] or .parquet files, or pydoc:topics.", required=True)

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import typing
 
 from absl import flags
 
 from supra_jax.bin.entry import run
-from supra_jax.calibrate import shown
-from supra_jax.config import Decay, FeatureMapKind, SupraConfig, from_mapping
-from supra_jax.hybrid import MEASURED_TOKENS, costs, table
-from supra_jax.linearize import SINKS, Calibration, linearize_checkpoint
+from supra_jax.core.schema import from_mapping
+from supra_jax.linearization.calibrate import shown
+from supra_jax.linearization.hybrid import MEASURED_TOKENS, costs, table
+from supra_jax.linearization.linearize import SINKS, Calibration, linearize_checkpoint
+from supra_jax.model.config import Decay, FeatureMapKind, SupraConfig
 
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Model directory to start from.", required=True)
 _OUTPUT = flags.DEFINE_string("output", None, "Model directory to write; must not exist.", required=True)
@@ -39,7 +39,7 @@ _SEED = flags.DEFINE_integer("seed", 0, "Of new weights, and of the order of the
 
 
 def main() -> None:
-  names = {field.name for field in dataclasses.fields(SupraConfig)} - {"window", "sinks"}
+  names = ("feature_map", "decay", "decay_start", "qk_norm")
   supra = from_mapping(SupraConfig, {name: flags.FLAGS[name].value for name in names}, "flags")
   layers = None if _LAYERS.value is None else [int(layer) for layer in _LAYERS.value]
   phi, calibration = "random" if _METHOD.value == "random" else "identity", None

@@ -6,8 +6,8 @@ from absl import flags
 from ml_collections import config_flags
 
 from supra_jax.bin.entry import run
-from supra_jax.plan import CPU_NOTE, parse_bytes, plan, planned_mesh, planned_model, planned_teacher, render
-from supra_jax.train_config import TrainConfig
+from supra_jax.training.config import TrainConfig
+from supra_jax.training.plan import CPU_NOTE, parse_bytes, plan, planned_mesh, planned_model, planned_teacher, render
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The recipe.", lock_config=True)
 _MESH = flags.DEFINE_string("mesh", "", "fsdp:4,tensor:2, say; it need not be here. Default: the recipe's.")

@@ -7,9 +7,9 @@ from typing import cast
 from absl import flags
 
 from supra_jax.bin.entry import run
-from supra_jax.encoding import load_tokenizer
-from supra_jax.packed import Join
-from supra_jax.packing import prepare
+from supra_jax.data.encoding import load_tokenizer
+from supra_jax.data.packed import Join
+from supra_jax.data.packing import prepare
 
 _INPUT = flags.DEFINE_string("input", None, ".txt, .jsonl[.gz|.zst], .parquet files; pydoc:topics.", required=True)
 _TOKENIZER = flags.DEFINE_string("tokenizer", None, "Model directory, or its config.json and tokenizer.", required=True)

@@ -11,7 +11,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from supra_jax.bin.entry import run
-from supra_jax.train import Preempted, TrainConfig, train
+from supra_jax.training.loop import Preempted, TrainConfig, train
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The recipe.", lock_config=True)
 _WORKDIR = flags.DEFINE_string(

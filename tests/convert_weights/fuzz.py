@@ -35,11 +35,11 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from convert_weights.errors import ConversionError
 from convert_weights.hf_to_orbax import convert
-from supra_jax.checkpoint import ModelCheckpoint, load_model
-from supra_jax.config import ModelConfig
-from tests import openlm
+from supra_jax.model.config import ModelConfig
+from supra_jax.storage.model_directory import ModelCheckpoint, load_model
 from tests.convert_weights import openlm_reference as reference
 from tests.convert_weights import tiny_checkpoints as tiny
+from tests.support import openlm
 
 SECONDS, MEBIBYTES = 20, 1024
 CASE = "llama_gqa_tied"

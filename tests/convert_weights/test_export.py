@@ -22,10 +22,11 @@ from convert_weights import hf_export, hf_to_orbax, openlm_config, safetensors_w
 from convert_weights.errors import ConversionError
 from convert_weights.openlm_export import export as export_openlm
 from convert_weights.orbax_to_hf import convert
-from supra_jax.checkpoint import load_model, save_model
-from supra_jax.config import ModelConfig, RopeConfig, SupraConfig, tiny
-from supra_jax.transformer import Transformer
-from tests import openlm
+from supra_jax.model.config import ModelConfig, RopeConfig, SupraConfig
+from supra_jax.model.presets import tiny
+from supra_jax.model.transformer import Transformer
+from supra_jax.storage.model_directory import load_model, save_model
+from tests.support import openlm
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 OPENLM_CASES = ["gqa_8_2", "mha_decay", "no_decay", "released_form_bin"]

@@ -10,9 +10,10 @@ transformers = pytest.importorskip("transformers")
 
 import supra_jax  # noqa: E402
 from convert_weights.orbax_to_hf import convert  # noqa: E402
-from supra_jax.checkpoint import save_model  # noqa: E402
-from supra_jax.config import RopeConfig, SupraConfig, tiny  # noqa: E402
-from tests.tiny import write_checkpoint  # noqa: E402
+from supra_jax.experiments.tiny import write_checkpoint  # noqa: E402
+from supra_jax.model.config import RopeConfig, SupraConfig  # noqa: E402
+from supra_jax.model.presets import tiny  # noqa: E402
+from supra_jax.storage.model_directory import save_model  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

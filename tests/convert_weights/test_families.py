@@ -8,7 +8,7 @@ from tiny_checkpoints import read
 
 from convert_weights import hf_config
 from convert_weights.errors import ConversionError
-from supra_jax.config import RopeConfig
+from supra_jax.model.config import RopeConfig
 
 SIZES = {
   "vocab_size": 97,

@@ -25,9 +25,9 @@ from convert_weights.gguf_file import open_gguf
 from convert_weights.gguf_source import _unpermute, model_config
 from convert_weights.hf_to_orbax import convert
 from convert_weights.open_source import open_source
-from supra_jax.checkpoint import load_model
-from supra_jax.config import RopeConfig
-from supra_jax.tokenizer import Tokenizer
+from supra_jax.data.tokenizer import Tokenizer
+from supra_jax.model.config import RopeConfig
+from supra_jax.storage.model_directory import load_model
 
 TOKENS = ["<|start|>", "<|end|>", "ab", "abc", "Ġa", *BYTE_TOKENS]
 

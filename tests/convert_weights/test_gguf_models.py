@@ -10,7 +10,7 @@ from tiny_checkpoints import permute, read
 from convert_weights import hf_to_orbax, verify
 from convert_weights.errors import ConversionError
 from convert_weights.open_source import open_source
-from supra_jax.config import RopeConfig
+from supra_jax.model.config import RopeConfig
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")

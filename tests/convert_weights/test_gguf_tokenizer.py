@@ -14,8 +14,8 @@ from tokenizers import models, pre_tokenizers, trainers
 from convert_weights.errors import ConversionError
 from convert_weights.gguf_file import open_gguf
 from convert_weights.gguf_tokenizer import tokenizer_files
-from supra_jax.config import ModelConfig
-from supra_jax.tokenizer import Tokenizer
+from supra_jax.data.tokenizer import Tokenizer
+from supra_jax.model.config import ModelConfig
 
 PROSE = "\n".join(topics[name] for name in sorted(topics))[:60_000].splitlines()
 TEXTS = [

@@ -15,9 +15,9 @@ from tiny_checkpoints import CASES, GOLDEN, TOKENIZER, change_config, check_para
 
 from convert_weights import hf_config
 from convert_weights.hf_to_orbax import convert
-from supra_jax import config as presets
-from supra_jax.checkpoint import load_model
-from supra_jax.config import ModelConfig, RopeConfig
+from supra_jax.model import presets
+from supra_jax.model.config import ModelConfig, RopeConfig
+from supra_jax.storage.model_directory import load_model
 
 BASE = ModelConfig(
   vocab_size=97,

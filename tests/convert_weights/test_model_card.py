@@ -13,11 +13,11 @@ from convert_weights import hf_to_orbax
 from convert_weights.model_card import stated_license
 from convert_weights.open_source import open_source
 from convert_weights.orbax_to_hf import convert
-from supra_jax.linearize import linearize_checkpoint
+from supra_jax.linearization.linearize import linearize_checkpoint
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 STATED = {"license": "other", "license_name": "ours", "license_link": "LICENSE"}
-# What `train` adds; tests/test_train.py holds it to that.
+# What `train` adds; tests/training/test_train.py holds it to that.
 TRAINED = {
   "train_config": {"num_steps": 60, "distill_from": "/a/path/of/mine"},
   "tokens_trained": 61440,

@@ -9,9 +9,11 @@ import openlm_reference as reference
 import pytest
 
 from convert_weights import names, openlm_config
-from supra_jax.config import SupraConfig, tiny
-from supra_jax.sharding import make_mesh, param_specs
-from supra_jax.transformer import Transformer
+from supra_jax.core.sharding import make_mesh
+from supra_jax.model.config import SupraConfig
+from supra_jax.model.placement import param_specs
+from supra_jax.model.presets import tiny
+from supra_jax.model.transformer import Transformer
 
 BIASES = {"qkv_bias": True, "output_bias": True, "mlp_bias": True}
 

@@ -13,8 +13,9 @@ import supra_jax
 from convert_weights import openlm_config
 from convert_weights.errors import ConversionError
 from convert_weights.open_source import open_source
-from supra_jax.config import RopeConfig, SupraConfig
-from tests import openlm, tiny
+from supra_jax.experiments import tiny
+from supra_jax.model.config import RopeConfig, SupraConfig
+from tests.support import openlm
 
 TOKENS = np.random.default_rng(0).integers(0, 61, (2, 24))
 BASE = json.loads((openlm.GOLDEN / "gqa_8_2" / "config.json").read_text()) | {"n_layers": 1}
@@ -114,7 +115,7 @@ def test_config_of_the_release():
   keys = json.loads((openlm.GOLDEN / "released_form_bin" / "config.json").read_text())
   sizes = {"dim": 4096, "intermediate_dim_ffn": 14336, "n_layers": 32, "n_heads": 32, "n_heads_kv": 8, "seq_len": 2048}
   config = openlm_config.model_config(keys | sizes | {"vocab_size": 32000, "qk_head_dim": 128, "v_head_dim": 128}, "")
-  teacher = supra_jax.config.mistral_7b("supra")
+  teacher = supra_jax.model.config.mistral_7b("supra")
   same = ("vocab_size", "hidden_size", "intermediate_size", "num_heads", "num_kv_heads", "head_dim", "rope", "norm")
   assert [getattr(config, name) for name in same] == [getattr(teacher, name) for name in same]
   assert config.mixers == teacher.mixers and config.supra == SupraConfig() and config.norm_eps == 1e-5

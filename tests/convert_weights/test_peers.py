@@ -23,8 +23,9 @@ import supra_jax  # noqa: E402
 from convert_weights import hf_export, hf_to_orbax, names  # noqa: E402
 from convert_weights.orbax_to_hf import convert  # noqa: E402
 from convert_weights.tokenizer_probe import hard_texts  # noqa: E402
-from supra_jax.checkpoint import load_model, save_model  # noqa: E402
-from supra_jax.config import RopeConfig, SupraConfig, tiny  # noqa: E402
+from supra_jax.model.config import RopeConfig, SupraConfig  # noqa: E402
+from supra_jax.model.presets import tiny  # noqa: E402
+from supra_jax.storage.model_directory import load_model, save_model  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

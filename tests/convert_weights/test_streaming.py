@@ -15,8 +15,8 @@ from safetensors.numpy import load_file
 from tiny_checkpoints import check_parameters, copy_case
 
 from convert_weights.hf_to_orbax import convert
-from supra_jax.checkpoint import load_model
-from supra_jax.files import temporary_directory
+from supra_jax.core.files import temporary_directory
+from supra_jax.storage.model_directory import load_model
 
 MIB = 2**20
 
@@ -76,8 +76,9 @@ def test_memory_is_that_of_a_few_tensors(source, tmp_path):
 
 READING = """
 import re, sys
-from supra_jax.checkpoint import load_model
-from supra_jax.sharding import make_mesh, param_shardings
+from supra_jax.storage.model_directory import load_model
+from supra_jax.core.sharding import make_mesh
+from supra_jax.model.placement import param_shardings
 
 def bytes_read():
   return int(re.search(r"rchar: (\\d+)", open("/proc/self/io").read())[1])

@@ -15,11 +15,13 @@ from convert_weights.errors import ConversionError
 from convert_weights.tokenizer_export import exported_tokenizer
 from convert_weights.tokenizer_probe import NUM_TEXTS, first_difference, hard_texts
 from convert_weights.tokenizer_source import tokenizer_files
-from supra_jax import LM, tokenizer
-from supra_jax.config import tiny
-from supra_jax.generate import Sampling, generate_tokens
-from supra_jax.tokenizer_backends import BYTE_OF, SentencePieceBackend
-from tests.tiny import byte_bpe
+from supra_jax import LM
+from supra_jax.data import tokenizer
+from supra_jax.data.tokenizer_backends import BYTE_OF, SentencePieceBackend
+from supra_jax.experiments.tiny import byte_bpe
+from supra_jax.inference.decode import generate_tokens
+from supra_jax.inference.sampling import Sampling
+from supra_jax.model.presets import tiny
 
 MARKED = ("<|im_start|>hi<|im_end|> yo", "a <|im_end|>  b", "<s>hi</s> yo", "a</s>b")
 

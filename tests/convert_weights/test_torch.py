@@ -13,7 +13,7 @@ from convert_weights.errors import ConversionError
 from convert_weights.hf_to_orbax import convert
 from convert_weights.open_source import open_source
 from convert_weights.torch_file import open_torch
-from supra_jax.checkpoint import load_model
+from supra_jax.storage.model_directory import load_model
 
 CASE = "mistral_gqa"
 

@@ -14,7 +14,7 @@ from convert_weights import orbax_to_hf, verify
 from convert_weights.errors import ConversionError
 from convert_weights.hf_to_orbax import convert
 from convert_weights.open_source import open_source
-from tests.tiny import write_checkpoint
+from supra_jax.experiments.tiny import write_checkpoint
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

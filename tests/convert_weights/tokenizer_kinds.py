@@ -9,9 +9,9 @@ import sentencepiece
 
 from convert_weights.tokenizer_export import exported_tokenizer
 from convert_weights.tokenizer_source import tokenizer_files
-from supra_jax.config import tiny
-from supra_jax.tokenizer import Tokenizer
-from tests.tiny import byte_bpe
+from supra_jax.data.tokenizer import Tokenizer
+from supra_jax.experiments.tiny import byte_bpe
+from supra_jax.model.presets import tiny
 
 CONFIG = tiny().replace(vocab_size=10_000, bos_token_id=None, eos_token_ids=())
 TEXT = [line for name in sorted(topics)[:30] for line in topics[name].split("\n") if line.strip()]

@@ -1,6 +1,6 @@
 """Makes the stored cases, at the commit whose files they are to stand for.
 
-    git worktree add OLD 8d74590 && cd OLD && PYTHONPATH=. python make.py DIRECTORY
+git worktree add OLD 8d74590 && cd OLD && PYTHONPATH=. python make.py DIRECTORY
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import tarfile
 from pathlib import Path
 
 import numpy as np
-from supra_jax.bin import prepare_data  # noqa: F401  # defines its flags before absl reads them
 from supra_jax.checkpoint import load_model
 from supra_jax.config import SupraConfig
 
@@ -35,7 +34,11 @@ RUNS = {
   "adapters": ("window", "", {"num_steps": 4, "adapters": {"rank": 2, "kernels": "self_attn/[qkvo]_proj/"}}),
   "bfloat16_moments": ("hybrid", "", {"num_steps": 4, "optimizer": {"moment_dtype": "bfloat16"}, "dtype": "bfloat16"}),
   "transfer": ("window", "", {"num_steps": 4, "transfer_steps": 3, "distill_from": "models/teacher"}),
-  "packed": ("hybrid", "", {"num_steps": 4, "data": {"input": "", "sources": "packed/train", "heldout": "packed/heldout"}}),
+  "packed": (
+    "hybrid",
+    "",
+    {"num_steps": 4, "data": {"input": "", "sources": "packed/train", "heldout": "packed/heldout"}},
+  ),
   "mesh": ("hybrid", "fsdp:2,tensor:2", {"num_steps": 4}),
 }
 
@@ -72,7 +75,9 @@ def main() -> None:
     runs.Run(made, workdir, devices=4 if mesh else 1).finish()
     lines = (workdir / "metrics.jsonl").read_text().splitlines()
     expected[name] = {
-      "losses": {r["step"]: r.get("loss", r.get("attention_error")) for r in map(json.loads, lines) if "learning_rate" in r},
+      "losses": {
+        r["step"]: r.get("loss", r.get("attention_error")) for r in map(json.loads, lines) if "learning_rate" in r
+      },
       "heldout": [r["heldout_nll"] for r in map(json.loads, lines) if "heldout_nll" in r],
     }
     params = load_model(workdir / "checkpoint").params

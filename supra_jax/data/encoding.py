@@ -1,0 +1,203 @@
+"""Text to tokens on all cores, in order, in bounded memory; and how far it is."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import hashlib
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from typing import Any, NamedTuple
+
+import numpy as np
+from tqdm import tqdm
+
+from supra_jax.core import progress
+from supra_jax.core.files import place
+from supra_jax.data.packed import TextEncoder
+from supra_jax.data.text import InputFile, Piece, parse, read_pieces
+from supra_jax.data.tokenizer import Tokenizer
+from supra_jax.model.config import ModelConfig
+
+# Of files so small in all, packing in one process is done before others have started.
+SMALL_INPUT = 2**21
+
+
+def load_tokenizer(directory: str | os.PathLike[str]) -> tuple[Tokenizer, ModelConfig]:
+  """The tokenizer and the config of a model directory, or of one that holds nothing else.
+
+  Raises:
+    ValueError: the config is not one of ours, or there is no tokenizer.
+    OSError: there is no config.
+  """
+  path = place(directory) / "config.json"
+  try:
+    config = ModelConfig.from_json(path.read_text())
+  except ValueError as error:
+    raise ValueError(
+      f"{path} is no config of a supra_jax model. Convert a model of others first: python -m "
+      f"convert_weights.hf_to_orbax --source={directory} --output=DIR; then give DIR. ({error})"
+    ) from error
+  files = {path.name: path.read_bytes() for path in place(directory).glob("tokenizer*") if path.is_file()}
+  if (tokenizer := Tokenizer.from_files(files, config)) is None:
+    raise ValueError(f"{directory} has neither a tokenizer.json nor a tokenizer.model.")
+  return tokenizer, config
+
+
+class Encoded(NamedTuple):
+  """Documents as tokens: ids [n] one after the other, and lengths [documents], 0 for one that gave no token.
+
+  Attributes:
+    bad: what was wrong with each item that was passed over.
+  """
+
+  ids: np.ndarray
+  lengths: np.ndarray
+  bad: list[str]
+
+
+@dataclasses.dataclass(frozen=True)
+class Encoder:
+  """A piece of text to tokens; all that a worker knows."""
+
+  tokenizer: TextEncoder
+  text_key: str
+  bos: bool
+  vocab_size: int
+  dtype: str
+  skip_bad: bool
+
+  def __call__(self, piece: Piece) -> Encoded:
+    bad: list[str] = []
+    found = parse(piece, self.text_key, bad if self.skip_bad else None)
+    documents = [self._encode(where, text) for where, text in found]
+    ids = np.concatenate([np.zeros(0, self.dtype), *documents])
+    return Encoded(ids, np.array([len(document) for document in documents], np.int64), bad)
+
+  def _encode(self, where: str, text: str) -> np.ndarray:
+    try:
+      ids = self.tokenizer.encode(text, bos=self.bos)
+    except ValueError as error:
+      raise ValueError(f"{where}: {error}") from error
+    document = np.array([*ids, self.tokenizer.eos_ids[0]] if len(ids) > self.bos else [], np.int64)
+    if len(document) and (document.min() < 0 or document.max() >= self.vocab_size):
+      raise ValueError(
+        f"{where}: the tokenizer gives ids from {document.min()} to {document.max()}; vocab_size is {self.vocab_size}."
+      )
+    return document.astype(self.dtype)
+
+
+# In the input: number of a file, of its items that are done, and their `digest_of`.
+Place = tuple[int, int, str]
+
+
+def digest_of(items: Iterable[bytes | None], before: str = "") -> str:
+  """A digest of items and of those before them, however they are cut into pieces."""
+  for item in items:
+    before = hashlib.sha256(before.encode() + (b"" if item is None else b":" + item)).hexdigest()
+  return before
+
+
+def pieces_from(files: list[InputFile], text_key: str, at: Place) -> Iterator[tuple[tuple[Place, int], Piece]]:
+  """Yields ((place after it, bytes read up to there), piece), from a place on."""
+  before = sum(file.size for file in files[: at[0]])
+  for number, file in enumerate(files[at[0] :], start=at[0]):
+    done, digest = at[1:] if number == at[0] else (0, "")
+    for piece in read_pieces(file.path, text_key, skip=done):
+      done, digest = done + len(piece.items), digest_of(piece.items, digest)
+      yield ((number, done, digest), before + piece.bytes_read), piece
+    before += file.size
+
+
+def worker_count(workers: int | None, files: list[InputFile]) -> int:
+  if workers is not None:
+    return workers
+  cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+  return 0 if cores == 1 or sum(file.size for file in files) < SMALL_INPUT else cores
+
+
+def encode_in_order(
+  pieces: Iterable[tuple[Any, Piece]], encode: Callable[[Piece], Encoded], workers: int
+) -> Iterator[tuple[Any, Encoded]]:
+  """Yields (label, encoded piece) in the order of the pieces; few are under way at once, so memory is bounded."""
+  if not workers:
+    for label, piece in pieces:
+      yield label, encode(piece)
+    return
+  # Spawned, since a fork of a process with threads, as one with jax has, may never come to life.
+  context = multiprocessing.get_context("spawn")
+  pool = ProcessPoolExecutor(workers, context, _start_worker, (encode,))
+  waiting: collections.deque[tuple[Any, Any]] = collections.deque()
+  try:
+    for label, piece in pieces:
+      waiting.append((label, pool.submit(_work, piece)))
+      if len(waiting) > 2 * workers:
+        label, future = waiting.popleft()
+        yield label, future.result()
+    for label, future in waiting:
+      yield label, future.result()
+  except BrokenProcessPool as error:
+    raise ChildProcessError(
+      "A process that packs ended early, for want of memory perhaps; or the calling script lacks "
+      "`if __name__ == '__main__':`. The same command again goes on; try fewer workers."
+    ) from error
+  finally:
+    pool.shutdown(cancel_futures=True)
+
+
+_encode: Callable[[Piece], Encoded]
+
+
+def _start_worker(encode: Callable[[Piece], Encoded]) -> None:
+  global _encode
+  _encode = encode
+  # Ctrl-C reaches all processes; the parent alone answers it.
+  signal.signal(signal.SIGINT, signal.SIG_IGN)
+  threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+  """A parent that is killed tells nobody; without this its workers would wait for ever."""
+  parent = multiprocessing.parent_process()
+  if parent is not None:
+    parent.join()
+  os._exit(1)
+
+
+def _work(piece: Piece) -> Encoded:
+  return _encode(piece)
+
+
+class PackingProgress(progress.Progress):
+  """Tokens done, share of the input, tokens/s and time left.
+
+  Attributes:
+    tokens: that were packed since the start, which is not that of the input where a run goes on.
+  """
+
+  def __init__(self, total_bytes: int, first_byte: int = 0, *, seconds: float = progress.SECONDS):
+    super().__init__(
+      total_bytes,
+      lambda byte, total: f"packing, {byte / max(total, 1):.0%} of the input",
+      first=first_byte,
+      seconds=seconds,
+      bar_format="{percentage:3.0f}% {bar} {postfix}, {remaining} left",
+    )
+    self._since = time.monotonic()
+    self.tokens = 0
+
+  @property
+  def tokens_per_second(self) -> float:
+    return self.tokens / max(time.monotonic() - self._since, 1e-9)
+
+  def update(self, tokens: int, byte: int) -> None:
+    """Says that so many tokens more are packed, and that the input is read up to `byte`."""
+    self.tokens += tokens
+    speed = tqdm.format_sizeof(self.tokens_per_second)
+    self.advance_to(byte, f"{tqdm.format_sizeof(self.tokens)} tokens, {speed} tokens/s")

@@ -1,0 +1,197 @@
+"""Packed rows to batches, through grain: mixed by weight, shuffled, cut for processes, resumable.
+
+One function, `_order`, says which row of which source comes when; loading and naming both ask it.
+"""
+
+from __future__ import annotations
+
+import bisect
+import dataclasses
+import itertools
+import math
+import os
+from collections.abc import Iterator, Sequence
+from typing import TypeAlias
+
+import grain
+import numpy as np
+
+from supra_jax.data.packed import META_FILE, load_info, local_files
+
+# A packed directory and its share of the rows that are drawn, to within a hundredth. Weights need not add up to 1.
+Source = tuple[str, float]
+Batch = dict[str, np.ndarray]
+# What a loader is: batches, get_state and set_state. Named here so that others need not import grain.
+Batches: TypeAlias = grain.DatasetIterator
+
+# What rows of one batch must have in common.
+_SHARED = ("sequence_length", "join", "bos", "vocab_size", "tokenizer_sha256")
+
+
+class PackedDataset:
+  """The rows of a packed directory, by number: {"tokens": int32 [T + 1]}, and "segment_ids" where stored."""
+
+  def __init__(self, path: str | os.PathLike[str]):
+    self.info = load_info(path)
+    self._files = [str(file) for file in local_files(path, self.info)]
+    self._ends = list(itertools.accumulate(shard.rows for shard in self.info.shards))
+    try:
+      self._source = grain.sources.ArrayRecordDataSource(self._files)
+    except RuntimeError as error:
+      raise ValueError(f"{path}: rows cannot be opened: {error}") from error
+    if len(self._source) != self.info.rows:
+      raise ValueError(f"{path}: its files hold {len(self._source)} rows; {META_FILE} says {self.info.rows}.")
+
+  def __len__(self) -> int:
+    return self.info.rows
+
+  def __getitem__(self, index: int) -> Batch:
+    names = ("tokens", "segment_ids") if self.info.join == "separate" else ("tokens",)
+    try:
+      numbers = np.frombuffer(self._source[index], self.info.dtype).astype(np.int32)
+      return dict(zip(names, numbers.reshape(len(names), self.info.sequence_length + 1), strict=True))
+    except (RuntimeError, ValueError) as error:
+      file = self._files[bisect.bisect_right(self._ends, index)]
+      raise ValueError(f"{file}: row {index} of the directory cannot be read: {error}") from error
+
+
+def parse_sources(text: str) -> tuple[Source, ...]:
+  """Reads sources as they are written on a command line: `data/a/train:0.7,data/b/train:0.3`.
+
+  A path without a weight has the weight 1. What follows its last colon is a weight if it is a number, and of the path
+  otherwise; a path that ends in a colon and a number needs its weight written out. No path has a comma.
+
+  Raises:
+    ValueError: a part is empty.
+  """
+  sources = []
+  for part in text.split(","):
+    path, colon, weight = part.strip().rpartition(":")
+    try:
+      source = (path, float(weight)) if colon else (weight, 1.0)
+    except ValueError:
+      source = (part.strip(), 1.0)
+    if not source[0] or part.strip().endswith(":"):
+      raise ValueError(f"sources={text!r}: wanted PATH:WEIGHT,PATH:WEIGHT,...; got {part!r} for one of them.")
+    sources.append(source)
+  return tuple(sources)
+
+
+def make_loader(
+  sources: Sequence[Source],
+  *,
+  batch_size: int,
+  seed: int,
+  shard_index: int = 0,
+  shard_count: int = 1,
+  prefetch: int = 4,
+) -> Batches:
+  """An endless iterator of batches; its state, {"global_next_index": N}, is the same in all shards.
+
+  Each source is shuffled as a whole, anew each time round. The shards of one step make up the same global batch
+  whatever their number, and a state may be set in a loader with another shard_count: what comes then are the rows that
+  had not come.
+
+  Args:
+    sources: packed directories and their weights.
+    batch_size: rows in a global batch; a shard yields batch_size / shard_count of them.
+    seed: of the order, below 2**32.
+    shard_index, shard_count: which part of each batch to yield; one a process.
+    prefetch: batches that are read ahead, by as many threads; 0 reads when asked.
+
+  Returns:
+    An iterator of {"tokens": int32 [batch_size / shard_count, T + 1]}, and "segment_ids" alike where stored.
+
+  Raises:
+    FileNotFoundError, ValueError: a source is missing or damaged, or sources do not fit each other.
+  """
+  _check_shard(batch_size, shard_index, shard_count)
+  datasets = _open(sources)
+  rows = sum(map(len, datasets))
+  if rows < batch_size:
+    raise ValueError(f"{', '.join(path for path, _ in sources)}: {rows} rows are fewer than one batch of {batch_size}.")
+  ordered = _order(sources, datasets, seed).map(lambda place: datasets[place[0]][place[1]])
+  return iter(
+    grain.experimental.ElasticIterator(
+      ordered,
+      batch_size,
+      grain.sharding.ShardOptions(shard_index, shard_count),
+      read_options=grain.ReadOptions(num_threads=prefetch, prefetch_buffer_size=prefetch),
+    )
+  )
+
+
+def rows_of_batch(sources: Sequence[Source], *, batch_size: int, seed: int, step: int) -> list[str]:
+  """The names of the rows of a global batch, `data/a, row 123`, so that a bad one can be looked at.
+
+  Args:
+    sources, batch_size, seed: as `make_loader` had them, from the start of the run.
+    step: number of the batch, from 0.
+
+  Returns:
+    batch_size names; shard i of n has the i-th, (i+n)-th, ...
+  """
+  order = _order(sources, _open(sources), seed)
+  places = [order[index] for index in range(step * batch_size, (step + 1) * batch_size)]
+  return [f"{sources[source][0]}, row {row}" for source, row in places]
+
+
+def heldout_batches(
+  path: str | os.PathLike[str], *, batch_size: int, max_rows: int = 0, shard_index: int = 0, shard_count: int = 1
+) -> Iterator[Batch]:
+  """Yields the rows of a packed directory once, in order; shard i has the i-th block of each global batch.
+
+  Args:
+    path: a packed directory.
+    batch_size: rows in a global batch.
+    max_rows: at most so many rows, the first; 0 means all.
+    shard_index, shard_count: which part of each batch to yield; one a process.
+
+  Yields:
+    {"tokens": int32 [batch_size / shard_count, T + 1]}, "segment_ids" alike where stored, and "row_weights" float32
+    [batch_size / shard_count]: 1, or 0 for the copies of the last row that fill up the last batch.
+  """
+  _check_shard(batch_size, shard_index, shard_count)
+  dataset = PackedDataset(path)
+  rows = min(len(dataset), max_rows or len(dataset))
+  local = batch_size // shard_count
+  for first in range(shard_index * local, math.ceil(rows / batch_size) * batch_size, batch_size):
+    numbers = range(first, first + local)
+    read = [dataset[min(number, rows - 1)] for number in numbers]
+    batch = {name: np.stack([row[name] for row in read]) for name in read[0]}
+    yield {**batch, "row_weights": np.array([number < rows for number in numbers], np.float32)}
+
+
+def _check_shard(batch_size: int, shard_index: int, shard_count: int) -> None:
+  if batch_size < 1 or batch_size % shard_count or not 0 <= shard_index < shard_count:
+    raise ValueError(f"batch_size={batch_size} cannot be cut for shard {shard_index} of {shard_count}.")
+
+
+def _open(sources: Sequence[Source]) -> list[PackedDataset]:
+  if not sources or not all(math.isfinite(weight) and weight > 0 for _, weight in sources):
+    raise ValueError(f"sources={list(sources)}: wanted at least one, with weights above 0.")
+  datasets = [PackedDataset(path) for path, _ in sources]
+  first, *others = [dataclasses.asdict(dataset.info) for dataset in datasets]
+  differ = [
+    f"{name} is {first[name]} in {sources[0][0]} and {other[name]} in {path}"
+    for (path, _), other in zip(sources[1:], others, strict=True)
+    for name in _SHARED
+    if other[name] != first[name]
+  ]
+  if differ:
+    raise ValueError(f"Sources do not fit each other: {'; '.join(differ)}.")
+  return datasets
+
+
+def _order(sources: Sequence[Source], datasets: Sequence[PackedDataset], seed: int) -> grain.MapDataset:
+  """Endless (number of the source, number of the row in it), in the order in which rows are drawn."""
+
+  def endless(number: int, rows: int) -> grain.MapDataset:
+    # Seeds differ, or sources of one length would be drawn in one order.
+    shuffled = grain.MapDataset.range(rows).shuffle(seed=(seed + number) % 2**32)
+    return shuffled.repeat().map(lambda row: (number, int(row)))
+
+  if not 0 <= seed < 2**32:
+    raise ValueError(f"seed={seed}: wanted a number from 0 to {2**32 - 1}.")
+  weights = [weight for _, weight in sources]
+  return grain.MapDataset.mix([endless(number, len(data)) for number, data in enumerate(datasets)], weights)

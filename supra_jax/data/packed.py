@@ -1,0 +1,346 @@
+"""What a packed directory is: rows of tokens in ArrayRecord files, and a meta.json that says all there is to know.
+
+DIR/meta.json                  the PackedInfo
+DIR/rows-00000.array_record    one record a row: [1 or 2, sequence_length + 1] little-endian integers, tokens first
+DIR/rows-00001.array_record    the rows after those
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import numpy as np
+from array_record.python import array_record_module
+
+from supra_jax.core import bucket
+from supra_jax.core.files import TEMPORARY, AnyPath, into_place, place
+from supra_jax.core.plain_json import to_json
+
+Join = Literal["join", "separate"]
+
+META_FILE = "meta.json"
+FORMAT_VERSION = 2
+
+# What tokenizers disagree on: digits, runs of blanks, case, contractions, accents, scripts, emoji, code.
+_PROBE = (
+  "The quick brown fox jumps over the lazy dog; it's 7 o'clock, isn't it? Supercalifragilisticexpialidocious.",
+  "3.14159 1000000 2405.06640 1,234,567 0x1F 50% $9.99\n\n7. Seventh\n\n\n8. Eighth",
+  "def f(x):\n    return {'a': [x ** 2, -x]}\n\tif x != None and __name__ == '__main__':   # trailing   blanks   ",
+  "Über naïve façades, señor: œuvre, Straße, ångström. Привет, мир. مرحبا שלום नमस्ते 你好世界 안녕 こんにちは",
+  "HELLO World helloWorld <|endoftext|> <s></s> [INST] http://example.org/a?b=c&d=e \u00a0\u2014\u2019 ∑∫√ 🙂🔬",
+)
+
+
+class TextEncoder(Protocol):
+  """What packing needs of a tokenizer; `supra_jax.data.tokenizer.Tokenizer` has it."""
+
+  @property
+  def eos_ids(self) -> Sequence[int]: ...
+
+  @property
+  def bos_id(self) -> int | None: ...
+
+  def encode(self, text: str, *, bos: bool | None = None) -> list[int]: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Shard:
+  """A file of rows: its name, how many rows and bytes it has, and the sha256 of those bytes."""
+
+  file: str
+  rows: int
+  bytes: int
+  sha256: str
+
+
+@dataclasses.dataclass(frozen=True)
+class PackedInfo:
+  """What a packed directory holds.
+
+  Attributes:
+    sequence_length: T; a row has T + 1 tokens, the last of which is the first of the next row.
+    rows: number of rows.
+    tokens: rows * T, the number of targets.
+    dropped_tokens: tokens at the end that did not fill a row.
+    documents: documents read that were not empty.
+    join: `join` runs documents together; `separate` stores which document each token is of.
+    bos: each document starts with the tokenizer's begin-of-text id.
+    vocab_size: every id is below it.
+    dtype: how a number is stored, `<u2` or `<i4`.
+    tokenizer_sha256: `tokenizer_fingerprint` of the tokenizer.
+    shards: the files, in order of their rows.
+    format_version: of this layout.
+  """
+
+  sequence_length: int
+  rows: int
+  tokens: int
+  dropped_tokens: int
+  documents: int
+  join: Join
+  bos: bool
+  vocab_size: int
+  dtype: str
+  tokenizer_sha256: str
+  shards: tuple[Shard, ...]
+  format_version: int = FORMAT_VERSION
+
+
+def tokenizer_fingerprint(tokenizer: TextEncoder) -> str:
+  """The sha256 of how a tokenizer encodes a fixed probe, and of its special ids.
+
+  Of behaviour and not of files, since one tokenizer comes as tokenizer.json, tokenizer.model or inside a GGUF.
+  """
+  encoded = [tokenizer.encode(text, bos=False) for text in _PROBE]
+  said = to_json([[list(map(int, ids)) for ids in encoded], list(tokenizer.eos_ids), tokenizer.bos_id])
+  return hashlib.sha256(said.encode()).hexdigest()
+
+
+def load_info(path: str | os.PathLike[str]) -> PackedInfo:
+  """Reads the meta.json of a packed directory, and looks whether its files are whole by their sizes.
+
+  Raises:
+    FileNotFoundError: meta.json or a file of rows is missing.
+    ValueError: it is not what `packing.prepare` writes, or a file of rows has another size.
+  """
+  directory = place(path)
+  meta = directory / META_FILE
+  if not meta.is_file():
+    raise FileNotFoundError(
+      f"{path} is no packed dataset: {META_FILE} is missing. Make one with `python -m supra_jax.bin.prepare_data`; "
+      "the rows are then in its `train` and `heldout`."
+    )
+  try:
+    values = json.loads(meta.read_text())
+    version = values["format_version"]
+  except (ValueError, KeyError, TypeError) as error:
+    raise ValueError(f"{meta}: not the meta.json of a packed dataset: {error!r}.") from error
+  if version != FORMAT_VERSION:
+    raise ValueError(f"{meta}: format version {version}; this program reads version {FORMAT_VERSION}. Pack again.")
+  info = _info(values)
+  if info is None:
+    names = ", ".join(field.name for field in dataclasses.fields(PackedInfo))
+    raise ValueError(f"{meta}: wanted the keys {names}, each of its type and all in agreement; got {values}.")
+  sizes = _sizes(directory)
+  for shard in info.shards:
+    file = directory / shard.file
+    if shard.file not in sizes:
+      raise FileNotFoundError(f"{file} is missing; {META_FILE} names it. Bring it back, or pack again.")
+    if sizes[shard.file] != shard.bytes:
+      raise ValueError(
+        f"{file} has {sizes[shard.file]} bytes; {META_FILE} says {shard.bytes}. Bring it back, or pack again."
+      )
+  return info
+
+
+def local_files(path: str | os.PathLike[str], info: PackedInfo) -> list[Path]:
+  """The files of rows, which can be read on local disks only: those of a bucket are copied to this machine's cache.
+
+  Raises:
+    ValueError: a file of a bucket is not what was written.
+    OSError: it cannot be copied.
+  """
+  directory = place(path)
+  if isinstance(directory, Path):
+    return [directory / shard.file for shard in info.shards]
+  # Named after their contents, so that what is there is right, whoever put it there.
+  cache = bucket.cache_directory()
+  files = [cache / f"{shard.sha256}.array_record" for shard in info.shards]
+  for shard, file in zip(info.shards, files, strict=True):
+    if not file.exists():
+      partial = file.with_name(f"{file.name}.{os.getpid()}{TEMPORARY}")
+      try:
+        bucket.download(directory / shard.file, partial)
+        if _sha256(partial) != shard.sha256:
+          raise ValueError(f"{directory / shard.file}: not the bytes that were written. Bring it back, or pack again.")
+        os.replace(partial, file)
+      finally:
+        partial.unlink(missing_ok=True)
+  return files
+
+
+def _sizes(directory: AnyPath) -> dict[str, int]:
+  """File name -> bytes."""
+  if not isinstance(directory, Path):
+    return bucket.sizes(directory)
+  return {path.name: path.stat().st_size for path in directory.iterdir() if path.is_file()}
+
+
+def check_packed(
+  path: str | os.PathLike[str],
+  *,
+  sequence_length: int | None = None,
+  vocab_size: int | None = None,
+  tokenizer: TextEncoder | None = None,
+  join: Join | None = None,
+  bos: bool | None = None,
+) -> PackedInfo:
+  """Returns the info of a packed directory if it is what is wanted; None asks for nothing.
+
+  Raises:
+    ValueError: it was packed otherwise; names the directory and all that differs.
+  """
+  info = load_info(path)
+  differs = []
+  if sequence_length not in (None, info.sequence_length):
+    differs.append(f"its sequence_length is {info.sequence_length}, not {sequence_length}")
+  if vocab_size is not None and info.vocab_size > vocab_size:
+    differs.append(f"its vocab_size is {info.vocab_size}, above the model's {vocab_size}")
+  if join not in (None, info.join):
+    differs.append(f"its documents are packed with join={info.join!r}, not {join!r}")
+  if bos not in (None, info.bos):
+    differs.append(f"it was packed with bos={info.bos}, not {bos}")
+  if tokenizer is not None and tokenizer_fingerprint(tokenizer) != info.tokenizer_sha256:
+    differs.append("it was made with another tokenizer")
+  if differs:
+    raise ValueError(f"{path} does not fit: {'; '.join(differs)}. Pack the text again.")
+  return info
+
+
+def verify(path: str | os.PathLike[str]) -> PackedInfo:
+  """Reads every file of rows and holds it against its digest.
+
+  Raises:
+    ValueError: files differ from what was written; names them all.
+  """
+  info = load_info(path)
+  wrong = [shard.file for shard in info.shards if _sha256(place(path) / shard.file) != shard.sha256]
+  if wrong:
+    raise ValueError(f"{path}: {', '.join(wrong)}: not the bytes that were written. Bring them back, or pack again.")
+  return info
+
+
+def _sha256(path: AnyPath) -> str:
+  with path.open("rb") as file:
+    return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _info(values: Mapping[str, Any]) -> PackedInfo | None:
+  """A PackedInfo of what meta.json holds; None where it is none."""
+  shards = values.get("shards")
+  if not isinstance(shards, list) or not all(isinstance(shard, dict) and _has(Shard, shard) for shard in shards):
+    return None
+  info = {**values, "shards": tuple(Shard(**shard) for shard in shards)}
+  if not _has(PackedInfo, info):
+    return None
+  made = PackedInfo(**info)
+  whole = made.rows == sum(shard.rows for shard in made.shards) and made.tokens == made.rows * made.sequence_length
+  return made if whole and made.dtype in ("<u2", "<i4") and made.join in ("join", "separate") else None
+
+
+def _has(kind: type, values: Mapping[str, Any]) -> bool:
+  # Annotations are strings in this file.
+  kinds = {"int": int, "bool": bool, "str": str, "Join": str, "tuple[Shard, ...]": tuple}
+  return {name: type(value) for name, value in values.items()} == {
+    field.name: kinds[str(field.type)] for field in dataclasses.fields(kind)
+  }
+
+
+class RowsWriter:
+  """Tokens on their way into the files of a packed directory.
+
+  Attributes:
+    documents: number of those added.
+    shards: the files written.
+  """
+
+  def __init__(self, directory: Path, *, sequence_length: int, join: Join, dtype: str, shard_bytes: int):
+    self._directory, self._length, self._join, self._dtype = directory, sequence_length, join, dtype
+    record = (1 + (join == "separate")) * (sequence_length + 1) * np.dtype(dtype).itemsize
+    self._rows_per_shard = max(1, shard_bytes // record)
+    self.documents = 0
+    self.shards: list[Shard] = []
+    self._ids, self._starts = [np.zeros(0, dtype)], [np.zeros(0, bool)]
+    self._size = 0
+
+  @property
+  def pending(self) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens [n] that are in no file yet, after the last one that is; and whether each is the first of a document."""
+    # Joined here and not in `add`, which would copy them each time.
+    self._ids, self._starts = [np.concatenate(self._ids)], [np.concatenate(self._starts)]
+    return self._ids[0], self._starts[0]
+
+  def add(self, ids: np.ndarray, lengths: np.ndarray) -> None:
+    """Adds documents: ids [n] one after the other, and lengths [documents]; those of length 0 are passed over."""
+    lengths = lengths[lengths > 0]
+    starts = np.zeros(len(ids), bool)
+    starts[np.cumsum(lengths) - lengths] = True
+    self._append(ids, starts)
+    self.documents += len(lengths)
+
+  def restore(self, documents: int, shards: Sequence[Shard], ids: np.ndarray, starts: np.ndarray) -> None:
+    """Takes up what another writer had in `documents`, `shards` and `pending`."""
+    self.documents, self.shards = documents, list(shards)
+    self._append(ids, starts)
+
+  def write_full(self) -> bool:
+    """Writes the files that are full; says whether there were any."""
+    before = len(self.shards)
+    while self._full_rows >= self._rows_per_shard:
+      self._write(self._rows_per_shard)
+    return len(self.shards) > before
+
+  def finish(self, *, bos: bool, vocab_size: int, tokenizer_sha256: str) -> PackedInfo:
+    """Writes the rows that are left, and meta.json.
+
+    Raises:
+      ValueError: there are no rows at all.
+    """
+    self.write_full()
+    if self._full_rows:
+      self._write(self._full_rows)
+    if not self.shards:
+      raise ValueError(
+        f"{self.documents} documents gave {self._size} tokens, too few for one row of {self._length + 1}."
+      )
+    rows = sum(shard.rows for shard in self.shards)
+    info = PackedInfo(
+      sequence_length=self._length,
+      rows=rows,
+      tokens=rows * self._length,
+      dropped_tokens=self._size - 1,
+      documents=self.documents,
+      join=self._join,
+      bos=bos,
+      vocab_size=vocab_size,
+      dtype=self._dtype,
+      tokenizer_sha256=tokenizer_sha256,
+      shards=tuple(self.shards),
+    )
+    with into_place(self._directory / META_FILE) as temporary:
+      temporary.write_text(to_json(dataclasses.asdict(info), indent=2) + "\n")
+    return info
+
+  @property
+  def _full_rows(self) -> int:
+    return max(self._size - 1, 0) // self._length
+
+  def _append(self, ids: np.ndarray, starts: np.ndarray) -> None:
+    self._ids.append(ids)
+    self._starts.append(starts)
+    self._size += len(ids)
+
+  def _write(self, rows: int) -> None:
+    ids, starts = self.pending
+    file = self._directory / f"rows-{len(self.shards):05}.array_record"
+    try:
+      with into_place(file) as temporary:
+        writer = array_record_module.ArrayRecordWriter(str(temporary), "group_size:1")
+        for first in range(0, rows * self._length, self._length):
+          row = slice(first, first + self._length + 1)
+          lines = [ids[row]]
+          if self._join == "separate":
+            lines.append((np.cumsum(starts[row]) - starts[first] + 1).astype(self._dtype))
+          writer.write(np.stack(lines).tobytes())
+        writer.close()
+    except RuntimeError as error:
+      raise OSError(f"{file} cannot be written: {error}") from error
+    self.shards.append(Shard(file.name, rows, file.stat().st_size, _sha256(file)))
+    done = rows * self._length
+    self._ids, self._starts, self._size = [ids[done:]], [starts[done:]], self._size - done

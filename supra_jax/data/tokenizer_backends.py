@@ -1,0 +1,222 @@
+"""The two kinds of tokenizer files behind one interface: ids of a text without additions, and the bytes of an id."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import sentencepiece
+import tokenizers
+
+from supra_jax.core.plain_json import to_json
+
+_SPACE = "▁"  # how SentencePiece writes a space
+# `normalizer_spec { add_dummy_prefix: false }`. Serialised messages that are joined are merged, so this works where the
+# sentencepiece package has no way to switch the prefix off.
+NO_DUMMY_PREFIX = b"\x1a\x02\x18\x00"
+
+
+class Backend(Protocol):
+  """What either kind of tokenizer file comes down to.
+
+  Attributes:
+    vocab_size: one more than the largest id.
+    special: id -> text of the special tokens.
+    prefix: the ids that its own rules put before every text.
+    bos_id, eos_id: what the file itself calls the begin and the end of a text.
+    leading_spaces: how many spaces at the start of a decoded text are of the tokenizer's own making.
+  """
+
+  vocab_size: int
+  special: Mapping[int, str]
+  prefix: list[int]
+  bos_id: int | None
+  eos_id: int | None
+  leading_spaces: int
+
+  def encode(self, text: str) -> list[int]: ...
+
+  def token_id(self, token: str) -> int | None: ...
+
+  def token(self, token_id: int) -> str | None: ...
+
+  def piece(self, token_id: int) -> bytes: ...
+
+
+class JsonBackend:
+  """A tokenizer.json, read by the `tokenizers` package."""
+
+  def __init__(self, contents: bytes):
+    description = json_object("tokenizer.json", contents)
+    try:
+      self._tokenizer = tokenizers.Tokenizer.from_str(contents.decode("utf-8"))
+    except Exception as error:  # the package raises bare Exceptions
+      raise ValueError(f"tokenizer.json cannot be read: {error}") from error
+    self._tokenizer.no_truncation()
+    self._tokenizer.no_padding()
+    added = self._tokenizer.get_added_tokens_decoder()
+    self._added = {i: token.content for i, token in added.items()}
+    self.special: Mapping[int, str] = {i: token.content for i, token in added.items() if token.special}
+    self.vocab_size = max(self._tokenizer.get_vocab().values(), default=-1) + 1
+    self.prefix = self._default_prefix()
+    self.bos_id: int | None = None
+    self.eos_id: int | None = None
+    self._decoder = _PieceDecoder(description.get("decoder"))
+    self.leading_spaces = self._decoder.leading_spaces
+
+  def _default_prefix(self) -> list[int]:
+    plain = self._tokenizer.encode("a", add_special_tokens=False).ids
+    whole = self._tokenizer.encode("a", add_special_tokens=True).ids
+    starts = [i for i in range(len(whole)) if plain and whole[i : i + len(plain)] == plain]
+    if not starts:
+      raise ValueError(f"tokenizer.json encodes 'a' as {plain}, and as {whole} with what it adds to a text.")
+    return whole[: starts[0]]
+
+  def encode(self, text: str) -> list[int]:
+    return self._tokenizer.encode(text, add_special_tokens=False).ids
+
+  def token_id(self, token: str) -> int | None:
+    return self._tokenizer.token_to_id(token)
+
+  def token(self, token_id: int) -> str | None:
+    return self._tokenizer.id_to_token(token_id)
+
+  def piece(self, token_id: int) -> bytes:
+    if token_id in self._added:
+      return self._decoder.replaced(self._added[token_id]).encode("utf-8")
+    token = self.token(token_id) if token_id < self.vocab_size else None
+    return b"" if token is None else self._decoder(token)
+
+
+class _PieceDecoder:
+  """The decoder section of a tokenizer.json as a function of one token.
+
+  Raises:
+    ValueError: a step that is not a function of one token, or an unknown one.
+  """
+
+  def __init__(self, section: Any):
+    self._byte_level = self._byte_fallback = False
+    self._replacements: list[tuple[str, str]] = []
+    self.leading_spaces = 0
+    steps = section.get("decoders", [section]) if isinstance(section, dict) else [section]
+    fused = False
+    for step in steps:
+      kind = step.get("type") if isinstance(step, dict) else None
+      if kind == "ByteLevel":
+        self._byte_level = True
+      elif kind == "ByteFallback":
+        self._byte_fallback = True
+      elif kind == "Fuse":
+        fused = True
+      elif kind == "Replace" and not fused and isinstance(step["pattern"].get("String"), str):
+        self._replacements.append((step["pattern"]["String"], step["content"]))
+      elif kind == "Metaspace":
+        self._replacements.append((step["replacement"], " "))
+        self.leading_spaces += step.get("prepend_scheme", "always") != "never"
+      elif kind == "Strip" and fused and step["content"] == " " and step["stop"] == 0:
+        self.leading_spaces += step["start"]
+      else:
+        raise ValueError(f"tokenizer.json has the decoder {to_json(step)}, which is not supported.")
+
+  def replaced(self, token: str) -> str:
+    for old, new in self._replacements:
+      token = token.replace(old, new)
+    return token
+
+  def __call__(self, token: str) -> bytes:
+    if self._byte_level and all(character in BYTE_OF for character in token):
+      return bytes(BYTE_OF[character] for character in token)
+    if self._byte_fallback and _is_byte_piece(token):
+      return bytes([int(token[3:5], 16)])
+    return self.replaced(token).encode("utf-8")
+
+
+class SentencePieceBackend:
+  """A tokenizer.model, read by the `sentencepiece` package."""
+
+  def __init__(self, contents: bytes, settings: Mapping[str, Any]):
+    self._model = _open_sentencepiece(contents)
+    self._bare_model = _open_sentencepiece(contents + NO_DUMMY_PREFIX)
+    model = self._model
+    self.vocab_size = model.get_piece_size()
+    self.special: Mapping[int, str] = {
+      i: model.id_to_piece(i) for i in range(self.vocab_size) if model.is_control(i) or model.is_unknown(i)
+    }
+    self.bos_id = _id_or_none(model.bos_id())
+    self.eos_id = _id_or_none(model.eos_id())
+    # Llama's tokenizer begins every text so, unless tokenizer_config.json says otherwise.
+    self.prefix = [] if self.bos_id is None else [self.bos_id]
+    pieces = model.encode("a", out_type=str)
+    if pieces[-1].endswith(_SPACE):
+      raise ValueError("tokenizer.model writes spaces as suffixes, which is not supported.")
+    self.leading_spaces = int(pieces[0].startswith(_SPACE))
+    # transformers' `legacy` behaviour: a new prefix space after every special token.
+    self._always_prefix = settings.get("legacy") is True
+    by_length = sorted(self.special.values(), key=len, reverse=True)
+    self._special_pattern = re.compile("(" + "|".join(map(re.escape, by_length)) + ")") if by_length else None
+
+  def encode(self, text: str) -> list[int]:
+    ids: list[int] = []
+    parts = self._special_pattern.split(text) if self._special_pattern else [text]
+    for i, part in enumerate(parts):
+      if i % 2:
+        ids.append(self._model.piece_to_id(part))
+      elif part:
+        ids += (self._model if i == 0 or self._always_prefix else self._bare_model).encode(part)
+    return ids
+
+  def token_id(self, token: str) -> int | None:
+    token_id = self._model.piece_to_id(token)
+    return token_id if self._model.id_to_piece(token_id) == token else None
+
+  def token(self, token_id: int) -> str | None:
+    return self._model.id_to_piece(token_id) if token_id < self.vocab_size else None
+
+  def piece(self, token_id: int) -> bytes:
+    token = self.token(token_id)
+    if token is None or token_id in self.special:
+      return (token or "").encode("utf-8")
+    if self._model.is_byte(token_id):
+      return bytes([int(token[3:5], 16)])
+    return token.replace(_SPACE, " ").encode("utf-8")
+
+
+def _open_sentencepiece(contents: bytes) -> sentencepiece.SentencePieceProcessor:
+  model = sentencepiece.SentencePieceProcessor()
+  try:
+    if contents and model.LoadFromSerializedProto(contents):
+      return model
+  except RuntimeError as error:
+    raise ValueError(f"tokenizer.model cannot be read: {error}") from error
+  raise ValueError("tokenizer.model cannot be read.")
+
+
+def _id_or_none(token_id: int) -> int | None:
+  return token_id if token_id >= 0 else None
+
+
+def _byte_alphabet() -> dict[str, int]:
+  """GPT-2's alphabet: printable bytes stand for themselves, the others for code points from 256 on."""
+  printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+  others = [byte for byte in range(256) if byte not in printable]
+  return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
+
+
+BYTE_OF = _byte_alphabet()
+
+
+def _is_byte_piece(token: str) -> bool:
+  return re.fullmatch(r"<0x[0-9A-Fa-f]{2}>", token) is not None
+
+
+def json_object(name: str, contents: bytes) -> dict[str, Any]:
+  try:
+    value = json.loads(contents)
+  except ValueError as error:
+    raise ValueError(f"{name} is not valid JSON: {error}") from error
+  if not isinstance(value, dict):
+    raise ValueError(f"{name}: wanted a JSON object, got {type(value).__name__}.")
+  return value

@@ -1,0 +1,97 @@
+"""How well a model predicts text: negative log-likelihood, perplexity, and the likelihood of given continuations."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+
+from supra_jax.inference.decode import round_up_length
+from supra_jax.inference.lm import LM
+from supra_jax.model.finite import NotFiniteError, not_finite
+from supra_jax.objectives.heldout import loss_sums
+
+SCORED_TOKENS = 2048  # of a batch of continuations, padding included
+
+
+def text_nll(lm: LM, tokens: Sequence[int], *, window: int = 1024, batch_size: int = 1) -> tuple[float, int]:
+  """Mean negative log-likelihood of a text, read in windows that do not see each other.
+
+  Args:
+    lm: the model.
+    tokens: of the text; what does not fill the last window is left out.
+    window: tokens a window; each but its first is a target.
+    batch_size: windows at a time.
+
+  Returns:
+    (nats a token, number of targets).
+
+  Raises:
+    NotFiniteError: logits are not finite; says where they first are.
+    ValueError: the text does not fill one window.
+  """
+  count = len(tokens) // window
+  if not count:
+    raise ValueError(f"The text has {len(tokens)} tokens, fewer than one window of {window}.")
+  rows = np.asarray(tokens[: count * window], np.int32).reshape(count, window)
+  nll = 0.0
+  for first in range(0, count, batch_size):
+    batch = rows[first : first + batch_size]
+    nll += float(loss_sums(lm.model, lm.params, {"tokens": batch}).nll)
+    if not math.isfinite(nll):
+      raise not_finite(lm.model, lm.params, batch.tolist(), before=first * window)
+  targets = count * (window - 1)
+  return nll / targets, targets
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _continuation_scores(model, params, tokens_BT, lengths_B, first_B):
+  """Sums of log-likelihood over positions [first, length) of each row, and whether each was the likeliest token."""
+  logits, _ = model.apply({"params": params}, tokens_BT[:, :-1], lengths=lengths_B - 1, method="logits")
+  targets = tokens_BT[:, 1:, None]
+  chosen = jax.numpy.take_along_axis(logits, targets, axis=-1)[..., 0]
+  position = jax.numpy.arange(1, tokens_BT.shape[1])
+  counted = (position >= first_B[:, None]) & (position < lengths_B[:, None])
+  loglikelihood = jax.numpy.where(counted, chosen - jax.nn.logsumexp(logits, axis=-1), 0).sum(-1)
+  greedy = jax.numpy.where(counted, logits.argmax(-1) == targets[..., 0], True).all(-1)
+  return loglikelihood, greedy
+
+
+def loglikelihoods(lm: LM, requests: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[tuple[float, bool]]:
+  """Log-likelihood of continuations.
+
+  Args:
+    lm: the model.
+    requests: (context, continuation) token ids, neither empty.
+
+  Returns:
+    For each, in order: the sum of the continuation's log-likelihoods in nats, and whether it is the greedy one.
+
+  Raises:
+    NotFiniteError: logits are not finite; says of which request, and where they first are.
+  """
+  rows = [([*context, *continuation], len(context)) for context, continuation in requests]
+  if any(not first or first == len(row) for row, first in rows):
+    raise ValueError("A context or a continuation is empty: wanted at least one token of each.")
+  results: list[tuple[float, bool]] = [(math.nan, False)] * len(rows)
+  by_length: dict[int, list[int]] = {}
+  for i, (row, _) in enumerate(rows):
+    by_length.setdefault(round_up_length(len(row)), []).append(i)
+  for width, members in sorted(by_length.items()):
+    size = max(SCORED_TOKENS // width, 1)
+    for start in range(0, len(members), size):
+      part = members[start : start + size]
+      tokens = np.zeros((size, width), np.int32)
+      lengths, first = np.full(size, 2), np.full(size, 1)
+      for slot, i in enumerate(part):
+        row, first[slot] = rows[i]
+        tokens[slot, : len(row)], lengths[slot] = row, len(row)
+      scores, greedy = _continuation_scores(lm.model, lm.params, tokens, lengths, first)
+      for i, score, is_greedy in zip(part, np.asarray(scores), np.asarray(greedy), strict=False):
+        if not math.isfinite(score):
+          raise NotFiniteError(f"Request {i}: {not_finite(lm.model, lm.params, [rows[i][0]])}")
+        results[i] = (float(score), bool(is_greedy))
+  return results

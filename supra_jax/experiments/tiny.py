@@ -1,0 +1,63 @@
+"""A tiny model directory with a real tokenizer, and text to train it on; for benchmarks too."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable
+from pathlib import Path
+from pydoc_data.topics import topics
+
+import jax
+import jax.numpy as jnp
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from supra_jax.model import config, presets
+from supra_jax.model.transformer import Transformer
+from supra_jax.storage.model_directory import save_model
+
+VOCAB = 320
+END = "<|endoftext|>"
+
+
+def byte_bpe(texts: Iterable[str], vocab_size: int) -> bytes:
+  """A tokenizer.json: byte-level BPE of some texts, with an end-of-text token as id 0."""
+  tokenizer = Tokenizer(models.BPE())
+  tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+  tokenizer.decoder = decoders.ByteLevel()
+  alphabet = pre_tokenizers.ByteLevel.alphabet()
+  trainer = trainers.BpeTrainer(
+    vocab_size=vocab_size, special_tokens=[END], initial_alphabet=alphabet, show_progress=False
+  )
+  tokenizer.train_from_iterator(texts, trainer)
+  return tokenizer.to_str().encode()
+
+
+@functools.cache
+def tokenizer_json() -> bytes:
+  return byte_bpe([topics[name] for name in sorted(topics)[:20]], VOCAB)
+
+
+def tiny_config(mixer: config.Mixer) -> config.ModelConfig:
+  return presets.tiny(mixer).replace(vocab_size=VOCAB, bos_token_id=None, eos_token_ids=(0,))
+
+
+def write_checkpoint(directory: Path, mixer: config.Mixer, seed: int = 0, **changes) -> Path:
+  """A randomly initialised model with a tokenizer."""
+  made = tiny_config(mixer).replace(**changes)
+  init = jax.jit(lambda key: Transformer(made).init(key, jnp.zeros((1, 1), jnp.int32), method="logits"))
+  params = jax.tree_util.tree_map_with_path(_away_from_zero, init(jax.random.key(seed))["params"])
+  files = {"tokenizer.json": tokenizer_json()}
+  save_model(directory, config=made, params=params, tokenizer_files=files, source={"made_by": "tests"})
+  return directory
+
+
+def _away_from_zero(path, leaf):
+  """Biases of phi above 0: were all features of a token 0, or nearly, GroupNorm would blow rounding up."""
+  is_phi = path[-2].key.startswith("feature_map") and path[-1].key == "bias"
+  return jnp.abs(leaf) + 0.5 if is_phi else leaf
+
+
+def write_text(path: Path) -> Path:
+  """A few topics of the standard library's documentation, one JSON line each."""
+  path.write_text("".join(to_json({"text": topics[name]}) + "\n" for name in sorted(topics)[:24]))
+  return path

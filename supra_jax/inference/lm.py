@@ -1,0 +1,206 @@
+"""The door for users: a model, its parameters and its tokenizer in one object."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from supra_jax.data.tokenizer import StreamDecoder, Tokenizer
+from supra_jax.inference import decode as generate
+from supra_jax.inference.sampling import Sampling
+from supra_jax.model.attention import KVCache
+from supra_jax.model.config import ModelConfig
+from supra_jax.model.transformer import DecodeState, Padding, Transformer
+from supra_jax.storage import model_directory as checkpoint
+
+
+def load(directory: str | os.PathLike[str], dtype: Any = None) -> LM:
+  """Loads a model directory.
+
+  Args:
+    directory: made by `convert_weights.hf_to_orbax`, `supra_jax.bin.linearize` or `supra_jax.bin.train`.
+    dtype: of the parameters and of the computation, e.g. `"bfloat16"`; None means as stored.
+
+  Raises:
+    FileNotFoundError: the directory is no model, or a part of it is missing.
+  """
+  stored = checkpoint.load_model(directory, None if dtype is None else jnp.dtype(dtype))
+  tokenizer = Tokenizer.from_files(stored.tokenizer_files, stored.config)
+  generation = json.loads(stored.tokenizer_files.get("generation_config.json", b"{}"))
+  return LM(stored.config, stored.params, tokenizer, generation)
+
+
+class LM:
+  """A language model ready to use.
+
+  Attributes:
+    config: what the model is.
+    params: nested dict of arrays, one subtree a layer.
+    tokenizer: None where the checkpoint has none.
+    generation: contents of the checkpoint's generation_config.json, which says how text is drawn unless told otherwise.
+    model: the Flax module; `model.apply({"params": params}, ...)` for all that is not here.
+  """
+
+  def __init__(
+    self,
+    config: ModelConfig,
+    params: Mapping[str, Any],
+    tokenizer: Tokenizer | None = None,
+    generation: Mapping[str, Any] | None = None,
+  ):
+    """Prefer `load`.
+
+    Args:
+      config, params, tokenizer: see above.
+      generation: contents of the checkpoint's generation_config.json, which says how text is drawn.
+    """
+    self.config = config
+    self.params = params
+    self.tokenizer = tokenizer
+    self.generation = generation or {}
+    self.model = Transformer(config, dtype=params["embed_tokens"]["embedding"].dtype)
+
+  def __call__(
+    self,
+    tokens: jax.typing.ArrayLike,
+    state: DecodeState | None = None,
+    *,
+    lengths: jax.typing.ArrayLike | None = None,
+    segment_ids: jax.typing.ArrayLike | None = None,
+    padding: Padding = "right",
+  ) -> tuple[jax.Array, DecodeState]:
+    """Logits of every position, and the state to go on from.
+
+    Args:
+      tokens: int [B, T], T >= 1. Padding may hold any value.
+      state: what an earlier call returned; None starts afresh. Key/value caches grow as they must, outside jit.
+      lengths: int [B], how many tokens of each row are real; None means all.
+      segment_ids: int [B, T], document ids; see `Transformer.__call__`.
+      padding: the side that the padding is on, "right" or "left".
+
+    Returns:
+      (logits float32 [B, T, vocabulary], state). Logits of padding are of no use.
+
+    Raises:
+      ValueError: shapes do not fit each other, or a real token is not in the vocabulary.
+    """
+    inputs: dict[str, Any] = {"tokens": tokens, "lengths": lengths, "segment_ids": segment_ids}
+    traced = any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((inputs, state)))
+    to_array: Callable[[Any], Any] = jnp.asarray if traced else np.asarray
+    inputs = {name: None if x is None else to_array(x) for name, x in inputs.items()}
+    run = self._apply if traced else self._apply_concrete
+    return run(inputs.pop("tokens"), state, padding=padding, **inputs)
+
+  def generate(self, prompt: str, **kwargs: Any) -> str:
+    """The text that follows `prompt`; takes what `stream` takes."""
+    return "".join(self.stream(prompt, **kwargs))
+
+  def stream(
+    self,
+    prompt: str,
+    *,
+    max_new_tokens: int = 100,
+    temperature: float | None = None,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int = 0,
+  ) -> Iterator[str]:
+    """The text that follows `prompt`, piece by piece, until an end-of-text token.
+
+    Args:
+      prompt: may be empty where the model has a token that starts or ends a text.
+      max_new_tokens: at most so many.
+      temperature: 0 takes the likeliest token each time. None, here and below: as `generation` has it.
+      top_k: draws from the k likeliest tokens; 0 means all.
+      top_p: draws from the likeliest tokens that together reach this probability; 1 means all.
+      seed: of the draws.
+
+    Raises:
+      ValueError: the checkpoint has no tokenizer, or an argument is out of range; at once, before the first piece.
+    """
+    if self.tokenizer is None:
+      raise ValueError("This checkpoint has no tokenizer: use generate.generate_tokens with token ids.")
+    prompt_ids = self.tokenizer.encode(prompt)
+    if not prompt_ids:
+      start = [self.config.bos_token_id, *self.config.eos_token_ids]
+      prompt_ids = [i for i in start if i is not None][:1]
+    # Where no text comes before, a space that the tokenizer itself puts before a text is not of the text.
+    decoder = self.tokenizer.stream_decoder(continues=bool(prompt))
+    tokens = generate.generate_tokens(
+      self.model,
+      self.params,
+      prompt_ids,
+      max_new_tokens=max_new_tokens,
+      sampling=Sampling.of_checkpoint(self.generation, temperature=temperature, top_k=top_k, top_p=top_p),
+      seed=seed,
+      stop_ids=self.config.eos_token_ids,
+    )
+    return filter(None, itertools.chain(map(decoder.push, tokens), _flushed(decoder)))
+
+  def _apply_concrete(self, tokens, state, *, lengths, segment_ids, padding):
+    if tokens.ndim != 2 or not np.issubdtype(tokens.dtype, np.integer) or tokens.shape[1] < 1:
+      raise ValueError(f"tokens are {tokens.dtype} {list(tokens.shape)}: wanted integers [B, T] with T >= 1.")
+    batch, time = tokens.shape
+    for name, array, shape in (("lengths", lengths, (batch,)), ("segment_ids", segment_ids, (batch, time))):
+      if array is not None and array.shape != shape:
+        raise ValueError(f"{name} have shape {list(array.shape)}: wanted {list(shape)}.")
+    count = np.full(batch, time) if lengths is None else lengths
+    if count.min() < 0 or count.max() > time:
+      raise ValueError(f"lengths are {count.tolist()}: wanted 0 to {time}.")
+    step = np.arange(time)
+    real = step < count[:, None] if padding == "right" else step >= time - count[:, None]
+    outside = tokens[real & ((tokens < 0) | (tokens >= self.config.vocab_size))]
+    if outside.size:
+      raise ValueError(f"Token {outside[0]} is not in the vocabulary, 0 to {self.config.vocab_size - 1}.")
+
+    if "softmax" in self.config.mixers:
+      held = np.zeros(batch, np.int64) if state is None else np.asarray(state.cached)
+      state = _with_capacity(self.model, state, batch, int((held + count).max()))
+    # Compiled programs are kept by shape: rounding T up bounds their number, and padding changes nothing.
+    fill = generate.round_up_length(time) - time
+    if fill and lengths is None:
+      lengths = count
+    sides = (0, fill) if padding == "right" else (fill, 0)
+    tokens = np.pad(tokens, ((0, 0), sides))
+    segment_ids = None if segment_ids is None else np.pad(segment_ids, ((0, 0), sides))
+    logits, state = self._apply(
+      tokens.astype(np.int32), state, lengths=lengths, segment_ids=segment_ids, padding=padding
+    )
+    return logits[:, sides[0] : sides[0] + time], state
+
+  def _apply(self, tokens, state, **kwargs):
+    return _logits(self.model, self.params, tokens, state, **kwargs)
+
+
+def _flushed(decoder: StreamDecoder) -> Iterator[str]:
+  yield decoder.flush()  # once all tokens are in
+
+
+@functools.partial(jax.jit, static_argnums=0, static_argnames="padding")
+def _logits(model, params, tokens, state, **kwargs):
+  return model.apply({"params": params}, tokens, state, method="logits", **kwargs)
+
+
+def _with_capacity(model: Transformer, state: DecodeState | None, batch: int, wanted: int) -> DecodeState:
+  """A state whose caches hold `wanted` tokens: capacities are powers of two, so that few shapes are compiled."""
+  capacity = 1 << max(wanted - 1, 0).bit_length()
+  if state is None:
+    return model.init_state(batch, capacity)
+  if state.capacity is not None and state.capacity >= wanted:
+    return state
+
+  def grow(layer):
+    if not isinstance(layer, KVCache):
+      return layer
+    return jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, capacity - x.shape[1]), (0, 0), (0, 0))), layer)
+
+  return dataclasses.replace(state, layers=tuple(grow(layer) for layer in state.layers))

@@ -1,0 +1,80 @@
+"""How the next token is drawn."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+# Of a generation_config.json: name -> the value that switches it off, beside null.
+_NOT_SUPPORTED = {
+  "repetition_penalty": 1.0, "min_p": None, "typical_p": 1.0, "epsilon_cutoff": 0.0, "eta_cutoff": 0.0, "top_h": None,
+  "no_repeat_ngram_size": 0, "num_beams": 1, "penalty_alpha": None,
+}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+  """How the next token is drawn.
+
+  Attributes:
+    temperature: 0 takes the likeliest token.
+    top_k: only the k likeliest tokens; 0 means all.
+    top_p: only the likeliest tokens that together reach this probability; 1 means all.
+  """
+
+  temperature: float = 0.0
+  top_k: int = 0
+  top_p: float = 1.0
+
+  @classmethod
+  def of_checkpoint(cls, generation: Mapping[str, Any], **given: float | None) -> Sampling:
+    """What a generation_config.json asks for: greedy, unless it says `do_sample`.
+
+    Args:
+      generation: its contents, or empty. Where it is silent transformers' defaults hold, the 50 likeliest tokens among
+        them. What it asks for besides and is not supported is named in a warning.
+      **given: values of fields, which go before it unless they are None.
+
+    Raises:
+      ValueError: a value is out of range, or none at all.
+    """
+    ignored = [f"{name}={generation[name]}" for name, off in _NOT_SUPPORTED.items() if generation.get(name, off) != off]
+    if ignored:
+      warnings.warn(f"generation_config.json asks for {', '.join(ignored)}, which is not supported.", stacklevel=3)
+    values: dict[str, Any] = {}
+    if generation.get("do_sample") is True:
+      said = {name: generation[name] for name in ("temperature", "top_k", "top_p") if generation.get(name) is not None}
+      values = {"temperature": 1.0, "top_k": 50, "top_p": 1.0} | said
+    chosen = {name: value for name, value in given.items() if value is not None}
+    try:
+      return cls(**values | chosen)
+    except (TypeError, ValueError) as error:
+      where = f"generation_config.json says {said}; " if values else ""
+      raise ValueError(f"{where}{error}") from error
+
+  def __post_init__(self):
+    whole = isinstance(self.top_k, int) and self.top_k >= 0
+    if not (0 <= self.temperature < math.inf and whole and 0 < self.top_p <= 1):
+      raise ValueError(f"{self}: wanted a finite temperature >= 0, a whole top_k >= 0, and 0 < top_p <= 1.")
+
+
+def sample(logits_BV: jax.Array, key: jax.Array, sampling: Sampling) -> jax.Array:
+  """Draws one token a row, int32 [B]."""
+  if sampling.temperature == 0:
+    return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
+  logits = logits_BV / sampling.temperature
+  if sampling.top_k:
+    kept = min(sampling.top_k, logits.shape[-1])
+    logits = jnp.where(logits >= jax.lax.top_k(logits, kept)[0][..., -1:], logits, -jnp.inf)
+  if sampling.top_p < 1:
+    ranked = jnp.sort(logits, axis=-1, descending=True)
+    before = jnp.cumsum(jax.nn.softmax(ranked, axis=-1), axis=-1) - jax.nn.softmax(ranked, axis=-1)
+    last = jnp.sum(before < sampling.top_p, axis=-1, keepdims=True) - 1
+    logits = jnp.where(logits >= jnp.take_along_axis(ranked, last, axis=-1), logits, -jnp.inf)
+  return jax.random.categorical(key, logits, axis=-1).astype(jnp.int32)

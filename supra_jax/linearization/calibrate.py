@@ -1,0 +1,304 @@
+"""Calibrated linearisation: projections are solved for, layer by layer, so that the RNN meets its teacher.
+
+Teacher and student read the same text. With x_t, x_s the residual streams that enter a layer, a_s the student's
+normalised attention output (phi as it begins, everything else as the teacher has it), the student's W_o (and b_o, if
+wanted) is what ridge regression makes of
+
+  x_s + a_s W_o + b_o = x_t + softmax attention(x_t),
+
+and then, h_s being what the MLP's last projection reads, what is added to the teacher's W_down of
+
+  x_s' + h_s W_down = x_t' + MLP(x_t').
+
+In a `supra_window` layer a_s is two outputs side by side, the window's softmax and the linear attention, whose
+projections are solved for together. There too it is what is added that the ridge keeps small: to the teacher's W_o,
+which would be right were the window the whole text, and to the 0 with which the linear attention's begins.
+
+Each token weighs what it weighs after the norm that follows: 1 / mean square of the teacher's stream. (Some tokens, the
+first of a text above all, have activations a thousand times the others'; unweighted they are all that is fitted.) No
+gradient step is taken, and parameters have the shapes that they had. Memory does not grow with the text: the streams
+lie on disk, of which a batch at a time is read.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from supra_jax.core.progress import Progress
+from supra_jax.core.sharding import BATCH_AXES, constrain, put_batch
+from supra_jax.data.loading import Batch
+from supra_jax.linearization.solve import NOTHING, PRIOR_RIDGE, RIDGE, Moments, solve
+from supra_jax.model.attention import LinearAttention, WindowAttention
+from supra_jax.model.config import ModelConfig
+from supra_jax.model.layers import Dense, Norm, SwiGLU, at_least_float32
+from supra_jax.model.transformer import Block, Transformer
+
+# Called after each layer: its number, how many there are, what was found, and that in words.
+Report = Callable[[int, int, float, str], None]
+
+
+@contextlib.contextmanager
+def shown() -> Iterator[Report]:
+  """Yields a report that shows a bar with time left on stderr, for one round of layers after another."""
+  describe = lambda done, total: f"Calibrating, {done} of {total} layers"  # noqa: E731
+  with Progress(0, describe, desc="Calibrating", unit="layer") as progress:
+
+    def report(layer: int, layers: int, value: float, text: str) -> None:
+      if progress.done == progress.total:
+        progress.begin(layers)
+      progress.advance_to(progress.done + 1, text)
+
+    yield report
+
+
+def calibrate(
+  teacher: tuple[Mapping[str, Any], ModelConfig],
+  student: tuple[Mapping[str, Any], ModelConfig],
+  batches: Sequence[Batch],
+  mesh: Mesh,
+  *,
+  ridge: float = RIDGE,
+  mlp: bool = True,
+  dtype: Any = jnp.float32,
+  directory: Path | None = None,
+  report: Report | None = None,
+) -> dict[str, Any]:
+  """Solves for the projections of every layer that is no longer softmax; call it under `jax.set_mesh(mesh)`.
+
+  Args:
+    teacher: parameters, one subtree a layer, and config of the softmax model.
+    student: what `linearize` made of them. Where its config has `output_bias` a bias is solved for too.
+    batches: this process' rows, "tokens" int32 [rows, T], and "segment_ids" alike where documents are apart.
+    mesh: over which parameters and batches are cut.
+    ridge: how much small weights are preferred: as much as by so many tokens more whose features are noise of the same
+      size, and which want 0.
+    mlp: solve for the MLP's last projection too, which doubles the time.
+    dtype: of the computation; moments are float32, and their sums over batches float64.
+    directory: where the streams lie meanwhile, 3 * tokens * hidden_size numbers, 4 with windows; None: a temporary one.
+    report: told after each layer what share of the attention's energy is missed.
+
+  Returns:
+    The student's parameters, in the dtypes that they had.
+
+  Raises:
+    ValueError: there are no batches, or activations are not finite.
+  """
+  if not batches:
+    raise ValueError("There are no batches to calibrate with.")
+  (teacher_params, teacher_config), (student_params, config) = teacher, student
+  params = dict(student_params)
+  run = _Run(teacher_config, config, jnp.dtype(dtype), mesh)
+  mixers = list(zip(teacher_config.mixers, config.mixers, strict=True))
+  last = max(i for i, (theirs, ours) in enumerate(mixers) if theirs != ours)
+  with tempfile.TemporaryDirectory(dir=directory, prefix="calibration-") as spool:
+    streams = _Streams(Path(spool), mesh)
+    for number, batch in enumerate(batches):
+      x = run.embed(params, run.put(batch))
+      streams.write(number, teacher=x, student=x)
+    for i, (theirs, ours) in enumerate(mixers[: last + 1]):
+      name, missed = f"layers_{i}", 0.0
+      if theirs != ours:
+        params[name], missed = _calibrate_layer(run, streams, teacher_params[name], params[name], batches, ridge, mlp)
+        if not math.isfinite(missed):
+          raise ValueError(
+            f"Layer {i} cannot be calibrated: the teacher's activations there are not finite. "
+            "`supra_jax.bin.evaluate` on the teacher says from which token on."
+          )
+      else:
+        for number, batch in enumerate(batches):
+          before = streams.read(number, "teacher", "student")
+          both = run.keep(ours, teacher_params[name], params[name], *before, run.put(batch))
+          streams.write(number, teacher=both[0], student=both[1])
+      if report is not None:
+        report(i, last + 1, missed, f"attention of layer {i} missed by {missed:.0%}")
+  return params
+
+
+def _calibrate_layer(
+  run: _Run, streams: _Streams, teacher: Any, student: Any, batches: Sequence[Batch], ridge: float, mlp: bool
+) -> tuple[dict[str, Any], float]:
+  """(the student's layer, the share of attention that is missed); the streams leave the layer."""
+  total = NOTHING
+  for number, batch in enumerate(batches):
+    before = streams.read(number, "teacher", "student")
+    target, features, moments = run.attend(teacher, student, *before, run.put(batch))
+    streams.write(number, teacher=target, features=features)
+    total = _add(total, moments)
+  names = _outputs(student)
+  prior: Any = 0.0  # the teacher's W_o is for softmax
+  ridges = [ridge]
+  if len(names) > 1:
+    ridges = [ridge * PRIOR_RIDGE, ridge]
+    prior = np.vstack([_whole(student["self_attn"][name]["kernel"]) for name in names])
+  kernel, bias, missed = solve(total, ridge=ridges, bias=run.student.output_bias, prior=prior)
+  for name, rows in zip(names, np.split(kernel, len(names)), strict=True):
+    student = _replaced(student, "self_attn", name, rows, bias if name == "o_proj" else None)
+
+  total = NOTHING
+  for number in range(len(batches)):
+    before = streams.read(number, "teacher", "student", "features")
+    if mlp:
+      target, stream, moments = run.feed(teacher, student, *before)
+      total = _add(total, moments)
+    else:
+      target, stream = run.leave(teacher, student, *before)
+    streams.write(number, teacher=target, student=stream)
+  if not mlp:
+    return student, missed
+
+  kernel, bias, _ = solve(total, ridge=ridge, bias=run.student.mlp_bias)
+  old = jax.tree.map(_whole, student["mlp"]["down_proj"])
+  student = _replaced(student, "mlp", "down_proj", old["kernel"] + kernel, None if bias is None else old["bias"] + bias)
+  for number in range(len(batches)):
+    streams.write(number, student=run.finish(student, *streams.read(number, "student")))
+  return student, missed
+
+
+def _outputs(layer: Mapping[str, Any]) -> list[str]:
+  """The layer's output projections, of which each reads as many features."""
+  return [name for name in ("o_proj", "linear_o_proj") if name in layer["self_attn"]]
+
+
+def _whole(x: jax.Array) -> np.ndarray:
+  """A parameter, float64, on each host."""
+  return np.asarray(multihost_utils.process_allgather(x, tiled=True), np.float64)
+
+
+def _add(total: Moments, moments: Moments) -> Moments:
+  return Moments(*(x + np.asarray(y.addressable_data(0), np.float64) for x, y in zip(total, moments, strict=True)))
+
+
+def _replaced(
+  layer: Mapping[str, Any], part: str, name: str, kernel: np.ndarray, bias: np.ndarray | None
+) -> dict[str, Any]:
+  """The layer with another projection, of the old one's dtype and where that one was."""
+  old = layer[part][name]
+  values = {"kernel": kernel} if bias is None else {"kernel": kernel, "bias": bias}
+  new = {key: jax.device_put(x.astype(old[key].dtype), old[key].sharding) for key, x in values.items()}
+  return {**layer, part: {**layer[part], name: new}}
+
+
+class _Run:
+  """The compiled parts of a layer; each compiles once, since all layers have the same shapes."""
+
+  def __init__(self, teacher: ModelConfig, student: ModelConfig, dtype: Any, mesh: Mesh):
+    self.teacher, self.student, self.dtype, self.mesh = teacher, student, dtype, mesh
+    self.embed, self.attend = jax.jit(self._embed), jax.jit(self._attend)
+    self.feed, self.finish = jax.jit(self._feed), jax.jit(self._finish)
+    self.leave, self.keep = jax.jit(self._leave), jax.jit(self._keep, static_argnums=0)
+
+  def put(self, batch: Batch) -> dict[str, jax.Array]:
+    inputs = {name: x[:, :-1] for name, x in batch.items() if name in ("tokens", "segment_ids")}
+    return jax.tree.map(lambda x: x[0], put_batch(inputs, self.mesh))
+
+  def _context(self, batch):
+    return Transformer(self.student).place(batch["tokens"], segment_ids=batch.get("segment_ids"))[0]
+
+  def _norm(self, layer, name, x_BTD):
+    return Norm(self.student.norm, self.student.norm_eps, self.dtype).apply({"params": layer[name]}, x_BTD)
+
+  def _embed(self, params, batch):
+    return Transformer(self.student, self.dtype).apply({"params": params}, batch["tokens"], method="embed")
+
+  def _attend(self, teacher, student, x_teacher, x_student, batch):
+    """(x_t + softmax attention, the student's features [B, T, F], moments)."""
+    context = self._context(batch)
+    attend = functools.partial(Block(self.teacher, "softmax", self.dtype).apply, method="attend")
+    attended, _ = attend({"params": teacher}, x_teacher, None, context)
+    target = x_teacher + attended
+    mixer: Any = WindowAttention if len(_outputs(student)) > 1 else LinearAttention
+    mix = functools.partial(mixer(self.student, self.dtype).apply, method="mix")
+    normed = self._norm(student, "input_layernorm", x_student)
+    outs, _ = mix({"params": student["self_attn"]}, normed, None, context)
+    features = jnp.concatenate([out.reshape(*out.shape[:2], -1) for out in jax.tree.leaves(outs)], axis=-1)
+    missing = at_least_float32(target) - at_least_float32(x_student)
+    return target, features, _moments(features, missing, self._weights(target))
+
+  def _feed(self, teacher, student, target, x_student, features):
+    """(the teacher's stream behind the MLP, the student's before it, moments for what its MLP is to add)."""
+    x_student = self._attended(student, x_student, features)
+    target = self._mlp(self.teacher, teacher, target)
+    normed = self._norm(student, "post_attention_layernorm", x_student)
+    hidden: Any = SwiGLU(self.student, self.dtype).apply({"params": student["mlp"]}, normed, method="hidden")
+    missing = at_least_float32(target) - at_least_float32(self._mlp(self.student, student, x_student))
+    return target, x_student, _moments(hidden, missing, self._weights(target))
+
+  def _finish(self, student, x_student):
+    return self._mlp(self.student, student, x_student)
+
+  def _leave(self, teacher, student, target, x_student, features):
+    """The streams behind a layer whose MLP stays."""
+    x_student = self._attended(student, x_student, features)
+    return self._mlp(self.teacher, teacher, target), self._mlp(self.student, student, x_student)
+
+  def _attended(self, student, x_student, features):
+    names = _outputs(student)
+    for name, part in zip(names, jnp.split(features, len(names), axis=-1), strict=True):
+      params = student["self_attn"][name]
+      x_student += Dense(self.student.hidden_size, "bias" in params, self.dtype).apply({"params": params}, part)
+    return x_student
+
+  def _weights(self, stream):
+    """[B, T, 1]: what the norm that follows multiplies by."""
+    stream = at_least_float32(stream)
+    return jax.lax.rsqrt(jnp.mean(stream * stream, axis=-1, keepdims=True) + self.student.norm_eps)
+
+  def _mlp(self, config, layer, x_BTD):
+    return Block(config, "softmax", self.dtype).apply({"params": layer}, x_BTD, method="feed")
+
+  def _keep(self, mixer, teacher, student, x_teacher, x_student, batch):
+    """The streams behind a layer that stays what it is."""
+    context = self._context(batch)
+    blocks = ((self.teacher, teacher, x_teacher), (self.student, student, x_student))
+    return [Block(c, mixer, self.dtype).apply({"params": p}, x, None, context)[0] for c, p, x in blocks]
+
+
+def _moments(features_BTF: jax.Array, y_BTD: jax.Array, weights_BT1: jax.Array) -> Moments:
+  weights = weights_BT1.reshape(-1, 1)
+  a = at_least_float32(features_BTF).reshape(-1, features_BTF.shape[-1])
+  a = jnp.concatenate([a, jnp.ones((len(a), 1), a.dtype)], axis=1) * weights
+  y = y_BTD.reshape(-1, y_BTD.shape[-1]) * weights
+  product = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
+  moments = Moments(product(a.T, a), product(a.T, y), jnp.sum(y * y), jnp.float32(len(a)))
+  return jax.tree.map(constrain, moments)  # summed over devices, and whole on each
+
+
+class _Streams:
+  """Activations [rows, T, width] of this process on disk, a file a name and batch."""
+
+  def __init__(self, directory: Path, mesh: Mesh):
+    self._directory, self._mesh, self._spec = directory, mesh, PartitionSpec(BATCH_AXES)
+    self._kinds: dict[str, tuple[tuple[int, ...], np.dtype]] = {}
+
+  def write(self, number: int, **streams: jax.Array) -> None:
+    for name, x in streams.items():
+      local = x if jax.process_count() == 1 else self._own_rows(x)
+      array = np.asarray(local)
+      self._kinds[name] = array.shape, array.dtype
+      array.tofile(self._file(name, number))
+
+  def read(self, number: int, *names: str) -> list[jax.Array]:
+    return [self._read(name, number) for name in names]
+
+  def _read(self, name: str, number: int) -> jax.Array:
+    shape, dtype = self._kinds[name]
+    array = np.fromfile(self._file(name, number), dtype).reshape(shape)
+    return jax.make_array_from_process_local_data(NamedSharding(self._mesh, self._spec), array)
+
+  def _own_rows(self, x: jax.Array) -> jax.Array:
+    return multihost_utils.global_array_to_host_local_array(x, self._mesh, self._spec)
+
+  def _file(self, name: str, number: int) -> Path:
+    return self._directory / f"{name}-{number}"

@@ -1,0 +1,182 @@
+"""Hybrids: the layers that stay softmax are those that bring an RNN nearest to its teacher.
+
+Each layer in turn is taken back from the teacher, attention and MLP, into the calibrated student, and the divergence
+of what comes out is measured. Below that layer nothing changes: only what is above it runs anew.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from supra_jax.core.sharding import batch_shards, process_shard, put_batch
+from supra_jax.data.loading import Batch
+from supra_jax.linearization.calibrate import Report
+from supra_jax.model.config import Mixer, ModelConfig
+from supra_jax.model.costs import state_bytes, train_flops_per_token
+from supra_jax.model.transformer import Block, Transformer
+from supra_jax.objectives.losses import LossSums, Teacher, hidden_loss, inputs_of
+from supra_jax.storage.model_directory import load_model_without_params
+
+MEASURED_TOKENS = 2048
+
+Model = tuple[Transformer, Mapping[str, Any]]
+
+
+class Divergences(NamedTuple):
+  """KL(teacher || model) in nats a token.
+
+  Attributes:
+    tokens: on how many targets.
+    student: of the student itself.
+    by_layer: of the student with this layer taken back from the teacher.
+  """
+
+  tokens: int
+  student: float
+  by_layer: dict[int, float]
+
+
+def layer_divergences(
+  teacher: tuple[Mapping[str, Any], ModelConfig],
+  student: tuple[Mapping[str, Any], ModelConfig],
+  batches: Iterable[Batch],
+  mesh: Mesh,
+  *,
+  dtype: Any = jnp.float32,
+  report: Report | None = None,
+) -> Divergences:
+  """Takes back each layer whose mixer is no longer the teacher's; call it under `jax.set_mesh(mesh)`.
+
+  L layers cost about L / 2 forward passes, and 2 L unembeddings.
+
+  Args:
+    teacher, student: parameters, one subtree a layer, and config.
+    batches: this process' rows, "tokens" int32 [rows, T + 1], and "segment_ids" alike where documents are apart.
+    mesh: over which parameters and batches are cut.
+    dtype: of the computation.
+    report: told a batch's divergence after each layer.
+
+  Raises:
+    ValueError: there is no target.
+  """
+  theirs, ours = ((Transformer(config, jnp.dtype(dtype)), params) for params, config in (teacher, student))
+  changed = [i for i, mixer in enumerate(student[1].mixers) if mixer != teacher[1].mixers[i]]
+  total, weight = dict.fromkeys([None, *changed], 0.0), 0.0
+  for rows in batches:
+    batch = jax.tree.map(lambda x: x[0], put_batch(rows, mesh))
+    for layer, sums in _measurements(theirs, ours, changed, batch):
+      total[layer] += float(sums.loss)
+      if layer is None:
+        weight += float(sums.weight)
+      elif report is not None:
+        divergence = float(sums.loss / sums.weight)
+        report(layer, len(changed), divergence, f"KL with layer {layer} kept {divergence:.3f}")
+  if not all(map(math.isfinite, total.values())):
+    raise ValueError("Divergences from the teacher cannot be measured: its logits, or the student's, are not finite.")
+  if not weight:
+    raise ValueError("Nothing to measure divergences on: no batch has a target.")
+  return Divergences(round(weight), total[None] / weight, {layer: total[layer] / weight for layer in changed})
+
+
+def choose_softmax_layers(divergences: Divergences, count: int) -> list[int]:
+  """The layers, in order, that leave least divergence when each alone is taken back."""
+  return sorted(sorted(divergences.by_layer, key=divergences.by_layer.__getitem__)[:count])
+
+
+def set_apart(batches: Sequence[Batch], tokens: int, mesh: Mesh) -> tuple[list[Batch], list[Batch]]:
+  """(batches to calibrate with, others to measure on: so many tokens, in rows that the mesh can cut).
+
+  On rows that it was calibrated with a student is far nearer to its teacher than on any others.
+
+  Raises:
+    ValueError: nothing would be left to calibrate with.
+  """
+  shards, (_, processes) = batch_shards(mesh), process_shard(mesh)
+  rows, length = batches[0]["tokens"].shape
+  wanted = -(-tokens // ((length - 1) * shards)) * shards // processes
+  count = -(-wanted // rows)
+  if len(batches) <= count:
+    raise ValueError(
+      f"{tokens} tokens to measure on are all of the text: it has {len(batches)} batches. Give more text."
+    )
+  part = {name: x[: wanted - (count - 1) * rows] for name, x in batches[-1].items()}
+  return list(batches[:-count]), [*batches[-count:-1], part]
+
+
+def table(directory: str) -> str:
+  """What is on record of how a model's softmax layers were chosen: a line a layer, the nearest to the teacher first."""
+  kept = load_model_without_params(directory).source["kept_softmax"]
+  lines = [f"KL from the teacher on {kept['tokens']:,} tokens is {kept['student']:.4f}; with one layer as it was:"]
+  for layer, divergence in sorted(kept["by_layer"].items(), key=lambda item: item[1]):
+    lines.append(f"layer {int(layer):>3}  {divergence:.4f}" + "  stays softmax" * (int(layer) in kept["layers"]))
+  return "\n".join(lines)
+
+
+def costs(config: ModelConfig) -> str:
+  """Layers of either kind, and what a sequence of 2k and 32k tokens asks for, its caches in bfloat16."""
+  softmax = config.mixers.count("softmax")
+  text = f"{config.num_layers - softmax} RNN layers, {softmax} softmax layers"
+  for tokens in (2048, 32768):
+    state, work = state_bytes(config, tokens) / 2**20, train_flops_per_token(config, tokens) / 3e9
+    text += f"; at {tokens:,} tokens {state:,.1f} MiB of state and {work:,.2f} GFLOPs a token"
+  return text
+
+
+def _measurements(
+  theirs: Model, ours: Model, changed: Sequence[int], batch: Mapping[str, jax.Array]
+) -> Iterator[tuple[int | None, LossSums]]:
+  """Yields (layer taken back, divergence) in order, and last that of the student itself, of layer None."""
+  layers = range(ours[0].config.num_layers)
+  ends = [(model, _ends(params)) for model, params in (theirs, ours)]
+  target, x_BTD = (_embed(*model, batch) for model in ends)
+  target = _through(theirs, target, layers, batch)
+  for i in layers:
+    if i in changed:
+      hybrid = _through(ours, _through(theirs, x_BTD, [i], batch), layers[i + 1 :], batch)
+      yield i, _divergence(*ends[0], *ends[1], target, hybrid, batch)
+    x_BTD = _through(ours, x_BTD, [i], batch)
+  yield None, _divergence(*ends[0], *ends[1], target, x_BTD, batch)
+
+
+def _ends(params: Mapping[str, Any]) -> dict[str, Any]:
+  """What is below the layers and above them."""
+  return {name: tree for name, tree in params.items() if not name.startswith("layers_")}
+
+
+def _through(model: Model, x_BTD: jax.Array, layers: Iterable[int], batch: Mapping[str, jax.Array]) -> jax.Array:
+  for i in layers:
+    x_BTD = _block(model[0], model[0].config.mixers[i], model[1][f"layers_{i}"], x_BTD, batch)
+  return x_BTD
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _embed(model: Transformer, ends: Any, batch: Mapping[str, jax.Array]) -> jax.Array:
+  x_BTD: Any = model.apply({"params": ends}, inputs_of(batch)[0], method="embed")
+  return x_BTD
+
+
+# A program a kind of layer, not one a model: all layers have the same shapes.
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _block(model: Transformer, mixer: Mixer, layer: Any, x_BTD: jax.Array, batch: Mapping[str, jax.Array]) -> jax.Array:
+  tokens_BT, segment_ids = inputs_of(batch)
+  context, _ = model.place(tokens_BT, segment_ids=segment_ids)
+  return Block(model.config, mixer, model.dtype).apply({"params": layer}, x_BTD, None, context)[0]
+
+
+@functools.partial(jax.jit, static_argnums=(0, 2))
+def _divergence(
+  theirs: Transformer, their_ends: Any, ours: Transformer, our_ends: Any, their_BTD: Any, our_BTD: Any, batch: Any
+) -> LossSums:
+  """Of streams behind the last layer."""
+  their_BTD, our_BTD = (
+    model.apply({"params": ends}, x_BTD, method=lambda model, x_BTD: model.norm(x_BTD))
+    for model, ends, x_BTD in ((theirs, their_ends, their_BTD), (ours, our_ends, our_BTD))
+  )
+  return hidden_loss(ours, our_ends, our_BTD, batch, teacher=Teacher(their_ends, theirs), theirs_BTD=their_BTD)

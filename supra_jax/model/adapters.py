@@ -1,0 +1,75 @@
+"""Low-rank adapters (LoRA, Hu et al. 2021): beside a kernel W two factors A and B that train in its place, W + A B."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+import zlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from supra_jax.model.layers import ADAPTERS
+
+
+@dataclasses.dataclass(frozen=True)
+class AdapterConfig:
+  """Which kernels have adapters.
+
+  Attributes:
+    rank: r of A [I, r] and B [r, O]; 0 means none.
+    kernels: regex, found in the path of each kernel that has them, "run_0/self_attn/q_proj/kernel".
+  """
+
+  rank: int = 0
+  kernels: str = "self_attn/[qkvo]_proj/"
+
+  def __post_init__(self):
+    if self.rank < 0:
+      raise ValueError(f"adapters.rank={self.rank}: wanted 0 or more.")
+
+
+def add_adapters(params: Mapping[str, Any], config: AdapterConfig, seed: int) -> dict[str, Any]:
+  """Parameters with adapters of float32 beside the kernels of `Dense`; the model computes what it did before.
+
+  A is drawn from U(-1/sqrt(I), 1/sqrt(I)), as LoRA's authors have it, and B is 0. There is no alpha: it is r.
+
+  Args:
+    params: one subtree a layer, or a run.
+    config: of rank 1 or more.
+    seed: a kernel's draw depends on it and on the kernel's path.
+
+  Raises:
+    ValueError: there is no such kernel.
+  """
+  found = False
+
+  def walk(tree: Mapping[str, Any], path: str) -> dict[str, Any]:
+    nonlocal found
+    tree = {name: walk(leaf, f"{path}{name}/") if isinstance(leaf, Mapping) else leaf for name, leaf in tree.items()}
+    # A feature map is no Dense: its bias is its own.
+    if "kernel" in tree and re.search(config.kernels, path + "kernel") and "feature_map" not in path:
+      found = True
+      *lead, inputs, outputs = tree["kernel"].shape
+      key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(path.encode()))
+      bound = 1 / math.sqrt(inputs)
+      a = jax.random.uniform(key, (*lead, inputs, config.rank), jnp.float32, -bound, bound)
+      tree |= dict(zip(ADAPTERS, (a, jnp.zeros((*lead, config.rank, outputs), jnp.float32)), strict=True))
+    return tree
+
+  made = walk(params, "")
+  if not found:
+    raise ValueError(f"adapters.kernels={config.kernels!r} finds no kernel of a projection.")
+  return made
+
+
+def merge_adapters(params: Mapping[str, Any]) -> dict[str, Any]:
+  """Each W + A B in W's place: the parameters of an ordinary model, which computes the same."""
+  if ADAPTERS[0] not in params:
+    return {name: merge_adapters(leaf) if isinstance(leaf, Mapping) else leaf for name, leaf in params.items()}
+  a, b = (params[name] for name in ADAPTERS)
+  kernel = params["kernel"] + jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST).astype(params["kernel"].dtype)
+  return {name: leaf for name, leaf in params.items() if name not in ADAPTERS} | {"kernel": kernel}

@@ -1,0 +1,68 @@
+"""phi(x) = relu(W x + b), the kernel feature map that takes the softmax's place (paper eq. 8; Kasai et al. 2021)."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from supra_jax.core.sharding import constrain
+from supra_jax.model.config import ModelConfig
+from supra_jax.model.layers import add_bias, matmul, product
+
+
+def _uniform_fan_in(fan_in: int) -> nn.initializers.Initializer:
+  """U(-1/sqrt(fan_in), 1/sqrt(fan_in)), torch's default for a linear layer and so the reference's."""
+  bound = 1 / math.sqrt(fan_in)
+
+  def init(key, shape, dtype=jnp.float32):
+    return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+  return init
+
+
+class DenseFeatureMap(nn.Module):
+  """W over all heads together, [N*K, N*K], as released checkpoints have it."""
+
+  dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(self, x_BTNK: jax.Array) -> jax.Array:
+    *lead, heads, width = x_BTNK.shape
+    init = _uniform_fan_in(heads * width)
+    kernel = self.param("kernel", init, (heads * width, heads * width))
+    bias = self.param("bias", init, (heads * width,))
+    # W mixes all heads: whole on every device, gathered once for the product and for the gradient of W.
+    x = constrain(x_BTNK.reshape(*lead, heads * width), "batch", "time", None)
+    return nn.relu(add_bias(matmul(x, kernel, self.dtype), bias)).reshape(x_BTNK.shape)
+
+
+class PerHeadFeatureMap(nn.Module):
+  """`maps` matrices [K, K], as the paper writes it; head h uses map h // (heads / maps)."""
+
+  maps: int
+  width: int
+  dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(self, x_BTNK: jax.Array) -> jax.Array:
+    init = _uniform_fan_in(self.width)
+    kernel = self.param("kernel", init, (self.maps, self.width, self.width))
+    bias = self.param("bias", init, (self.maps, self.width))
+    batch, time, heads, width = x_BTNK.shape
+    x = x_BTNK.reshape(batch, time, self.maps, heads // self.maps, width)
+    y = product("btmrk,mkj->btmrj", self.dtype, self.dtype, x, kernel)
+    return nn.relu(add_bias(y, bias[:, None])).reshape(x_BTNK.shape)
+
+
+def make_feature_maps(config: ModelConfig, dtype: Any) -> tuple[nn.Module, nn.Module | None]:
+  """(map of q, map of k); the second is None where q's map serves k too."""
+  kind, heads, groups, width = config.supra.feature_map, config.num_heads, config.num_kv_heads, config.head_dim
+  if kind == "dense":
+    return DenseFeatureMap(dtype), None if groups == heads else DenseFeatureMap(dtype)
+  if kind == "per_head":
+    return PerHeadFeatureMap(groups, width, dtype), None
+  return PerHeadFeatureMap(heads, width, dtype), PerHeadFeatureMap(groups, width, dtype)

@@ -1,0 +1,93 @@
+"""The shapes of models that people have."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from supra_jax.model.config import Mixer, ModelConfig, RopeConfig
+
+
+def smollm2_135m(mixer: Mixer = "softmax") -> ModelConfig:
+  """SmolLM2-135M (HuggingFaceTB/SmolLM2-135M): nine query heads, three key/value heads, tied embeddings."""
+  return ModelConfig(
+    vocab_size=49152,
+    hidden_size=576,
+    intermediate_size=1536,
+    num_heads=9,
+    num_kv_heads=3,
+    head_dim=64,
+    mixers=(mixer,) * 30,
+    rope=RopeConfig(base=100_000.0),
+    tie_embeddings=True,
+    max_positions=8192,
+  )
+
+
+def mistral_7b(mixer: Mixer = "softmax") -> ModelConfig:
+  """Mistral-7B-v0.1 (mistralai/Mistral-7B-v0.1), the paper's main teacher."""
+  return ModelConfig(
+    vocab_size=32000,
+    hidden_size=4096,
+    intermediate_size=14336,
+    num_heads=32,
+    num_kv_heads=8,
+    head_dim=128,
+    mixers=(mixer,) * 32,
+    sliding_window=4096,
+    max_positions=32768,
+    bos_token_id=1,
+    eos_token_ids=(2,),
+  )
+
+
+def llama2_7b(mixer: Mixer = "softmax") -> ModelConfig:
+  """Llama-2-7B (meta-llama/Llama-2-7b-hf), the paper's other teacher: as many key/value heads as query heads."""
+  return ModelConfig(
+    vocab_size=32000,
+    hidden_size=4096,
+    intermediate_size=11008,
+    num_heads=32,
+    num_kv_heads=32,
+    head_dim=128,
+    mixers=(mixer,) * 32,
+    max_positions=4096,
+    bos_token_id=1,
+    eos_token_ids=(2,),
+  )
+
+
+def open_lm_1b(mixer: Mixer = "softmax") -> ModelConfig:
+  """The 1B of OpenLM (mlfoundations/open_lm, open_lm_1b.json), for GPT-NeoX's tokenizer; LayerNorm is its default."""
+  return ModelConfig(
+    vocab_size=50432,
+    hidden_size=2048,
+    intermediate_size=5632,
+    num_heads=16,
+    num_kv_heads=16,
+    head_dim=128,
+    mixers=(mixer,) * 24,
+    norm="layer_norm",
+    max_positions=2048,
+    bos_token_id=0,
+    eos_token_ids=(0,),
+  )
+
+
+def tiny(mixer: Mixer = "supra") -> ModelConfig:
+  """Two small layers for tests and dry runs: grouped heads, no power of two."""
+  return ModelConfig(
+    vocab_size=97,
+    hidden_size=48,
+    intermediate_size=64,
+    num_heads=6,
+    num_kv_heads=2,
+    head_dim=8,
+    mixers=(mixer,) * 2,
+    bos_token_id=1,
+    eos_token_ids=(2,),
+  )
+
+
+PRESETS: dict[str, Callable[[Mixer], ModelConfig]] = {
+  preset.__name__: preset for preset in (smollm2_135m, mistral_7b, llama2_7b, open_lm_1b, tiny)
+}

@@ -1,0 +1,40 @@
+"""Layers of one kind in a row as one subtree with stacked leaves, so that a run of them is one scan."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from supra_jax.model.config import Mixer, ModelConfig
+
+
+def runs(mixers: tuple[Mixer, ...]) -> list[tuple[int, int]]:
+  """(first layer, number of layers) of each run of equal mixers."""
+  found, first = [], 0
+  for _, group in itertools.groupby(mixers):
+    length = len(list(group))
+    found.append((first, length))
+    first += length
+  return found
+
+
+def stack_runs(params: Mapping[str, Any], config: ModelConfig) -> dict[str, Any]:
+  """Parameters with one subtree a layer -> one subtree a run, its leaves stacked along a new first axis."""
+  stacked = {name: tree for name, tree in params.items() if not name.startswith("layers_")}
+  for first, length in runs(config.mixers):
+    layers = [params[f"layers_{i}"] for i in range(first, first + length)]
+    stacked[f"run_{first}"] = jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)
+  return stacked
+
+
+def unstack(params: Mapping[str, Any], config: ModelConfig) -> dict[str, Any]:
+  """The inverse of `stack_runs`."""
+  layers = {name: tree for name, tree in params.items() if not name.startswith("run_")}
+  for first, length in runs(config.mixers):
+    for i in range(length):
+      layers[f"layers_{first + i}"] = jax.tree.map(lambda leaf, i=i: leaf[i], params[f"run_{first}"])
+  return layers

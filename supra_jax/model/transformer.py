@@ -1,0 +1,294 @@
+"""The language model: one definition for teacher, RNN and hybrids; for training, prefill and decoding."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Literal
+
+import flax
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from supra_jax.core.sharding import constrain
+from supra_jax.model.attention import MIXERS, Context, KVCache, LinearState
+from supra_jax.model.config import Mixer, ModelConfig
+from supra_jax.model.layers import Dense, Embed, Norm, SwiGLU
+from supra_jax.model.rope import rope_table
+from supra_jax.model.stacking import runs
+
+LayerState = KVCache | LinearState
+Padding = Literal["right", "left"]
+Remat = Literal["none", "matmuls", "block"]
+# What a layer's backward pass finds saved where it recomputes: products with parameters, or nothing.
+REMAT_POLICIES: dict[str, Any] = {
+  "matmuls": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+  "block": None,
+}
+
+
+@flax.struct.dataclass
+class DecodeState:
+  """All that a model remembers of the tokens it has read.
+
+  Attributes:
+    layers: one state a layer.
+    cached: int32 [B], how many tokens the caches hold.
+    position: int32 [B], the next token's position in its document.
+    segment: int32 [B], the id of the last document; -1 before any was named.
+  """
+
+  layers: tuple[LayerState, ...]
+  cached: jax.Array
+  position: jax.Array
+  segment: jax.Array
+
+  @property
+  def capacity(self) -> int | None:
+    """How many tokens the caches can hold; None where there are no caches."""
+    return next((layer.k.shape[1] for layer in self.layers if isinstance(layer, KVCache)), None)
+
+
+STREAMS = "streams"  # the collection that a Block fills where it is asked to
+_FRESH = {"cached": 0, "position": 0, "segment": -1}  # the counters of a DecodeState before any token
+
+
+class Block(nn.Module):
+  """`x + mixer(norm x)`, then `x + SwiGLU(norm x)`.
+
+  Where the collection STREAMS is mutable it is filled with [B, T, D]: `enters`, the x that comes; `attended`, the
+  mixer's share of what follows; `leaves`, the result.
+  """
+
+  config: ModelConfig
+  mixer: Mixer
+  dtype: Any = jnp.float32
+  implementation: str = "auto"
+
+  def setup(self):
+    c = self.config
+    mixer: Any = MIXERS[self.mixer]
+    self.self_attn = mixer(c, self.dtype, self.implementation)
+    self.input_layernorm, self.post_attention_layernorm = (Norm(c.norm, c.norm_eps, self.dtype) for _ in range(2))
+    self.mlp = SwiGLU(c, self.dtype)
+
+  def __call__(self, x_BTD: jax.Array, state: LayerState | None, context: Context) -> tuple[jax.Array, LayerState]:
+    mixed, state = self.attend(x_BTD, state, context)
+    self._keep(enters=x_BTD, attended=mixed)
+    x_BTD = constrain(self.feed(x_BTD + mixed), "batch", "time", None)
+    self._keep(leaves=x_BTD)
+    return x_BTD, state
+
+  def attend(self, x_BTD: jax.Array, state: LayerState | None, context: Context) -> tuple[jax.Array, LayerState]:
+    """The mixer alone, of the normalised x."""
+    return self.self_attn(self.input_layernorm(x_BTD), state, context)
+
+  def feed(self, x_BTD: jax.Array) -> jax.Array:
+    """The second half: x and the MLP's share."""
+    return x_BTD + self.mlp(self.post_attention_layernorm(x_BTD))
+
+  def _keep(self, **streams: jax.Array) -> None:
+    for name, x_BTD in streams.items():
+      self.sow(STREAMS, name, x_BTD, reduce_fn=lambda _, x: x, init_fn=lambda: None)
+
+
+class Transformer(nn.Module):
+  """A decoder whose layers each have their own mixer.
+
+  Attributes:
+    config: what the model is.
+    dtype: of the computation; parameters are cast to it where they are used. Norms, RoPE, softmax, the linear state and
+      logits are float32 at least.
+    implementation: of the linear attention op (`kernels_pallas.linear_attention`).
+    stacked: parameters are as `stack_runs` leaves them and each run is one scan: quick to compile, made for training.
+    remat: what the backward pass recomputes: `none`; `matmuls`, all but products with parameters; `block`, each layer.
+  """
+
+  config: ModelConfig
+  dtype: Any = jnp.float32
+  implementation: str = "auto"
+  stacked: bool = False
+  remat: Remat = "none"
+
+  def setup(self):
+    c = self.config
+    self.embed_tokens = Embed(c.vocab_size, c.hidden_size, self.dtype)
+    if c.post_embed_norm:
+      self.post_embed_norm = Norm(c.norm, c.norm_eps, self.dtype)
+    block: Any = Block
+    if self.remat != "none":
+      block = nn.remat(Block, prevent_cse=not self.stacked, policy=REMAT_POLICIES[self.remat])
+    if self.stacked:
+      self.blocks = [
+        nn.scan(
+          block,
+          variable_axes={"params": 0, STREAMS: 0},
+          split_rngs={"params": True},
+          in_axes=(0, nn.broadcast),
+          length=length,
+        )(c, c.mixers[first], self.dtype, self.implementation, name=f"run_{first}")
+        for first, length in runs(c.mixers)
+      ]
+    else:
+      self.blocks = [
+        block(c, mixer, self.dtype, self.implementation, name=f"layers_{i}") for i, mixer in enumerate(c.mixers)
+      ]
+    self.norm = Norm(c.norm, c.norm_eps, self.dtype)
+    if not c.tie_embeddings:
+      wide = jnp.promote_types(self.dtype, jnp.float32)
+      self.lm_head = Dense(c.vocab_size, dtype=self.dtype, out_dtype=wide)
+
+  @nn.nowrap
+  def init_state(self, batch: int, capacity: int = 0) -> DecodeState:
+    """The state before any token; `capacity` tokens fit into the caches of softmax layers, others need none."""
+    layers = tuple(MIXERS[m](self.config, self.dtype).init_state(batch, capacity) for m in self.config.mixers)
+    # Three arrays, not one thrice: a state is given away, and no buffer can be given twice.
+    counters = {name: jnp.full(batch, value, jnp.int32) for name, value in _FRESH.items()}
+    return DecodeState(layers, **counters)
+
+  def __call__(
+    self,
+    tokens_BT: jax.Array,
+    state: DecodeState | None = None,
+    *,
+    lengths: jax.Array | None = None,
+    segment_ids: jax.Array | None = None,
+    padding: Padding = "right",
+  ) -> tuple[jax.Array, DecodeState]:
+    """Reads tokens, going on from `state`.
+
+    Cutting a sequence anywhere and passing the state on changes nothing but rounding; nor does padding.
+
+    Args:
+      tokens_BT: int [B, T], T >= 1. Padding may hold any value.
+      state: what an earlier call returned, or `init_state`; None reads from the start.
+      lengths: int [B], how many tokens of each row are real, 0 to T; None means all.
+      segment_ids: int [B, T], document ids: state and position start afresh where they change, and at token 0 where
+        its id is not that of the state's last document. None: all tokens go on with the state's document.
+      padding: the side that the padding is on.
+
+    Returns:
+      hidden [B, T, D] after the last norm, to be given to `unembed`; rows of padding hold nothing of use. And the state
+      after the last real token. Where a cache's capacity is exceeded under jit, the row's hidden states are NaN.
+
+    Raises:
+      ValueError: the tokens do not fit into the state's caches, and this can be known without running.
+    """
+    time = tokens_BT.shape[1]
+    if padding not in ("right", "left"):
+      raise ValueError(f"padding={padding!r}: wanted 'right' or 'left'.")
+    shift = None
+    if padding == "left" and lengths is not None:
+      # The op knows right padding only: roll each row's real tokens to its front, and the results back.
+      shift = time - lengths
+      tokens_BT = _roll_rows(tokens_BT, -shift)
+      segment_ids = None if segment_ids is None else _roll_rows(segment_ids, -shift)
+
+    context, end = self.place(tokens_BT, state, lengths, segment_ids)
+    x_BTD = self.embed(tokens_BT)
+    layer_states = (None,) * len(self.config.mixers) if state is None else state.layers
+    new_states: list[LayerState] = []
+    if self.stacked:
+      for block, (first, length) in zip(self.blocks, runs(self.config.mixers), strict=True):
+        given = layer_states[first : first + length]
+        x_BTD, run = block(x_BTD, None if state is None else jax.tree.map(lambda *s: jnp.stack(s), *given), context)
+        new_states += [jax.tree.map(lambda leaf, i=i: leaf[i], run) for i in range(length)]
+    else:
+      for block, layer_state in zip(self.blocks, layer_states, strict=True):
+        x_BTD, layer_state = block(x_BTD, layer_state, context)
+        new_states.append(layer_state)
+    hidden_BTD = self.norm(x_BTD)
+
+    end = dataclasses.replace(end, layers=tuple(new_states))
+    if end.capacity is not None and state is not None:
+      hidden_BTD = jnp.where((end.cached <= end.capacity)[:, None, None], hidden_BTD, jnp.nan)
+    return hidden_BTD if shift is None else _roll_rows(hidden_BTD, shift), end
+
+  def embed(self, tokens_BT: jax.Array) -> jax.Array:
+    """What the first layer reads, [B, T, D]."""
+    x_BTD = self.embed_tokens(jnp.clip(tokens_BT, 0, self.config.vocab_size - 1))
+    if self.config.post_embed_norm:
+      x_BTD = self.post_embed_norm(x_BTD)
+    return constrain(x_BTD, "batch", "time", None)
+
+  def unembed(self, hidden_BTD: jax.Array) -> jax.Array:
+    """Logits over the vocabulary, float32 [B, T, vocabulary]."""
+    logits = self.embed_tokens.attend(hidden_BTD) if self.config.tie_embeddings else self.lm_head(hidden_BTD)
+    return constrain(logits, "batch", *["time"] * (logits.ndim - 2), "vocabulary")
+
+  def logits(self, tokens_BT: jax.Array, state: DecodeState | None = None, **kwargs) -> tuple[jax.Array, DecodeState]:
+    """`unembed` of every position, for scoring; also what `init` runs to make all parameters."""
+    hidden_BTD, state = self(tokens_BT, state, **kwargs)
+    return self.unembed(hidden_BTD), state
+
+  @nn.nowrap
+  def place(
+    self,
+    tokens_BT: jax.Array,
+    state: DecodeState | None = None,
+    lengths: jax.Array | None = None,
+    segment_ids: jax.Array | None = None,
+  ) -> tuple[Context, DecodeState]:
+    """Where each token stands, and the state's counters after the last real one (layers are still to come)."""
+    batch, time = tokens_BT.shape
+    step = jnp.broadcast_to(jnp.arange(time, dtype=jnp.int32), (batch, time))
+    cached, position, segment = (
+      jnp.full(batch, fresh, jnp.int32) if state is None else getattr(state, name) for name, fresh in _FRESH.items()
+    )
+    count = jnp.full(batch, time, jnp.int32) if lengths is None else lengths.astype(jnp.int32)
+    if state is not None and state.capacity is not None:
+      _refuse_overflow(cached, count, state.capacity)
+
+    continues = None
+    if segment_ids is None:
+      position_BT = position[:, None] + step
+    else:
+      # A row without tokens changes nothing, whatever ids its padding has.
+      continues = (segment_ids[:, 0] == segment) | (count == 0)
+      changes = jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], ((0, 0), (1, 0)))
+      start = jax.lax.cummax(jnp.where(changes, step, 0), axis=1)
+      carried = jnp.where(continues, position, 0)[:, None]
+      position_BT = step - start + jnp.where(start == 0, carried, 0)
+    index_BT = cached[:, None] + step
+
+    last = jnp.maximum(count - 1, 0)[:, None]
+    some = count > 0
+    end = DecodeState(
+      layers=(),
+      cached=cached + count,
+      position=jnp.where(some, jnp.take_along_axis(position_BT, last, 1)[:, 0] + 1, position),
+      segment=segment
+      if segment_ids is None
+      else jnp.where(some, jnp.take_along_axis(segment_ids.astype(jnp.int32), last, 1)[:, 0], segment),
+    )
+    rope, rotation, far_rotation = self.config.rope, None, None
+    if rope.kind in ("half", "interleaved"):
+      rotation = far_rotation = rope_table(rope, self.config.head_dim, position_BT[..., None])
+      if (reach := self.config.sink_reach) is not None:
+        far_rotation = rope_table(rope, self.config.head_dim, jnp.minimum(position_BT, reach)[..., None])
+    context = Context(
+      rotation=rotation,
+      far_rotation=far_rotation,
+      index=index_BT,
+      first=index_BT - position_BT,
+      lengths=lengths,
+      segment_ids=segment_ids,
+      continues=continues,
+    )
+    return context, end
+
+
+def _refuse_overflow(cached: jax.Array, count: jax.Array, capacity: int) -> None:
+  if isinstance(cached, jax.core.Tracer) or isinstance(count, jax.core.Tracer):
+    return  # __call__ poisons the rows that overflow
+  wanted = int((cached + count).max())
+  if wanted > capacity:
+    raise ValueError(
+      f"The state's key/value caches hold {capacity} tokens and {wanted} are wanted. Make it with "
+      f"init_state(batch, capacity={wanted}) or more."
+    )
+
+
+def _roll_rows(x: jax.Array, shift_B: jax.Array) -> jax.Array:
+  """Rolls axis 1 of each row by its own shift."""
+  return jax.vmap(lambda row, by: jnp.roll(row, by, axis=0))(x, shift_B)

@@ -1,0 +1,35 @@
+"""How well a model predicts held-out text: nats a token, and perplexity."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from supra_jax.model.transformer import Transformer
+from supra_jax.objectives.losses import LossSums, language_model_loss
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def loss_sums(model: Transformer, params, batch) -> LossSums:
+  return language_model_loss(model, params, batch)
+
+
+def mean_nll(model: Transformer, params: Mapping[str, Any], batches: Iterable[Mapping[str, np.ndarray]]) -> float:
+  """Mean negative log-likelihood of all targets of the batches, nats a token."""
+  nll = weight = 0.0
+  for batch in batches:
+    sums = loss_sums(model, params, batch)
+    nll, weight = nll + float(sums.nll), weight + float(sums.weight)
+  if not weight:
+    raise ValueError("Nothing to evaluate: no batch has a target.")
+  return nll / weight
+
+
+def perplexity(nll: float) -> float:
+  """Exp of nats a token; infinite where float64 cannot hold it."""
+  return math.exp(nll) if nll < 709 else math.inf

@@ -1,0 +1,144 @@
+"""Checkpoints on disk: models, whole in one directory, and the states that a run can go on from.
+
+DIR/config.json       the ModelConfig
+DIR/params/           the parameters, an Orbax PyTree checkpoint, one subtree a layer
+DIR/tokenizer.json    or tokenizer.model, with tokenizer_config.json; absent where the source had none
+DIR/chat_template.jinja, DIR/generation_config.json   as the source has them
+DIR/source.json       where the model came from
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+
+from supra_jax.core.distributed import together
+from supra_jax.core.files import (
+  AnyPath,
+  absolute,
+  new_directory,
+  temporary_directory,
+)
+from supra_jax.core.plain_json import to_json
+from supra_jax.model.config import ModelConfig
+from supra_jax.storage.parameters import (
+  Params,
+  check_space,
+  read_params,
+  write_params,
+)
+
+CONFIG_FILE = "config.json"
+SOURCE_FILE = "source.json"
+PARAMS_DIRECTORY = "params"
+TOKENIZER_FILES = (
+  "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "chat_template.jinja", "generation_config.json",
+)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelCheckpoint:
+  """A model as it lies on disk.
+
+  Attributes:
+    config: what the model is.
+    params: nested dict of jax arrays.
+    tokenizer_files: file name -> contents, of TOKENIZER_FILES those that the directory holds: the tokenizer, and how a
+      text is begun and drawn with it.
+    source: where the model came from (JSON object).
+  """
+
+  config: ModelConfig
+  params: Params
+  tokenizer_files: Mapping[str, bytes]
+  source: Mapping[str, Any]
+
+
+@contextlib.contextmanager
+def _new_shared_directory(path: str | os.PathLike[str]) -> Iterator[AnyPath]:
+  """`new_directory` for all processes together: the first makes it and renames it."""
+  with contextlib.ExitStack() as stack:
+    if jax.process_index() == 0:
+      stack.enter_context(new_directory(path, last=CONFIG_FILE))
+    together("directory made")
+    yield temporary_directory(path)
+    together("directory written")
+  together("directory renamed")
+
+
+def save_model(
+  directory: str | os.PathLike[str],
+  *,
+  config: ModelConfig,
+  params: Params,
+  tokenizer_files: Mapping[str, bytes],
+  source: Mapping[str, Any] | Callable[[], Mapping[str, Any]],
+) -> None:
+  """Writes a model directory, whole or not at all; all processes together, each its own shards.
+
+  Args:
+    directory: must not exist yet, or be empty.
+    config: what the model is.
+    params: nested dict of jax or numpy arrays, or UnreadArray, one subtree a layer.
+    tokenizer_files: file name -> contents; may be empty.
+    source: a JSON object that says where the model came from, or what returns it, called when the rest is written.
+
+  Raises:
+    FileExistsError: the directory holds something already.
+    OSError: it could not be written.
+  """
+  unknown = sorted(set(tokenizer_files) - set(TOKENIZER_FILES))
+  if unknown:
+    raise ValueError(f"Tokenizer files {unknown}: wanted a subset of {list(TOKENIZER_FILES)}.")
+  with _new_shared_directory(directory) as temporary:
+    check_space(temporary.parent, params)
+    write_params(temporary / PARAMS_DIRECTORY, params)
+    if jax.process_index() == 0:
+      for name, contents in tokenizer_files.items():
+        (temporary / name).write_bytes(contents)
+      (temporary / SOURCE_FILE).write_text(to_json(dict(source() if callable(source) else source), indent=2) + "\n")
+      # The last, since without it there is no model: in a bucket nothing else tells a half-written one.
+      (temporary / CONFIG_FILE).write_text(config.to_json())
+
+
+def load_model(
+  directory: str | os.PathLike[str], dtype: Any = None, *, shardings: Callable[[Params], Params] | None = None
+) -> ModelCheckpoint:
+  """Reads a model directory.
+
+  Args:
+    directory: what `save_model` wrote.
+    dtype: floating-point parameters are converted to it on load; None keeps what is stored.
+    shardings: of a tree of shapes; each device then reads its own shards only. None: all to the first device.
+
+  Raises:
+    FileNotFoundError: the directory is no model checkpoint, or a part of it is missing.
+    ValueError: its config.json does not describe a model.
+  """
+  model = load_model_without_params(directory)
+  params = read_params(absolute(directory) / PARAMS_DIRECTORY, dtype, shardings)
+  return dataclasses.replace(model, params=params)
+
+
+def load_model_without_params(directory: str | os.PathLike[str]) -> ModelCheckpoint:
+  """`load_model` of all but the parameters, which are an empty dict."""
+  path = absolute(directory)
+  for name in (CONFIG_FILE, PARAMS_DIRECTORY):
+    if not (path / name).exists():
+      raise FileNotFoundError(
+        f"{directory} is not a supra_jax model: {name} is missing. Convert one with "
+        "`python -m convert_weights.hf_to_orbax --source=... --output=...`."
+      )
+  try:
+    config = ModelConfig.from_json((path / CONFIG_FILE).read_text())
+  except ValueError as error:
+    raise ValueError(f"{path / CONFIG_FILE}: {error}") from error
+  source = json.loads((path / SOURCE_FILE).read_text()) if (path / SOURCE_FILE).exists() else {}
+  tokenizer_files = {n: (path / n).read_bytes() for n in TOKENIZER_FILES if (path / n).exists()}
+  return ModelCheckpoint(config, {}, tokenizer_files, source)

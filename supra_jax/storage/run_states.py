@@ -1,0 +1,255 @@
+"""The states that a run can go on from, on disk."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
+
+from supra_jax.core import bucket
+from supra_jax.core.files import (
+  AnyPath,
+  absolute,
+  remove_directory,
+  rename_directory,
+  renames_directories,
+  sync_below,
+)
+from supra_jax.core.plain_json import to_json
+from supra_jax.storage.parameters import (
+  IN_PLACE,
+  adapt_to_disk,
+  check_space,
+  first_line,
+)
+
+MANIFEST_FILE = "digests.json"
+
+
+COMMIT_FILE = "commit_success.txt"  # Orbax's
+
+
+UNSIGNED_FILES = (MANIFEST_FILE, "_CHECKPOINT_METADATA")
+
+
+class TrainingCheckpoints:
+  """What a run needs to go on: the train state and the position in the data, a directory a step.
+
+  Each directory has a manifest of the sha256 of its files, in a bucket of the storage's own checksums: Orbax's arrays
+  carry none, and a flipped bit would be trained on. The manifest is written before the directory gets its final name;
+  where directories cannot be renamed, before Orbax writes COMMIT_FILE.
+
+  Attributes:
+    directory: of the run's checkpoints.
+  """
+
+  def __init__(self, directory: str | os.PathLike[str], *, keep: int):
+    self.directory = absolute(directory)
+    self._in_place = _agreed(lambda: not isinstance(self.directory, Path) or not renames_directories(self.directory))
+    adapt_to_disk(self.directory)
+    asynchronous = ocp.AsyncOptions(post_finalization_callback=self._write_manifest)
+    options = ocp.CheckpointManagerOptions(
+      max_to_keep=keep,
+      create=True,
+      cleanup_tmp_directories=True,
+      async_options=asynchronous,
+      atomicity_options=IN_PLACE if self._in_place else None,
+    )
+    self._errors: list[Exception] = []
+    names = {"state": _watched_handler(self._errors), "position": ocp.JsonCheckpointHandler()}
+    self._manager = ocp.CheckpointManager(self.directory, options=options, item_handlers=names)
+    self._saving = -1
+
+  def latest_step(self) -> int | None:
+    return self._manager.latest_step()
+
+  def save(self, step: int, state: Any, position: Mapping[str, Any]) -> None:
+    """Starts to write; the arrays may be donated as soon as it returns. Call `wait` first.
+
+    Raises:
+      OSError: it could not be written. Older ones are as they were.
+    """
+    args = ocp.args.Composite(state=ocp.args.StandardSave(state), position=ocp.args.JsonSave(dict(position)))
+    self._saving = step
+    with self._as_os_error():
+      if jax.process_index() == 0:
+        # Threads of a save that failed may have gone on writing after its files were removed.
+        self._remove_partial()
+      check_space(self.directory, state)
+      self._manager.save(step, args=args)
+
+  def restore(self, like: Any) -> tuple[int, Any, dict[str, Any]] | None:
+    """(step, state, position) of the newest whole checkpoint; None where none was saved yet.
+
+    Newer ones that are damaged are named on stderr and moved aside, into `damaged` beside the directory.
+
+    Args:
+      like: jax.ShapeDtypeStruct, with shardings, of every array of the state.
+
+    Raises:
+      ValueError: all are damaged.
+    """
+    step = self._newest_whole_step()
+    if step is None:
+      return None
+    args = ocp.args.Composite(state=ocp.args.StandardRestore(like), position=ocp.args.JsonRestore())
+    restored = self._manager.restore(step, args=args)
+    return step, restored["state"], restored["position"]
+
+  def wait(self) -> None:
+    """Waits for what `save` writes, if anything; raises OSError as it does."""
+    with self._as_os_error():
+      # Orbax has a process that fails wait for the others, and them for it, for 600 seconds.
+      while jax.process_count() > 1 and self._manager.is_saving_in_progress():
+        if self._errors:
+          raise self._errors[0]
+        time.sleep(0.01)
+      self._manager.wait_until_finished()
+
+  def close(self) -> None:
+    """Waits as `wait` does, and gives its threads back."""
+    self.wait()
+    self._manager.close()
+
+  @contextlib.contextmanager
+  def _as_os_error(self) -> Iterator[None]:
+    try:
+      yield
+    except Exception as error:
+      # A full disk comes as OSError, tensorstore's ValueError or Orbax's own. Of several processes others may still be
+      # writing; there the run ends, and the next start tidies up.
+      if jax.process_count() == 1:
+        # It only fills the disk further.
+        self._remove_partial()
+        # The manager has already struck those off its list that were to give way to this one.
+        self._manager.reload()
+      where = self.directory / str(self._saving)
+      raise OSError(f"checkpoint {where} could not be written: {first_line(error)}") from error
+
+  def _remove_partial(self) -> None:
+    for partial in self._partial("*"):
+      remove_directory(partial)
+
+  def _partial(self, step: str) -> list[AnyPath]:
+    """Directories of a step, or of any, that are not whole yet."""
+    if not self._in_place:
+      return list(self.directory.glob(f"{step}.orbax-checkpoint-tmp*"))
+    found = [path for path in self.directory.glob(step) if path.name.isdigit()]
+    return [path for path in found if not (path / COMMIT_FILE).exists()]
+
+  def _write_manifest(self) -> None:
+    # Orbax calls this when all files of a step are written and its directory is about to get its name.
+    if jax.process_index() == 0:
+      (partial,) = self._partial(str(self._saving))
+      (partial / MANIFEST_FILE).write_text(to_json(_digests(partial), indent=0) + "\n")
+      if isinstance(partial, Path):
+        sync_below(partial)
+
+  def _newest_whole_step(self) -> int | None:
+    # -1: nothing was saved yet; -2: nothing is whole, which all processes are to raise.
+    chosen, damaged = -1, {}
+    if jax.process_index() == 0:
+      for step in sorted(self._manager.all_steps(), reverse=True):
+        damaged[step] = _damage(self.directory / str(step))
+        if not damaged[step]:
+          chosen = step
+          del damaged[step]
+          break
+      else:
+        chosen = -2 if damaged else -1
+      self._report(damaged, move=chosen >= 0)
+    if jax.process_count() > 1:
+      chosen = int(multihost_utils.broadcast_one_to_all(np.int32(chosen)))
+    if chosen == -2:
+      raise ValueError(
+        f"No checkpoint in {self.directory} is whole, so the run cannot go on. Remove that directory to start over."
+      )
+    self._manager.reload()
+    return None if chosen < 0 else chosen
+
+  def _report(self, damaged: Mapping[int, str], *, move: bool) -> None:
+    for step, damage in damaged.items():
+      path = self.directory / str(step)
+      said = f"Checkpoint {path} is damaged: {damage}."
+      if move:
+        aside = self.directory.with_name("damaged") / f"{step}-{os.getpid()}"
+        if isinstance(path, Path):
+          aside.parent.mkdir(exist_ok=True)
+          rename_directory(path, aside, last=MANIFEST_FILE)
+        else:
+          bucket.move(path, aside)
+        said += f" It was moved to {aside}."
+      print(said, file=sys.stderr)
+
+
+def _agreed(ask: Callable[[], bool]) -> bool:
+  """What the first process finds, for all."""
+  found = jax.process_index() == 0 and ask()
+  return bool(multihost_utils.broadcast_one_to_all(np.int32(found))) if jax.process_count() > 1 else found
+
+
+def _watched_handler(errors: list[Exception]) -> ocp.StandardCheckpointHandler:
+  """Writes as any, and leaves errors of its threads in a list as soon as they are there."""
+  handler = ocp.StandardCheckpointHandler()
+  save = handler.async_save
+
+  async def async_save(*args, **kwargs) -> Any:
+    return [_Watched(future, errors) for future in await save(*args, **kwargs) or ()]
+
+  # Orbax tells by its class what a handler is for, so that no subclass will do.
+  handler.async_save = async_save  # type: ignore[method-assign]
+  return handler
+
+
+class _Watched:
+  def __init__(self, future: Any, errors: list[Exception]):
+    self._future, self._errors = future, errors
+
+  def result(self, timeout: float | None = None) -> Any:
+    try:
+      return self._future.result(timeout=timeout)
+    except Exception as error:
+      self._errors.append(error)
+      raise
+
+
+def _digests(directory: AnyPath) -> dict[str, str]:
+  """Relative path -> digest of every file below, but for the manifest and Orbax's own notes of the step."""
+  if not isinstance(directory, Path):
+    found = bucket.checksums(directory)
+    return {name: digest for name, digest in found.items() if name.rpartition("/")[2] not in UNSIGNED_FILES}
+
+  def digest(path: Path) -> str:
+    with path.open("rb") as file:
+      return hashlib.file_digest(file, "sha256").hexdigest()
+
+  paths = sorted(path for path in directory.rglob("*") if path.is_file() and path.name not in UNSIGNED_FILES)
+  with ThreadPoolExecutor() as pool:
+    return dict(zip((str(path.relative_to(directory)) for path in paths), pool.map(digest, paths), strict=True))
+
+
+def _damage(directory: AnyPath) -> str:
+  """What is wrong with a checkpoint, naming a file; empty if nothing is."""
+  try:
+    wanted = json.loads((directory / MANIFEST_FILE).read_text())
+  except (OSError, ValueError) as error:
+    return f"{MANIFEST_FILE} cannot be read ({first_line(error)})"
+  found = _digests(directory)
+  for name, digest in wanted.items():
+    if name not in found:
+      return f"{name} is missing"
+    if found[name] != digest:
+      return f"{name} is not what was written"
+  return ""

@@ -1,0 +1,171 @@
+"""What a run is: frozen dataclasses, read from a recipe in `configs/`."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from supra_jax.core.schema import from_mapping
+from supra_jax.data.packed import Join
+from supra_jax.model.adapters import AdapterConfig
+from supra_jax.model.transformer import REMAT_POLICIES, Remat
+from supra_jax.training.optimizer import OptimizerConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+  """What a run reads: text that it packs itself, or what `supra_jax.bin.prepare_data` packed.
+
+  Attributes:
+    input: what `text.read_documents` reads; packed into the workdir. For little text.
+    text_key: of JSON lines and parquet.
+    documents: `join` runs them together as the paper does; `separate` resets state and position at seams.
+    bos: start each document with the begin-of-text id.
+    heldout_every: every so many documents one is held out.
+    sources: packed directories with weights, "data/web/train:0.7,data/code/train:0.3"; then all of the above is theirs.
+    heldout: a packed directory to evaluate on, where there are sources.
+    heldout_rows: at most so many held-out rows are evaluated; 0 means all.
+    sequence_length: T, tokens a row.
+  """
+
+  input: str = ""
+  text_key: str = "text"
+  documents: Join = "join"
+  bos: bool = False
+  heldout_every: int = 20
+  sources: str = ""
+  heldout: str = ""
+  heldout_rows: int = 0
+  sequence_length: int = 2048
+
+  def __post_init__(self):
+    if bool(self.input) == bool(self.sources):
+      raise ValueError(
+        f"data.input={self.input!r}, data.sources={self.sources!r}: wanted text to pack, or directories that "
+        "`python -m supra_jax.bin.prepare_data` packed; one of the two."
+      )
+    if self.sources and not self.heldout:
+      raise ValueError("data.heldout is empty: wanted a packed directory to evaluate on, beside data.sources.")
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+  """A run.
+
+  Attributes:
+    init_checkpoint: the model directory to start from.
+    data, optimizer: see their classes.
+    batch_size: rows a step, over all devices.
+    num_steps: of the whole run; the schedule ends there.
+    microbatches: parts that a batch is cut into, one after another; their gradients are summed in float32.
+    mesh: sizes of axes of `supra_jax.core.sharding`, "data:2,fsdp:4,tensor:2"; empty puts all devices on fsdp.
+    dtype: of the computation. Master weights, their moments and all reductions are float32.
+    remat: what the backward pass recomputes, see `Transformer`.
+    trainable: regex; parameters whose path it is found in train, others stay as they are and have no moments.
+    new_weights, new_weights_steps: for so many steps only those of them train that this regex is found in.
+    new_weights_rate: times the learning rate is theirs, in all steps.
+    distill_from: model directory of the transformer that the model came from; it runs in each step, and its
+      distribution of the next token is a target. Empty: there is none.
+    distill_weight: of the divergence from it in the loss; cross-entropy has the rest of 1.
+    distill_hidden: of how far the streams behind all layers are from the teacher's, see `layer_losses.streams_error`;
+      it is added.
+    transfer_steps: for so many steps, the first, the loss is `layer_losses.attention_error` alone, and only those
+      parameters train that `transfer` finds.
+    transfer: regex.
+    adapters: with a rank, kernels have low-rank adapters, and only these and new_weights train. The model that is
+      left has them merged.
+    max_skipped: a batch whose loss or gradient is not finite is skipped; so many in a row end the run.
+    seed: of the order of the data.
+    preset: what init_checkpoint is expected to be, one of `supra_jax.model.presets.PRESETS`: what
+      `supra_jax.training.plan` goes by before it is there.
+    log_every, evaluate_every, save_every: in steps; 0 evaluates only before and after, and saves no training state.
+    keep_checkpoints: so many of the newest training states.
+  """
+
+  init_checkpoint: str
+  data: DataConfig
+  batch_size: int
+  num_steps: int
+  optimizer: OptimizerConfig = OptimizerConfig()
+  microbatches: int = 1
+  mesh: str = ""
+  dtype: Literal["float32", "bfloat16"] = "float32"
+  remat: Remat = "block"
+  trainable: str = ".*"
+  new_weights: str = "feature_map|linear_o_proj|[qk]_norm"
+  new_weights_steps: int = 0
+  new_weights_rate: float = 1.0
+  distill_from: str = ""
+  distill_weight: float = 1.0
+  distill_hidden: float = 0.0
+  transfer_steps: int = 0
+  transfer: str = "feature_map|linear_o_proj|[qk]_proj|[qk]_norm"
+  adapters: AdapterConfig = AdapterConfig()
+  max_skipped: int = 10
+  seed: int = 0
+  preset: str = ""
+  log_every: int = 10
+  evaluate_every: int = 0
+  save_every: int = 1000
+  keep_checkpoints: int = 2
+
+  def __post_init__(self):
+    for name in ("batch_size", "num_steps", "microbatches", "max_skipped", "log_every", "keep_checkpoints"):
+      if getattr(self, name) < 1:
+        raise ValueError(f"{name}={getattr(self, name)}: wanted at least 1.")
+    for name in ("new_weights_steps", "transfer_steps", "distill_hidden", "evaluate_every", "save_every"):
+      if getattr(self, name) < 0:
+        raise ValueError(f"{name}={getattr(self, name)}: wanted 0 or more.")
+    if self.new_weights_rate <= 0:
+      raise ValueError(
+        f"new_weights_rate={self.new_weights_rate}: wanted more than 0; what is not to train, `trainable` names."
+      )
+    if self.dtype not in ("float32", "bfloat16"):
+      raise ValueError(f"dtype={self.dtype!r}: wanted float32 or bfloat16.")
+    if self.remat not in ("none", *REMAT_POLICIES):
+      raise ValueError(f"remat={self.remat!r}: wanted one of none, {', '.join(REMAT_POLICIES)}.")
+    if not 0 <= self.distill_weight <= 1:
+      raise ValueError(f"distill_weight={self.distill_weight}: wanted a share of the loss, from 0 to 1.")
+    for name in ("distill_hidden", "transfer_steps"):
+      if getattr(self, name) and not self.distill_from:
+        raise ValueError(f"{name}={getattr(self, name)}: wanted distill_from, the transformer it came from.")
+    if self.transfer_steps and self.new_weights_steps:
+      raise ValueError(
+        f"transfer_steps={self.transfer_steps}, new_weights_steps={self.new_weights_steps}: wanted one of the two; the "
+        "transfer trains the new weights first."
+      )
+    if self.batch_size % self.microbatches:
+      raise ValueError(f"batch_size={self.batch_size} cannot be cut into microbatches={self.microbatches} equal parts.")
+
+  @classmethod
+  def from_mapping(cls, values: Mapping[str, Any]) -> TrainConfig:
+    """Reads a ConfigDict's `to_dict()`."""
+    return from_mapping(cls, values, "train config")
+
+  @property
+  def tokens_a_step(self) -> int:
+    return self.batch_size * self.data.sequence_length
+
+  @property
+  def groups(self) -> tuple[tuple[str, str], ...]:
+    """(name, regex) of the groups of parameters that train, for `TrainStep`."""
+
+    def both(one: str, other: str) -> str:
+      return f"^(?=.*({one}))(?=.*({other}))"  # lookaheads from the start of the path: in both regexes, wherever
+
+    trains = both(self.trainable, f"/lora_[ab]$|{self.new_weights}") if self.adapters.rank else self.trainable
+    if self.transfer_steps:
+      return (("transfer", both(trains, self.transfer)), ("kept", trains))
+    if self.new_weights_steps:
+      return (("new", both(trains, self.new_weights)), ("kept", trains))
+    return (("all", trains),)
+
+  def active_groups(self, step: int) -> tuple[str, ...]:
+    """Which groups step number `step`, from 1, trains."""
+    names = tuple(name for name, _ in self.groups)
+    return names[:1] if step <= max(self.new_weights_steps, self.transfer_steps) else names
+
+  def transfers(self, step: int) -> bool:
+    """Whether step number `step`, from 1, is of the attention transfer."""
+    return step <= self.transfer_steps

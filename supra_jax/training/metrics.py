@@ -1,0 +1,219 @@
+"""What a run says of itself: a file of JSON lines, the same in TensorBoard, progress on the terminal.
+
+A record of training has step, tokens, loss, grad_norm, learning_rate, tokens_per_second,
+tokens_per_second_per_device, mfu (null where the device's peak is unknown), data_wait (mean seconds a step waited for
+data since the record before) and skipped (batches skipped so far); one of an evaluation has step, tokens, heldout_nll
+and heldout_perplexity.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TextIO
+
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.proto.summary_pb2 import Summary
+
+from supra_jax.core import progress
+from supra_jax.core.files import local, place
+from supra_jax.core.plain_json import to_json
+
+Record = Mapping[str, Any]
+
+_HELDOUT = "heldout_"
+
+
+class MetricsWriter:
+  """Appends records to a file, one JSON object a line, and to TensorBoard; each is on disk when `write` returns.
+
+  TensorBoard has each number under `heldout/...` or `train/...`, against the step. It lacks nulls, and `tokens`, which
+  is the step times a constant.
+  """
+
+  def __init__(
+    self,
+    path: str | os.PathLike[str],
+    restored_step: int | None = None,
+    *,
+    tensorboard: str | os.PathLike[str] | None = None,
+    enabled: bool = True,
+  ):
+    """Opens the file.
+
+    Args:
+      path: created with its directories if it does not exist.
+      restored_step: the step of the checkpoint a run resumes from; records of later steps, which it will write again,
+        are taken out, and TensorBoard hides them. None is a run from the start: the file is emptied.
+      tensorboard: directory of event files, created if it does not exist; None writes none.
+      enabled: whether anything is touched or written. Of several processes one is to be enabled, no matter which.
+    """
+    self._file: TextIO | None = None
+    self._board: _Board | None = None
+    if not enabled:
+      return
+    path = local(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    kept = []
+    if restored_step is not None and path.exists():
+      kept = [record for record in read_metrics(path) if record["step"] <= restored_step]
+    # Another file renamed, so that a crash in between leaves the old one.
+    partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
+    partial.write_text("".join(_line(record) for record in kept))
+    os.replace(partial, path)
+    self._file = path.open("a")
+    if tensorboard is not None:
+      self._board = _Board(local(tensorboard), 0 if restored_step is None else restored_step + 1)
+
+  def write(self, record: Record) -> None:
+    """Appends a record, which has a step; nan and infinities become null.
+
+    Raises:
+      ValueError: the record has no whole number under `step`.
+    """
+    line = _line(record)
+    values = json.loads(line)
+    if not isinstance(values.get("step"), int):
+      raise ValueError(f"A record of metrics has a whole number under 'step', got {line.strip()}.")
+    if self._file is not None:
+      self._file.write(line)
+      self._file.flush()
+    if self._board is not None:
+      self._board.write(values)
+
+  def close(self) -> None:
+    if self._file is not None:
+      self._file.close()
+    if self._board is not None:
+      self._board.close()
+
+  def __enter__(self) -> MetricsWriter:
+    return self
+
+  def __exit__(
+    self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+  ) -> None:
+    # What could not be written before cannot be now, and is no news beside the error that is on its way.
+    with contextlib.suppress(OSError) if error else contextlib.nullcontext():
+      self.close()
+
+
+def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+  """Reads what MetricsWriter wrote, without a last line that a crash cut short.
+
+  Raises:
+    ValueError: a whole line is no record, by file and number.
+  """
+  records = []
+  *lines, _ = place(path).read_text().split("\n")
+  for number, line in enumerate(lines, start=1):
+    try:
+      record = json.loads(line)
+    except ValueError as error:
+      raise ValueError(f"{path}, line {number}: not JSON: {line!r}.") from error
+    if not isinstance(record, dict) or not isinstance(record.get("step"), int):
+      raise ValueError(f"{path}, line {number}: no whole number under 'step': {line!r}.")
+    records.append(record)
+  return records
+
+
+def _line(record: Record) -> str:
+  return to_json(record) + "\n"
+
+
+class _Board:
+  """A file of TensorBoard's events.
+
+  Not tensorboardX's SummaryWriter: that writes in a thread, and once the thread has died, of a full disk say, its
+  caller waits for ever.
+  """
+
+  def __init__(self, directory: Path, first_step: int):
+    """Opens a new file in the directory; from first_step on, what other files have is hidden."""
+    directory.mkdir(parents=True, exist_ok=True)
+    # The writer's own name tells seconds, and a file of the same name would be overwritten.
+    self._events = EventsWriter(str(directory / "events"), f".{time.time_ns()}")
+    self._add(first_step, session_log=SessionLog(status=SessionLog.START))
+
+  def write(self, record: Record) -> None:
+    numbers = {
+      name: value for name, value in record.items() if name not in ("step", "tokens") and isinstance(value, int | float)
+    }
+    values = [Summary.Value(tag=_tag(name), simple_value=value) for name, value in numbers.items()]
+    self._add(record["step"], summary=Summary(value=values))
+
+  def _add(self, step: int, **what: Any) -> None:
+    self._events.write_event(Event(wall_time=time.time(), step=step, **what))
+    self._events.flush()
+
+  def close(self) -> None:
+    self._events.close()
+
+
+def _tag(name: str) -> str:
+  return f"heldout/{name.removeprefix(_HELDOUT)}" if name.startswith(_HELDOUT) else f"train/{name}"
+
+
+def short_number(number: float) -> str:
+  """12345 -> 12.3k."""
+  for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+    if abs(number) >= size:
+      return f"{number / size:.3g}{letter}"
+  return f"{number:.3g}"
+
+
+# What Progress shows of a record, in this order; an empty text is left out.
+SHOWN: Mapping[str, Callable[[float], str]] = {
+  "loss": lambda value: f"loss {value:.4f}",
+  "tokens_per_second": lambda value: f"{short_number(value)} tokens/s",
+  "mfu": lambda value: f"MFU {value:.1%}",
+  "skipped": lambda value: f"{value} skipped" if value else "",
+}
+
+
+class Progress(progress.Progress):
+  """Steps done, what SHOWN names and time left."""
+
+  def __init__(
+    self,
+    total_steps: int,
+    *,
+    first_step: int = 0,
+    seconds: float = progress.SECONDS,
+    stream: TextIO | None = None,
+    enabled: bool = True,
+  ):
+    """Begins.
+
+    Args:
+      total_steps: of the whole run.
+      first_step: steps done before.
+      seconds, stream, enabled: as `progress.Progress` takes them.
+    """
+    super().__init__(
+      total_steps,
+      lambda step, total: f"step {step}/{total}",
+      first=first_step,
+      seconds=seconds,
+      stream=stream,
+      enabled=enabled,
+      bar_format="{n_fmt}/{total_fmt} {bar} {postfix}, {remaining} left",
+    )
+    self._shown: dict[str, str] = {}
+
+  def update(self, step: int, /, **values: Any) -> None:
+    """Says that `step` steps are done.
+
+    Args:
+      step: steps done.
+      **values: a record of training, or some of it. What is not there or None is shown as it was last, and names that
+        SHOWN lacks are not shown.
+    """
+    self._shown |= {name: form(values[name]) for name, form in SHOWN.items() if values.get(name) is not None}
+    self.advance_to(step, ", ".join(text for name in SHOWN if (text := self._shown.get(name))))

@@ -1,0 +1,51 @@
+"""An option that a recipe does not have is named, with those that are near."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from absl import flags
+from ml_collections import config_flags
+
+from supra_jax.bin.options import unknown_option
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def recipe():
+  config_flags.DEFINE_config_file("recipe", None, "Of this test.", lock_config=True)
+  yield f"--recipe={ROOT / 'configs' / 'tiny.py'}"
+  delattr(flags.FLAGS, "recipe")
+
+
+@pytest.mark.parametrize(
+  "option, fragments",
+  [
+    ("recipe.checkpoint_every=3", ("has no option checkpoint_every. Nearest", "save_every", "keep_checkpoints")),
+    ("recipe.optimizer.lr=1e-4", ("has no option optimizer.lr. Nearest to lr: ", "learning_rate")),
+    ("recipe.optimiser.learning_rate=1", ("has no option optimiser.learning_rate. Nearest to optimiser: optimizer,",)),
+  ],
+)
+def test_unknown(recipe, option, fragments):
+  said = unknown_option(["train", recipe, "--workdir=x", f"--{option}"])
+  assert said.startswith(f"--{option.split('=')[0]}: {ROOT / 'configs' / 'tiny.py'} has no option ")
+  assert all(fragment in said for fragment in fragments), said
+
+
+@pytest.mark.parametrize(
+  "options",
+  [[], ["--recipe.num_steps=3"], ["--recipe.num_steps.x=3"], ["--other.x=3"], ["--recipe=absent.py", "--recipe.x=3"]],
+)
+def test_not_for_this_to_say(recipe, options):
+  assert unknown_option(["train", recipe, "--workdir=x", *options]) is None
+
+
+def test_the_program(tmp_path):
+  command = [sys.executable, "-m", "supra_jax.bin.train", "--config=configs/tiny.py", f"--workdir={tmp_path}"]
+  done = subprocess.run([*command, "--config.optimizer.lr=1e-4"], cwd=ROOT, capture_output=True, text=True)
+  assert done.returncode == 1
+  assert done.stderr.startswith(
+    "error: --config.optimizer.lr: configs/tiny.py has no option optimizer.lr. Nearest to lr: "
+  )

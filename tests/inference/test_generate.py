@@ -1,0 +1,136 @@
+"""Generation: what a loop over the whole text gives, from a state that does not grow."""
+
+from __future__ import annotations
+
+import gc
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import supra_jax
+from supra_jax.experiments import tiny
+from supra_jax.inference import decode as generate
+from supra_jax.inference.decode import generate_tokens
+from supra_jax.inference.sampling import Sampling, sample
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+  root = tmp_path_factory.mktemp("models")
+  hybrid = {"mixers": ("softmax", "supra"), "sliding_window": 50}
+  return {
+    "supra": supra_jax.load(tiny.write_checkpoint(root / "supra", "supra")),
+    "softmax": supra_jax.load(tiny.write_checkpoint(root / "softmax", "softmax")),
+    "hybrid": supra_jax.load(tiny.write_checkpoint(root / "hybrid", "supra", **hybrid)),
+    "supra_window": supra_jax.load(tiny.write_checkpoint(root / "supra_window", "supra_window")),
+  }
+
+
+@pytest.mark.parametrize("kind", ["supra", "softmax", "hybrid", "supra_window"])
+@pytest.mark.parametrize("prompt_length", [1, 7, 530])
+def test_greedy_is_the_argmax_of_the_whole_text(models, kind, prompt_length, monkeypatch):
+  lm = models[kind]
+  monkeypatch.setattr(generate, "PREFILL_TOKENS", 256)  # so that the long prompt takes three pieces
+  prompt = np.random.default_rng(0).integers(1, tiny.VOCAB, prompt_length).tolist()
+  new = list(generate_tokens(lm.model, lm.params, prompt, max_new_tokens=21))
+  assert len(new) == 21
+  # One parallel pass over prompt and answer says the same, token for token.
+  logits, _ = lm(np.array([prompt + new]))
+  assert np.asarray(logits[0, prompt_length - 1 : -1]).argmax(-1).tolist() == new
+
+
+def test_how_the_loop_is_cut_does_not_change_the_draws(models, monkeypatch):
+  lm = models["supra"]
+  draw = lambda: list(  # noqa: E731
+    generate_tokens(lm.model, lm.params, [5, 6], max_new_tokens=19, sampling=Sampling(1.0, 50, 0.9), seed=3)
+  )
+  whole = draw()
+  monkeypatch.setattr(generate, "DECODE_TOKENS", 3)
+  assert draw() == whole and len(set(whole)) > 3
+
+
+def test_stop_tokens_end_the_text(models):
+  lm = models["supra"]
+  free = list(generate_tokens(lm.model, lm.params, [5, 6], max_new_tokens=30))
+  stop = free[10]
+  stopped = list(generate_tokens(lm.model, lm.params, [5, 6], max_new_tokens=30, stop_ids=[stop]))
+  assert stopped == free[: free.index(stop)]
+  assert list(generate_tokens(lm.model, lm.params, [5], max_new_tokens=0)) == []
+  with pytest.raises(ValueError, match="prompt is empty"):
+    next(generate_tokens(lm.model, lm.params, [], max_new_tokens=1))
+
+
+def test_sampling_keeps_to_top_k_and_top_p_and_to_the_probabilities():
+  logits = jnp.log(jnp.array([0.5, 0.3, 0.15, 0.05]))
+  keys = jax.random.split(jax.random.key(0), 4000)
+
+  def frequencies(sampling):
+    drawn = jax.vmap(lambda key: sample(logits[None], key, sampling)[0])(keys)
+    return np.bincount(np.asarray(drawn), minlength=4) / len(keys)
+
+  np.testing.assert_allclose(frequencies(Sampling(1.0)), [0.5, 0.3, 0.15, 0.05], atol=0.03)
+  np.testing.assert_allclose(frequencies(Sampling(1.0, top_k=2)), [0.625, 0.375, 0, 0], atol=0.03)
+  np.testing.assert_allclose(frequencies(Sampling(1.0, top_p=0.79)), [0.625, 0.375, 0, 0], atol=0.03)
+  np.testing.assert_allclose(frequencies(Sampling(1.0, top_p=0.81)), np.array([10, 6, 3, 0]) / 19, atol=0.03)
+  np.testing.assert_allclose(frequencies(Sampling(0.5)), np.array([100, 36, 9, 1]) / 146, atol=0.03)
+  assert frequencies(Sampling(0.0)).tolist() == [1, 0, 0, 0]
+  for bad in ({"temperature": -1.0}, {"top_k": -1}, {"top_p": 0.0}):
+    with pytest.raises(ValueError, match="wanted a finite temperature"):
+      Sampling(**bad)
+
+
+def test_lengths_are_rounded_up_by_a_quarter_at_most():
+  for n in range(1, 5000):
+    rounded = generate.round_up_length(n)
+    assert n <= rounded <= max(n * 1.25, n)
+  assert len({generate.round_up_length(n) for n in range(1, 100_000)}) < 70
+
+
+def held_bytes() -> int:
+  gc.collect()
+  return sum(array.nbytes for array in jax.live_arrays())
+
+
+def test_memory_does_not_grow_with_the_text(models):
+  lm = models["supra"]
+  tokens = generate_tokens(lm.model, lm.params, [5], max_new_tokens=100_000)
+  for _ in range(20):
+    next(tokens)
+  early = held_bytes()
+  for _ in range(1980):
+    next(tokens)
+  assert held_bytes() == early
+  tokens.close()
+
+
+@pytest.mark.slow
+def test_memory_after_100k_tokens(models):
+  import psutil
+
+  lm, process = models["supra"], psutil.Process()
+  tokens = generate_tokens(lm.model, lm.params, [5], max_new_tokens=100_000)
+  for _ in range(1000):
+    next(tokens)
+  early, early_resident = held_bytes(), process.memory_info().rss
+  for _ in range(98_000):
+    next(tokens)
+  assert held_bytes() == early
+  assert process.memory_info().rss - early_resident < 32 * 2**20
+
+
+def test_text_streams_from_the_binary(models, tmp_path):
+  directory = tiny.write_checkpoint(tmp_path / "model", "supra")
+  command = [sys.executable, "-m", "supra_jax.bin.generate", f"--checkpoint={directory}", "--prompt=The name"]
+  root = Path(__file__).parents[2]
+  result = subprocess.run(
+    [*command, "--max_new_tokens=12", "--temperature=0"], cwd=root, capture_output=True, text=True, check=True
+  )
+  assert result.stdout == "The name" + models["supra"].generate("The name", max_new_tokens=12) + "\n"
+  missing = subprocess.run([*command, f"--checkpoint={tmp_path}/no"], cwd=root, capture_output=True, text=True)
+  assert missing.returncode == 1
+  assert "is not a supra_jax model" in missing.stderr and "Traceback" not in missing.stderr

@@ -1,0 +1,257 @@
+"""Divergences against whole hybrids in float64; a layer that matters is found; from command line to checkpoint."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from supra_jax.core.sharding import make_mesh
+from supra_jax.data.packing import prepare
+from supra_jax.experiments import tiny as tiny_model
+from supra_jax.inference.lm import load
+from supra_jax.linearization.calibrate import calibrate
+from supra_jax.linearization.hybrid import Divergences, choose_softmax_layers, costs, layer_divergences, set_apart
+from supra_jax.linearization.linearize import Calibration, linearize, linearize_checkpoint
+from supra_jax.model.config import SupraConfig
+from supra_jax.model.costs import state_bytes
+from supra_jax.model.placement import param_shardings
+from supra_jax.model.presets import tiny
+from supra_jax.model.transformer import Transformer
+from supra_jax.storage.model_directory import load_model
+
+ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+TEACHER = tiny("softmax").replace(
+  vocab_size=96, mixers=("softmax",) * 4, hidden_size=24, num_heads=6, value_head_dim=12
+)
+
+
+def _batch(seed=1, documents=False, rows=8, time=16):
+  rng = np.random.default_rng(seed)
+  batch = {"tokens": rng.integers(0, TEACHER.vocab_size, (rows, time + 1)).astype(np.int32)}
+  if documents:
+    batch["segment_ids"] = np.sort(rng.integers(1, 4, (rows, time + 1)), axis=1).astype(np.int32)
+  return batch
+
+
+def _measured(params, config, batches, *, layers=None, mesh="data:1", devices=1, report=None):
+  """(what is measured on a student, the student's parameters and config)."""
+  student, student_config = linearize(params, config, layers=layers, supra=SupraConfig("per_head"), phi="identity")
+  where = make_mesh(mesh, jax.devices()[:devices])
+  with jax.set_mesh(where):
+    cut = [jax.device_put(tree, param_shardings(tree, where)) for tree in (params, student)]
+    got = layer_divergences((cut[0], config), (cut[1], student_config), batches, where, report=report)
+  return got, student, student_config
+
+
+def _plain_divergence(teacher, student, batches):
+  """Mean KL over all targets, from whole logits."""
+  total, count = 0.0, 0
+  for batch in batches:
+    ids = batch.get("segment_ids")
+    log_p, log_q = (
+      np.float64(
+        Transformer(config).apply(
+          {"params": params}, batch["tokens"][:, :-1], segment_ids=None if ids is None else ids[:, :-1], method="logits"
+        )[0]
+      )
+      for params, config in (teacher, student)
+    )
+    log_p, log_q = (x - np.log(np.exp(x).sum(-1, keepdims=True)) for x in (log_p, log_q))
+    counted = np.ones(log_p.shape[:2]) if ids is None else ids[:, 1:] == ids[:, :-1]
+    total, count = total + (counted * (np.exp(log_p) * (log_p - log_q)).sum(-1)).sum(), count + counted.sum()
+  return total / count
+
+
+@pytest.mark.parametrize(
+  ("documents", "layers", "changes"),
+  [
+    (False, None, {}),
+    (True, [0, 1, 3], {"tie_embeddings": True, "post_embed_norm": True, "norm": "layer_norm", "sliding_window": 5}),
+  ],
+)
+def test_divergences_are_those_of_whole_hybrids(random_params, documents, layers, changes):
+  config = TEACHER.replace(**changes)
+  params, batches, reported = random_params(config), [_batch(1, documents), _batch(2, documents, rows=4)], []
+  got, student, student_config = _measured(params, config, batches, layers=layers, report=lambda *x: reported.append(x))
+  layers = [0, 1, 2, 3] if layers is None else layers
+  assert list(got.by_layer) == layers
+  assert [x[:2] for x in reported] == [(i, len(layers)) for i in layers] * 2
+  teacher = params, config
+  np.testing.assert_allclose(got.student, _plain_divergence(teacher, (student, student_config), batches), rtol=1e-4)
+  for i in layers:
+    mixers = tuple("softmax" if j == i else mixer for j, mixer in enumerate(student_config.mixers))
+    hybrid = student | {f"layers_{i}": params[f"layers_{i}"]}
+    want = _plain_divergence(teacher, (hybrid, student_config.replace(mixers=mixers)), batches)
+    np.testing.assert_allclose(got.by_layer[i], want, rtol=1e-4)
+  assert got.tokens == (
+    sum((b["segment_ids"][:, 1:] == b["segment_ids"][:, :-1]).sum() for b in batches) if documents else 192
+  )
+
+
+def test_all_of_a_teacher_taken_back_is_the_teacher(random_params):
+  got, *_ = _measured(random_params(TEACHER), TEACHER, [_batch()], layers=[2])
+  assert abs(got.by_layer[2]) < 1e-5 < got.student
+
+
+def test_a_layer_that_matters_is_chosen(random_params):
+  """Attention is 0 in all layers but one, so that what the others have lost, calibration gives back."""
+  params = random_params(TEACHER)
+  for i in (0, 1, 3):
+    kernel = params[f"layers_{i}"]["self_attn"]["o_proj"]["kernel"]
+    params[f"layers_{i}"]["self_attn"]["o_proj"] = {"kernel": jnp.zeros_like(kernel)}
+  mesh = make_mesh("data:1", jax.devices()[:1])
+  with jax.set_mesh(mesh):
+    student, config = linearize(params, TEACHER, phi="identity")
+    student = calibrate((params, TEACHER), (student, config), [_batch(), _batch(2)], mesh, mlp=False)
+    got = layer_divergences((params, TEACHER), (student, config), [_batch(3)], mesh)
+  assert choose_softmax_layers(got, 1) == [2] and got.by_layer[2] < 0.1 * got.student, got
+
+
+def test_the_least_divergences_are_chosen():
+  assert choose_softmax_layers(Divergences(9, 3.0, {1: 0.5, 4: 0.2, 5: 0.9, 7: 0.1}), 3) == [1, 4, 7]
+
+
+def test_nothing_to_measure_on(random_params):
+  batch = _batch()
+  batch["segment_ids"] = np.broadcast_to(np.arange(17, dtype=np.int32), (8, 17))
+  with pytest.raises(ValueError, match="no batch has a target"):
+    _measured(random_params(TEACHER), TEACHER, [batch])
+
+
+@pytest.mark.parametrize(("tokens", "rows"), [(1, [1]), (16, [1]), (17, [2]), (128, [8]), (129, [8, 1])])
+def test_no_more_rows_than_it_takes_are_set_apart(tokens, rows):
+  given, mesh = [_batch(1), _batch(2), _batch(3)], make_mesh("data:1", jax.devices()[:1])
+  left, apart = set_apart(given, tokens, mesh)
+  assert [len(batch["tokens"]) for batch in apart] == rows
+  for got, want in zip([*left, *apart], given, strict=True):
+    np.testing.assert_array_equal(got["tokens"], want["tokens"][: len(got["tokens"])])
+  with pytest.raises(ValueError, match="257 tokens to measure on are all of the text"):
+    set_apart(given, 257, mesh)
+
+
+INSIDE = """
+import jax, numpy as np
+from tests.conftest import _random_params
+from tests.linearization.test_hybrid import TEACHER, _batch, _measured, set_apart, make_mesh
+
+params, batches = _random_params(TEACHER), [_batch(1, True), _batch(2, True)]
+alone, *_ = _measured(params, TEACHER, batches)
+for mesh in ("data:2,fsdp:2,tensor:2", "data:2,context:2,tensor:2"):
+  cut, *_ = _measured(params, TEACHER, batches, mesh=mesh, devices=8)
+  got, want = ([x.student, *x.by_layer.values()] for x in (cut, alone))
+  np.testing.assert_allclose(got, want, rtol=1e-4)
+assert len(set_apart(batches, 1, make_mesh("fsdp:4,tensor:2"))[1][0]["tokens"]) == 4
+"""
+
+
+def test_a_mesh_is_one_device():
+  environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+  ran = subprocess.run([sys.executable, "-c", INSIDE], cwd=ROOT, env=environment, capture_output=True, text=True)
+  assert ran.returncode == 0, ran.stderr[-2000:]
+
+
+def test_a_state_has_a_size():
+  config = tiny("supra").replace(mixers=("supra", "softmax"), value_head_dim=12)
+  linear, token = 4 * 6 * 8 * 12, 2 * 2 * (8 + 12)
+  assert state_bytes(config, 0) == linear and state_bytes(config, 7) == linear + 7 * token
+  assert state_bytes(config, 7, jnp.float32) == linear + 14 * token
+  assert costs(config).startswith("1 RNN layers, 1 softmax layers; at 2,048 tokens 0.2 MiB of state and ")
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+  return tiny_model.write_checkpoint(tmp_path_factory.mktemp("hybrid") / "teacher", "softmax", mixers=("softmax",) * 4)
+
+
+@pytest.fixture(scope="module")
+def how(tmp_path_factory):
+  text = tiny_model.write_text(tmp_path_factory.mktemp("text") / "topics.jsonl")
+  return Calibration(str(text), tokens=500, sequence_length=48, batch_size=4, ridge=100.0)
+
+
+def _program(*flags):
+  command = [sys.executable, "-m", "supra_jax.bin.linearize", *flags]
+  return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"JAX_PLATFORMS": "cpu"})
+
+
+def test_from_the_command_line(tmp_path, teacher, how):
+  """Two of the three layers named are made RNN layers; which, the table, the record and the model agree on."""
+  prepare(how.data, load(teacher).tokenizer, tmp_path / "data", vocab_size=tiny_model.VOCAB, sequence_length=48)
+  flags = [f"--checkpoint={teacher}", f"--output={tmp_path}/out", f"--calibration_data={tmp_path}/data/train"]
+  flags += ["--method=calibrated"]
+  ran = _program(*flags, "--calibration_tokens=512", "--measured_tokens=100", "--layers=0,1,-1", "--keep_softmax=1")
+  assert ran.returncode == 0, ran.stderr[-2000:]
+  made = load_model(tmp_path / "out")
+  kept = made.source["kept_softmax"]
+  divergences = {int(layer): x for layer, x in kept["by_layer"].items()}
+  assert divergences.keys() == {0, 1, 3} and made.source["layers"] == [0, 1, -1]
+  assert kept["layers"] == [min(divergences, key=divergences.get)] and kept["tokens"] == 144
+  assert made.config.mixers == tuple("softmax" if i in (2, *kept["layers"]) else "supra" for i in range(4))
+  first, *rows, last = ran.stdout.splitlines()
+  assert f"on 144 tokens is {kept['student']:.4f}" in first
+  assert [row.split()[1:3] for row in rows] == [
+    [str(i), f"{divergences[i]:.4f}"] for i in sorted(divergences, key=divergences.get)
+  ]
+  assert ["stays" in row for row in rows] == [True, False, False]
+  assert last == f"{tmp_path / 'out'}: {costs(made.config)}."
+  assert len(load(tmp_path / "out").generate("The", max_new_tokens=5)) > 0
+
+
+def test_what_stays_is_the_teachers_and_the_rest_is_calibrated_anew(tmp_path, teacher, how):
+  reported = []
+  config = linearize_checkpoint(
+    teacher,
+    tmp_path / "out",
+    phi="identity",
+    calibration=how,
+    keep_softmax=2,
+    measured_tokens=96,
+    report=lambda *x: reported.append(x),
+  )
+  made, start = load_model(tmp_path / "out"), load_model(teacher)
+  kept = made.source["kept_softmax"]
+  assert kept["layers"] == [i for i, mixer in enumerate(config.mixers) if mixer == "softmax"]
+  assert kept["tokens"] == 96 and len(kept["layers"]) == 2
+  measured = [x[2] for x in reported if x[3].startswith("KL")]
+  np.testing.assert_allclose(measured, list(kept["by_layer"].values()), rtol=1e-6)
+  last = max(i for i, mixer in enumerate(config.mixers) if mixer == "supra")
+  assert [x[0] for x in reported] == [*range(4), *range(4), *range(last + 1)]
+  rest = [i for i in range(4) if i not in kept["layers"]]
+  linearize_checkpoint(teacher, tmp_path / "by_hand", phi="identity", calibration=how, layers=rest)
+  jax.tree.map(np.testing.assert_array_equal, made.params, load_model(tmp_path / "by_hand").params)
+  for i in kept["layers"]:
+    jax.tree.map(np.testing.assert_array_equal, made.params[f"layers_{i}"], start.params[f"layers_{i}"])
+
+
+@pytest.mark.parametrize(
+  ("keep", "layers", "message"),
+  [
+    (0, None, "keep_softmax=0 of 4 layers: wanted 1 to 3"),
+    (4, None, "keep_softmax=4 of 4 layers: wanted 1 to 3"),
+    (2, [1, -1], "keep_softmax=2 of 2 layers: wanted 1 to 1"),
+  ],
+)
+def test_wrong_numbers_are_named(tmp_path, teacher, how, keep, layers, message):
+  with pytest.raises(ValueError, match=message):
+    linearize_checkpoint(teacher, tmp_path / "out", calibration=how, keep_softmax=keep, layers=layers)
+  assert not (tmp_path / "out").exists()
+
+
+def test_the_default_is_a_window_and_needs_no_text(tmp_path, teacher):
+  ran = _program(f"--checkpoint={teacher}", f"--output={tmp_path}/out", "--sinks=2")
+  assert ran.returncode == 0, ran.stderr[-2000:]
+  made = load_model(tmp_path / "out")
+  assert made.config.mixers == ("supra_window",) * 4 and made.source["calibration"] is None
+  assert (made.config.supra.window, made.config.supra.sinks) == (64, 2)
+
+
+def test_without_calibration_nothing_says_which(tmp_path, teacher):
+  ran = _program(f"--checkpoint={teacher}", f"--output={tmp_path}/out", "--method=random", "--keep_softmax=1")
+  assert ran.returncode == 1 and "keep_softmax=1" in ran.stderr and "calibrat" in ran.stderr

@@ -1,0 +1,170 @@
+import functools
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from supra_jax.linearization.linearize import linearize, linearize_checkpoint
+from supra_jax.model.config import SupraConfig
+from supra_jax.model.presets import tiny
+from supra_jax.model.transformer import Transformer
+from supra_jax.storage.model_directory import load_model, save_model
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+NEW = ("feature_map", "feature_map_kv", "q_norm", "k_norm")
+TEACHER = tiny("softmax").replace(mixers=("softmax",) * 3)
+
+
+def _new(params, layer=0):
+  return {name: tree for name, tree in params[f"layers_{layer}"]["self_attn"].items() if name in NEW}
+
+
+def _assert_same_bits(got, want):
+  assert jax.tree.structure(got) == jax.tree.structure(want)
+  jax.tree.map(np.testing.assert_array_equal, got, want)
+
+
+def _differ(a, b):
+  """Whether all drawn leaves of two layers differ; norms begin as ones and zeros."""
+  drawn = [(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True) if not (x == x.ravel()[0]).all()]
+  assert drawn
+  return all((x != y).any() for x, y in drawn)
+
+
+@pytest.mark.parametrize("kind", ["dense", "per_head", "per_head_separate"])
+@pytest.mark.parametrize(("heads", "groups"), [(6, 2), (4, 4)])
+@pytest.mark.parametrize("qk_norm", [False, True])
+def test_what_is_kept_and_what_is_new(kind, heads, groups, qk_norm, random_params):
+  teacher = TEACHER.replace(
+    num_heads=heads,
+    num_kv_heads=groups,
+    value_head_dim=12,
+    qkv_bias=True,
+    qk_norm="head" if qk_norm else "none",
+    norm="layer_norm" if qk_norm else "rms_norm",
+    tie_embeddings=qk_norm,
+  )
+  kept = random_params(teacher)
+  before = jax.tree.map(np.copy, kept)
+  params, config = linearize(kept, teacher, supra=SupraConfig(feature_map=kind, qk_norm=qk_norm))
+  assert config == teacher.replace(mixers=("supra",) * 3, supra=SupraConfig(feature_map=kind, qk_norm=qk_norm))
+  init = functools.partial(Transformer(config).init, method="logits")
+  made = jax.eval_shape(init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
+  assert jax.tree.map(jnp.shape, params) == jax.tree.map(lambda leaf: leaf.shape, made["params"])
+
+  _assert_same_bits(kept, before)  # the given tree is left alone
+  for i in range(3):
+    at = params[f"layers_{i}"]["self_attn"]
+    without = params[f"layers_{i}"] | {"self_attn": {name: tree for name, tree in at.items() if name not in NEW}}
+    _assert_same_bits(without, kept[f"layers_{i}"])
+  _assert_same_bits(*({k: v for k, v in tree.items() if "layers" not in k} for tree in (params, kept)))
+
+  K, G = teacher.head_dim, groups
+  shapes = {
+    "dense": {"feature_map": (heads * K, heads * K)} | ({"feature_map_kv": (G * K, G * K)} if heads > G else {}),
+    "per_head": {"feature_map": (G, K, K)},
+    "per_head_separate": {"feature_map": (heads, K, K), "feature_map_kv": (G, K, K)},
+  }[kind]
+  for i in range(3):
+    new = _new(params, i)
+    norms = {name: new.pop(name) for name in ("q_norm", "k_norm") if name in new}
+    assert {name: tree["kernel"].shape for name, tree in new.items()} == shapes
+    for name, tree in new.items():
+      assert tree["bias"].shape == (*shapes[name][:-2], shapes[name][-1])
+      bound = shapes[name][-2] ** -0.5
+      for leaf in tree.values():
+        # Uniform: within the bound, near it somewhere, with a mean of 0 and a variance of bound^2 / 3, give or take 4
+        # standard errors.
+        assert 0.6 * bound < np.abs(leaf).max() <= bound
+        assert abs(leaf.mean()) < 4 * bound / np.sqrt(3 * leaf.size)
+        assert abs(np.square(leaf).mean() / (bound**2 / 3) - 1) < 4 * np.sqrt(0.8 / leaf.size)
+    assert set(norms) == ({"q_norm", "k_norm"} if qk_norm else set())
+    for tree in norms.values():
+      assert (tree["weight"] == np.ones(heads * K)).all()
+      assert set(tree) == {"weight", "bias"} and (tree["bias"] == np.zeros(heads * K)).all()
+    if "feature_map_kv" in new and shapes["feature_map"] == shapes["feature_map_kv"]:
+      assert _differ(new["feature_map"], new["feature_map_kv"])
+  assert _differ(_new(params, 0), _new(params, 1))
+
+
+def test_seeds_and_places(random_params):
+  kept = random_params(TEACHER)
+  params, _ = linearize(kept, TEACHER, seed=3)
+  assert _differ(_new(linearize(kept, TEACHER, seed=4)[0]), _new(params))
+  # A layer's draw does not depend on which others are chosen, nor on when.
+  for layers in ([-2], (2, 0)):
+    some, config = linearize(kept, TEACHER, layers=layers, seed=3)
+    chosen = {i % 3 for i in layers}
+    assert config.mixers == tuple("supra" if i in chosen else "softmax" for i in range(3))
+    for i in range(3):
+      _assert_same_bits(some[f"layers_{i}"], (params if i in chosen else kept)[f"layers_{i}"])
+  once, between = linearize(kept, TEACHER, layers=[0], seed=3)
+  _assert_same_bits(linearize(once, between, seed=3)[0], params)  # None: the softmax layers that are left
+
+
+def test_new_parameters_have_the_dtype_of_the_old(random_params):
+  kept = jax.tree.map(lambda x: x.astype(jnp.bfloat16), random_params(TEACHER))
+  params, _ = linearize(kept, TEACHER, supra=SupraConfig(qk_norm=True))
+  assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype(jnp.bfloat16)}
+
+
+@pytest.mark.parametrize(
+  ("layers", "message"),
+  [
+    ([3], "Layer 3: the model has layers 0 to 2"),
+    ([0, -4], "Layer -4: the model has layers 0 to 2"),
+    ([1, 0], "Layer 1 is a 'supra' layer"),
+    ([-2], "Layer -2 is a 'supra' layer"),
+    ([], "No layer to linearise"),
+  ],
+)
+def test_wrong_layers_are_named(layers, message):
+  with pytest.raises(ValueError, match=message):
+    linearize({}, TEACHER.replace(mixers=("softmax", "supra", "softmax")), layers=layers)
+
+
+@pytest.mark.parametrize("phi", ["random", "identity"])
+def test_a_window(phi, random_params):
+  """The linear attention's own projection begins as 0, all else as without a window."""
+  kept = random_params(TEACHER)
+  params, config = linearize(kept, TEACHER, window=7, layers=[0, 2], phi=phi, seed=3)
+  plain, _ = linearize(kept, TEACHER, layers=[0, 2], phi=phi, seed=3)
+  assert config.mixers == ("supra_window", "softmax", "supra_window") and config.supra == SupraConfig(window=7, sinks=4)
+  for i in (0, 2):
+    attention = dict(params[f"layers_{i}"]["self_attn"])
+    (name,) = attention.pop("linear_o_proj").items()
+    assert name[0] == "kernel" and name[1].shape == (48, 48) and not name[1].any()
+    if phi == "identity":
+      _assert_same_bits(attention, plain[f"layers_{i}"]["self_attn"])
+    else:
+      assert attention.keys() == plain[f"layers_{i}"]["self_attn"].keys()
+  assert linearize(params, config, window=7)[1].mixers == ("supra_window",) * 3
+  assert linearize(params, config)[1].supra == config.supra
+  for seen in ({"window": 8}, {"window": 7, "sinks": 0}):
+    with pytest.raises(ValueError, match=r"window=[78], sinks=[04]: the model has layers with window=7, sinks=4"):
+      linearize(params, config, **seen)
+  with pytest.raises(ValueError, match="window=7: the teacher's own softmax sees 4 tokens"):
+    linearize(kept, TEACHER.replace(sliding_window=4), window=7)
+
+
+def test_nothing_left_to_linearise():
+  with pytest.raises(ValueError, match="No layer to linearise"):
+    linearize({}, tiny("supra"))
+
+
+def test_checkpoint_to_checkpoint(tmp_path, random_params):
+  params = random_params(TEACHER)
+  files = {"tokenizer.json": b"{}", "tokenizer_config.json": b'{"a": 1}'}
+  save_model(tmp_path / "teacher", config=TEACHER, params=params, tokenizer_files=files, source={"name": "theirs"})
+  config = linearize_checkpoint(tmp_path / "teacher", tmp_path / "rnn", layers=[0, -1], seed=5)
+  got = load_model(tmp_path / "rnn")
+  want, want_config = linearize(params, TEACHER, layers=[0, 2], seed=5)
+  assert got.config == config == want_config
+  _assert_same_bits(got.params, want)
+  assert got.tokenizer_files == files
+  assert got.source["linearized_from"] == {"name": "theirs"}
+  assert (got.source["layers"], got.source["seed"], got.source["supra"]["decay"]) == ([0, -1], 5, "lightning")
+  assert json.loads((tmp_path / "rnn" / "source.json").read_text()) == got.source

@@ -1,0 +1,359 @@
+"""Uptraining end to end: it learns, leaves what it promises, trains what it is told to, refuses what does not fit."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+import supra_jax
+from benchmarks import runs
+from benchmarks.runs import losses, make_config
+from supra_jax.core.sharding import make_mesh
+from supra_jax.data import loading
+from supra_jax.experiments import tiny
+from supra_jax.model.adapters import AdapterConfig
+from supra_jax.model.stacking import stack_runs
+from supra_jax.model.transformer import Transformer
+from supra_jax.objectives import layer_losses
+from supra_jax.storage.model_directory import load_model, save_model
+from supra_jax.training import loop as train
+from supra_jax.training import setup as train_setup
+from supra_jax.training.metrics import read_metrics
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(quick_compilation, tmp_path_factory) -> Path:
+  with runs.compiled_once(tmp_path_factory.mktemp("programs")) as directory:
+    yield directory
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory) -> Path:
+  return tiny.write_checkpoint(tmp_path_factory.mktemp("start") / "model", "supra")
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory) -> Path:
+  return tiny.write_text(tmp_path_factory.mktemp("text") / "topics.jsonl")
+
+
+@pytest.mark.parametrize(
+  "changes",
+  [{}, {"dtype": "bfloat16", "remat": "none"}, {"data": {"documents": "separate"}, "microbatches": 2}],
+  ids=["float32", "bfloat16", "separate"],
+)
+def test_learns_and_leaves_all_it_promises(start, text, tmp_path, changes):
+  config = make_config(start, text, **changes)
+  summary = train.train(config, tmp_path, teacher_nll=3.0)
+
+  assert summary.nll_after < summary.nll_before - 0.5
+  assert summary.tokens_trained == 12 * 4 * 64
+  records = read_metrics(tmp_path / "metrics.jsonl")
+  assert [r["step"] for r in records if "loss" in r] == list(range(1, 13))
+  assert records[0]["heldout_nll"] == summary.nll_before and records[-1]["heldout_nll"] == summary.nll_after
+  source = json.loads((tmp_path / "checkpoint" / "source.json").read_text())  # for the card of an export
+  assert source["tokens_trained"] == summary.tokens_trained
+  assert source["heldout_nll"] == {"before": summary.nll_before, "after": summary.nll_after}
+  assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+  (events,) = (tmp_path / "tensorboard").iterdir()
+  assert b"train/loss" in events.read_bytes()
+  (record,) = map(json.loads, (tmp_path / "runs.jsonl").read_text().splitlines())
+  assert record["command"] == sys.argv and record["config"]["batch_size"] == 4
+
+  lm = supra_jax.load(tmp_path / "checkpoint")
+  # The exported model is the trained one: it has the held-out loss that the run ended with.
+  nll = train_setup.heldout_nll(lm.model, lm.params, tmp_path / "data/heldout", config)
+  assert nll == pytest.approx(summary.nll_after, abs=0.02 if config.dtype == "bfloat16" else 1e-5)
+  assert lm.generate("The ", max_new_tokens=4)
+
+
+def _changed(workdir: Path, start: Path) -> set[str]:
+  """Paths below their layer of the parameters of which any bit changed."""
+  flat = jax.tree_util.tree_leaves_with_path
+  before, after = flat(load_model(start).params), flat(load_model(workdir / "checkpoint").params)
+  return {
+    "/".join(key.key for key in path if not key.key.startswith("layers_"))
+    for (path, old), (_, new) in zip(before, after, strict=True)
+    if not np.array_equal(old, new)
+  }
+
+
+def test_new_weights_train_alone_at_first(start, text, tmp_path):
+  config = make_config(start, text, num_steps=3, new_weights_steps=3)
+  train.train(config, tmp_path / "first")
+  phi = {f"self_attn/{name}/{part}" for name in ("feature_map", "feature_map_kv") for part in ("kernel", "bias")}
+  assert _changed(tmp_path / "first", start) == phi
+  # And then all, as long as the run goes on.
+  train.train(dataclasses.replace(config, num_steps=4), tmp_path / "then")
+  changed = _changed(tmp_path / "then", start)
+  assert changed > phi and {"embed_tokens/embedding", "mlp/up_proj/kernel"} < changed
+
+
+def test_new_weights_have_a_rate_of_their_own(start, text, tmp_path):
+  config = make_config(start, text, num_steps=1)
+  before = load_model(start).params
+  moved = {}
+  for rate in (1.0, 0.25):
+    train.train(dataclasses.replace(config, new_weights_rate=rate), tmp_path / str(rate))
+    after = load_model(tmp_path / str(rate) / "checkpoint").params
+    moved[rate] = jax.tree.map(np.subtract, after, before)
+
+  def check(path, whole, scaled):
+    assert np.any(whole)
+    new = any(key.key.startswith("feature_map") for key in path)
+    # Differences of numbers of about 1 whose last bits are 1e-7.
+    np.testing.assert_allclose(scaled, whole * (0.25 if new else 1.0), rtol=0, atol=5e-7 if new else 0)
+
+  jax.tree_util.tree_map_with_path(check, moved[1.0], moved[0.25])
+  with pytest.raises(ValueError, match=r"No parameter is left to train by the regex 'elsewhere'"):
+    train.train(dataclasses.replace(config, new_weights="elsewhere", new_weights_rate=0.1), tmp_path / "none")
+  with pytest.raises(ValueError, match=r"new_weights_rate=0: wanted more than 0"):
+    make_config(start, text, new_weights_rate=0)
+
+
+def test_frozen_parameters_have_no_moments_and_stay(start, text, tmp_path):
+  config = make_config(start, text, num_steps=2, trainable="mlp|lm_head")
+  train.train(config, tmp_path)
+  changed = _changed(tmp_path, start)
+  assert changed and all("mlp" in name or "lm_head" in name for name in changed)
+
+  step = train_setup.make_train_step(config, load_model(start).config)
+  shapes = train_setup.state_shapes(step, make_mesh(devices=jax.devices()[:1]))
+  trained = [
+    leaf.size
+    for path, leaf in jax.tree_util.tree_leaves_with_path(shapes.params)
+    if any(key.key in ("mlp", "lm_head") for key in path)
+  ]
+  moments = [leaf.size for leaf in jax.tree.leaves(shapes.opt_state) if leaf.ndim]
+  assert sorted(moments) == sorted(trained * 2)  # Adam has two
+
+
+def test_microbatches_are_the_same_step(start, text, tmp_path):
+  # Kept apart, documents leave rows with unequal numbers of targets: the mean is over the batch, not of means.
+  records = {}
+  for parts in (1, 4):
+    config = make_config(start, text, num_steps=3, microbatches=parts, data={"documents": "separate"})
+    train.train(config, tmp_path / str(parts))
+    records[parts] = [r for r in read_metrics(tmp_path / str(parts) / "metrics.jsonl") if "loss" in r]
+  for got, want in zip(records[4], records[1], strict=True):
+    assert got["loss"] == pytest.approx(want["loss"], rel=1e-6 if want["step"] == 1 else 1e-5)
+    assert got["grad_norm"] == pytest.approx(want["grad_norm"], rel=1e-6 if want["step"] == 1 else 1e-4)
+
+
+def test_prepared_sources_train_as_well(start, text, tmp_path):
+  flags = [f"--input={text}", f"--tokenizer={start}", f"--output={tmp_path / 'data'}", "--sequence_length=64"]
+  command = [sys.executable, "-m", "supra_jax.bin.prepare_data", *flags, "--heldout_every=6"]
+  subprocess.run(command, cwd=runs.ROOT, check=True, capture_output=True)
+  train.train(make_config(start, text, num_steps=3), tmp_path / "packed_itself")
+  prepared = {"input": "", "sources": f"{tmp_path / 'data/train'}:1", "heldout": str(tmp_path / "data/heldout")}
+  train.train(make_config(start, text, num_steps=3, data=prepared), tmp_path / "prepared")
+  assert runs.losses(tmp_path / "prepared") == runs.losses(tmp_path / "packed_itself")
+  assert not (tmp_path / "prepared" / "data").exists()
+
+
+def test_a_trace_is_left(start, text, tmp_path):
+  train.train(make_config(start, text, num_steps=5), tmp_path, profile_steps=1)
+  assert [path for path in (tmp_path / "profile").rglob("*") if path.suffix in (".pb", ".gz")]
+
+
+def test_overrides_and_errors_of_the_binary(start, text, tmp_path, cache):
+  config = make_config(start, text, num_steps=2)
+  good = runs.Run(config, tmp_path / "a", "--config.optimizer.learning_rate=0.25", cache=cache)
+  assert "Held-out loss" in good.finish()
+  assert json.loads((tmp_path / "a" / train.CONFIG_FILE).read_text())["optimizer"]["learning_rate"] == 0.25
+  (record,) = map(json.loads, (tmp_path / "a" / "runs.jsonl").read_text().splitlines())
+  assert "--config.optimizer.learning_rate=0.25" in record["command"]
+
+  cases = {
+    "--config.optimizer.learnin_rate=1": "learnin_rate",  # no such key
+    "--config.batch_size=many": "batch_size",  # wrong type
+    "--config.data.input=" + str(tmp_path / "no*.txt"): "no*.txt",
+  }
+  begun = {flag: runs.Run(config, tmp_path / f"b{number}", flag) for number, flag in enumerate(cases)}
+  for flag, run in begun.items():
+    assert run.wait() == [1] and cases[flag] in run.said and "Traceback" not in run.said, (flag, run.said)
+
+
+@pytest.mark.parametrize(
+  ("changes", "named"),
+  [
+    ({"init_checkpoint": "nowhere"}, "nowhere is not a supra_jax model"),
+    ({"mesh": "fsdp:3"}, "fsdp:3"),
+    ({"data": {"heldout_every": 100}}, "heldout part"),  # of 24 documents
+    ({"trainable": "no_such_layer"}, "no_such_layer"),
+    ({"num_steps": 0}, "num_steps=0"),
+  ],
+)
+def test_what_cannot_be_is_named(start, text, tmp_path, changes, named):
+  with pytest.raises((ValueError, OSError), match=named):
+    train.train(make_config(start, text, **changes), tmp_path)
+
+
+def test_another_config_in_the_same_workdir_is_refused(start, text, tmp_path):
+  train.train(make_config(start, text, num_steps=1), tmp_path)
+  before = (tmp_path / "metrics.jsonl").read_bytes()
+  other = make_config(start, text, num_steps=1, optimizer={"learning_rate": 0.5}, seed=1)
+  with pytest.raises(ValueError, match=r"optimizer.learning_rate: 0.01 before, 0.5 now; seed: 0 before, 1 now"):
+    train.train(other, tmp_path)
+  assert (tmp_path / "metrics.jsonl").read_bytes() == before
+  # More steps: said how to go on, which goes on.
+  with pytest.raises(ValueError, match=r"choose another workdir.*num_steps: 1 before, 2 now") as caught:
+    train.train(make_config(start, text, num_steps=2), tmp_path)
+  (further,) = re.findall(r"--config\.init_checkpoint=(\S+)\. ", str(caught.value))
+  after = train.train(make_config(further, text, num_steps=2), tmp_path / "further").nll_before
+  assert after == pytest.approx(read_metrics(tmp_path / "metrics.jsonl")[-1]["heldout_nll"], abs=1e-4)
+  # What only says how often to look may change.
+  train.train(make_config(start, text, num_steps=1, log_every=5), tmp_path)
+
+
+def test_a_loss_that_is_not_finite_is_no_result(start, text, tmp_path):
+  model = load_model(start)
+  model.params["norm"]["weight"] = model.params["norm"]["weight"].at[0].set(np.inf)
+  files = model.tokenizer_files
+  save_model(tmp_path / "bad", config=model.config, params=model.params, tokenizer_files=files, source={})
+  with pytest.raises(ValueError, match="the held-out loss is not finite"):
+    train.train(make_config(tmp_path / "bad", text, num_steps=1), tmp_path / "run")
+  lines = (tmp_path / "run" / "metrics.jsonl").read_text()
+  assert '"heldout_nll": null' in lines and "NaN" not in lines
+
+
+def test_a_run_of_before_an_option_goes_on(start, text, tmp_path):
+  train.train(make_config(start, text, num_steps=1, save_every=1), tmp_path)
+  path = tmp_path / "train_config.json"
+  stored = json.loads(path.read_text())
+  del stored["new_weights_rate"], stored["model"]["supra"]["sinks"]
+  path.write_text(json.dumps(stored))
+  train.train(make_config(start, text, num_steps=1, save_every=1), tmp_path)
+  with pytest.raises(ValueError, match=r"new_weights_rate: 1.0 before, 0.5 now"):
+    train.train(make_config(start, text, num_steps=1, save_every=1, new_weights_rate=0.5), tmp_path)
+
+
+def test_another_model_under_the_same_path_is_refused(text, tmp_path):
+  model = tiny.write_checkpoint(tmp_path / "model", "supra")
+  config = make_config(model, text, num_steps=1, save_every=1)
+  train.train(config, tmp_path / "run")
+  model.rename(tmp_path / "before")
+  tiny.write_checkpoint(tmp_path / "model", "supra", intermediate_size=32)
+  with pytest.raises(ValueError, match=r"model.intermediate_size: 64 before, 32 now"):
+    train.train(config, tmp_path / "run")
+
+
+def test_a_checkpoint_without_tokenizer_is_refused(start, text, tmp_path):
+  bare = tmp_path / "bare"
+  model = load_model(start)
+  save_model(bare, config=model.config, params=model.params, tokenizer_files={}, source={})
+  with pytest.raises(ValueError, match="has no tokenizer"):
+    train.train(make_config(bare, text), tmp_path / "run")
+
+
+def test_distils_from_a_teacher(start, text, tmp_path):
+  """The loss in the first step is what the divergence from the teacher says; the model comes nearer to it."""
+  teacher = tiny.write_checkpoint(tmp_path / "teacher", "softmax", seed=1)
+  config = make_config(start, text, distill_from=str(teacher), distill_weight=1.0, microbatches=2)
+  train.train(config, tmp_path / "run")
+  tokens = np.stack([row["tokens"] for row in loading.heldout_batches(tmp_path / "run/data/heldout", batch_size=1)])[
+    :, 0
+  ]
+  wanted = jax.nn.log_softmax(supra_jax.load(teacher)(tokens)[0])
+
+  def divergence(directory):
+    return float((np.exp(wanted) * (wanted - jax.nn.log_softmax(supra_jax.load(directory)(tokens)[0]))).sum(-1).mean())
+
+  assert divergence(tmp_path / "run/checkpoint") < 0.8 * divergence(start)
+  plain = dataclasses.replace(config, distill_from="")
+  train.train(plain, tmp_path / "plain")
+  assert divergence(tmp_path / "run/checkpoint") < 0.8 * divergence(tmp_path / "plain/checkpoint")
+
+
+def test_transfers_attention_first_and_then_distils_streams(start, text, tmp_path):
+  teacher = tiny.write_checkpoint(tmp_path / "teacher", "softmax", seed=1)
+  stages = {"distill_from": str(teacher), "transfer_steps": 6, "distill_weight": 0.5, "distill_hidden": 1.0}
+  rate = {"learning_rate": 2e-3, "end_learning_rate": 2e-3}
+  config = make_config(start, text, num_steps=6, microbatches=2, optimizer=rate, **stages)
+  train.train(config, tmp_path / "first")
+  attention = {name for name in _changed(tmp_path / "first", start) if re.search(config.transfer, name)}
+  assert attention == _changed(tmp_path / "first", start) and "self_attn/q_proj/kernel" in attention
+  records = read_metrics(tmp_path / "first/metrics.jsonl")
+  assert sum("attention_error" in record for record in records) == 6 and not losses(tmp_path / "first")
+  train.train(dataclasses.replace(config, num_steps=12), tmp_path / "then")
+  assert {"embed_tokens/embedding", "mlp/up_proj/kernel"} | attention < _changed(tmp_path / "then", start)
+  assert set(losses(tmp_path / "then")) == set(range(7, 13))
+
+  tokens = np.stack([row["tokens"] for row in loading.heldout_batches(tmp_path / "then/data/heldout", batch_size=1)])[
+    :, 0
+  ]
+  models = {}
+  for name in ("teacher", "start", "first", "then"):
+    lm = supra_jax.load({"teacher": teacher, "start": start}.get(name, tmp_path / name / "checkpoint"))
+    models[name] = Transformer(lm.config, stacked=True), stack_runs(lm.params, lm.config)
+
+  def attention_error(name):
+    return float(layer_losses.attention_error(*models[name], *models["teacher"], tokens).mean())
+
+  def streams_error(name):
+    model, theirs = models[name][0], models["teacher"][0]
+    streams = (layer_losses.read_streams(*models[which], tokens, None)[1] for which in (name, "teacher"))
+    return float(layer_losses.streams_error(model, next(streams), theirs, next(streams)).mean())
+
+  assert attention_error("first") < 0.98 * attention_error("start")
+  assert streams_error("then") < 0.9 * streams_error("start")
+
+
+def test_adapters_train_alone_and_are_merged_in_the_end(start, text, tmp_path):
+  """With what is new; a run of them goes on as any other."""
+  adapters = AdapterConfig(rank=2, kernels="self_attn/[qo]_proj/|mlp/up_proj/")
+  config = make_config(start, text, num_steps=6, save_every=3, adapters=adapters, new_weights="feature_map")
+  summary = train.train(config, tmp_path / "run")
+  phi = {f"self_attn/{name}/{part}" for name in ("feature_map", "feature_map_kv") for part in ("kernel", "bias")}
+  kernels = {"self_attn/q_proj/kernel", "self_attn/o_proj/kernel", "mlp/up_proj/kernel"}
+  assert _changed(tmp_path / "run", start) == phi | kernels
+  lm = supra_jax.load(tmp_path / "run/checkpoint")
+  nll = train_setup.heldout_nll(lm.model, lm.params, tmp_path / "run/data/heldout", config)
+  assert nll == pytest.approx(summary.nll_after, abs=1e-5) and nll < summary.nll_before
+  # No moments but theirs.
+  step = train_setup.make_train_step(config, lm.config)
+  moments = train_setup.state_shapes(step, make_mesh(devices=jax.devices()[:1])).opt_state
+  names = {path[-2].key + "/" + path[-1].key for path, x in jax.tree_util.tree_leaves_with_path(moments) if x.ndim}
+  assert {name.split("/")[1] for name in names if "feature_map" not in name} == {"lora_a", "lora_b"}
+
+  shutil.rmtree(tmp_path / "run/training/6")
+  shutil.rmtree(tmp_path / "run/checkpoint")
+  assert train.train(config, tmp_path / "run").nll_after == summary.nll_after
+
+
+def test_stages_that_cannot_be_are_named(start, text):
+  for changes, named in (
+    ({"transfer_steps": 3}, "transfer_steps=3: wanted distill_from"),
+    ({"distill_hidden": 0.5}, "distill_hidden=0.5: wanted distill_from"),
+    ({"distill_from": "x", "transfer_steps": 1, "new_weights_steps": 2}, "wanted one of the two"),
+    ({"transfer_steps": -1}, "transfer_steps=-1: wanted 0 or more"),
+  ):
+    with pytest.raises(ValueError, match=named):
+      make_config(start, text, **changes)
+  with pytest.raises(ValueError, match=r"adapters.rank=-1"):
+    AdapterConfig(rank=-1)
+
+
+def test_a_teacher_of_another_depth_has_no_layers_to_compare(start, text, tmp_path):
+  teacher = tiny.write_checkpoint(tmp_path / "teacher", "softmax", mixers=("softmax",) * 3)
+  config = make_config(start, text, distill_from=str(teacher), transfer_steps=1)
+  with pytest.raises(ValueError, match=r"has num_layers=3, the model 2"):
+    train.train(config, tmp_path / "run")
+
+
+def test_a_teacher_of_another_kind_is_refused(start, text, tmp_path):
+  teacher = tiny.write_checkpoint(tmp_path / "teacher", "softmax", hidden_size=96)
+  config = make_config(start, text, distill_from=str(teacher))
+  with pytest.raises(ValueError, match=r"has hidden_size=96, the model 48: wanted the transformer"):
+    train.train(config, tmp_path / "run")
+  with pytest.raises(ValueError, match=r"distill_weight=2.0: wanted a share"):
+    make_config(start, text, distill_weight=2.0)
