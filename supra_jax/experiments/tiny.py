@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from supra_jax.core.plain_json import to_json
 from supra_jax.model import config, presets
 from supra_jax.model.transformer import Transformer
 from supra_jax.storage.model_directory import save_model
