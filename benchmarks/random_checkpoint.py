@@ -1,10 +1,11 @@
 """Random checkpoints of any size, written a tensor at a time; for benchmarks too."""
 
-import json
 from pathlib import Path
 
 import ml_dtypes
 import numpy as np
+
+from supra_jax.core.plain_json import to_json
 
 
 def write(directory: Path, **config) -> Path:
@@ -14,13 +15,13 @@ def write(directory: Path, **config) -> Path:
     The file with the weights.
   """
   directory.mkdir()
-  (directory / "config.json").write_text(json.dumps({"rms_norm_eps": 1e-5, "tie_word_embeddings": False} | config))
+  (directory / "config.json").write_text(to_json({"rms_norm_eps": 1e-5, "tie_word_embeddings": False} | config))
   header, end = {}, 0
   for name, shape in _shapes(**config).items():
     begin, end = end, end + 2 * int(np.prod(shape))
     header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [begin, end]}
   noise = (0.02 * np.random.default_rng(0).standard_normal(2**22, np.float32)).astype(ml_dtypes.bfloat16)
-  raw, path = json.dumps(header).encode(), directory / "model.safetensors"
+  raw, path = to_json(header).encode(), directory / "model.safetensors"
   with path.open("wb") as file:
     file.write(len(raw).to_bytes(8, "little") + raw)
     for number, entry in enumerate(header.values()):

@@ -235,7 +235,7 @@ class TestHeldout:
 def test_works_where_absl_has_parsed_no_flags(a):
   """Grain and absl each define flags; a plain interpreter, with arguments absl does not know, must not mind."""
   code = (
-    "import sys; from absl import flags; from supra_jax.data import loading as data;"
+    "import sys; from absl import flags; from supra_jax.data import loading;"
     "assert not flags.FLAGS.is_parsed();"
     "print(next(loading.make_loader([(sys.argv[1], 1)], batch_size=4, seed=0))['tokens'].shape)"
   )
