@@ -27,9 +27,13 @@ from supra_jax.core.sharding import make_mesh
 from supra_jax.data.loading import heldout_batches, make_loader, parse_sources
 from supra_jax.data.packed import load_info
 from supra_jax.linearization.calibrate import calibrate, shown
-from supra_jax.linearization.linearize import Phi, linearize
+from supra_jax.linearization.linearize import linearize
 from supra_jax.linearization.solve import RIDGE
-from supra_jax.model.config import ModelConfig, SupraConfig
+from supra_jax.linearization.starts import Identity, Random
+from supra_jax.model.config import ModelConfig
+from supra_jax.model.mixers.supra import SupraConfig
+from supra_jax.model.mixers.supra_window import WindowConfig
+from supra_jax.model.registry import MixerConfig
 from supra_jax.model.transformer import Transformer
 from supra_jax.objectives.heldout import mean_nll
 from supra_jax.storage.model_directory import ModelCheckpoint, load_model
@@ -45,41 +49,40 @@ class Choice:
     tokens: to calibrate on, over those of the default.
     ridge, mlp: as `calibrate` takes them.
     bias: solve for a bias on attention's output too.
-    phi, supra, window: as `linearize` takes them.
+    random: phi is drawn; else it is relu(x).
+    mixer: as `linearize` takes it.
   """
 
   tokens: float = 1.0
   ridge: float = RIDGE
   mlp: bool = True
   bias: bool = False
-  phi: Phi = "identity"
-  supra: SupraConfig | None = None
-  window: int | None = None
+  random: bool = False
+  mixer: MixerConfig | None = None
 
 
 CHOICES = {
   "default": Choice(),
-  "random phi": Choice(phi="random"),
-  "random phi per head": Choice(phi="random", supra=SupraConfig(feature_map="per_head")),
+  "random phi": Choice(random=True),
+  "random phi per head": Choice(random=True, mixer=SupraConfig(feature_map="per_head")),
   "bias": Choice(bias=True),
   "MLPs kept": Choice(mlp=False),
   "a quarter of the ridge": Choice(ridge=RIDGE / 4),
   "four times the ridge": Choice(ridge=RIDGE * 4),
   "a quarter of the tokens": Choice(tokens=0.25),
   "four times the tokens": Choice(tokens=4.0),
-  "RetNet's decay": Choice(supra=SupraConfig(decay="retnet")),
-  "no decay": Choice(supra=SupraConfig(decay="none")),
-  "first slope 1": Choice(supra=SupraConfig(decay_start=1.0)),
-  "qk-norm": Choice(supra=SupraConfig(qk_norm=True)),
-  "window of 64": Choice(window=64),
+  "RetNet's decay": Choice(mixer=SupraConfig(decay="retnet")),
+  "no decay": Choice(mixer=SupraConfig(decay="none")),
+  "first slope 1": Choice(mixer=SupraConfig(decay_start=1.0)),
+  "qk-norm": Choice(mixer=SupraConfig(qk_norm=True)),
+  "window of 64": Choice(mixer=WindowConfig()),
 }
 
 
 def nll_of(choice: Choice, seed: int, teacher: ModelCheckpoint, data: Path) -> float:
   """Linearises and calibrates in memory: nats a token of held-out text."""
-  params, config = linearize(
-    teacher.params, teacher.config, supra=choice.supra, phi=choice.phi, seed=seed, window=choice.window
-  )
+  made = linearize(teacher.params, teacher.config, Random(seed) if choice.random else Identity(), mixer=choice.mixer)
+  params, config = made.params, made.config
   if choice.bias:
     config = config.replace(output_bias=True)
     bias = jnp.zeros(config.hidden_size)

@@ -8,6 +8,7 @@ benchmark goes on where it was. Prints a table and writes JSON.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 import time
@@ -25,27 +26,30 @@ from supra_jax.core.sharding import least_tokens
 from supra_jax.data.loading import heldout_batches
 from supra_jax.inference.decode import generate_tokens
 from supra_jax.linearization.calibrate import shown
-from supra_jax.linearization.linearize import Calibration, linearize_checkpoint
+from supra_jax.linearization.linearize import linearize_checkpoint
+from supra_jax.linearization.starts import Calibrated, Start, Window
 from supra_jax.model.config import ModelConfig
 from supra_jax.model.costs import state_bytes
+from supra_jax.model.mixers.supra_window import WindowConfig
+from supra_jax.model.registry import MixerConfig
 from supra_jax.model.transformer import Transformer
 from supra_jax.objectives.heldout import mean_nll
 from supra_jax.storage.model_directory import load_model_without_params
 
 KEPT = 4
 DECODED, ROUNDS = 64, 3
-# What `linearize_checkpoint` is told; `calibrated` is for this benchmark.
-MODELS: dict[str, dict[str, Any]] = {
-  "supra": {"calibrated": True},
-  f"{KEPT} softmax layers, evenly spaced": {"evenly": KEPT, "calibrated": True},
-  f"{KEPT} softmax layers, by KL": {"keep_softmax": KEPT, "calibrated": True},
-  "window of 16": {"window": 16},
-  "window of 64": {"window": 64},
-  "window of 256": {"window": 256},
-  "window of 64, one sink": {"window": 64, "sinks": 1},
-  "window of 64, no sinks": {"window": 64, "sinks": 0},
-  "window of 64, calibrated": {"window": 64, "calibrated": True},
-  "window of 64, no sinks, calibrated": {"window": 64, "sinks": 0, "calibrated": True},
+# How each begins, and the mixer where it is not the start's own.
+MODELS: dict[str, tuple[Start, MixerConfig | None]] = {
+  "supra": (Calibrated(), None),
+  f"{KEPT} softmax layers, evenly spaced": (Calibrated(), None),
+  f"{KEPT} softmax layers, by KL": (Calibrated(keep_softmax=KEPT), None),
+  "window of 16": (Window(window=16), None),
+  "window of 64": (Window(), None),
+  "window of 256": (Window(window=256), None),
+  "window of 64, one sink": (Window(sinks=1), None),
+  "window of 64, no sinks": (Window(sinks=0), None),
+  "window of 64, calibrated": (Calibrated(), WindowConfig()),
+  "window of 64, no sinks, calibrated": (Calibrated(), WindowConfig(sinks=0)),
 }
 
 
@@ -69,22 +73,21 @@ def decoding_speed(config: ModelConfig) -> float:
   return DECODED / min(seconds[1:])
 
 
-def one(name: str, changes: dict[str, Any], workdir: Path) -> dict[str, Any]:
-  changes = dict(changes)
+def one(name: str, start: Start, mixer: MixerConfig | None, workdir: Path) -> dict[str, Any]:
   directory = workdir / name.replace(" ", "_").replace(",", "")
   done = directory.with_suffix(".json")
   if done.exists():
     return json.loads(done.read_text())
-  calibration = None
-  if changes.pop("calibrated", False):
-    calibration = Calibration(f"{_DATA.value}/train", tokens=_TOKENS.value)
-  if kept := changes.pop("evenly", 0):
-    layers = load_model_without_params(_TEACHER.value).config.num_layers
-    stay = [round((i + 0.5) * layers / kept - 0.5) for i in range(kept)]
-    changes["layers"] = [i for i in range(layers) if i not in stay]
+  layers = None
+  if isinstance(start, Calibrated):
+    start = dataclasses.replace(start, data=f"{_DATA.value}/train", tokens=_TOKENS.value)
+  if name.endswith("evenly spaced"):
+    count = load_model_without_params(_TEACHER.value).config.num_layers
+    stay = [round((i + 0.5) * count / KEPT - 0.5) for i in range(KEPT)]
+    layers = [i for i in range(count) if i not in stay]
   shutil.rmtree(directory, ignore_errors=True)
-  with shown() as report:
-    linearize_checkpoint(_TEACHER.value, directory, phi="identity", calibration=calibration, report=report, **changes)
+  with shown() as progress:
+    linearize_checkpoint(_TEACHER.value, directory, start, mixer=mixer, layers=layers, progress=progress)
   found = measure(supra_jax.load(directory), Path(_DATA.value) / "heldout")
   done.write_text(to_json(found))
   shutil.rmtree(directory)
@@ -107,7 +110,7 @@ def main() -> None:
   workdir.mkdir(parents=True, exist_ok=True)
   found = {"teacher": measure(supra_jax.load(_TEACHER.value), Path(_DATA.value) / "heldout")}
   for name in _MODELS.value or MODELS:
-    found[name] = one(name, MODELS[name], workdir)
+    found[name] = one(name, *MODELS[name], workdir)
     print(f"{name}: {found[name]['nll']:.3f}", flush=True)
   for model in found.values():
     model["tokens_per_second"] = decoding_speed(ModelConfig.from_json(to_json(model.pop("config"))))

@@ -20,6 +20,7 @@ from supra_jax.data.packing import prepare
 from supra_jax.data.text import documents_in_turns
 from supra_jax.experiments import tiny
 from supra_jax.model.config import ModelConfig
+from supra_jax.model.registry import layers
 from supra_jax.model.transformer import Transformer
 from supra_jax.storage.model_directory import save_model
 from supra_jax.training.config import DataConfig, TrainConfig
@@ -34,7 +35,7 @@ CONFIG = ModelConfig(
   num_heads=2,
   num_kv_heads=1,
   head_dim=64,
-  mixers=("softmax",) * 6,
+  layers=layers(("softmax",) * 6),
   tie_embeddings=True,
   max_positions=LENGTH,
   eos_token_ids=(0,),

@@ -27,7 +27,7 @@ from supra_jax.bin.entry import run
 from supra_jax.core.plain_json import to_json
 from supra_jax.data.packed import load_info
 from supra_jax.experiments.demo import run_from
-from supra_jax.linearization.linearize import Calibration, Phi
+from supra_jax.linearization.starts import Calibrated, Identity, Random, Start, Window
 from supra_jax.model.adapters import AdapterConfig
 from supra_jax.training.config import DataConfig, TrainConfig
 from supra_jax.training.optimizer import OptimizerConfig
@@ -40,20 +40,16 @@ class Method:
   """A way to begin, and to go on.
 
   Attributes:
-    phi: as `linearize` takes it.
-    calibration_tokens: 0 leaves the teacher's output projections.
+    start: how the layers begin; calibration's text and seed are filled in.
     learning_rate: of the uptraining.
     share: of the benchmark's steps that it takes.
-    window: of softmax beside the linear attention.
     stages: of the `TrainConfig`; those that a teacher is for have it.
     end_learning_rate: where the cosine ends; the learning rate itself makes it constant.
   """
 
-  phi: Phi
-  calibration_tokens: int
+  start: Start
   learning_rate: float
   share: float = 1.0
-  window: int | None = None
   stages: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   end_learning_rate: float = 1e-5
 
@@ -61,41 +57,41 @@ class Method:
 SLOW: dict[str, Any] = {"new_weights_rate": 0.1}
 METHODS = {
   # The paper's.
-  "random": Method("random", 0, 1e-3),
-  "random_3e-4": Method("random", 0, 3e-4),
-  "random_2e-3": Method("random", 0, 2e-3),
-  "identity": Method("identity", 0, 1e-3),
+  "random": Method(Random(), 1e-3),
+  "random_3e-4": Method(Random(), 3e-4),
+  "random_2e-3": Method(Random(), 2e-3),
+  "identity": Method(Identity(), 1e-3),
   # In a tenth of the tokens.
-  "calibrated_512": Method("identity", 512, 1e-4, share=0.1),
-  "calibrated_2k": Method("identity", 2048, 1e-4, share=0.1),
-  "calibrated_4k": Method("identity", 4096, 1e-4, share=0.09),
-  "calibrated_8k": Method("identity", 8192, 1e-4),
-  "calibrated_16k": Method("identity", 16384, 1e-4),
-  "calibrated_32k": Method("identity", 32768, 1e-4),
-  "calibrated_32k_3e-4": Method("identity", 32768, 3e-4),
-  "calibrated_32k_3e-5": Method("identity", 32768, 3e-5),
-  "calibrated_131k": Method("identity", 131072, 1e-4),
+  "calibrated_512": Method(Calibrated(tokens=512), 1e-4, share=0.1),
+  "calibrated_2k": Method(Calibrated(tokens=2048), 1e-4, share=0.1),
+  "calibrated_4k": Method(Calibrated(tokens=4096), 1e-4, share=0.09),
+  "calibrated_8k": Method(Calibrated(tokens=8192), 1e-4),
+  "calibrated_16k": Method(Calibrated(tokens=16384), 1e-4),
+  "calibrated_32k": Method(Calibrated(tokens=32768), 1e-4),
+  "calibrated_32k_3e-4": Method(Calibrated(tokens=32768), 3e-4),
+  "calibrated_32k_3e-5": Method(Calibrated(tokens=32768), 3e-5),
+  "calibrated_131k": Method(Calibrated(tokens=131072), 1e-4),
   # Softmax over the last tokens and the first ones stays; what is new learns at a tenth of the rate, at all of it, or
   # never.
-  "window": Method("identity", 0, 1e-4, share=0.1, window=64, stages=SLOW),
-  "window_half": Method("identity", 0, 1e-4, share=0.5, window=64, stages=SLOW),
-  "window_3e-5": Method("identity", 0, 3e-5, share=0.1, window=64, stages=SLOW),
-  "window_logits_half": Method("identity", 0, 1e-4, share=0.5, window=64, stages=SLOW | {"distill_weight": 1.0}),
+  "window": Method(Window(), 1e-4, share=0.1, stages=SLOW),
+  "window_half": Method(Window(), 1e-4, share=0.5, stages=SLOW),
+  "window_3e-5": Method(Window(), 3e-5, share=0.1, stages=SLOW),
+  "window_logits_half": Method(Window(), 1e-4, share=0.5, stages=SLOW | {"distill_weight": 1.0}),
   "window_adapters_half": Method(
-    "identity", 0, 1e-3, share=0.5, window=64, stages={"new_weights_rate": 0.01, "adapters": AdapterConfig(rank=16)}
+    Window(), 1e-3, share=0.5, stages={"new_weights_rate": 0.01, "adapters": AdapterConfig(rank=16)}
   ),
-  "window_rate_1": Method("identity", 0, 1e-4, share=0.1, window=64),
-  "window_rate_1_half": Method("identity", 0, 1e-4, share=0.5, window=64),
-  "window_alone_half": Method("identity", 0, 1e-4, share=0.5, window=64, stages={"trainable": "^(?!.*linear_o_proj)"}),
+  "window_rate_1": Method(Window(), 1e-4, share=0.1),
+  "window_rate_1_half": Method(Window(), 1e-4, share=0.5),
+  "window_alone_half": Method(Window(), 1e-4, share=0.5, stages={"trainable": "^(?!.*linear_o_proj)"}),
   # What each stage adds to calibrated_8k in half of the steps.
-  "8k_half": Method("identity", 8192, 1e-4, share=0.5),
-  "8k_half_3e-5": Method("identity", 8192, 3e-5, share=0.5),
-  "8k_half_3e-4": Method("identity", 8192, 3e-4, share=0.5),
-  "8k_half_constant": Method("identity", 8192, 1e-4, share=0.5, end_learning_rate=1e-4),
-  "8k_transfer": Method("identity", 8192, 1e-4, share=0.5, stages={"transfer_steps": 10}),
-  "8k_hidden": Method("identity", 8192, 1e-4, share=0.5, stages={"distill_weight": 0.0, "distill_hidden": 1.0}),
-  "8k_logits": Method("identity", 8192, 1e-4, share=0.5, stages={"distill_weight": 1.0}),
-  "8k_adapters": Method("identity", 8192, 1e-3, share=0.5, stages={"adapters": AdapterConfig(rank=16)}),
+  "8k_half": Method(Calibrated(tokens=8192), 1e-4, share=0.5),
+  "8k_half_3e-5": Method(Calibrated(tokens=8192), 3e-5, share=0.5),
+  "8k_half_3e-4": Method(Calibrated(tokens=8192), 3e-4, share=0.5),
+  "8k_half_constant": Method(Calibrated(tokens=8192), 1e-4, share=0.5, end_learning_rate=1e-4),
+  "8k_transfer": Method(Calibrated(tokens=8192), 1e-4, share=0.5, stages={"transfer_steps": 10}),
+  "8k_hidden": Method(Calibrated(tokens=8192), 1e-4, share=0.5, stages={"distill_weight": 0.0, "distill_hidden": 1.0}),
+  "8k_logits": Method(Calibrated(tokens=8192), 1e-4, share=0.5, stages={"distill_weight": 1.0}),
+  "8k_adapters": Method(Calibrated(tokens=8192), 1e-3, share=0.5, stages={"adapters": AdapterConfig(rank=16)}),
 }
 
 
@@ -114,10 +110,11 @@ def one_run(name: str, seed: int, config: TrainConfig, workdir: Path) -> dict[st
   result = directory / "result.json"
   if result.exists():
     return json.loads(result.read_text())
-  calibration = None
-  if method.calibration_tokens:
-    rows = min(8, method.calibration_tokens // config.data.sequence_length)
-    calibration = Calibration(config.data.sources, tokens=method.calibration_tokens, batch_size=rows, seed=seed)
+  start = dataclasses.replace(method.start, seed=seed) if hasattr(method.start, "seed") else method.start
+  read_before = 0
+  if isinstance(start, Calibrated):
+    rows, read_before = min(8, start.tokens // config.data.sequence_length), start.tokens
+    start = dataclasses.replace(start, data=config.data.sources, batch_size=rows)
   steps = max(round(config.num_steps * method.share), 1)
   every = max(round(config.evaluate_every * method.share), 1)
   optimizer = dataclasses.replace(
@@ -130,12 +127,11 @@ def one_run(name: str, seed: int, config: TrainConfig, workdir: Path) -> dict[st
   if {"distill_weight", "distill_hidden", "transfer_steps"} & changes.keys():
     changes = {"distill_weight": 0.0, "distill_from": _TEACHER.value} | changes
   config = dataclasses.replace(config, optimizer=optimizer, seed=seed, **changes)
-  start = workdir / "starts" / f"{method.phi}-{method.calibration_tokens}-{method.window}-{seed}"
-  start.parent.mkdir(exist_ok=True)
-  done = run_from(_TEACHER.value, method.phi, calibration, config, directory, window=method.window, start=start)
+  linearized = workdir / "starts" / f"{start.method}-{read_before}-{seed}"
+  linearized.parent.mkdir(exist_ok=True)
+  done = run_from(_TEACHER.value, start, config, directory, linearized=linearized)
   points = [
-    [2 * method.calibration_tokens + tokens + read_by_teacher(config, tokens), seconds, nll]
-    for tokens, seconds, nll in done.points
+    [2 * read_before + tokens + read_by_teacher(config, tokens), seconds, nll] for tokens, seconds, nll in done.points
   ]
   result.write_text(to_json({"seed": seed, **dataclasses.asdict(done), "points": points}))
   for left in ("checkpoint", "training"):

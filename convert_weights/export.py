@@ -9,7 +9,10 @@ from typing import Any
 import numpy as np
 
 from convert_weights import names
-from supra_jax.model.config import ModelConfig, SupraConfig
+from convert_weights.errors import ConversionError
+from supra_jax.model.config import ModelConfig
+from supra_jax.model.mixers.supra import SupraConfig
+from supra_jax.model.mixers.supra_window import WindowConfig
 
 
 def _as_it_is(array: np.ndarray) -> np.ndarray:
@@ -66,17 +69,33 @@ def transformers_tensors(config: ModelConfig) -> list[Tensor]:
   return [Tensor(p.hf, p.source_shape, [part_of(p)]) for p in names.parameters(config)]
 
 
+def shared_linear_config(config: ModelConfig) -> WindowConfig:
+  """What the linear layers of a model have in common, for formats that say it once for all layers.
+
+  Raises:
+    ConversionError: they differ.
+  """
+  shared: dict[str, Any] = {}
+  for layer in dict.fromkeys(config.layers):
+    for name, value in dataclasses.asdict(layer).items():
+      if shared.setdefault(name, value) != value:
+        raise ConversionError(
+          f"Layers with {name}={shared[name]!r} and with {name}={value!r}: the format says it once for all layers."
+        )
+  return WindowConfig(**{"sinks": 0, **shared})
+
+
 def essential(config: ModelConfig) -> ModelConfig:
   """The same model, with default values wherever none of its layers looks."""
   changes: dict[str, Any] = {}
   if "softmax" not in config.mixers:
     changes["sliding_window"] = None
-  supra = SupraConfig() if set(config.mixers) == {"softmax"} else config.supra
-  if supra.decay != "lightning":
-    supra = dataclasses.replace(supra, decay_start=None)
-  if "supra_window" not in config.mixers:
-    supra = dataclasses.replace(supra, window=SupraConfig.window, sinks=SupraConfig.sinks)
-  changes["supra"] = supra
+  changes["layers"] = tuple(
+    dataclasses.replace(layer, decay_start=None)
+    if isinstance(layer, SupraConfig) and layer.decay != "lightning"
+    else layer
+    for layer in config.layers
+  )
   if config.value_width == config.head_dim:
     changes["value_head_dim"] = None
   return config.replace(**changes)
@@ -89,7 +108,13 @@ def differences(wanted: ModelConfig, got: ModelConfig) -> list[str]:
     lines = []
     for field in dataclasses.fields(a):
       ours, theirs, name = getattr(a, field.name), getattr(b, field.name), prefix + field.name
-      if dataclasses.is_dataclass(ours):
+      if field.name == "layers":
+        if wanted.mixers != got.mixers:
+          lines.append(f"mixers={wanted.mixers!r}")
+        else:
+          pairs = dict.fromkeys(zip(ours, theirs, strict=True))
+          lines += dict.fromkeys(line for pair in pairs for line in compare(*pair, f"{pair[0].mixer}."))
+      elif dataclasses.is_dataclass(ours):
         lines += compare(ours, theirs, f"{name}.")
       elif ours != theirs:
         lines.append(f"{name}={ours!r}")

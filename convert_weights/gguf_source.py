@@ -18,6 +18,7 @@ from convert_weights.gguf_rope import FACTORS, ROPE_KEYS, ROPE_KEYS_OFF_AT_ONE, 
 from convert_weights.leaves import check_tensors
 from convert_weights.source import Leaf, Source, StoredTensor
 from supra_jax.model.config import ModelConfig, QKNorm
+from supra_jax.model.mixers.softmax import SoftmaxConfig
 
 
 class _Architecture(NamedTuple):
@@ -135,7 +136,7 @@ def model_config(file: GGUFFile, where: str) -> ModelConfig:
     "num_kv_heads": reader.number("attention.head_count_kv", int, num_heads),
     "head_dim": head_dim,
     "value_head_dim": None if value_head_dim == head_dim else value_head_dim,
-    "mixers": ("softmax",) * num_layers,
+    "layers": (SoftmaxConfig(),) * num_layers,
     # The file holds a float32; its shortest decimal is what the model's author wrote.
     "norm_eps": float(str(np.float32(reader.required("attention.layer_norm_rms_epsilon", float)))),
     "tie_embeddings": names.GGUF_UNEMBEDDING not in tensors,

@@ -11,6 +11,7 @@ from convert_weights.config_reader import ConfigReader
 from convert_weights.errors import ConversionError, listing
 from convert_weights.hf_rope import rope_config
 from supra_jax.model.config import ModelConfig, QKNorm
+from supra_jax.model.mixers.softmax import SoftmaxConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,7 +128,7 @@ def model_config(config: Mapping[str, Any], generation: Mapping[str, Any], where
     "num_heads": num_heads,
     "num_kv_heads": reader.number("num_key_value_heads", int, kv_default or num_heads),
     "head_dim": reader.number("head_dim", int, head_dim),
-    "mixers": ("softmax",) * num_layers,
+    "layers": (SoftmaxConfig(),) * num_layers,
     "norm_eps": reader.number("rms_norm_eps", float, _DEFAULT_NORM_EPS),
     "sliding_window": _sliding_window(reader, family, num_layers, max_positions),
     "qk_norm": family.qk_norm,

@@ -9,9 +9,8 @@ from typing import Any
 
 from convert_weights import hf_config
 from convert_weights.errors import ConversionError
-from convert_weights.export import Export, essential, one_or_many, transformers_tensors
+from convert_weights.export import Export, essential, one_or_many, shared_linear_config, transformers_tensors
 from supra_jax.core.plain_json import to_json
-from supra_jax.core.schema import from_mapping
 from supra_jax.model.config import ModelConfig, RopeConfig
 
 OWN_MODEL_TYPE = "supra"
@@ -36,7 +35,10 @@ def export(config: ModelConfig) -> Export:
       return Export(values, tensors, files)
   values = {"architectures": ["SupraForCausalLM"], "auto_map": _AUTO_MAP, "model_type": OWN_MODEL_TYPE}
   files |= {name: (_CODE / name).read_bytes() for name in _CODE_FILES}
-  return Export(values | dataclasses.asdict(config), tensors, files)
+  fields = dataclasses.asdict(config.replace(layers=config.layers[:1]))
+  del fields["layers"]
+  fields |= {"mixers": config.mixers, "supra": dataclasses.asdict(shared_linear_config(config))}
+  return Export(values | fields, tensors, files)
 
 
 def own_config(values: Mapping[str, Any], where: str) -> ModelConfig:
@@ -45,10 +47,10 @@ def own_config(values: Mapping[str, Any], where: str) -> ModelConfig:
   Raises:
     ConversionError: it does not describe a model.
   """
-  fields = {field.name for field in dataclasses.fields(ModelConfig)}
+  fields = {field.name for field in dataclasses.fields(ModelConfig)} - {"layers"} | {"mixers", "supra"}
   try:
     # What else is there is transformers' own.
-    return from_mapping(ModelConfig, {key: value for key, value in values.items() if key in fields}, where)
+    return ModelConfig.from_values({key: value for key, value in values.items() if key in fields}, where)
   except (TypeError, ValueError) as error:
     raise ConversionError(f"{where}: {error}") from error
 

@@ -17,6 +17,9 @@ from convert_weights import openlm_config
 from convert_weights.export import Export
 from convert_weights.source import Source
 from supra_jax.model.config import ModelConfig
+from supra_jax.model.mixers.supra import SupraConfig
+from supra_jax.model.mixers.supra_window import WindowConfig
+from supra_jax.model.registry import MixerConfig
 from supra_jax.storage.model_directory import ModelCheckpoint
 
 FILE = "README.md"
@@ -128,38 +131,51 @@ def _step(step: Mapping[str, Any]) -> str:
 
 
 def _method(step: Mapping[str, Any]) -> str:
-  calibration, kept = step.get("calibration"), step.get("kept_softmax")
+  start, kept = _start(step), step.get("kept_softmax")
   stay = f", and layers {', '.join(map(str, kept['layers']))} stayed as they were" if kept else ""
-  if calibration:
-    return f"calibrated by least squares, calibration_tokens={calibration['tokens']}{stay}"
-  if step.get("window") is not None:
-    first = f" and a text's first {step['sinks']}" if step.get("sinks") else ""
+  if start["method"] == "calibrated":
+    return f"calibrated by least squares, calibration_tokens={start['tokens']}{stay}"
+  if start["method"] == "window":
+    first = f" and a text's first {start['sinks']}" if start.get("sinks") else ""
     return (
-      f"window, the base model's own softmax attention over the last {step['window']} tokens{first}, beside linear "
+      f"window, the base model's own softmax attention over the last {start['window']} tokens{first}, beside linear "
       f"attention whose projection began as 0{stay}"
     )
-  return ("identity, phi(x) = relu(x)" if step.get("phi") == "identity" else "random phi, the paper's start") + stay
+  return "identity, phi(x) = relu(x)" if start["method"] == "identity" else "random phi, the paper's start"
+
+
+def _start(step: Mapping[str, Any]) -> Mapping[str, Any]:
+  """How the layers began, as `linearization.starts` says it; models of before have it in other keys."""
+  if "start" in step:
+    return step["start"]
+  if step.get("calibration"):
+    return {"method": "calibrated", **step["calibration"]}
+  if step.get("window") is not None:
+    return {"method": "window", "window": step["window"], "sinks": step.get("sinks")}
+  return {"method": "identity" if step.get("phi") == "identity" else "random"}
 
 
 def _layers(config: ModelConfig) -> list[str]:
   """A line a kind of layer."""
-  supra = config.supra
-  phi = f"phi {supra.feature_map}, decay {supra.decay}"
-  sinks = f" and a text's first {supra.sinks}" if supra.sinks else ""
-  seen = "all tokens" if config.sliding_window is None else f"the last {config.sliding_window} tokens"
-  kinds = {
-    "softmax": f"softmax attention over {seen}",
-    "supra": f"linear attention ({phi})",
-    "supra_window": f"softmax attention over the last {supra.window} tokens{sinks}, and linear attention ({phi})",
-  }
   lines = []
-  for mixer in dict.fromkeys(config.mixers):
-    where = [i for i, other in enumerate(config.mixers) if other == mixer]
+  for layer in dict.fromkeys(config.layers):
+    where = [i for i, other in enumerate(config.layers) if other == layer]
     which = f"All {len(where)} layers" if len(where) == config.num_layers else f"Layers {', '.join(map(str, where))}"
-    lines.append(f"- {which}: {kinds[mixer]}.")
+    lines.append(f"- {which}: {_kind(config, layer)}.")
   if "softmax" not in config.mixers or config.sliding_window is not None:
     lines.append("- Its memory does not grow with the text.")
   return lines
+
+
+def _kind(config: ModelConfig, layer: MixerConfig) -> str:
+  if not isinstance(layer, SupraConfig):
+    seen = "all tokens" if config.sliding_window is None else f"the last {config.sliding_window} tokens"
+    return f"softmax attention over {seen}"
+  linear = f"linear attention (phi {layer.feature_map}, decay {layer.decay})"
+  if not isinstance(layer, WindowConfig):
+    return linear
+  sinks = f" and a text's first {layer.sinks}" if layer.sinks else ""
+  return f"softmax attention over the last {layer.window} tokens{sinks}, and {linear}"
 
 
 def _load(has_tokenizer: bool, own_code: bool) -> str:

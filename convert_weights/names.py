@@ -7,7 +7,10 @@ import typing
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-from supra_jax.model.config import Mixer, ModelConfig
+from convert_weights.errors import ConversionError
+from supra_jax.model.config import ModelConfig
+from supra_jax.model.mixers.supra import SupraConfig
+from supra_jax.model.registry import MixerConfig
 
 HF_EMBEDDING = "model.embed_tokens.weight"
 HF_UNEMBEDDING = "lm_head.weight"
@@ -51,8 +54,8 @@ def parameters(config: ModelConfig) -> list[Parameter]:
   result = [embedding.parameter("embedding", (c.vocab_size, c.hidden_size))]
   if c.post_embed_norm:
     result += _norm(c, _Module(("post_embed_norm",), "model.post_embed_norm", None, "post_embed_norm"), c.hidden_size)
-  for layer, mixer in enumerate(c.mixers):
-    result += _layer(c, layer, mixer)
+  for number, layer in enumerate(c.layers):
+    result += _layer(c, number, layer)
   result += _norm(c, _Module(("norm",), "model.norm", "output_norm", "norm"), c.hidden_size)
   if not c.tie_embeddings:
     unembedding = _Module(("lm_head",), "lm_head", "output", "output")
@@ -91,14 +94,16 @@ def _norm(config: ModelConfig, module: _Module, width: int) -> Iterator[Paramete
     yield module.parameter("bias", (width,))
 
 
-def _layer(config: ModelConfig, layer: int, mixer: Mixer) -> Iterator[Parameter]:
-  c = config
+def _layer(config: ModelConfig, number: int, layer: MixerConfig) -> Iterator[Parameter]:
+  c, mixer = config, layer.mixer
+  if mixer not in ("softmax", "supra", "supra_window"):
+    raise ConversionError(f"Layer {number} is a {mixer!r} layer, which has no names in other formats.")
   h, g = c.num_heads, c.num_kv_heads
   q, k, v = h * c.head_dim, g * c.head_dim, g * c.value_width
 
   def module(ours: str, gguf: str | None, openlm: str | None, row: int = 0) -> _Module:
-    path, openlm = (f"layers_{layer}", *ours.split(".")), openlm and f"layers.{layer}.{openlm}"
-    return _Module(path, f"model.layers.{layer}.{ours}", gguf and f"blk.{layer}.{gguf}", openlm, row)
+    path, openlm = (f"layers_{number}", *ours.split(".")), openlm and f"layers.{number}.{openlm}"
+    return _Module(path, f"model.layers.{number}.{ours}", gguf and f"blk.{number}.{gguf}", openlm, row)
 
   def dense(
     module: _Module, inputs: int, outputs: int, has_bias: bool, heads: int | None = None
@@ -122,13 +127,13 @@ def _layer(config: ModelConfig, layer: int, mixer: Mixer) -> Iterator[Parameter]
     yield from _norm(c, norm, c.head_dim if c.qk_norm == "head" else width)
   if mixer == "supra_window":
     yield from dense(module("self_attn.linear_o_proj", None, None), h * c.value_width, c.hidden_size, False)
-  if mixer != "softmax":
-    for name, shape in _feature_maps(c).items():
-      openlm = f"attention.{name.replace('feature_map', '_totrain_embed')}" if c.supra.feature_map == "dense" else None
+  if isinstance(layer, SupraConfig):
+    for name, shape in _feature_maps(c, layer).items():
+      openlm = f"attention.{name.replace('feature_map', '_totrain_embed')}" if layer.feature_map == "dense" else None
       feature_map = module(f"self_attn.{name}", None, openlm)
       yield feature_map.parameter("kernel", shape, transposed=True)
       yield feature_map.parameter("bias", shape[:-1])
-    for name in ("q", "k") if c.supra.qk_norm else ():
+    for name in ("q", "k") if layer.qk_norm else ():
       norm = module(f"self_attn.{name}_norm", None, f"attention._totrain_{name}_norm")
       # Apart from Qwen3's, which stands before phi.
       norm = norm._replace(hf=norm.hf.replace("_norm", "_feature_norm"))
@@ -141,10 +146,10 @@ def _layer(config: ModelConfig, layer: int, mixer: Mixer) -> Iterator[Parameter]
   yield from dense(module("mlp.down_proj", "ffn_down", "feed_forward.w3"), ffn, c.hidden_size, c.mlp_bias)
 
 
-def _feature_maps(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+def _feature_maps(config: ModelConfig, layer: SupraConfig) -> dict[str, tuple[int, ...]]:
   """Name -> shape of phi's kernels [..., in, out]; the bias has the shape without the last axis."""
   h, g, k = config.num_heads, config.num_kv_heads, config.head_dim
-  match config.supra.feature_map:
+  match layer.feature_map:
     case "dense":
       own = {} if g == h else {"feature_map_kv": (g * k, g * k)}
       return {"feature_map": (h * k, h * k), **own}
@@ -152,4 +157,4 @@ def _feature_maps(config: ModelConfig) -> dict[str, tuple[int, ...]]:
       return {"feature_map": (g, k, k)}
     case "per_head_separate":
       return {"feature_map": (h, k, k), "feature_map_kv": (g, k, k)}
-  typing.assert_never(config.supra.feature_map)
+  typing.assert_never(layer.feature_map)

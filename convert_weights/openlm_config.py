@@ -7,7 +7,9 @@ from typing import Any
 
 from convert_weights.config_reader import ConfigReader
 from convert_weights.errors import ConversionError, listing
-from supra_jax.model.config import ModelConfig, NormKind, RopeConfig, RopeKind, SupraConfig
+from supra_jax.model.config import ModelConfig, NormKind, RopeConfig, RopeKind
+from supra_jax.model.mixers.softmax import SoftmaxConfig
+from supra_jax.model.mixers.supra import SupraConfig
 
 MODEL_TYPE = "openlm"
 NORMS: Mapping[str, NormKind] = {
@@ -87,8 +89,7 @@ def model_config(config: Mapping[str, Any], where: str) -> ModelConfig:
     "num_kv_heads": num_kv_heads,
     "head_dim": head_dim,
     "value_head_dim": reader.number("v_head_dim", int, hidden_size // num_heads),
-    "mixers": ("supra" if is_linear else "softmax",) * reader.layers("n_layers"),
-    "supra": _supra(reader, normalises_qk) if is_linear else SupraConfig(),
+    "layers": (_supra(reader, normalises_qk) if is_linear else SoftmaxConfig(),) * reader.layers("n_layers"),
     "norm": NORMS.get(str(config.get("norm_type") or _DEFAULT_NORM)),
     "norm_eps": reader.number("norm_eps", float, _DEFAULT_NORM_EPS),
     "rope": rope,

@@ -10,8 +10,18 @@ import numpy as np
 
 from convert_weights import names, openlm_config
 from convert_weights.errors import ConversionError, listing
-from convert_weights.export import Export, Part, Tensor, differences, essential, one_or_many, part_of
+from convert_weights.export import (
+  Export,
+  Part,
+  Tensor,
+  differences,
+  essential,
+  one_or_many,
+  part_of,
+  shared_linear_config,
+)
 from supra_jax.model.config import ModelConfig, RopeConfig
+from supra_jax.model.mixers.supra import SupraConfig
 
 # transformers' save_pretrained, with which the paper's code writes its models, puts it before every name.
 _PREFIX = "model."
@@ -36,14 +46,18 @@ def export(config: ModelConfig) -> Export:
 
 def _with_dense_maps(config: ModelConfig) -> ModelConfig:
   """The config with OpenLM's feature maps, whose blocks off the diagonal can be 0."""
-  kind = config.supra.feature_map
+  kind = shared_linear_config(config).feature_map
   if kind == "per_head_separate" and config.num_kv_heads == config.num_heads:
     return config  # where OpenLM has one map for q and k
-  return config.replace(supra=dataclasses.replace(config.supra, feature_map="dense"))
+  layers = (
+    dataclasses.replace(layer, feature_map="dense") if isinstance(layer, SupraConfig) else layer
+    for layer in config.layers
+  )
+  return config.replace(layers=tuple(layers))
 
 
 def _config(config: ModelConfig) -> dict[str, Any]:
-  is_linear, supra, rope = "supra" in config.mixers, config.supra, config.rope
+  is_linear, supra, rope = "supra" in config.mixers, shared_linear_config(config), config.rope
   values = {
     "architectures": ["OpenLMForCausalLM"],
     "model_type": openlm_config.MODEL_TYPE,
@@ -95,10 +109,11 @@ def _tensors(config: ModelConfig, dense: ModelConfig) -> list[Tensor]:
 
 def _part(parameter: names.Parameter, config: ModelConfig) -> Part:
   *module, leaf = parameter.path
-  if config.supra.feature_map == "dense" or not module[-1].startswith("feature_map"):
+  kind = shared_linear_config(config).feature_map
+  if kind == "dense" or not module[-1].startswith("feature_map"):
     return part_of(parameter)
   heads = config.num_heads if module[-1] == "feature_map" else config.num_kv_heads
-  if config.supra.feature_map == "per_head":
+  if kind == "per_head":
     module[-1] = "feature_map"  # which serves q and k
   expand = _block_diagonal if leaf == "kernel" else _repeated
   return Part((*module, leaf), functools.partial(expand, heads))

@@ -33,8 +33,8 @@ ARROWS |= {
   "experiments": LIBRARY,
   "supra_jax": LIBRARY,  # `__init__`, the front door, which imports what is asked for when it is asked for
   "convert_weights": (
-    "core", "model.config", "model.rope", "model.finite", "storage", "data.tokenizer", "data.tokenizer_backends",
-    "inference.lm", "bin.entry",
+    "core", "model.config", "model.registry", "model.mixers.softmax", "model.mixers.supra", "model.mixers.supra_window",
+    "model.rope", "model.finite", "storage", "data.tokenizer", "data.tokenizer_backends", "inference.lm", "bin.entry",
   ),
   "bin": (*LIBRARY, "experiments", "convert_weights", "supra_jax"),
   "configs": LIBRARY,
@@ -56,7 +56,7 @@ RESERVED = {
   "transformers": r"convert_weights\.(verify|for_transformers\..*)",
 }
 # Rooms without jax, since processes that only pack text import them.
-WITHOUT_JAX = r"supra_jax\.(__init__|core\.(plain_json|schema|files|bucket|progress)|model\.(__init__|config))"
+WITHOUT_JAX = r"supra_jax\.(__init__|core\.(plain_json|schema|files|bucket|progress)|model\.(__init__|config|registry))"
 WITHOUT_JAX += r"|supra_jax\.data\.(?!loading).*"
 KERNELS_MAY_IMPORT = {"jax", "numpy"}
 

@@ -28,6 +28,7 @@ TIME_AXIS = "context"
 DIMENSIONS: dict[str | None, str | tuple[str, ...] | None] = {
   "batch": BATCH_AXES,
   "time": TIME_AXIS,
+  "embed": "fsdp",
   "heads": "tensor",
   "ffn": "tensor",
   "vocabulary": "tensor",

@@ -14,8 +14,8 @@ from typing import Any
 from supra_jax.core.plain_json import to_json
 from supra_jax.inference.lm import load
 from supra_jax.linearization.calibrate import shown
-from supra_jax.linearization.linearize import SINKS, Calibration, Phi, linearize_checkpoint
-from supra_jax.model.config import SupraConfig
+from supra_jax.linearization.linearize import linearize_checkpoint
+from supra_jax.linearization.starts import Calibrated, Random, Start, Window
 from supra_jax.training.config import TrainConfig
 from supra_jax.training.loop import METRICS_FILE, train
 from supra_jax.training.metrics import read_metrics
@@ -77,13 +77,14 @@ def compare_starts(
   say(f"Teacher, a transformer: held-out loss {teacher_nll:.4f} nats a token.")
   packed = dataclasses.replace(window.data, input="", sources=text, heldout=str(heldout))
   window, random = (dataclasses.replace(config, data=packed) for config in (window, random))
-  seen = SupraConfig.window
+  start = Window()
   say(
-    f"Softmax sees the last {seen} tokens and the first {SINKS}, linear attention all of them: an RNN. It is uptrained."
+    f"Softmax sees the last {start.window} tokens and the first {start.sinks}, linear attention all of them: an RNN. "
+    "It is uptrained."
   )
-  first = run_from(teacher, "identity", None, window, workdir, window=seen, teacher_nll=teacher_nll)
+  first = run_from(teacher, start, window, workdir, teacher_nll=teacher_nll)
   say(f"From the paper's start, phi random, {random.num_steps} steps in place of {window.num_steps}.")
-  second = run_from(teacher, "random", None, random, workdir / "random", teacher_nll=teacher_nll)
+  second = run_from(teacher, Random(random.seed), random, workdir / "random", teacher_nll=teacher_nll)
   runs = {"window": first, "random": second}
   minutes = {NAMES[name]: [[(seconds / 60, nll) for _, seconds, nll in run.points]] for name, run in runs.items()}
   plot_curves(minutes, workdir / "starts.png", teacher_nll=teacher_nll, x="minutes")
@@ -94,38 +95,35 @@ def compare_starts(
 
 def run_from(
   teacher: str | Path,
-  phi: Phi,
-  calibration: Calibration | None,
+  start: Start,
   config: TrainConfig,
   workdir: Path,
   *,
-  window: int | None = None,
-  start: Path | None = None,
+  linearized: Path | None = None,
   teacher_nll: float | None = None,
 ) -> Run:
   """Linearises, once and timed, and uptrains.
 
   Args:
-    teacher, phi, calibration, window: as `linearize_checkpoint` takes them.
+    teacher, start: as `linearize_checkpoint` takes them.
     config: of the uptraining; `init_checkpoint` is passed over.
     workdir: of the run.
-    start: where the linearised model goes, or lies; None: into the workdir.
+    linearized: where the linearised model goes, or lies; None: into the workdir.
     teacher_nll: as `train` takes it.
   """
-  start = start or workdir / "linearized"
+  linearized = linearized or workdir / "linearized"
 
   # Measured the first time, so that a second call has the same.
-  measured = start.with_name(f"{start.name}_seconds.json")
+  measured = linearized.with_name(f"{linearized.name}_seconds.json")
   if not measured.exists():
-    shutil.rmtree(start, ignore_errors=True)
-    began = time.monotonic()
-    with contextlib.nullcontext() if calibration is None else shown() as report:
-      new: dict[str, Any] = {"phi": phi, "seed": config.seed, "window": window, "calibration": calibration}
-      linearize_checkpoint(teacher, start, **new, report=report)
-    measured.write_text(to_json(0.0 if calibration is None else time.monotonic() - began))
+    shutil.rmtree(linearized, ignore_errors=True)
+    began, calibrates = time.monotonic(), isinstance(start, Calibrated)
+    with shown() if calibrates else contextlib.nullcontext() as progress:
+      linearize_checkpoint(teacher, linearized, start, progress=progress)
+    measured.write_text(to_json(time.monotonic() - began if calibrates else 0.0))
   calibration_seconds = json.loads(measured.read_text())
   speed = train(
-    dataclasses.replace(config, init_checkpoint=str(start)), workdir, teacher_nll=teacher_nll
+    dataclasses.replace(config, init_checkpoint=str(linearized)), workdir, teacher_nll=teacher_nll
   ).tokens_per_second
   points = [
     (record["tokens"], calibration_seconds + record["tokens"] / speed, record["heldout_nll"])

@@ -13,6 +13,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from supra_jax.core.plain_json import to_json
 from supra_jax.model import config, presets
+from supra_jax.model.registry import MixerConfig
 from supra_jax.model.transformer import Transformer
 from supra_jax.storage.model_directory import save_model
 
@@ -38,11 +39,11 @@ def tokenizer_json() -> bytes:
   return byte_bpe([topics[name] for name in sorted(topics)[:20]], VOCAB)
 
 
-def tiny_config(mixer: config.Mixer) -> config.ModelConfig:
+def tiny_config(mixer: str | MixerConfig) -> config.ModelConfig:
   return presets.tiny(mixer).replace(vocab_size=VOCAB, bos_token_id=None, eos_token_ids=(0,))
 
 
-def write_checkpoint(directory: Path, mixer: config.Mixer, seed: int = 0, **changes) -> Path:
+def write_checkpoint(directory: Path, mixer: str | MixerConfig, seed: int = 0, **changes) -> Path:
   """A randomly initialised model with a tokenizer."""
   made = tiny_config(mixer).replace(**changes)
   init = jax.jit(lambda key: Transformer(made).init(key, jnp.zeros((1, 1), jnp.int32), method="logits"))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import itertools
 import json
@@ -17,8 +16,8 @@ import numpy as np
 from supra_jax.data.tokenizer import StreamDecoder, Tokenizer
 from supra_jax.inference import decode as generate
 from supra_jax.inference.sampling import Sampling
-from supra_jax.model.attention import KVCache
 from supra_jax.model.config import ModelConfig
+from supra_jax.model.registry import mixer_class
 from supra_jax.model.transformer import DecodeState, Padding, Transformer
 from supra_jax.storage import model_directory as checkpoint
 
@@ -162,7 +161,7 @@ class LM:
     if outside.size:
       raise ValueError(f"Token {outside[0]} is not in the vocabulary, 0 to {self.config.vocab_size - 1}.")
 
-    if "softmax" in self.config.mixers:
+    if any(mixer_class(mixer).GROWS for mixer in self.config.mixers):
       held = np.zeros(batch, np.int64) if state is None else np.asarray(state.cached)
       state = _with_capacity(self.model, state, batch, int((held + count).max()))
     # Compiled programs are kept by shape: rounding T up bounds their number, and padding changes nothing.
@@ -195,12 +194,4 @@ def _with_capacity(model: Transformer, state: DecodeState | None, batch: int, wa
   capacity = 1 << max(wanted - 1, 0).bit_length()
   if state is None:
     return model.init_state(batch, capacity)
-  if state.capacity is not None and state.capacity >= wanted:
-    return state
-
-  def grow(layer):
-    if not isinstance(layer, KVCache):
-      return layer
-    return jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, capacity - x.shape[1]), (0, 0), (0, 0))), layer)
-
-  return dataclasses.replace(state, layers=tuple(grow(layer) for layer in state.layers))
+  return state if state.capacity is None or state.capacity >= wanted else state.grow(capacity)

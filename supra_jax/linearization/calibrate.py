@@ -10,9 +10,9 @@ and then, h_s being what the MLP's last projection reads, what is added to the t
 
   x_s' + h_s W_down = x_t' + MLP(x_t').
 
-In a `supra_window` layer a_s is two outputs side by side, the window's softmax and the linear attention, whose
-projections are solved for together. There too it is what is added that the ridge keeps small: to the teacher's W_o,
-which would be right were the window the whole text, and to the 0 with which the linear attention's begins.
+A mixer with several output projections (`Mixer.outputs`) has their inputs side by side in a_s, and the projections are
+solved for together. The ridge then keeps what is added to them small: to the teacher's W_o, which a window's softmax
+attention would need were the window the whole text, and to the 0 with which the linear attention's begins.
 
 Each token weighs what it weighs after the norm that follows: 1 / mean square of the teacher's stream. (Some tokens, the
 first of a text above all, have activations a thousand times the others'; unweighted they are all that is fitted.) No
@@ -37,12 +37,12 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from supra_jax.core.progress import Progress
-from supra_jax.core.sharding import BATCH_AXES, constrain, put_batch
+from supra_jax.core.sharding import BATCH_AXES, constrain, least_tokens, put_batch
 from supra_jax.data.loading import Batch
 from supra_jax.linearization.solve import NOTHING, PRIOR_RIDGE, RIDGE, Moments, solve
-from supra_jax.model.attention import LinearAttention, WindowAttention
 from supra_jax.model.config import ModelConfig
 from supra_jax.model.layers import Dense, Norm, SwiGLU, at_least_float32
+from supra_jax.model.registry import MixerConfig, mixer_class
 from supra_jax.model.transformer import Block, Transformer
 
 # Called after each layer: its number, how many there are, what was found, and that in words.
@@ -100,7 +100,7 @@ def calibrate(
   (teacher_params, teacher_config), (student_params, config) = teacher, student
   params = dict(student_params)
   run = _Run(teacher_config, config, jnp.dtype(dtype), mesh)
-  mixers = list(zip(teacher_config.mixers, config.mixers, strict=True))
+  mixers = list(zip(teacher_config.layers, config.layers, strict=True))
   last = max(i for i, (theirs, ours) in enumerate(mixers) if theirs != ours)
   with tempfile.TemporaryDirectory(dir=directory, prefix="calibration-") as spool:
     streams = _Streams(Path(spool), mesh)
@@ -110,7 +110,10 @@ def calibrate(
     for i, (theirs, ours) in enumerate(mixers[: last + 1]):
       name, missed = f"layers_{i}", 0.0
       if theirs != ours:
-        params[name], missed = _calibrate_layer(run, streams, teacher_params[name], params[name], batches, ridge, mlp)
+        kinds = (theirs, ours)
+        params[name], missed = _calibrate_layer(
+          run, streams, kinds, teacher_params[name], params[name], batches, ridge, mlp
+        )
         if not math.isfinite(missed):
           raise ValueError(
             f"Layer {i} cannot be calibrated: the teacher's activations there are not finite. "
@@ -127,33 +130,43 @@ def calibrate(
 
 
 def _calibrate_layer(
-  run: _Run, streams: _Streams, teacher: Any, student: Any, batches: Sequence[Batch], ridge: float, mlp: bool
+  run: _Run,
+  streams: _Streams,
+  kinds: tuple[MixerConfig, MixerConfig],
+  teacher: Any,
+  student: Any,
+  batches: Sequence[Batch],
+  ridge: float,
+  mlp: bool,
 ) -> tuple[dict[str, Any], float]:
   """(the student's layer, the share of attention that is missed); the streams leave the layer."""
   total = NOTHING
   for number, batch in enumerate(batches):
     before = streams.read(number, "teacher", "student")
-    target, features, moments = run.attend(teacher, student, *before, run.put(batch))
+    target, features, moments = run.attend(kinds, teacher, student, *before, run.put(batch))
     streams.write(number, teacher=target, features=features)
     total = _add(total, moments)
-  names = _outputs(student)
+  names = run.outputs(kinds[1], student)
+  kernels = [student["self_attn"][name]["kernel"] for name in names]
+  widths = [len(kernel) for kernel in kernels]
   prior: Any = 0.0  # the teacher's W_o is for softmax
   ridges = [ridge]
   if len(names) > 1:
-    ridges = [ridge * PRIOR_RIDGE, ridge]
-    prior = np.vstack([_whole(student["self_attn"][name]["kernel"]) for name in names])
-  kernel, bias, missed = solve(total, ridge=ridges, bias=run.student.output_bias, prior=prior)
-  for name, rows in zip(names, np.split(kernel, len(names)), strict=True):
-    student = _replaced(student, "self_attn", name, rows, bias if name == "o_proj" else None)
+    ridges = [ridge * PRIOR_RIDGE if name in teacher["self_attn"] else ridge for name in names]
+    prior = np.vstack([_whole(kernel) for kernel in kernels])
+  biased = next((name for name in names if "bias" in student["self_attn"][name]), None)
+  kernel, bias, missed = solve(total, ridge=ridges, widths=widths, bias=biased is not None, prior=prior)
+  for name, rows in zip(names, np.split(kernel, np.cumsum(widths)[:-1]), strict=True):
+    student = _replaced(student, "self_attn", name, rows, bias if name == biased else None)
 
   total = NOTHING
   for number in range(len(batches)):
     before = streams.read(number, "teacher", "student", "features")
     if mlp:
-      target, stream, moments = run.feed(teacher, student, *before)
+      target, stream, moments = run.feed(kinds[1], teacher, student, *before)
       total = _add(total, moments)
     else:
-      target, stream = run.leave(teacher, student, *before)
+      target, stream = run.leave(kinds[1], teacher, student, *before)
     streams.write(number, teacher=target, student=stream)
   if not mlp:
     return student, missed
@@ -164,11 +177,6 @@ def _calibrate_layer(
   for number in range(len(batches)):
     streams.write(number, student=run.finish(student, *streams.read(number, "student")))
   return student, missed
-
-
-def _outputs(layer: Mapping[str, Any]) -> list[str]:
-  """The layer's output projections, of which each reads as many features."""
-  return [name for name in ("o_proj", "linear_o_proj") if name in layer["self_attn"]]
 
 
 def _whole(x: jax.Array) -> np.ndarray:
@@ -191,13 +199,14 @@ def _replaced(
 
 
 class _Run:
-  """The compiled parts of a layer; each compiles once, since all layers have the same shapes."""
+  """The compiled parts of a layer; each compiles once for every kind of layer."""
 
   def __init__(self, teacher: ModelConfig, student: ModelConfig, dtype: Any, mesh: Mesh):
     self.teacher, self.student, self.dtype, self.mesh = teacher, student, dtype, mesh
-    self.embed, self.attend = jax.jit(self._embed), jax.jit(self._attend)
-    self.feed, self.finish = jax.jit(self._feed), jax.jit(self._finish)
-    self.leave, self.keep = jax.jit(self._leave), jax.jit(self._keep, static_argnums=0)
+    self._outputs: dict[MixerConfig, list[str]] = {}
+    self.embed, self.attend = jax.jit(self._embed), jax.jit(self._attend, static_argnums=0)
+    self.feed, self.finish = jax.jit(self._feed, static_argnums=0), jax.jit(self._finish)
+    self.leave, self.keep = jax.jit(self._leave, static_argnums=0), jax.jit(self._keep, static_argnums=0)
 
   def put(self, batch: Batch) -> dict[str, jax.Array]:
     inputs = {name: x[:, :-1] for name, x in batch.items() if name in ("tokens", "segment_ids")}
@@ -212,23 +221,35 @@ class _Run:
   def _embed(self, params, batch):
     return Transformer(self.student, self.dtype).apply({"params": params}, batch["tokens"], method="embed")
 
-  def _attend(self, teacher, student, x_teacher, x_student, batch):
+  def outputs(self, kind: MixerConfig, student: Any) -> list[str]:
+    """Names of the layer's output projections: `o_proj`, which the teacher has too, comes first."""
+    if kind not in self._outputs:
+      x_BTD = jnp.zeros((*least_tokens().shape, self.student.hidden_size), self.dtype)
+      batch = {"tokens": least_tokens()}
+      found = jax.eval_shape(lambda layer: self._mix(kind, layer, x_BTD, self._context(batch)), student)
+      self._outputs[kind] = sorted(found, key=lambda name: (name != "o_proj", name))
+    return self._outputs[kind]
+
+  def _mix(self, kind, student, x_BTD, context):
+    mixer = mixer_class(kind.mixer)(self.student, kind, self.dtype)
+    normed = self._norm(student, "input_layernorm", x_BTD)
+    outs: Any = mixer.apply({"params": student["self_attn"]}, normed, None, context, method="outputs")
+    return outs[0]
+
+  def _attend(self, kinds, teacher, student, x_teacher, x_student, batch):
     """(x_t + softmax attention, the student's features [B, T, F], moments)."""
     context = self._context(batch)
-    attend = functools.partial(Block(self.teacher, "softmax", self.dtype).apply, method="attend")
+    attend = functools.partial(Block(self.teacher, kinds[0], self.dtype).apply, method="attend")
     attended, _ = attend({"params": teacher}, x_teacher, None, context)
     target = x_teacher + attended
-    mixer: Any = WindowAttention if len(_outputs(student)) > 1 else LinearAttention
-    mix = functools.partial(mixer(self.student, self.dtype).apply, method="mix")
-    normed = self._norm(student, "input_layernorm", x_student)
-    outs, _ = mix({"params": student["self_attn"]}, normed, None, context)
-    features = jnp.concatenate([out.reshape(*out.shape[:2], -1) for out in jax.tree.leaves(outs)], axis=-1)
+    outs = self._mix(kinds[1], student, x_student, context)
+    features = jnp.concatenate([outs[name] for name in self.outputs(kinds[1], student)], axis=-1)
     missing = at_least_float32(target) - at_least_float32(x_student)
     return target, features, _moments(features, missing, self._weights(target))
 
-  def _feed(self, teacher, student, target, x_student, features):
+  def _feed(self, kind, teacher, student, target, x_student, features):
     """(the teacher's stream behind the MLP, the student's before it, moments for what its MLP is to add)."""
-    x_student = self._attended(student, x_student, features)
+    x_student = self._attended(kind, student, x_student, features)
     target = self._mlp(self.teacher, teacher, target)
     normed = self._norm(student, "post_attention_layernorm", x_student)
     hidden: Any = SwiGLU(self.student, self.dtype).apply({"params": student["mlp"]}, normed, method="hidden")
@@ -238,15 +259,17 @@ class _Run:
   def _finish(self, student, x_student):
     return self._mlp(self.student, student, x_student)
 
-  def _leave(self, teacher, student, target, x_student, features):
+  def _leave(self, kind, teacher, student, target, x_student, features):
     """The streams behind a layer whose MLP stays."""
-    x_student = self._attended(student, x_student, features)
+    x_student = self._attended(kind, student, x_student, features)
     return self._mlp(self.teacher, teacher, target), self._mlp(self.student, student, x_student)
 
-  def _attended(self, student, x_student, features):
-    names = _outputs(student)
-    for name, part in zip(names, jnp.split(features, len(names), axis=-1), strict=True):
+  def _attended(self, kind, student, x_student, features):
+    end = 0
+    for name in self.outputs(kind, student):
       params = student["self_attn"][name]
+      begin, end = end, end + len(params["kernel"])
+      part = features[..., begin:end]
       x_student += Dense(self.student.hidden_size, "bias" in params, self.dtype).apply({"params": params}, part)
     return x_student
 
@@ -256,13 +279,13 @@ class _Run:
     return jax.lax.rsqrt(jnp.mean(stream * stream, axis=-1, keepdims=True) + self.student.norm_eps)
 
   def _mlp(self, config, layer, x_BTD):
-    return Block(config, "softmax", self.dtype).apply({"params": layer}, x_BTD, method="feed")
+    return Block(config, config.layers[0], self.dtype).apply({"params": layer}, x_BTD, method="feed")
 
-  def _keep(self, mixer, teacher, student, x_teacher, x_student, batch):
+  def _keep(self, kind, teacher, student, x_teacher, x_student, batch):
     """The streams behind a layer that stays what it is."""
     context = self._context(batch)
     blocks = ((self.teacher, teacher, x_teacher), (self.student, student, x_student))
-    return [Block(c, mixer, self.dtype).apply({"params": p}, x, None, context)[0] for c, p, x in blocks]
+    return [Block(c, kind, self.dtype).apply({"params": p}, x, None, context)[0] for c, p, x in blocks]
 
 
 def _moments(features_BTF: jax.Array, y_BTD: jax.Array, weights_BT1: jax.Array) -> Moments:

@@ -18,13 +18,11 @@ from jax.sharding import Mesh
 from supra_jax.core.sharding import batch_shards, process_shard, put_batch
 from supra_jax.data.loading import Batch
 from supra_jax.linearization.calibrate import Report
-from supra_jax.model.config import Mixer, ModelConfig
+from supra_jax.model.config import ModelConfig
 from supra_jax.model.costs import state_bytes, train_flops_per_token
+from supra_jax.model.registry import MixerConfig, mixer_class
 from supra_jax.model.transformer import Block, Transformer
 from supra_jax.objectives.losses import LossSums, Teacher, hidden_loss, inputs_of
-from supra_jax.storage.model_directory import load_model_without_params
-
-MEASURED_TOKENS = 2048
 
 Model = tuple[Transformer, Mapping[str, Any]]
 
@@ -67,7 +65,7 @@ def layer_divergences(
     ValueError: there is no target.
   """
   theirs, ours = ((Transformer(config, jnp.dtype(dtype)), params) for params, config in (teacher, student))
-  changed = [i for i, mixer in enumerate(student[1].mixers) if mixer != teacher[1].mixers[i]]
+  changed = [i for i, layer in enumerate(student[1].layers) if layer != teacher[1].layers[i]]
   total, weight = dict.fromkeys([None, *changed], 0.0), 0.0
   for rows in batches:
     batch = jax.tree.map(lambda x: x[0], put_batch(rows, mesh))
@@ -110,9 +108,12 @@ def set_apart(batches: Sequence[Batch], tokens: int, mesh: Mesh) -> tuple[list[B
   return list(batches[:-count]), [*batches[-count:-1], part]
 
 
-def table(directory: str) -> str:
-  """What is on record of how a model's softmax layers were chosen: a line a layer, the nearest to the teacher first."""
-  kept = load_model_without_params(directory).source["kept_softmax"]
+def table(kept: Mapping[str, Any]) -> str:
+  """How a model's softmax layers were chosen, a line a layer, the nearest to the teacher first.
+
+  Args:
+    kept: `kept_softmax` of `Linearized.report` or of source.json.
+  """
   lines = [f"KL from the teacher on {kept['tokens']:,} tokens is {kept['student']:.4f}; with one layer as it was:"]
   for layer, divergence in sorted(kept["by_layer"].items(), key=lambda item: item[1]):
     lines.append(f"layer {int(layer):>3}  {divergence:.4f}" + "  stays softmax" * (int(layer) in kept["layers"]))
@@ -121,8 +122,8 @@ def table(directory: str) -> str:
 
 def costs(config: ModelConfig) -> str:
   """Layers of either kind, and what a sequence of 2k and 32k tokens asks for, its caches in bfloat16."""
-  softmax = config.mixers.count("softmax")
-  text = f"{config.num_layers - softmax} RNN layers, {softmax} softmax layers"
+  growing = sum(mixer_class(mixer).GROWS for mixer in config.mixers)
+  text = f"{config.num_layers - growing} RNN layers, {growing} softmax layers"
   for tokens in (2048, 32768):
     state, work = state_bytes(config, tokens) / 2**20, train_flops_per_token(config, tokens) / 3e9
     text += f"; at {tokens:,} tokens {state:,.1f} MiB of state and {work:,.2f} GFLOPs a token"
@@ -152,7 +153,7 @@ def _ends(params: Mapping[str, Any]) -> dict[str, Any]:
 
 def _through(model: Model, x_BTD: jax.Array, layers: Iterable[int], batch: Mapping[str, jax.Array]) -> jax.Array:
   for i in layers:
-    x_BTD = _block(model[0], model[0].config.mixers[i], model[1][f"layers_{i}"], x_BTD, batch)
+    x_BTD = _block(model[0], model[0].config.layers[i], model[1][f"layers_{i}"], x_BTD, batch)
   return x_BTD
 
 
@@ -164,10 +165,12 @@ def _embed(model: Transformer, ends: Any, batch: Mapping[str, jax.Array]) -> jax
 
 # A program a kind of layer, not one a model: all layers have the same shapes.
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _block(model: Transformer, mixer: Mixer, layer: Any, x_BTD: jax.Array, batch: Mapping[str, jax.Array]) -> jax.Array:
+def _block(
+  model: Transformer, layer: MixerConfig, params: Any, x_BTD: jax.Array, batch: Mapping[str, jax.Array]
+) -> jax.Array:
   tokens_BT, segment_ids = inputs_of(batch)
   context, _ = model.place(tokens_BT, segment_ids=segment_ids)
-  return Block(model.config, mixer, model.dtype).apply({"params": layer}, x_BTD, None, context)[0]
+  return Block(model.config, layer, model.dtype).apply({"params": params}, x_BTD, None, context)[0]
 
 
 @functools.partial(jax.jit, static_argnums=(0, 2))

@@ -35,12 +35,17 @@ NOTHING = Moments(0.0, 0.0, 0.0, 0.0)
 
 
 def solve(
-  moments: Moments, *, ridge: float | Sequence[float], bias: bool, prior: np.ndarray | float = 0.0
+  moments: Moments,
+  *,
+  ridge: float | Sequence[float],
+  widths: Sequence[int] | None = None,
+  bias: bool,
+  prior: np.ndarray | float = 0.0,
 ) -> tuple[np.ndarray, np.ndarray | None, float]:
   """The W [F, D] and b [D] that make a W + b closest to y in the weighted mean square, W kept near a prior.
 
-  Minimises sum w |a W + b - y|^2 + ridge / tokens * mean(diag(gram)) * |W - prior|^2; b is free. Several ridges are of
-  as many equal parts of the features, each with the mean of its own part.
+  Minimises sum w |a W + b - y|^2 + ridge / tokens * mean(diag(gram)) * |W - prior|^2; b is free. With several
+  ridges the features are parts of the given widths, and each part has a ridge and the mean of its own.
 
   Returns:
     (W, b, the share of w |y|^2 that is left), float64; b is None without `bias`.
@@ -51,10 +56,11 @@ def solve(
   if bias:
     inner, outer = inner - np.outer(sums, sums) / count, outer - np.outer(sums, targets) / count
   ridges = np.atleast_1d(np.asarray(ridge, np.float64))
-  means = np.diag(inner).reshape(len(ridges), -1).mean(axis=1)
+  widths = [len(inner)] if widths is None else list(widths)
+  means = np.array([part.mean() for part in np.split(np.diag(inner), np.cumsum(widths)[:-1])])
   # Features that are all 0 get the prior's weights.
   sizes = np.maximum(ridges / float(moments.tokens) * means, np.finfo(float).tiny)
-  sizes_F1 = np.repeat(sizes, len(inner) // len(sizes))[:, None]
+  sizes_F1 = np.repeat(sizes, widths)[:, None]
   kernel = np.linalg.solve(inner + np.diagflat(sizes_F1), outer + sizes_F1 * prior)
   offset = (targets - sums @ kernel) / count if bias else None
   whole = kernel if offset is None else np.vstack([kernel, offset])

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from supra_jax.model.layers import ADAPTERS
+from supra_jax.model.registry import takes_adapters
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,8 +51,7 @@ def add_adapters(params: Mapping[str, Any], config: AdapterConfig, seed: int) ->
   def walk(tree: Mapping[str, Any], path: str) -> dict[str, Any]:
     nonlocal found
     tree = {name: walk(leaf, f"{path}{name}/") if isinstance(leaf, Mapping) else leaf for name, leaf in tree.items()}
-    # A feature map is no Dense: its bias is its own.
-    if "kernel" in tree and re.search(config.kernels, path + "kernel") and "feature_map" not in path:
+    if "kernel" in tree and re.search(config.kernels, path + "kernel") and takes_adapters(path + "kernel"):
       found = True
       *lead, inputs, outputs = tree["kernel"].shape
       key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(path.encode()))

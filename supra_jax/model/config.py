@@ -1,25 +1,21 @@
-"""What a model is: frozen dataclasses, their JSON form, and presets."""
+"""What a model is: frozen dataclasses and their JSON form."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import typing
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from supra_jax.core.plain_json import to_json
 from supra_jax.core.schema import check_choices, check_positive, from_mapping
+from supra_jax.model.registry import MixerConfig, mixer_class
 
-Mixer = Literal["softmax", "supra", "supra_window"]
-FeatureMapKind = Literal["dense", "per_head", "per_head_separate"]
-Decay = Literal["lightning", "retnet", "none"]
 NormKind = Literal["rms_norm", "layer_norm", "layer_norm_gain"]
 QKNorm = Literal["none", "head", "all_heads"]
 RopeKind = Literal["half", "interleaved", "by_head", "none"]
 RopeScaling = Literal["none", "linear", "llama3", "yarn"]
-
-
-_LARGEST_SLOPE = 3.4e38  # slopes are float32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,39 +66,6 @@ class RopeConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class SupraConfig:
-  """How `supra` and `supra_window` depart from softmax attention (arXiv 2405.06640, section 3).
-
-  Attributes:
-    feature_map: W of phi(x) = relu(W x + b). `dense`: one [H*K, H*K] over all heads, and a [G*K, G*K] of its own for k
-      when G < H, as released checkpoints have it. `per_head`: [G, K, K], each shared by a group's queries and its key,
-      as the paper writes it. `per_head_separate`: [H, K, K] for q and [G, K, K] for k.
-    decay: the slopes s_h of gamma_h = exp(-s_h).
-    decay_start: the first lightning slope, where it is not the series' own ratio.
-    qk_norm: normalise the concatenated head features that phi gives q and k, before RoPE.
-    window: how many tokens back, itself included, the softmax attention of a `supra_window` layer sees.
-    sinks: how many of a text's first tokens it sees as well, wherever it is (Xiao et al. 2023, arXiv 2309.17453).
-  """
-
-  feature_map: FeatureMapKind = "dense"
-  decay: Decay = "lightning"
-  decay_start: float | None = None
-  qk_norm: bool = False
-  window: int = 64
-  sinks: int = 0
-
-  def __post_init__(self):
-    check_choices(self)
-    check_positive(self, "window")
-    if self.sinks < 0:
-      raise ValueError(f"SupraConfig.sinks={self.sinks}: wanted 0 or more.")
-    if self.decay_start is not None:
-      check_positive(self, "decay_start")
-      if self.decay_start > _LARGEST_SLOPE:
-        raise ValueError(f"SupraConfig.decay_start={self.decay_start!r}: wanted a slope that float32 can hold.")
-
-
-@dataclasses.dataclass(frozen=True)
 class ModelConfig:
   """A Llama-shaped language model whose layers each choose their mixer.
 
@@ -111,9 +74,8 @@ class ModelConfig:
     num_heads, num_kv_heads: H and G; G divides H.
     head_dim: K, the width of a query or key head.
     value_head_dim: V; None means K.
-    mixers: what each layer has: `softmax`; `supra`, linear attention in its place; `supra_window`, that and beside it
-      softmax attention over the last tokens. Its length is the number of layers.
-    supra: how the `supra` and `supra_window` layers are made.
+    layers: what each layer's mixer is told, an instance of the mixer's own `Config` (`registry.layer`): softmax
+      attention, linear attention in its place, or another. Its length is the number of layers.
     norm: `rms_norm`, `layer_norm` (gain and bias) or `layer_norm_gain`.
     norm_eps: epsilon of those norms (the GroupNorm of `supra` has its own, 1e-5).
     rope: rotary positions, used by all mixers.
@@ -124,7 +86,7 @@ class ModelConfig:
     sliding_window: how many tokens back, itself included, a `softmax` layer sees; None means all.
     tie_embeddings: the unembedding is the embedding.
     qkv_bias, output_bias, mlp_bias: biases on q, k, v; on the attention output; in the MLP.
-    max_positions: the longest sequence the teacher was trained on; None: not known. For `sink_reach`, and information.
+    max_positions: the longest sequence the teacher was trained on; None: not known.
     bos_token_id, eos_token_ids: what starts a text and what ends one.
   """
 
@@ -134,9 +96,8 @@ class ModelConfig:
   num_heads: int
   num_kv_heads: int
   head_dim: int
-  mixers: tuple[Mixer, ...]
+  layers: tuple[MixerConfig, ...]
   value_head_dim: int | None = None
-  supra: SupraConfig = SupraConfig()
   norm: NormKind = "rms_norm"
   norm_eps: float = 1e-5
   rope: RopeConfig = RopeConfig()
@@ -163,43 +124,96 @@ class ModelConfig:
       raise ValueError(f"ModelConfig: num_kv_heads={self.num_kv_heads} does not divide num_heads={self.num_heads}.")
     if self.head_dim % 2 and self.rope.kind != "none":
       raise ValueError(f"ModelConfig: head_dim={self.head_dim} is odd; RoPE rotates pairs.")
-    if not self.mixers:
-      raise ValueError("ModelConfig: mixers is empty; give one mixer a layer.")
-    for mixer in self.mixers:
-      if mixer not in typing.get_args(Mixer):
-        raise ValueError(f"ModelConfig.mixers holds {mixer!r}: wanted one of {', '.join(typing.get_args(Mixer))}.")
+    if not self.layers:
+      raise ValueError("ModelConfig: layers is empty; give one mixer's config a layer.")
+    for layer in self.layers:
+      if not isinstance(layer, MixerConfig):
+        raise ValueError(f"ModelConfig.layers holds {layer!r}: wanted a mixer's config, such as layer('softmax').")
 
   @property
   def num_layers(self) -> int:
-    return len(self.mixers)
+    return len(self.layers)
+
+  @property
+  def mixers(self) -> tuple[str, ...]:
+    """The name of each layer's mixer."""
+    return tuple(layer.mixer for layer in self.layers)
 
   @property
   def value_width(self) -> int:
     """V, the width of a value head."""
     return self.head_dim if self.value_head_dim is None else self.value_head_dim
 
-  @property
-  def sink_reach(self) -> int | None:
-    """The furthest that a window's sinks seem to be, however far they are: no further than the teacher ever saw.
-
-    None: as far as they are. Never nearer than twice the window, where they may be in sight.
-    """
-    seen = [tokens for tokens in (self.max_positions, self.sliding_window) if tokens is not None]
-    if not seen or not self.supra.sinks:
-      return None
-    return max(min(seen) - 1, 2 * self.supra.window + self.supra.sinks)
-
   def replace(self, **changes: Any) -> ModelConfig:
     return dataclasses.replace(self, **changes)
 
   def to_json(self) -> str:
-    return to_json(dataclasses.asdict(self), indent=2) + "\n"
+    """The config as JSON: each distinct mixer config once, and for each layer the label of its own."""
+    values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "layers"}
+    labels = _labels(self.layers)
+    values["rope"] = dataclasses.asdict(self.rope)
+    values["mixers"] = [labels[layer] for layer in self.layers]
+    values["mixer_configs"] = {label: dataclasses.asdict(layer) for layer, label in labels.items()}
+    return to_json(values, indent=2) + "\n"
 
   @classmethod
   def from_json(cls, text: str) -> ModelConfig:
-    """Reads what `to_json` wrote.
+    """Reads what `to_json` wrote; raises ValueError as `from_values`."""
+    return cls.from_values(json.loads(text))
+
+  @classmethod
+  def from_values(cls, values: Any, path: str = "model config") -> ModelConfig:
+    """Reads what `to_json` wrote, parsed, and files of before mixers had configs of their own (key `supra`).
+
+    Args:
+      values: a mapping.
+      path: what it is called in errors.
 
     Raises:
       ValueError: a key is unknown or missing, or a value has the wrong type, by name.
     """
-    return typing.cast(ModelConfig, from_mapping(cls, json.loads(text), "model config"))
+    if isinstance(values, Mapping) and "layers" not in values:
+      values = dict(values)
+      labels, configs = values.pop("mixers", None), values.pop("mixer_configs", None)
+      if not isinstance(labels, list | tuple) or not all(isinstance(label, str) for label in labels):
+        raise ValueError(f"{path}: mixers: wanted a list of names, got {labels!r}.")
+      old = configs is None
+      values["layers"] = _layers(labels, values.pop("supra", {}) if old else configs, path, old=old)
+    return typing.cast(ModelConfig, from_mapping(cls, values, path))
+
+
+def _labels(layers: Sequence[MixerConfig]) -> dict[MixerConfig, str]:
+  """Each distinct config -> its label: the mixer's name, for further configs of that mixer `NAME.2` and so on."""
+  labels: dict[MixerConfig, str] = {}
+  for layer in dict.fromkeys(layers):
+    number = 1 + sum(other.mixer == layer.mixer for other in labels)
+    labels[layer] = layer.mixer if number == 1 else f"{layer.mixer}.{number}"
+  return labels
+
+
+def _layers(labels: Sequence[str], configs: Any, path: str, *, old: bool) -> tuple[MixerConfig, ...]:
+  """The config of each layer, from the labels and what config.json says of them."""
+  if not isinstance(configs, Mapping):
+    raise ValueError(f"{path}: {'supra' if old else 'mixer_configs'}: wanted an object, got {configs!r}.")
+  made: dict[str, MixerConfig] = {}
+  for label in dict.fromkeys(labels):
+    try:
+      config = mixer_class(label.partition(".")[0]).Config
+    except ValueError as error:
+      raise ValueError(f"{path}: mixers: {error}") from error
+    if old:
+      made[label] = _of_supra_key(config, configs, path)
+    elif label in configs:
+      made[label] = from_mapping(config, configs[label], f"{path}: mixer_configs: {label}")
+    else:
+      raise ValueError(f"{path}: mixers names {label!r}, and mixer_configs does not say what it is.")
+  unused = sorted(set(configs) - set(made)) if not old else []
+  if unused:
+    raise ValueError(f"{path}: mixer_configs has {unused}, which no layer has.")
+  return tuple(made[label] for label in labels)
+
+
+def _of_supra_key(config: type[MixerConfig], supra: Mapping[str, Any], path: str) -> MixerConfig:
+  """A mixer's config of what one key `supra` said for all mixers; sinks came later, and were 0 before."""
+  whole = from_mapping(mixer_class("supra_window").Config, {"sinks": 0, **supra}, f"{path}: supra")
+  return config(**{field.name: getattr(whole, field.name) for field in dataclasses.fields(config)})

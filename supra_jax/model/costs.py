@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-import typing
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from supra_jax.model.config import Mixer, ModelConfig
+from supra_jax.model.config import ModelConfig
+from supra_jax.model.registry import mixer_class
 from supra_jax.model.transformer import Transformer
 
 # Multiply-accumulates of bfloat16 into float32, without sparsity; vendors often print twice that, "with sparsity". By
@@ -52,16 +52,10 @@ PEAK_FLOPS: dict[str, float] = {
 def train_flops_per_token(config: ModelConfig, sequence_length: int) -> float:
   """Model FLOPs of one token's forward and backward pass.
 
-  Of these multiply-adds, two FLOPs each, a token needs forward; backward, of both factors' gradients, needs twice as
-  many, so that FLOPs = 6 * (W + A):
+  A token needs W multiply-adds forward, two FLOPs each, and twice as many backward, for the gradients of both factors:
+  FLOPs = 6 W, with
 
-    W = sum over layers of  D*(H*K + G*K + G*V) + H*V*D + 3*D*F + P,  and then D * vocabulary
-    P = (H*K)^2 + (G*K)^2  for a dense feature map of a `supra` layer, (H + G)*K^2 for one per head, 0 for `softmax`
-    A = sum over layers of  2*H*K*V  for `supra`: S += k v^T, then q S
-                            H*(K + V)*n  for `softmax`: n = (T + 1)/2 keys seen on average, fewer with a window
-
-  `supra_window` has P and A of `supra`, A of `softmax` with its own window and sinks, and H*V*D for its second output
-  projection.
+    W = sum over layers of (what its mixer's `flops` says + 3*D*F), and then D * vocabulary
 
   The unembedding is counted, tied or not; the look-up of the embedding, norms, activations, RoPE and decays are not.
   Nor is what an implementation computes beyond the model: recomputation (remat), the products inside a chunk, masked
@@ -78,17 +72,9 @@ def train_flops_per_token(config: ModelConfig, sequence_length: int) -> float:
   if sequence_length < 1:
     raise ValueError(f"sequence_length={sequence_length}: wanted at least 1.")
   c = config
-  width, ffn, heads, groups, key, value = (
-    c.hidden_size,
-    c.intermediate_size,
-    c.num_heads,
-    c.num_kv_heads,
-    c.head_dim,
-    c.value_width,
-  )
-  projections = width * (heads * key + groups * key + groups * value) + heads * value * width
-  layers = sum(projections + 3 * width * ffn + _mixing(c, mixer, sequence_length) for mixer in c.mixers)
-  return 6.0 * (layers + width * c.vocab_size)
+  mixing = sum(mixer_class(layer.mixer).flops(c, layer, sequence_length) for layer in c.layers)
+  mlps = 3 * c.hidden_size * c.intermediate_size * c.num_layers
+  return 6.0 * (mixing + mlps + c.hidden_size * c.vocab_size)
 
 
 def step_flops_per_token(config: ModelConfig, sequence_length: int, teacher: ModelConfig | None = None) -> float:
@@ -97,31 +83,20 @@ def step_flops_per_token(config: ModelConfig, sequence_length: int, teacher: Mod
   return own if teacher is None else own + train_flops_per_token(teacher, sequence_length) / 3
 
 
-def _mixing(c: ModelConfig, mixer: Mixer, time: int) -> float:
-  """Multiply-adds a token of what only this mixer does, P + A above."""
-  heads, groups, key, value = c.num_heads, c.num_kv_heads, c.head_dim, c.value_width
-
-  def softmax(window: int | None) -> float:
-    window = min(time, window or time)
-    return heads * (key + value) * (window - window * (window - 1) / (2 * time))
-
-  dense = c.supra.feature_map == "dense"
-  features = (heads * key) ** 2 + (groups * key) ** 2 if dense else (heads + groups) * key**2
-  supra = features + 2 * heads * key * value
-  match mixer:
-    case "softmax":
-      return softmax(c.sliding_window)
-    case "supra":
-      return supra
-    case "supra_window":
-      return supra + softmax(c.supra.window + c.supra.sinks) + heads * value * c.hidden_size
-  typing.assert_never(mixer)
-
-
 def state_bytes(config: ModelConfig, tokens: int, dtype: Any = jnp.bfloat16) -> int:
   """Bytes of what a model remembers of one sequence of so many tokens, its caches in `dtype`."""
-  state = jax.eval_shape(lambda: Transformer(config, dtype).init_state(1, tokens).layers)
-  return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(state))
+  return sum(state_bytes_by_part(config, tokens, dtype).values())
+
+
+def state_bytes_by_part(config: ModelConfig, tokens: int, dtype: Any = jnp.bfloat16) -> dict[str, int]:
+  """`state_bytes` of each part that a mixer's PARTS name, over all layers."""
+  states = jax.eval_shape(lambda: Transformer(config, dtype).init_state(1, tokens).layers)
+  parts: dict[str, int] = {}
+  for layer, state in zip(config.layers, states, strict=True):
+    for part, fields in mixer_class(layer.mixer).PARTS.items():
+      arrays = [getattr(state, field) for field in fields]
+      parts[part] = parts.get(part, 0) + sum(math.prod(x.shape) * x.dtype.itemsize for x in arrays)
+  return parts
 
 
 def peak_flops(device: jax.Device) -> float | None:

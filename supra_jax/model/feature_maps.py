@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
@@ -12,6 +12,8 @@ import jax.numpy as jnp
 from supra_jax.core.sharding import constrain
 from supra_jax.model.config import ModelConfig
 from supra_jax.model.layers import add_bias, matmul, product
+
+FeatureMapKind = Literal["dense", "per_head", "per_head_separate"]
 
 
 def _uniform_fan_in(fan_in: int) -> nn.initializers.Initializer:
@@ -58,11 +60,17 @@ class PerHeadFeatureMap(nn.Module):
     return nn.relu(add_bias(y, bias[:, None])).reshape(x_BTNK.shape)
 
 
-def make_feature_maps(config: ModelConfig, dtype: Any) -> tuple[nn.Module, nn.Module | None]:
+def make_feature_maps(config: ModelConfig, kind: FeatureMapKind, dtype: Any) -> tuple[nn.Module, nn.Module | None]:
   """(map of q, map of k); the second is None where q's map serves k too."""
-  kind, heads, groups, width = config.supra.feature_map, config.num_heads, config.num_kv_heads, config.head_dim
+  heads, groups, width = config.num_heads, config.num_kv_heads, config.head_dim
   if kind == "dense":
     return DenseFeatureMap(dtype), None if groups == heads else DenseFeatureMap(dtype)
   if kind == "per_head":
     return PerHeadFeatureMap(groups, width, dtype), None
   return PerHeadFeatureMap(heads, width, dtype), PerHeadFeatureMap(groups, width, dtype)
+
+
+def feature_map_flops(config: ModelConfig, kind: FeatureMapKind) -> float:
+  """Multiply-adds a token: (H K)^2 + (G K)^2 for a dense map, (H + G) K^2 for one per head."""
+  heads, groups, key = config.num_heads, config.num_kv_heads, config.head_dim
+  return (heads * key) ** 2 + (groups * key) ** 2 if kind == "dense" else (heads + groups) * key**2

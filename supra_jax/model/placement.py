@@ -1,27 +1,29 @@
-"""Where each parameter lies on a mesh: one rule a kind of parameter."""
+"""Where a mesh has each parameter, and each array of a state."""
 
 from __future__ import annotations
 
+import dataclasses
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-# Parameter path below its layer or run -> {rank: spec}. The first rule that matches the whole path holds. Every model
-# has something for each rule to match, so that one that has nothing is a slip.
-PARAM_RULES: tuple[tuple[str, Mapping[int, PartitionSpec]], ...] = (
-  (
-    r"((.*/)?(q_proj|k_proj|v_proj|gate_proj|up_proj|feature_map|feature_map_kv)|lm_head)/kernel",
-    {2: PartitionSpec("fsdp", "tensor"), 3: PartitionSpec("tensor", "fsdp", None)},
-  ),
-  (r".*/(o_proj|linear_o_proj|down_proj)/kernel", {2: PartitionSpec("tensor", "fsdp")}),
-  (r"embed_tokens/embedding", {2: PartitionSpec("tensor", "fsdp")}),
-  # Gains, biases and adapters: a thousandth of the parameters, and every device wants them whole.
-  (r"(.*/)?(weight|bias|lora_[ab])", {1: PartitionSpec(), 2: PartitionSpec()}),
-)
+from supra_jax.core.sharding import dimensions_spec
+from supra_jax.model.config import ModelConfig
+from supra_jax.model.registry import mixer_class, mixer_classes
+from supra_jax.model.transformer import DecodeState
 
+# Of what all models have: (regex of the parameter's path below its layer, names of its dimensions). Mixers have AXES of
+# their own; biases, gains and adapters are on every device whole, a thousandth of the parameters.
+_MODEL_AXES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
+  ("mlp/(gate_proj|up_proj)/kernel", ("embed", "ffn")),
+  ("mlp/down_proj/kernel", ("ffn", "embed")),
+  ("lm_head/kernel", ("embed", "vocabulary")),
+  ("embed_tokens/embedding", ("vocabulary", "embed")),
+)
+_WHOLE = re.compile(r"(.*/)?(weight|bias|lora_[ab])")
 
 _LAYER = re.compile(r"^(layers|run)_\d+/")
 
@@ -31,36 +33,53 @@ def parameter_name(path: Sequence[Any]) -> str:
   return "/".join(key.key for key in path)
 
 
-def param_specs(params: Any, mesh: Mesh, rules: Sequence[tuple[str, Mapping[int, PartitionSpec]]] = PARAM_RULES) -> Any:
+def parameter_axes() -> list[tuple[str, tuple[str | None, ...]]]:
+  """(regex of a parameter's path below its layer, names of its dimensions), of the model and of all mixers."""
+  return [*_MODEL_AXES] + [(f"self_attn/{name}", axes) for mixer in mixer_classes() for name, axes in mixer.AXES]
+
+
+def param_specs(params: Any, mesh: Mesh) -> Any:
   """The PartitionSpec of every parameter.
 
   Args:
-    params: a tree of arrays or shapes, one subtree a layer, or one a run with a leading axis that is never cut.
+    params: a tree of arrays or shapes, one subtree a layer, or one a stack of layers with a leading axis that is never
+      cut.
     mesh: what the specs are for.
-    rules: (regex, {rank: spec}), the first that matches holds.
 
   Raises:
-    ValueError: a parameter matches no rule, a rule no parameter, or a dimension cannot be cut evenly.
+    ValueError: there is no line for a parameter, or a dimension cannot be cut evenly.
   """
-  used = set()
+  known = parameter_axes()
 
   def spec_of(path, leaf) -> PartitionSpec:
     name = parameter_name(path)
     stacked = name.startswith("run_")
     short, rank = _LAYER.sub("", name), leaf.ndim - stacked
-    for number, (pattern, specs) in enumerate(rules):
-      if re.fullmatch(pattern, short) and rank in specs:
-        used.add(number)
-        spec = PartitionSpec(*([None] * stacked), *specs[rank])
-        _check_cuts(name, leaf.shape, spec, mesh)
-        return spec
-    raise ValueError(f"No sharding rule for the parameter {name} {tuple(leaf.shape)}; add one to PARAM_RULES.")
+    if _WHOLE.fullmatch(short):
+      return PartitionSpec()
+    axes = next((axes for regex, axes in known if len(axes) == rank and re.fullmatch(regex, short)), None)
+    if axes is None:
+      raise ValueError(
+        f"No line says how a mesh cuts the parameter {name} {tuple(leaf.shape)}: its mixer's AXES lack one."
+      )
+    spec = PartitionSpec(*([None] * stacked), *dimensions_spec(*axes))
+    _check_cuts(name, leaf.shape, spec, mesh)
+    return spec
 
-  specs = jax.tree_util.tree_map_with_path(spec_of, params)
-  unused = [pattern for number, (pattern, _) in enumerate(rules) if number not in used]
-  if unused:
-    raise ValueError(f"Sharding rules that match no parameter: {', '.join(unused)}.")
-  return specs
+  return jax.tree_util.tree_map_with_path(spec_of, params)
+
+
+def state_shardings(state: DecodeState, config: ModelConfig, mesh: Mesh) -> DecodeState:
+  """Where a mesh has each array of a model's state, as the mixers' STATE_AXES say."""
+
+  def of(*axes: str | None) -> Any:
+    return NamedSharding(mesh, dimensions_spec(*axes))
+
+  layers = tuple(
+    dataclasses.replace(held, **{name: of(*axes) for name, axes in mixer_class(layer.mixer).STATE_AXES.items()})
+    for held, layer in zip(state.layers, config.layers, strict=True)
+  )
+  return dataclasses.replace(state, layers=layers, cached=of("batch"), position=of("batch"), segment=of("batch"))
 
 
 def _check_cuts(name: str, shape: Sequence[int], spec: PartitionSpec, mesh: Mesh) -> None:

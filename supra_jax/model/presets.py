@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from supra_jax.model.config import Mixer, ModelConfig, RopeConfig
+from supra_jax.model.config import ModelConfig, RopeConfig
+from supra_jax.model.registry import MixerConfig, layer
 
 
-def smollm2_135m(mixer: Mixer = "softmax") -> ModelConfig:
+def smollm2_135m(mixer: str | MixerConfig = "softmax") -> ModelConfig:
   """SmolLM2-135M (HuggingFaceTB/SmolLM2-135M): nine query heads, three key/value heads, tied embeddings."""
   return ModelConfig(
     vocab_size=49152,
@@ -16,14 +17,14 @@ def smollm2_135m(mixer: Mixer = "softmax") -> ModelConfig:
     num_heads=9,
     num_kv_heads=3,
     head_dim=64,
-    mixers=(mixer,) * 30,
+    layers=(layer(mixer),) * 30,
     rope=RopeConfig(base=100_000.0),
     tie_embeddings=True,
     max_positions=8192,
   )
 
 
-def mistral_7b(mixer: Mixer = "softmax") -> ModelConfig:
+def mistral_7b(mixer: str | MixerConfig = "softmax") -> ModelConfig:
   """Mistral-7B-v0.1 (mistralai/Mistral-7B-v0.1), the paper's main teacher."""
   return ModelConfig(
     vocab_size=32000,
@@ -32,7 +33,7 @@ def mistral_7b(mixer: Mixer = "softmax") -> ModelConfig:
     num_heads=32,
     num_kv_heads=8,
     head_dim=128,
-    mixers=(mixer,) * 32,
+    layers=(layer(mixer),) * 32,
     sliding_window=4096,
     max_positions=32768,
     bos_token_id=1,
@@ -40,7 +41,7 @@ def mistral_7b(mixer: Mixer = "softmax") -> ModelConfig:
   )
 
 
-def llama2_7b(mixer: Mixer = "softmax") -> ModelConfig:
+def llama2_7b(mixer: str | MixerConfig = "softmax") -> ModelConfig:
   """Llama-2-7B (meta-llama/Llama-2-7b-hf), the paper's other teacher: as many key/value heads as query heads."""
   return ModelConfig(
     vocab_size=32000,
@@ -49,14 +50,14 @@ def llama2_7b(mixer: Mixer = "softmax") -> ModelConfig:
     num_heads=32,
     num_kv_heads=32,
     head_dim=128,
-    mixers=(mixer,) * 32,
+    layers=(layer(mixer),) * 32,
     max_positions=4096,
     bos_token_id=1,
     eos_token_ids=(2,),
   )
 
 
-def open_lm_1b(mixer: Mixer = "softmax") -> ModelConfig:
+def open_lm_1b(mixer: str | MixerConfig = "softmax") -> ModelConfig:
   """The 1B of OpenLM (mlfoundations/open_lm, open_lm_1b.json), for GPT-NeoX's tokenizer; LayerNorm is its default."""
   return ModelConfig(
     vocab_size=50432,
@@ -65,7 +66,7 @@ def open_lm_1b(mixer: Mixer = "softmax") -> ModelConfig:
     num_heads=16,
     num_kv_heads=16,
     head_dim=128,
-    mixers=(mixer,) * 24,
+    layers=(layer(mixer),) * 24,
     norm="layer_norm",
     max_positions=2048,
     bos_token_id=0,
@@ -73,7 +74,7 @@ def open_lm_1b(mixer: Mixer = "softmax") -> ModelConfig:
   )
 
 
-def tiny(mixer: Mixer = "supra") -> ModelConfig:
+def tiny(mixer: str | MixerConfig = "supra") -> ModelConfig:
   """Two small layers for tests and dry runs: grouped heads, no power of two."""
   return ModelConfig(
     vocab_size=97,
@@ -82,12 +83,12 @@ def tiny(mixer: Mixer = "supra") -> ModelConfig:
     num_heads=6,
     num_kv_heads=2,
     head_dim=8,
-    mixers=(mixer,) * 2,
+    layers=(layer(mixer),) * 2,
     bos_token_id=1,
     eos_token_ids=(2,),
   )
 
 
-PRESETS: dict[str, Callable[[Mixer], ModelConfig]] = {
+PRESETS: dict[str, Callable[[str | MixerConfig], ModelConfig]] = {
   preset.__name__: preset for preset in (smollm2_135m, mistral_7b, llama2_7b, open_lm_1b, tiny)
 }

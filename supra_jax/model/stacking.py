@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from supra_jax.model.config import Mixer, ModelConfig
+from supra_jax.model.config import ModelConfig
+from supra_jax.model.registry import MixerConfig
 
 
-def runs(mixers: tuple[Mixer, ...]) -> list[tuple[int, int]]:
-  """(first layer, number of layers) of each run of equal mixers."""
+def runs(layers: Sequence[MixerConfig]) -> list[tuple[int, int]]:
+  """(first layer, number of layers) of each run of layers with equal mixers and equal configs."""
   found, first = [], 0
-  for _, group in itertools.groupby(mixers):
+  for _, group in itertools.groupby(layers):
     length = len(list(group))
     found.append((first, length))
     first += length
@@ -25,7 +26,7 @@ def runs(mixers: tuple[Mixer, ...]) -> list[tuple[int, int]]:
 def stack_runs(params: Mapping[str, Any], config: ModelConfig) -> dict[str, Any]:
   """Parameters with one subtree a layer -> one subtree a run, its leaves stacked along a new first axis."""
   stacked = {name: tree for name, tree in params.items() if not name.startswith("layers_")}
-  for first, length in runs(config.mixers):
+  for first, length in runs(config.layers):
     layers = [params[f"layers_{i}"] for i in range(first, first + length)]
     stacked[f"run_{first}"] = jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)
   return stacked
@@ -34,7 +35,7 @@ def stack_runs(params: Mapping[str, Any], config: ModelConfig) -> dict[str, Any]
 def unstack(params: Mapping[str, Any], config: ModelConfig) -> dict[str, Any]:
   """The inverse of `stack_runs`."""
   layers = {name: tree for name, tree in params.items() if not name.startswith("run_")}
-  for first, length in runs(config.mixers):
+  for first, length in runs(config.layers):
     for i in range(length):
       layers[f"layers_{first + i}"] = jax.tree.map(lambda leaf, i=i: leaf[i], params[f"run_{first}"])
   return layers

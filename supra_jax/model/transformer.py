@@ -11,13 +11,13 @@ import jax
 import jax.numpy as jnp
 
 from supra_jax.core.sharding import constrain
-from supra_jax.model.attention import MIXERS, Context, KVCache, LinearState
-from supra_jax.model.config import Mixer, ModelConfig
+from supra_jax.model.config import ModelConfig
 from supra_jax.model.layers import Dense, Embed, Norm, SwiGLU
+from supra_jax.model.mixers.base import Context, MixerState
+from supra_jax.model.registry import MixerConfig, mixer_class
 from supra_jax.model.rope import rope_table
 from supra_jax.model.stacking import runs
 
-LayerState = KVCache | LinearState
 Padding = Literal["right", "left"]
 Remat = Literal["none", "matmuls", "block"]
 # What a layer's backward pass finds saved where it recomputes: products with parameters, or nothing.
@@ -38,15 +38,30 @@ class DecodeState:
     segment: int32 [B], the id of the last document; -1 before any was named.
   """
 
-  layers: tuple[LayerState, ...]
+  layers: tuple[MixerState, ...]
   cached: jax.Array
   position: jax.Array
   segment: jax.Array
 
   @property
   def capacity(self) -> int | None:
-    """How many tokens the caches can hold; None where there are no caches."""
-    return next((layer.k.shape[1] for layer in self.layers if isinstance(layer, KVCache)), None)
+    """How many tokens the states can hold; None where that is any number."""
+    return min((layer.capacity for layer in self.layers if layer.capacity is not None), default=None)
+
+  def grow(self, capacity: int) -> DecodeState:
+    """The same state with room for at least `capacity` tokens."""
+    return dataclasses.replace(self, layers=tuple(layer.grow(capacity) for layer in self.layers))
+
+  def take(self, rows: jax.typing.ArrayLike) -> DecodeState:
+    """The states of some rows of the batch, in that order; a row may be taken several times."""
+    counters = {name: getattr(self, name)[jnp.asarray(rows)] for name in _FRESH}
+    return DecodeState(tuple(layer.take(rows) for layer in self.layers), **counters)
+
+  def put(self, slots: jax.typing.ArrayLike, other: DecodeState) -> DecodeState:
+    """Returns this state with the rows of another one in place of rows `slots`."""
+    counters = {name: getattr(self, name).at[jnp.asarray(slots)].set(getattr(other, name)) for name in _FRESH}
+    layers = tuple(ours.put(slots, theirs) for ours, theirs in zip(self.layers, other.layers, strict=True))
+    return DecodeState(layers, **counters)
 
 
 STREAMS = "streams"  # the collection that a Block fills where it is asked to
@@ -61,25 +76,24 @@ class Block(nn.Module):
   """
 
   config: ModelConfig
-  mixer: Mixer
+  layer: MixerConfig
   dtype: Any = jnp.float32
   implementation: str = "auto"
 
   def setup(self):
     c = self.config
-    mixer: Any = MIXERS[self.mixer]
-    self.self_attn = mixer(c, self.dtype, self.implementation)
+    self.self_attn = mixer_class(self.layer.mixer)(c, self.layer, self.dtype, self.implementation)
     self.input_layernorm, self.post_attention_layernorm = (Norm(c.norm, c.norm_eps, self.dtype) for _ in range(2))
     self.mlp = SwiGLU(c, self.dtype)
 
-  def __call__(self, x_BTD: jax.Array, state: LayerState | None, context: Context) -> tuple[jax.Array, LayerState]:
+  def __call__(self, x_BTD: jax.Array, state: MixerState | None, context: Context) -> tuple[jax.Array, MixerState]:
     mixed, state = self.attend(x_BTD, state, context)
     self._keep(enters=x_BTD, attended=mixed)
     x_BTD = constrain(self.feed(x_BTD + mixed), "batch", "time", None)
     self._keep(leaves=x_BTD)
     return x_BTD, state
 
-  def attend(self, x_BTD: jax.Array, state: LayerState | None, context: Context) -> tuple[jax.Array, LayerState]:
+  def attend(self, x_BTD: jax.Array, state: MixerState | None, context: Context) -> tuple[jax.Array, MixerState]:
     """The mixer alone, of the normalised x."""
     return self.self_attn(self.input_layernorm(x_BTD), state, context)
 
@@ -126,12 +140,12 @@ class Transformer(nn.Module):
           split_rngs={"params": True},
           in_axes=(0, nn.broadcast),
           length=length,
-        )(c, c.mixers[first], self.dtype, self.implementation, name=f"run_{first}")
-        for first, length in runs(c.mixers)
+        )(c, c.layers[first], self.dtype, self.implementation, name=f"run_{first}")
+        for first, length in runs(c.layers)
       ]
     else:
       self.blocks = [
-        block(c, mixer, self.dtype, self.implementation, name=f"layers_{i}") for i, mixer in enumerate(c.mixers)
+        block(c, layer, self.dtype, self.implementation, name=f"layers_{i}") for i, layer in enumerate(c.layers)
       ]
     self.norm = Norm(c.norm, c.norm_eps, self.dtype)
     if not c.tie_embeddings:
@@ -141,8 +155,11 @@ class Transformer(nn.Module):
   @nn.nowrap
   def init_state(self, batch: int, capacity: int = 0) -> DecodeState:
     """The state before any token; `capacity` tokens fit into the caches of softmax layers, others need none."""
-    layers = tuple(MIXERS[m](self.config, self.dtype).init_state(batch, capacity) for m in self.config.mixers)
-    # Three arrays, not one thrice: a state is given away, and no buffer can be given twice.
+    layers = tuple(
+      mixer_class(layer.mixer)(self.config, layer, self.dtype).init_state(batch, capacity)
+      for layer in self.config.layers
+    )
+    # Separate buffers: the state is donated, and one buffer cannot be donated twice.
     counters = {name: jnp.full(batch, value, jnp.int32) for name, value in _FRESH.items()}
     return DecodeState(layers, **counters)
 
@@ -186,10 +203,10 @@ class Transformer(nn.Module):
 
     context, end = self.place(tokens_BT, state, lengths, segment_ids)
     x_BTD = self.embed(tokens_BT)
-    layer_states = (None,) * len(self.config.mixers) if state is None else state.layers
-    new_states: list[LayerState] = []
+    layer_states = (None,) * self.config.num_layers if state is None else state.layers
+    new_states: list[MixerState] = []
     if self.stacked:
-      for block, (first, length) in zip(self.blocks, runs(self.config.mixers), strict=True):
+      for block, (first, length) in zip(self.blocks, runs(self.config.layers), strict=True):
         given = layer_states[first : first + length]
         x_BTD, run = block(x_BTD, None if state is None else jax.tree.map(lambda *s: jnp.stack(s), *given), context)
         new_states += [jax.tree.map(lambda leaf, i=i: leaf[i], run) for i in range(length)]
@@ -261,14 +278,18 @@ class Transformer(nn.Module):
       if segment_ids is None
       else jnp.where(some, jnp.take_along_axis(segment_ids.astype(jnp.int32), last, 1)[:, 0], segment),
     )
-    rope, rotation, far_rotation = self.config.rope, None, None
-    if rope.kind in ("half", "interleaved"):
-      rotation = far_rotation = rope_table(rope, self.config.head_dim, position_BT[..., None])
-      if (reach := self.config.sink_reach) is not None:
-        far_rotation = rope_table(rope, self.config.head_dim, jnp.minimum(position_BT, reach)[..., None])
+    rotation = None
+    if self.config.rope.kind in ("half", "interleaved"):
+      rotation = rope_table(self.config.rope, self.config.head_dim, position_BT[..., None])
+    reaches = {mixer_class(layer.mixer).reach(self.config, layer) for layer in self.config.layers}
+    far_rotations = {
+      reach: rope_table(self.config.rope, self.config.head_dim, jnp.minimum(position_BT, reach)[..., None])
+      for reach in reaches
+      if reach is not None
+    }
     context = Context(
       rotation=rotation,
-      far_rotation=far_rotation,
+      far_rotations=far_rotations,
       index=index_BT,
       first=index_BT - position_BT,
       lengths=lengths,

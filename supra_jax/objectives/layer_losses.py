@@ -14,8 +14,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from supra_jax.model.config import Mixer
 from supra_jax.model.layers import at_least_float32
+from supra_jax.model.registry import MixerConfig
 from supra_jax.model.stacking import runs
 from supra_jax.model.transformer import STREAMS, Block, Transformer
 
@@ -51,16 +51,16 @@ def attention_error(
 ) -> jax.Array:
   """Float32 [B, T]: how far each layer's attention is from the teacher's, both reading the teacher's stream.
 
-  The mean over the layers that are not softmax of `|attention(x_t) - a_t|^2 / |x_t + a_t|^2`, a_t being the teacher's
-  attention: the attention transfer of LoLCATs (Zhang et al. 2024, eq. 6), after the output projection. The layers know
-  nothing of each other, and no MLP of the model is run.
+  The mean of `|attention(x_t) - a_t|^2 / |x_t + a_t|^2` over the layers whose mixer is not the teacher's, a_t being the
+  teacher's attention: the attention transfer of LoLCATs (Zhang et al. 2024, eq. 6), after the output projection. Each
+  layer reads the teacher's stream, so that no layer depends on another, and no MLP of the model is run.
 
   Args:
     model, params, teacher, teacher_params: stacked, of equally many layers.
     tokens_BT, segment_ids: int32 [B, T].
 
   Raises:
-    ValueError: all of the model's layers are softmax layers.
+    ValueError: all of the model's layers have the teacher's mixers.
   """
   config = model.config
   _, theirs = read_streams(teacher, teacher_params, tokens_BT, segment_ids)
@@ -68,18 +68,18 @@ def attention_error(
   context, _ = model.place(tokens_BT, segment_ids=segment_ids)
 
   @functools.partial(jax.checkpoint, static_argnums=0)
-  def layer_error(mixer: Mixer, layer: Any, enters_BTD: jax.Array, attended_BTD: jax.Array) -> jax.Array:
-    block = Block(config, mixer, model.dtype, model.implementation)
-    mixed, _ = block.apply({"params": layer}, enters_BTD, None, context, method="attend")
+  def layer_error(layer: MixerConfig, params: Any, enters_BTD: jax.Array, attended_BTD: jax.Array) -> jax.Array:
+    block = Block(config, layer, model.dtype, model.implementation)
+    mixed, _ = block.apply({"params": params}, enters_BTD, None, context, method="attend")
     return _error(mixed, attended_BTD, enters_BTD + attended_BTD)
 
   errors = [
     jax.lax.map(
-      lambda layer, mixer=config.mixers[first]: layer_error(mixer, *layer),
+      lambda of_layer, layer=config.layers[first]: layer_error(layer, *of_layer),
       (params[f"run_{first}"], enters[first : first + length], attended[first : first + length]),
     )
-    for first, length in runs(config.mixers)
-    if config.mixers[first] != "softmax"
+    for first, length in runs(config.layers)
+    if config.layers[first : first + length] != teacher.config.layers[first : first + length]
   ]
   if not errors:
     raise ValueError(f"No layer to transfer attention to: mixers are {config.mixers}.")
@@ -88,7 +88,7 @@ def attention_error(
 
 def _join(model: Transformer, streams: Streams, name: str) -> jax.Array:
   """[layers, B, T, D] of all runs."""
-  parts = [streams[f"run_{first}"][name] for first, _ in runs(model.config.mixers)]
+  parts = [streams[f"run_{first}"][name] for first, _ in runs(model.config.layers)]
   return parts[0] if len(parts) == 1 else jnp.concatenate(parts)
 
 

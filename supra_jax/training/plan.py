@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 
 from supra_jax.core.files import place
 from supra_jax.core.sharding import TIME_AXIS, batch_sharding, batch_shards, make_mesh, mesh_sizes
-from supra_jax.model.config import Mixer, ModelConfig
+from supra_jax.model.config import ModelConfig
 from supra_jax.model.costs import step_flops_per_token
 from supra_jax.model.placement import parameter_name
 from supra_jax.model.presets import PRESETS
@@ -92,7 +92,7 @@ def planned_teacher(config: TrainConfig, preset: str = "") -> ModelConfig | None
   return _planned(config, "distill_from", preset, "softmax") if config.distill_from else None
 
 
-def _planned(config: TrainConfig, field: str, preset: str, mixer: Mixer) -> ModelConfig:
+def _planned(config: TrainConfig, field: str, preset: str, mixer: str) -> ModelConfig:
   path = getattr(config, field)
   if not preset and path and place(path).exists():
     return load_model_without_params(path).config

@@ -24,6 +24,7 @@ from convert_weights.openlm_export import export as export_openlm
 from convert_weights.orbax_to_hf import convert
 from supra_jax.model.config import ModelConfig, RopeConfig, SupraConfig
 from supra_jax.model.presets import tiny
+from supra_jax.model.registry import layers
 from supra_jax.model.transformer import Transformer
 from supra_jax.storage.model_directory import load_model, save_model
 from tests.support import openlm
@@ -102,13 +103,19 @@ def test_openlm_there_and_back(case, tmp_path):
 
 
 EVERYTHING = tiny().replace(
-  mixers=("supra", "softmax", "supra_window"),
+  layers=layers(
+    ("supra", "softmax", "supra_window"),
+    feature_map="per_head_separate",
+    decay="retnet",
+    qk_norm=True,
+    window=7,
+    sinks=2,
+  ),
   value_head_dim=12,
   norm="layer_norm",
   qk_norm="head",
   post_embed_norm=True,
   sliding_window=9,
-  supra=SupraConfig("per_head_separate", "retnet", qk_norm=True, window=7, sinks=2),
   rope=RopeConfig(1e6, "yarn", kind="interleaved", factor=3.0, truncate=False),
   eos_token_ids=(2, 3),
 )
@@ -147,8 +154,8 @@ SOFTMAX = tiny("softmax")
     ({"value_head_dim": 12}, "SupraForCausalLM"),
     ({"post_embed_norm": True}, "SupraForCausalLM"),
     ({"rope": RopeConfig(kind="interleaved")}, "SupraForCausalLM"),
-    ({"mixers": ("softmax", "supra")}, "SupraForCausalLM"),
-    ({"mixers": ("supra_window",)}, "SupraForCausalLM"),
+    ({"layers": layers(("softmax", "supra"))}, "SupraForCausalLM"),
+    ({"layers": layers(("supra_window",), sinks=0)}, "SupraForCausalLM"),
   ],
 )
 def test_which_class(changes, wanted):
@@ -184,11 +191,11 @@ LINEAR = tiny()
   "changes, refused",
   [
     (
-      {"mixers": ("supra", "softmax"), "qkv_bias": True, "sliding_window": 7},
+      {"layers": layers(("supra", "softmax")), "qkv_bias": True, "sliding_window": 7},
       ["mixers=", "qkv_bias=True", "sliding_window=7"],
     ),
-    ({"mixers": ("supra_window",) * 2}, ["mixers=('supra_window', 'supra_window')"]),
-    ({"mixers": ("supra", "supra_window"), "supra": SupraConfig(window=7)}, ["mixers=", "supra.window=7"]),
+    ({"layers": layers(("supra_window",) * 2, sinks=0)}, ["mixers=('supra_window', 'supra_window')"]),
+    ({"layers": layers(("supra", "supra_window"), window=7, sinks=0)}, ["mixers=", "supra.window=7"]),
     ({"output_bias": True, "mlp_bias": True}, ["output_bias=True", "mlp_bias=True"]),
     ({"rope": RopeConfig(scaling="llama3", factor=2.0)}, ["rope.scaling='llama3'", "rope.factor=2.0"]),
     ({"rope": RopeConfig(1e6, kind="interleaved")}, ["rope.base=1000000.0"]),
@@ -232,7 +239,7 @@ def shapes_of(config):
 
 @pytest.mark.parametrize("kind, groups", [("per_head", 2), ("per_head", 6), ("per_head_separate", 2)])
 def test_maps_of_single_heads_become_openlm_s_dense_ones(kind, groups, random_params, tmp_path):
-  config = LINEAR.replace(mixers=("supra",), num_kv_heads=groups, supra=SupraConfig(kind), sliding_window=4)
+  config = LINEAR.replace(layers=layers(("supra",), feature_map=kind), num_kv_heads=groups, sliding_window=4)
   params = random_params(config)
   _, second = there_and_back(save(tmp_path / "first", config, params), tmp_path, format="openlm")
   assert second.config == config.replace(supra=SupraConfig("dense"), sliding_window=None)

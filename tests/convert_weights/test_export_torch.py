@@ -11,14 +11,15 @@ transformers = pytest.importorskip("transformers")
 import supra_jax  # noqa: E402
 from convert_weights.orbax_to_hf import convert  # noqa: E402
 from supra_jax.experiments.tiny import write_checkpoint  # noqa: E402
-from supra_jax.model.config import RopeConfig, SupraConfig  # noqa: E402
+from supra_jax.model.config import RopeConfig  # noqa: E402
 from supra_jax.model.presets import tiny  # noqa: E402
+from supra_jax.model.registry import layers
 from supra_jax.storage.model_directory import save_model  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 LENGTH = 150  # longer than a chunk of the torch code
-BASE = tiny("softmax").replace(mixers=("softmax",))
+BASE = tiny("softmax").replace(layers=layers(("softmax",)))
 MODELS = {
   # transformers has classes for these
   "LlamaForCausalLM": BASE.replace(
@@ -37,7 +38,7 @@ MODELS = {
   ),
   # and for these not
   "dense": tiny().replace(
-    mixers=("supra",),
+    layers=layers(("supra",)),
     tie_embeddings=True,
     qkv_bias=True,
     output_bias=True,
@@ -46,38 +47,39 @@ MODELS = {
     rope=RopeConfig(1e5, "llama3", factor=8.0, original_max_positions=32),
   ),
   "dense for q and k": tiny().replace(
-    mixers=("supra",), num_kv_heads=6, supra=SupraConfig(decay_start=0.5), rope=RopeConfig(kind="none")
+    layers=layers(("supra",), decay_start=0.5), num_kv_heads=6, rope=RopeConfig(kind="none")
   ),
   "hybrid": tiny().replace(
-    mixers=("softmax", "supra"),
+    layers=layers(("softmax", "supra"), feature_map="per_head", decay="retnet", qk_norm=True),
     sliding_window=9,
     value_head_dim=12,
     norm="layer_norm",
-    supra=SupraConfig("per_head", "retnet", qk_norm=True),
     rope=RopeConfig(kind="interleaved"),
     post_embed_norm=True,
   ),
   "other hybrid": tiny().replace(
-    mixers=("supra", "softmax"),
+    layers=layers(("supra", "softmax"), feature_map="per_head_separate", decay="none"),
     norm="layer_norm_gain",
     qk_norm="head",
-    supra=SupraConfig("per_head_separate", "none"),
     rope=RopeConfig(scaling="yarn", factor=4.0, original_max_positions=64, attention_factor=1.2),
   ),
   "by head": tiny().replace(
-    mixers=("softmax", "supra"), num_heads=4, num_kv_heads=4, qk_norm="all_heads", rope=RopeConfig(kind="by_head")
+    layers=layers(("softmax", "supra")),
+    num_heads=4,
+    num_kv_heads=4,
+    qk_norm="all_heads",
+    rope=RopeConfig(kind="by_head"),
   ),
   "window": tiny().replace(
-    mixers=("supra_window",) * 2, output_bias=True, value_head_dim=12, supra=SupraConfig("per_head", window=9, sinks=3)
+    layers=layers(("supra_window",) * 2, feature_map="per_head", window=9, sinks=3), output_bias=True, value_head_dim=12
   ),
   "sinks beyond the teacher's reach": tiny().replace(
-    mixers=("supra_window", "softmax"),
+    layers=layers(("supra_window", "softmax"), window=4, sinks=2),
     max_positions=20,
-    supra=SupraConfig(window=4, sinks=2),
     rope=RopeConfig(kind="interleaved"),
   ),
   "windows of two kinds": tiny().replace(
-    mixers=("softmax", "supra_window"), sliding_window=20, supra=SupraConfig(window=5), rope=RopeConfig(kind="by_head")
+    layers=layers(("softmax", "supra_window"), window=5, sinks=0), sliding_window=20, rope=RopeConfig(kind="by_head")
   ),
 }
 
@@ -166,7 +168,9 @@ def test_logits(name, random_params, tmp_path):
 def hybrid(tmp_path_factory):
   """(our model, theirs, its directory), softmax with a window below SUPRA without and with one, with a tokenizer."""
   directory = tmp_path_factory.mktemp("hybrid")
-  write_checkpoint(directory / "orbax", "supra", mixers=("softmax", "supra", "supra_window"), sliding_window=8)
+  write_checkpoint(
+    directory / "orbax", "supra", layers=layers(("softmax", "supra", "supra_window"), sinks=0), sliding_window=8
+  )
   convert(directory / "orbax", directory / "hf")
   return supra_jax.load(directory / "orbax"), load(directory / "hf"), directory / "hf"
 

@@ -16,6 +16,7 @@ from convert_weights.gguf_file import open_gguf
 from convert_weights.gguf_tokenizer import tokenizer_files
 from supra_jax.data.tokenizer import Tokenizer
 from supra_jax.model.config import ModelConfig
+from supra_jax.model.registry import layers
 
 PROSE = "\n".join(topics[name] for name in sorted(topics))[:60_000].splitlines()
 TEXTS = [
@@ -32,7 +33,7 @@ TEXTS = [
   *("\n".join(PROSE[i : i + 30]) for i in range(0, 120, 30)),
 ]
 CONFIG = ModelConfig(
-  vocab_size=1000, hidden_size=8, intermediate_size=8, num_heads=1, num_kv_heads=1, head_dim=8, mixers=("softmax",),
+  vocab_size=1000, hidden_size=8, intermediate_size=8, num_heads=1, num_kv_heads=1, head_dim=8, layers=layers(("softmax",)),
   norm_eps=1e-5, bos_token_id=1, eos_token_ids=(2,), max_positions=64,
 )  # fmt: skip
 

@@ -17,6 +17,7 @@ from convert_weights import hf_config
 from convert_weights.hf_to_orbax import convert
 from supra_jax.model import presets
 from supra_jax.model.config import ModelConfig, RopeConfig
+from supra_jax.model.registry import layers
 from supra_jax.storage.model_directory import load_model
 
 BASE = ModelConfig(
@@ -26,7 +27,7 @@ BASE = ModelConfig(
   num_heads=6,
   num_kv_heads=2,
   head_dim=8,
-  mixers=("softmax", "softmax"),
+  layers=layers(("softmax", "softmax")),
   max_positions=128,
   bos_token_id=1,
   eos_token_ids=(2,),

@@ -13,6 +13,7 @@ from supra_jax.core.sharding import make_mesh
 from supra_jax.model.config import SupraConfig
 from supra_jax.model.placement import param_specs
 from supra_jax.model.presets import tiny
+from supra_jax.model.registry import layers
 from supra_jax.model.transformer import Transformer
 
 BIASES = {"qkv_bias": True, "output_bias": True, "mlp_bias": True}
@@ -21,11 +22,17 @@ BIASES = {"qkv_bias": True, "output_bias": True, "mlp_bias": True}
 @pytest.mark.parametrize(
   "changes",
   [
-    {"mixers": ("softmax", "supra"), "norm": "layer_norm", "post_embed_norm": True, "qk_norm": "head", **BIASES},
+    {
+      "layers": layers(("softmax", "supra")),
+      "norm": "layer_norm",
+      "post_embed_norm": True,
+      "qk_norm": "head",
+      **BIASES,
+    },
     {"num_kv_heads": 6, "tie_embeddings": True, "qk_norm": "all_heads", "supra": SupraConfig(qk_norm=True)},
     {"value_head_dim": 12, "supra": SupraConfig("per_head", qk_norm=True)},
-    {"mixers": ("supra", "softmax"), "supra": SupraConfig("per_head_separate"), "norm": "layer_norm_gain"},
-    {"mixers": ("supra_window", "supra"), "value_head_dim": 12, **BIASES},
+    {"layers": layers(("supra", "softmax"), feature_map="per_head_separate"), "norm": "layer_norm_gain"},
+    {"layers": layers(("supra_window", "supra"), sinks=0), "value_head_dim": 12, **BIASES},
   ],
 )
 def test_every_parameter_once(changes):

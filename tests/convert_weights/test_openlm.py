@@ -15,6 +15,7 @@ from convert_weights.errors import ConversionError
 from convert_weights.open_source import open_source
 from supra_jax.experiments import tiny
 from supra_jax.model.config import RopeConfig, SupraConfig
+from supra_jax.model.registry import layers
 from tests.support import openlm
 
 TOKENS = np.random.default_rng(0).integers(0, 61, (2, 24))
@@ -63,15 +64,15 @@ def test_the_reference_here_is_the_reference(case):
       {"supra": SupraConfig(decay_start=2.0, qk_norm=True), "norm": "layer_norm_gain", "num_kv_heads": 8},
     ),
     ({"use_decay": False, "use_retnet_slopes": True}, {"supra": SupraConfig(decay="none")}),
-    (SOFTMAX, {"mixers": ("softmax",)}),
+    (SOFTMAX, {"layers": layers(("softmax",))}),
     (
       SOFTMAX | {"positional_embedding_type": "head_rotary", "v_head_dim": 4},
-      {"mixers": ("softmax",), "rope": RopeConfig(kind="by_head"), "value_head_dim": 4},
+      {"layers": layers(("softmax",)), "rope": RopeConfig(kind="by_head"), "value_head_dim": 4},
     ),
     (
       SOFTMAX | {"positional_embedding_type": "llama_rotary", "weight_tying": True, "norm_type": "lp_layer_norm"},
       {
-        "mixers": ("softmax",),
+        "layers": layers(("softmax",)),
         "rope": RopeConfig(kind="interleaved"),
         "tie_embeddings": True,
         "norm": "layer_norm",
@@ -79,11 +80,11 @@ def test_the_reference_here_is_the_reference(case):
     ),
     (
       SOFTMAX | ONE_HEAD_EACH | {"apply_qk_norm": True, "norm_type": "gain_only_layer_norm"},
-      {"mixers": ("softmax",), "num_kv_heads": 8, "qk_norm": "all_heads", "norm": "layer_norm_gain"},
+      {"layers": layers(("softmax",)), "num_kv_heads": 8, "qk_norm": "all_heads", "norm": "layer_norm_gain"},
     ),
     (
       SOFTMAX | {"positional_embedding_type": "none", "qk_head_dim": 5},
-      {"mixers": ("softmax",), "rope": RopeConfig(kind="none"), "head_dim": 5, "value_head_dim": 8},
+      {"layers": layers(("softmax",)), "rope": RopeConfig(kind="none"), "head_dim": 5, "value_head_dim": 8},
     ),
   ],
   ids=str,

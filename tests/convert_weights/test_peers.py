@@ -23,8 +23,9 @@ import supra_jax  # noqa: E402
 from convert_weights import hf_export, hf_to_orbax, names  # noqa: E402
 from convert_weights.orbax_to_hf import convert  # noqa: E402
 from convert_weights.tokenizer_probe import hard_texts  # noqa: E402
-from supra_jax.model.config import RopeConfig, SupraConfig  # noqa: E402
+from supra_jax.model.config import RopeConfig  # noqa: E402
 from supra_jax.model.presets import tiny  # noqa: E402
+from supra_jax.model.registry import layers
 from supra_jax.storage.model_directory import load_model, save_model  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -33,7 +34,7 @@ TEXTS = ("Hello there", "<|im_start|>hi<|im_end|> yo", *hard_texts()[::20])
 # Made by the Makefile; beside the same torch.
 TRANSFORMERS_4 = Path(sys.prefix) / "transformers-4"
 
-BASE = tiny("softmax").replace(mixers=("softmax",), max_positions=64)
+BASE = tiny("softmax").replace(layers=layers(("softmax",)), max_positions=64)
 FAMILIES = {
   "llama": BASE.replace(qkv_bias=True, output_bias=True),
   "mistral": BASE.replace(sliding_window=16),
@@ -53,18 +54,16 @@ CONVERTED = {
   **{
     family: config.replace(rope=rope) for (family, config), rope in zip(FAMILIES.items(), ROPES.values(), strict=False)
   },
-  "supra": tiny().replace(mixers=("supra",), rope=YARN),
+  "supra": tiny().replace(layers=layers(("supra",)), rope=YARN),
   "window": tiny().replace(
-    mixers=("supra", "supra_window"),
+    layers=layers(("supra", "supra_window"), window=9, sinks=3),
     max_positions=20,
-    supra=SupraConfig(window=9, sinks=3),
     eos_token_ids=(2, 3),
     rope=ROPES["llama3"],
   ),
   "hybrid": tiny().replace(
-    mixers=("softmax", "supra_window"),
+    layers=layers(("softmax", "supra_window"), feature_map="per_head", window=5, sinks=0),
     sliding_window=12,
-    supra=SupraConfig("per_head", window=5),
     rope=ROPES["yarn"],
   ),
 }

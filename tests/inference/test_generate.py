@@ -17,12 +17,13 @@ from supra_jax.experiments import tiny
 from supra_jax.inference import decode as generate
 from supra_jax.inference.decode import generate_tokens
 from supra_jax.inference.sampling import Sampling, sample
+from supra_jax.model.registry import layers
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
   root = tmp_path_factory.mktemp("models")
-  hybrid = {"mixers": ("softmax", "supra"), "sliding_window": 50}
+  hybrid = {"layers": layers(("softmax", "supra")), "sliding_window": 50}
   return {
     "supra": supra_jax.load(tiny.write_checkpoint(root / "supra", "supra")),
     "softmax": supra_jax.load(tiny.write_checkpoint(root / "softmax", "softmax")),

@@ -25,6 +25,7 @@ from supra_jax.linearization.solve import Moments, solve
 from supra_jax.model.config import SupraConfig
 from supra_jax.model.placement import param_shardings
 from supra_jax.model.presets import tiny
+from supra_jax.model.registry import layers
 from supra_jax.model.transformer import Transformer
 from supra_jax.storage.model_directory import load_model, save_model
 
@@ -66,7 +67,7 @@ def test_dead_features_get_no_weights():
 
 
 TEACHER = tiny("softmax").replace(
-  vocab_size=96, mixers=("softmax",) * 3, hidden_size=24, num_heads=6, value_head_dim=12
+  vocab_size=96, layers=layers(("softmax",) * 3), hidden_size=24, num_heads=6, value_head_dim=12
 )
 SUPRA = SupraConfig(feature_map="per_head")
 
@@ -267,7 +268,7 @@ linearize_checkpoint(teacher, output, phi="identity", window=8, calibration=how,
 
 def test_two_processes_leave_what_one_does(tmp_path):
   """From directory to directory, new weights, windows and the choice of layers included."""
-  teacher = tiny_model.write_checkpoint(tmp_path / "teacher", "softmax", mixers=("softmax",) * 3)
+  teacher = tiny_model.write_checkpoint(tmp_path / "teacher", "softmax", layers=layers(("softmax",) * 3))
   text = tiny_model.write_text(tmp_path / "topics.jsonl")
   how = Calibration(str(text), tokens=500, sequence_length=48, batch_size=4)
   new = {"phi": "identity", "window": 8, "keep_softmax": 1, "measured_tokens": 96}

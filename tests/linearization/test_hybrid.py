@@ -21,6 +21,7 @@ from supra_jax.model.config import SupraConfig
 from supra_jax.model.costs import state_bytes
 from supra_jax.model.placement import param_shardings
 from supra_jax.model.presets import tiny
+from supra_jax.model.registry import layers
 from supra_jax.model.transformer import Transformer
 from supra_jax.storage.model_directory import load_model
 
@@ -28,7 +29,7 @@ ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 TEACHER = tiny("softmax").replace(
-  vocab_size=96, mixers=("softmax",) * 4, hidden_size=24, num_heads=6, value_head_dim=12
+  vocab_size=96, layers=layers(("softmax",) * 4), hidden_size=24, num_heads=6, value_head_dim=12
 )
 
 
@@ -88,7 +89,7 @@ def test_divergences_are_those_of_whole_hybrids(random_params, documents, layers
   for i in layers:
     mixers = tuple("softmax" if j == i else mixer for j, mixer in enumerate(student_config.mixers))
     hybrid = student | {f"layers_{i}": params[f"layers_{i}"]}
-    want = _plain_divergence(teacher, (hybrid, student_config.replace(mixers=mixers)), batches)
+    want = _plain_divergence(teacher, (hybrid, student_config.replace(layers=layers(mixers))), batches)
     np.testing.assert_allclose(got.by_layer[i], want, rtol=1e-4)
   assert got.tokens == (
     sum((b["segment_ids"][:, 1:] == b["segment_ids"][:, :-1]).sum() for b in batches) if documents else 192
@@ -158,7 +159,7 @@ def test_a_mesh_is_one_device():
 
 
 def test_a_state_has_a_size():
-  config = tiny("supra").replace(mixers=("supra", "softmax"), value_head_dim=12)
+  config = tiny("supra").replace(layers=layers(("supra", "softmax")), value_head_dim=12)
   linear, token = 4 * 6 * 8 * 12, 2 * 2 * (8 + 12)
   assert state_bytes(config, 0) == linear and state_bytes(config, 7) == linear + 7 * token
   assert state_bytes(config, 7, jnp.float32) == linear + 14 * token
@@ -167,7 +168,9 @@ def test_a_state_has_a_size():
 
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory):
-  return tiny_model.write_checkpoint(tmp_path_factory.mktemp("hybrid") / "teacher", "softmax", mixers=("softmax",) * 4)
+  return tiny_model.write_checkpoint(
+    tmp_path_factory.mktemp("hybrid") / "teacher", "softmax", layers=layers(("softmax",) * 4)
+  )
 
 
 @pytest.fixture(scope="module")

@@ -9,13 +9,14 @@ import pytest
 from supra_jax.linearization.linearize import linearize, linearize_checkpoint
 from supra_jax.model.config import SupraConfig
 from supra_jax.model.presets import tiny
+from supra_jax.model.registry import layers
 from supra_jax.model.transformer import Transformer
 from supra_jax.storage.model_directory import load_model, save_model
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 NEW = ("feature_map", "feature_map_kv", "q_norm", "k_norm")
-TEACHER = tiny("softmax").replace(mixers=("softmax",) * 3)
+TEACHER = tiny("softmax").replace(layers=layers(("softmax",) * 3))
 
 
 def _new(params, layer=0):
@@ -50,7 +51,7 @@ def test_what_is_kept_and_what_is_new(kind, heads, groups, qk_norm, random_param
   kept = random_params(teacher)
   before = jax.tree.map(np.copy, kept)
   params, config = linearize(kept, teacher, supra=SupraConfig(feature_map=kind, qk_norm=qk_norm))
-  assert config == teacher.replace(mixers=("supra",) * 3, supra=SupraConfig(feature_map=kind, qk_norm=qk_norm))
+  assert config == teacher.replace(layers=layers(("supra",) * 3, feature_map=kind, qk_norm=qk_norm))
   init = functools.partial(Transformer(config).init, method="logits")
   made = jax.eval_shape(init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
   assert jax.tree.map(jnp.shape, params) == jax.tree.map(lambda leaf: leaf.shape, made["params"])
@@ -123,7 +124,7 @@ def test_new_parameters_have_the_dtype_of_the_old(random_params):
 )
 def test_wrong_layers_are_named(layers, message):
   with pytest.raises(ValueError, match=message):
-    linearize({}, TEACHER.replace(mixers=("softmax", "supra", "softmax")), layers=layers)
+    linearize({}, TEACHER.replace(layers=layers(("softmax", "supra", "softmax"))), layers=layers)
 
 
 @pytest.mark.parametrize("phi", ["random", "identity"])

@@ -2,11 +2,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from supra_jax.model.attention import head_slopes
 
 from supra_jax.model import attention, feature_maps
-from supra_jax.model.attention import head_slopes
 from supra_jax.model.config import SupraConfig
 from supra_jax.model.presets import tiny
+from supra_jax.model.registry import layers
 from supra_jax.model.rope import rope_table
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -96,7 +97,7 @@ def test_a_query_that_sees_nothing_stays_finite():
 def test_feature_maps(kind, heads, groups, random_params):
   """phi(x) = relu(W x + b): which W serves which head, written out a head at a time."""
   width = 8
-  config = tiny().replace(num_heads=heads, num_kv_heads=groups, supra=SupraConfig(feature_map=kind))
+  config = tiny().replace(num_heads=heads, num_kv_heads=groups, layers=layers(("supra",) * 2, feature_map=kind))
   params = random_params(config)["layers_0"]["self_attn"]
   q_map, k_map = feature_maps.make_feature_maps(config, jnp.float32)
   own_k_map = kind == "per_head_separate" or (kind == "dense" and groups < heads)
@@ -175,7 +176,7 @@ def test_linear_attention_layer(groups, value_width, decay, teachers_norm, kind,
     qkv_bias=True,
     output_bias=True,
     qk_norm=teachers_norm,
-    supra=SupraConfig(feature_map=kind, decay=decay, qk_norm=qk_norm),
+    layers=layers(("supra",) * 2, feature_map=kind, decay=decay, qk_norm=qk_norm),
   )
   params = random_params(config)["layers_0"]["self_attn"]
   x = np.random.default_rng(0).standard_normal((2, 13, config.hidden_size), np.float32)

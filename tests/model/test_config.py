@@ -7,6 +7,7 @@ import pytest
 from supra_jax.model import presets
 from supra_jax.model.config import ModelConfig, RopeConfig, SupraConfig
 from supra_jax.model.presets import tiny
+from supra_jax.model.registry import layers
 
 ODD = ModelConfig(
   vocab_size=1,
@@ -15,9 +16,14 @@ ODD = ModelConfig(
   num_heads=6,
   num_kv_heads=3,
   head_dim=2,
-  mixers=("softmax", "supra", "softmax"),
+  layers=layers(
+    ("softmax", "supra", "softmax"),
+    feature_map="per_head_separate",
+    decay="retnet",
+    decay_start=0.1 + 0.2,
+    qk_norm=True,
+  ),
   value_head_dim=7,
-  supra=SupraConfig(feature_map="per_head_separate", decay="retnet", decay_start=0.1 + 0.2, qk_norm=True),
   norm="layer_norm_gain",
   norm_eps=1e-300,
   rope=RopeConfig(500_000.25, "llama3", 32.5, 1.25, 4.75, 4096, "by_head", 31.5, 1.5, False, 0.75),
@@ -136,9 +142,9 @@ def test_what_is_no_object_is_refused(text):
     ({"sliding_window": 0}, r"sliding_window=0.*positive"),
     ({"num_kv_heads": 4}, r"num_kv_heads=4 does not divide num_heads=6"),
     ({"head_dim": 7}, r"head_dim=7 is odd"),
-    ({"mixers": ()}, r"mixers is empty"),
-    ({"mixers": ("supra", "mamba")}, r"mixers holds 'mamba'.*softmax, supra"),
-    ({"mixers": ("supra", ["supra"])}, r"mixers holds \['supra'\]"),
+    ({"layers": layers(())}, r"mixers is empty"),
+    ({"layers": layers(("supra", "mamba"))}, r"mixers holds 'mamba'.*softmax, supra"),
+    ({"layers": layers(("supra", ["supra"]))}, r"mixers holds \['supra'\]"),
     ({"norm": "batch_norm"}, r"norm='batch_norm'.*'rms_norm', 'layer_norm', 'layer_norm_gain'"),
   ],
 )

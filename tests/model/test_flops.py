@@ -8,6 +8,7 @@ from jax.extend import core
 
 from supra_jax.model import config, presets
 from supra_jax.model import costs as flops
+from supra_jax.model.registry import layers
 from supra_jax.model.transformer import Transformer
 
 TIME = 12
@@ -56,14 +57,14 @@ class TestFlops:
     assert traced_products(c, gradient=False) + outer_products == flops.train_flops_per_token(c, TIME) / 3
 
   def test_softmax_forward_and_backward_are_what_the_model_multiplies(self):
-    c = SMALL.replace(mixers=("softmax",) * 2)
+    c = SMALL.replace(layers=layers(("softmax",) * 2))
     # The traced model multiplies the masked half too: T keys a token where (T + 1)/2 count.
     masked = 6 * c.num_layers * c.num_heads * (c.head_dim + c.value_width) * (TIME - (TIME + 1) / 2)
     assert traced_products(c, gradient=True) - masked == flops.train_flops_per_token(c, TIME)
 
   @pytest.mark.parametrize(("window", "sinks"), [(1, 0), (4, 2), (5, 1), (TIME, 0), (TIME, 3), (100, 1)])
   def test_supra_window_forward_is_what_the_model_multiplies(self, window, sinks):
-    c = SMALL.replace(mixers=("supra_window",) * 2, supra=config.SupraConfig(window=window, sinks=sinks))
+    c = SMALL.replace(layers=layers(("supra_window",) * 2, window=window, sinks=sinks))
     block = min(window, TIME)
     # Keys a token, masked and padded ones included.
     traced = -(-TIME // block) * block * (sinks + window + block) / TIME
@@ -84,7 +85,7 @@ class TestFlops:
 
   @pytest.mark.parametrize("window", [1, 5, TIME, 100, None])
   def test_window(self, window):
-    c = SMALL.replace(mixers=("softmax",), sliding_window=window)
+    c = SMALL.replace(layers=layers(("softmax",)), sliding_window=window)
     seen = sum(min(i + 1, window or TIME) for i in range(TIME)) / TIME
     one = flops.train_flops_per_token(c.replace(sliding_window=1), TIME)
     more = 6 * c.num_heads * (c.head_dim + c.value_width) * (seen - 1)
@@ -92,7 +93,7 @@ class TestFlops:
 
   def test_layers_of_a_hybrid_add_up(self):
     both, softmax, supra = (
-      flops.train_flops_per_token(SMALL.replace(mixers=mixers), TIME)
+      flops.train_flops_per_token(SMALL.replace(layers=layers(mixers)), TIME)
       for mixers in (("softmax", "supra"), ("softmax",) * 2, ("supra",) * 2)
     )
     assert 2 * both == softmax + supra

@@ -13,10 +13,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from supra_jax.model.attention import LinearState
 
 from supra_jax.model import attention, presets
-from supra_jax.model.attention import LinearState
-from supra_jax.model.config import RopeConfig, SupraConfig
+from supra_jax.model.config import RopeConfig
+from supra_jax.model.registry import layers
 from supra_jax.model.stacking import runs, stack_runs, unstack
 from supra_jax.model.transformer import Transformer
 
@@ -31,7 +32,7 @@ BIASES = {"qkv_bias": True, "output_bias": True, "mlp_bias": True}
 CASES = {
   "plain": TINY,
   "teacher": TINY.replace(
-    mixers=("softmax",) * 2,
+    layers=layers(("softmax",) * 2),
     sliding_window=5,
     norm="layer_norm",
     rope=RopeConfig(scaling="llama3", factor=8.0, original_max_positions=32),
@@ -41,16 +42,14 @@ CASES = {
     **BIASES,
   ),
   "hybrid_grouped": TINY.replace(
-    mixers=("supra", "softmax"),
-    supra=SupraConfig(feature_map="per_head", decay="retnet", qk_norm=True),
+    layers=layers(("supra", "softmax"), feature_map="per_head", decay="retnet", qk_norm=True),
     norm="layer_norm_gain",
     rope=RopeConfig(scaling="linear", factor=2.0),
     value_head_dim=12,
   ),
   "hybrid_ungrouped": TINY.replace(
-    mixers=("softmax", "supra_window", "supra_window"),
+    layers=layers(("softmax", "supra_window", "supra_window"), decay="none", window=3, sinks=2),
     num_heads=2,
-    supra=SupraConfig(decay="none", window=3, sinks=2),
     qk_norm="all_heads",
     post_embed_norm=True,
     value_head_dim=4,
@@ -59,10 +58,9 @@ CASES = {
     **BIASES,
   ),
   "one_group": TINY.replace(
-    mixers=("supra_window",),
+    layers=layers(("supra_window",), feature_map="per_head_separate", decay_start=0.3, qk_norm=True, window=1, sinks=1),
     num_heads=5,
     num_kv_heads=1,
-    supra=SupraConfig(feature_map="per_head_separate", decay_start=0.3, qk_norm=True, window=1, sinks=1),
     norm="layer_norm",
     rope=RopeConfig(scaling="yarn", factor=4.0, attention_factor=1.1, kind="interleaved"),
   ),
@@ -322,7 +320,7 @@ def test_implementations_agree(random_params):
 
 @pytest.mark.parametrize("name", ["teacher", "hybrid_grouped"])
 def test_unstack_undoes_stack_runs(name, random_params):
-  c = CASES[name].replace(mixers=("supra", "supra", "softmax", "supra_window", "softmax", "softmax"))
+  c = CASES[name].replace(layers=layers(("supra", "supra", "softmax", "supra_window", "softmax", "softmax"), sinks=0))
   params = random_params(c)
   stacked = stack_runs(params, c)
   assert runs(c.mixers) == [(0, 2), (2, 1), (3, 1), (4, 2)]

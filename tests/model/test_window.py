@@ -13,14 +13,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from supra_jax.model.attention import WindowState
+from supra_jax.model.softmax import ring_index, window_softmax_attention
 
 from supra_jax.inference.decode import generate_tokens
 from supra_jax.inference.lm import LM
 from supra_jax.linearization.linearize import linearize
-from supra_jax.model.attention import WindowState
 from supra_jax.model.config import RopeConfig, SupraConfig
 from supra_jax.model.presets import tiny
-from supra_jax.model.softmax import ring_index, window_softmax_attention
+from supra_jax.model.registry import layers
 from supra_jax.model.stacking import stack_runs
 from supra_jax.model.transformer import Transformer
 from supra_jax.storage import model_directory as checkpoint
@@ -28,7 +29,9 @@ from supra_jax.storage import model_directory as checkpoint
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
-WINDOW = tiny("supra_window").replace(max_positions=16, supra=SupraConfig(feature_map="per_head", window=5, sinks=2))
+WINDOW = tiny("supra_window").replace(
+  max_positions=16, layers=layers(("supra_window",) * 2, feature_map="per_head", window=5, sinks=2)
+)
 
 
 def _arrays(time, rows=2, heads=6, groups=2, width=8, value=4, dtype=np.float64):

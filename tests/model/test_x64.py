@@ -13,6 +13,7 @@ import pytest
 import supra_jax
 from supra_jax.experiments import tiny
 from supra_jax.inference.decode import generate_tokens
+from supra_jax.model.registry import layers
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -34,7 +35,7 @@ def results(directory: Path) -> dict:
 
 @pytest.mark.usefixtures("quick_compilation")
 def test_a_child_process_with_x64(tmp_path):
-  model = tiny.write_checkpoint(tmp_path / "model", "supra", mixers=("softmax", "supra_window"))
+  model = tiny.write_checkpoint(tmp_path / "model", "supra", layers=layers(("softmax", "supra_window"), sinks=0))
   command = [sys.executable, "-m", "tests.model.test_x64", str(model)]
   environment = os.environ | {"JAX_ENABLE_X64": "1"}
   child = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, env=environment)

@@ -2,11 +2,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from supra_jax.model.attention import MIXERS
 
 from supra_jax.linearization.linearize import linearize
 from supra_jax.model import presets
-from supra_jax.model.attention import MIXERS
 from supra_jax.model.layers import Norm
+from supra_jax.model.registry import layers
 from supra_jax.model.stacking import stack_runs
 from supra_jax.model.transformer import Transformer
 from supra_jax.objectives.layer_losses import attention_error, read_streams, streams_error
@@ -14,7 +15,7 @@ from supra_jax.objectives.losses import Teacher, attention_transfer_loss, langua
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
-SOFTMAX = presets.tiny("softmax").replace(mixers=("softmax",) * 4)
+SOFTMAX = presets.tiny("softmax").replace(layers=layers(("softmax",) * 4))
 LINEAR = [1, 2, 3]  # the first stays, so that runs differ
 
 

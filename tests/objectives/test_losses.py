@@ -7,6 +7,7 @@ import optax
 import pytest
 
 from supra_jax.model import presets
+from supra_jax.model.registry import layers
 from supra_jax.model.transformer import Transformer
 from supra_jax.objectives.losses import CHUNK_TOKENS, language_model_loss, next_token_loss
 
@@ -138,7 +139,7 @@ def test_all_logits_are_never_held(tie):
 
 @pytest.mark.parametrize("tie", [True, False])
 def test_packed_documents_are_separate_ones(tie, random_params):
-  c = presets.tiny().replace(mixers=("supra", "softmax"), tie_embeddings=tie)
+  c = presets.tiny().replace(layers=layers(("supra", "softmax")), tie_embeddings=tie)
   model, params = Transformer(c), random_params(c)
   rng = np.random.default_rng(0)
   tokens = rng.integers(0, c.vocab_size, (2, 13), np.int32)

@@ -12,13 +12,13 @@ import orbax.checkpoint as ocp
 import pytest
 
 from supra_jax.core.files import locked, new_directory, temporary_directory
-from supra_jax.model.config import SupraConfig
 from supra_jax.model.presets import tiny
+from supra_jax.model.registry import layers
 from supra_jax.storage import model_directory as checkpoint
 from supra_jax.storage.model_directory import load_model, save_model
 from supra_jax.storage.parameters import UnreadArray
 
-CONFIG = tiny().replace(mixers=("supra", "softmax"), supra=SupraConfig(qk_norm=True), norm="layer_norm")
+CONFIG = tiny().replace(layers=layers(("supra", "softmax"), qk_norm=True), norm="layer_norm")
 FILES = {"tokenizer.model": bytes(range(256)), "tokenizer_config.json": b"{}"}
 
 

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from supra_jax.model.config import SupraConfig
 from supra_jax.model.presets import tiny
+from supra_jax.model.registry import layers
 from supra_jax.model.stacking import stack_runs
 from supra_jax.training.optimizer import OptimizerConfig, clip, make_optimizer, make_schedule
 
@@ -31,8 +31,7 @@ def test_schedule_of_short_runs_is_finite(warmup, steps):
 
 def _params(random_params, stacked):
   c = tiny().replace(
-    mixers=("supra", "supra", "softmax"),
-    supra=SupraConfig(feature_map="per_head", qk_norm=True),
+    layers=layers(("supra", "supra", "softmax"), feature_map="per_head", qk_norm=True),
     norm="layer_norm",
     qkv_bias=True,
     output_bias=True,

@@ -21,6 +21,7 @@ from supra_jax.core.sharding import make_mesh
 from supra_jax.data import loading
 from supra_jax.experiments import tiny
 from supra_jax.model.adapters import AdapterConfig
+from supra_jax.model.registry import layers
 from supra_jax.model.stacking import stack_runs
 from supra_jax.model.transformer import Transformer
 from supra_jax.objectives import layer_losses
@@ -344,7 +345,7 @@ def test_stages_that_cannot_be_are_named(start, text):
 
 
 def test_a_teacher_of_another_depth_has_no_layers_to_compare(start, text, tmp_path):
-  teacher = tiny.write_checkpoint(tmp_path / "teacher", "softmax", mixers=("softmax",) * 3)
+  teacher = tiny.write_checkpoint(tmp_path / "teacher", "softmax", layers=layers(("softmax",) * 3))
   config = make_config(start, text, distill_from=str(teacher), transfer_steps=1)
   with pytest.raises(ValueError, match=r"has num_layers=3, the model 2"):
     train.train(config, tmp_path / "run")

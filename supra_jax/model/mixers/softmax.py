@@ -1,0 +1,113 @@
+"""Softmax attention, the teacher's: causal, grouped, with RoPE and, where the config says so, a sliding window."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any, Self
+
+import flax
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from supra_jax.model.config import ModelConfig
+from supra_jax.model.mixers.base import Context, MixerState, Projections, side_by_side
+from supra_jax.model.registry import MixerConfig, register
+
+
+@dataclasses.dataclass(frozen=True)
+class SoftmaxConfig(MixerConfig):
+  """Softmax attention has no options of its own; `ModelConfig.sliding_window` holds for all softmax layers."""
+
+
+@flax.struct.dataclass
+class KVCache(MixerState):
+  """Keys [B, S, G, K], after RoPE, and values [B, S, G, V] of the tokens read so far."""
+
+  k: jax.Array
+  v: jax.Array
+
+  @property
+  def capacity(self) -> int:
+    return self.k.shape[1]
+
+  def grow(self, capacity: int) -> Self:
+    more = max(capacity - self.capacity, 0)
+    return jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, more), (0, 0), (0, 0))), self) if more else self
+
+
+@register("softmax")
+class SoftmaxAttention(Projections):
+  """softmax(q k^T / sqrt(K)) v over all tokens of the document so far, or the last `sliding_window`."""
+
+  Config = SoftmaxConfig
+  PARTS = {"cache": ("k", "v")}
+  STATE_AXES = {"k": ("batch", None, "heads", None), "v": ("batch", None, "heads", None)}
+  GROWS = True
+
+  @nn.nowrap
+  def init_state(self, batch: int, capacity: int) -> KVCache:
+    c = self.config
+    k = jnp.zeros((batch, capacity, c.num_kv_heads, c.head_dim), self.dtype)
+    return KVCache(k, jnp.zeros((*k.shape[:-1], c.value_width), self.dtype))
+
+  def outputs(self, x_BTD: jax.Array, state: KVCache | None, context: Context) -> tuple[dict[str, jax.Array], KVCache]:
+    c = self.config
+    q, k, v = self.project(x_BTD)
+    q, k = (self.rotate(self.rotate_by_head(x), context.rotation) for x in (q, k))
+    cache = KVCache(k, v) if state is None else _append(state, k, v, context)
+    slot = jnp.arange(cache.k.shape[1])
+    oldest = context.first
+    if c.sliding_window is not None:
+      oldest = jnp.maximum(oldest, context.index - c.sliding_window + 1)
+    mask_BTS = (slot <= context.index[..., None]) & (slot >= oldest[..., None])
+    return {"o_proj": side_by_side(masked_softmax_attention(q, cache.k, cache.v, mask_BTS))}, cache
+
+  @classmethod
+  def flops(cls, config: ModelConfig, layer: Any, tokens: int) -> float:
+    return super().flops(config, layer, tokens) + attention_flops(config, tokens, config.sliding_window)
+
+
+def _append(state: KVCache, k: jax.Array, v: jax.Array, context: Context) -> KVCache:
+  """Writes the real tokens' keys and values into their slots; those that do not fit are dropped."""
+  slots, capacity = context.index, state.capacity
+  if context.lengths is not None:
+    padded = jnp.arange(slots.shape[1]) >= context.lengths[:, None]
+    slots = jnp.where(padded, capacity, slots)  # out of range: dropped
+  rows = jnp.arange(slots.shape[0])[:, None]
+  return KVCache(state.k.at[rows, slots].set(k, mode="drop"), state.v.at[rows, slots].set(v, mode="drop"))
+
+
+def attention_flops(config: ModelConfig, tokens: int, window: int | None) -> float:
+  """Multiply-adds a token of q k^T and of the weighted sum of values: H (K + V) n.
+
+  n is the number of keys that a token sees, averaged over a sequence: (T + 1) / 2, fewer with a window.
+  """
+  window = min(tokens, window or tokens)
+  seen = window - window * (window - 1) / (2 * tokens)
+  return config.num_heads * (config.head_dim + config.value_width) * seen
+
+
+def masked_softmax_attention(q_BTHK: jax.Array, k_BSGK: jax.Array, v_BSGV: jax.Array, mask_BTS: jax.Array) -> jax.Array:
+  """softmax(q k^T / sqrt(K)) v over the slots where the mask is true; float32 logits, [B, T, H, V]."""
+  return weighted_sum(attention_logits(q_BTHK, k_BSGK), v_BSGV, mask_BTS)
+
+
+def attention_logits(q_BTHK: jax.Array, k_BSGK: jax.Array) -> jax.Array:
+  """Q k^T / sqrt(K), float32 at least, [B, G, R, T, S] with R = H / G query heads a group."""
+  batch, time, heads, width = q_BTHK.shape
+  groups = k_BSGK.shape[2]
+  q = q_BTHK.reshape(batch, time, groups, heads // groups, width)
+  wide = jnp.promote_types(q.dtype, jnp.float32)
+  return jnp.einsum("btgrk,bsgk->bgrts", q, k_BSGK, preferred_element_type=wide) / math.sqrt(width)
+
+
+def weighted_sum(logits_BGRTS: jax.Array, v_BSGV: jax.Array, mask_BTS: jax.Array) -> jax.Array:
+  """Values weighted by the softmax of the logits where the mask is true, [B, T, H, V]."""
+  batch, groups, repeats, time, _ = logits_BGRTS.shape
+  # A finite floor: a padded row that sees nothing stays finite, so that it cannot poison the rows that are real.
+  logits = jnp.where(mask_BTS[:, None, None], logits_BGRTS, jnp.finfo(jnp.float32).min / 2)
+  weights = jax.nn.softmax(logits, axis=-1).astype(v_BSGV.dtype)
+  out = jnp.einsum("bgrts,bsgv->btgrv", weights, v_BSGV)
+  return out.reshape(batch, time, groups * repeats, v_BSGV.shape[-1])

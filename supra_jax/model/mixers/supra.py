@@ -1,0 +1,213 @@
+"""SUPRA's linear attention (arXiv 2405.06640, section 3): parallel over a sequence, recurrent over a token."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
+
+import flax
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kernels_pallas import context_parallel, linear_attention, linear_attention_step
+from supra_jax.core.schema import check_choices, check_positive
+from supra_jax.core.sharding import TIME_AXIS, current_time_shards, per_device
+from supra_jax.model.config import ModelConfig
+from supra_jax.model.feature_maps import FeatureMapKind, feature_map_flops, make_feature_maps
+from supra_jax.model.layers import Norm, group_norm
+from supra_jax.model.mixers.base import HEADS, Axes, Context, MixerState, Projections, side_by_side
+from supra_jax.model.registry import MixerConfig, register
+
+Decay = Literal["lightning", "retnet", "none"]
+
+RETNET_FIRST_EXPONENT = 5
+STATE = ("batch", "heads", None, None)
+_LARGEST_SLOPE = 3.4e38  # slopes are float32
+
+
+@dataclasses.dataclass(frozen=True)
+class SupraConfig(MixerConfig):
+  """How linear attention departs from softmax attention (arXiv 2405.06640, section 3).
+
+  Attributes:
+    feature_map: W of phi(x) = relu(W x + b). `dense`: one [H*K, H*K] over all heads, and a [G*K, G*K] of its own for k
+      when G < H, as released checkpoints have it. `per_head`: [G, K, K], each shared by a group's queries and its key,
+      as the paper writes it. `per_head_separate`: [H, K, K] for q and [G, K, K] for k.
+    decay: the slopes s_h of gamma_h = exp(-s_h).
+    decay_start: the first lightning slope, where it is not the series' own ratio.
+    qk_norm: normalise the concatenated head features that phi gives q and k, before RoPE.
+  """
+
+  feature_map: FeatureMapKind = "dense"
+  decay: Decay = "lightning"
+  decay_start: float | None = None
+  qk_norm: bool = False
+
+  def __post_init__(self):
+    check_choices(self)
+    if self.decay_start is not None:
+      check_positive(self, "decay_start")
+      if self.decay_start > _LARGEST_SLOPE:
+        raise ValueError(
+          f"{type(self).__name__}.decay_start={self.decay_start!r}: wanted a slope that float32 can hold."
+        )
+
+
+@flax.struct.dataclass
+class LinearState(MixerState):
+  """S = sum_j gamma^(T-1-j) k_j v_j^T, float32 [B, H, K, V]; k is the key after phi and RoPE."""
+
+  s: jax.Array
+
+
+def head_slopes(config: SupraConfig, num_heads: int) -> np.ndarray:
+  """Slopes s_h >= 0 of the decays gamma_h = exp(-s_h), float32 [H].
+
+  Lightning (Qin et al. 2023; ALiBi's series): `start * ratio^h` for a power of two, else the series of the power of two
+  below followed by every second slope of the one above. RetNet (Sun et al. 2023): gamma_h = 1 - 2^-(5+h).
+  """
+  if config.decay == "none":
+    return np.zeros(num_heads, np.float32)
+  if config.decay == "retnet":
+    # float64 up to here: in float32, as the reference has it, gamma rounds to 1 from head 20 on.
+    return (-np.log1p(-(2.0 ** -(RETNET_FIRST_EXPONENT + np.arange(num_heads))))).astype(np.float32)
+
+  def series(heads: int) -> np.ndarray:
+    ratio = 2.0 ** -(2.0 ** -(math.log2(heads) - 3))
+    start = ratio if config.decay_start is None else config.decay_start
+    return start * ratio ** np.arange(heads)
+
+  below = 2 ** math.floor(math.log2(num_heads))
+  slopes = series(below)
+  if below < num_heads:
+    slopes = np.concatenate([slopes, series(2 * below)[::2][: num_heads - below]])
+  return slopes.astype(np.float32)
+
+
+class LinearProjections(Projections):
+  """The projections, the feature maps phi, and the linear attention that they feed."""
+
+  NEW = "feature_map|[qk]_norm"
+  NO_ADAPTERS = "feature_map"
+  AXES: ClassVar[Axes] = (
+    *Projections.AXES,
+    # Dense, [N*K, N*K]; and one matrix a head, [N, K, K].
+    ("feature_map(_kv)?/kernel", ("embed", "heads")),
+    ("feature_map(_kv)?/kernel", ("heads", "embed", None)),
+  )
+
+  def setup(self):
+    super().setup()
+    c = self.config
+    q_map, k_map = make_feature_maps(c, self.layer.feature_map, self.dtype)
+    self.feature_map = q_map
+    if k_map is not None:
+      self.feature_map_kv = k_map
+    self.has_own_k_map = k_map is not None
+    if self.layer.qk_norm:
+      self.q_norm = Norm(c.norm, c.norm_eps, self.dtype)
+      self.k_norm = Norm(c.norm, c.norm_eps, self.dtype)
+
+  @nn.nowrap
+  def init_linear_state(self, batch: int) -> jax.Array:
+    c = self.config
+    return jnp.zeros((batch, c.num_heads, c.head_dim, c.value_width), jnp.float32)
+
+  def attend_linearly(
+    self, q: jax.Array, k: jax.Array, v: jax.Array, state: LinearState | None, context: Context
+  ) -> tuple[jax.Array, jax.Array]:
+    """Linear attention of what `project` returned.
+
+    `o_i = GroupNorm(sum_{j<=i} gamma^(i-j) (q_i . k_j / sqrt(K)) v_j)` with q, k = RoPE(phi(W_q x)), RoPE(phi(W_k x)):
+    paper eq. 9 and 10, `LinearAttn` of TRI-ML/linear_open_lm. Steps in the order that released checkpoints need.
+
+    Returns:
+      (o [B, T, H, V], S after the last real token).
+    """
+    q = self.feature_map(q)
+    k = self.feature_map_kv(k) if self.has_own_k_map else self.feature_map(k)
+    if self.layer.qk_norm:
+      q, k = self._qk_norm(q, k)
+    q, k = self.rotate(q, context.rotation), self.rotate(k, context.rotation)
+
+    slopes = jnp.asarray(head_slopes(self.layer, self.config.num_heads))
+    scale = self.config.head_dim**-0.5
+    initial = None if state is None else state.s
+    if initial is not None and context.continues is not None:
+      initial = jnp.where(context.continues[:, None, None, None], initial, 0)
+    if q.shape[1] == 1 and initial is not None and context.lengths is None:
+      out, s = linear_attention_step(q[:, 0], k[:, 0], v[:, 0], slopes, initial, scale=scale)
+      out = out[:, None]
+    else:
+      sequence = functools.partial(_sequence, scale=scale, implementation=self.implementation)
+      op = per_device(sequence, (HEADS, HEADS, HEADS, ("heads",), STATE, ("batch", "time"), ("batch",)), (HEADS, STATE))
+      out, s = op(q, k, v, slopes, initial, context.segment_ids, context.lengths)
+    return group_norm(out), s
+
+  def _qk_norm(self, q_BTHK: jax.Array, k_BTGK: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Norms over all heads together. k's gains are one a query head, so that k leaves with H heads."""
+    k_BTHK = jnp.repeat(k_BTGK, self.config.num_heads // self.config.num_kv_heads, axis=2)
+    lead = q_BTHK.shape[:2]
+    q = self.q_norm(q_BTHK.reshape(*lead, -1)).reshape(q_BTHK.shape)
+    return q, self.k_norm(k_BTHK.reshape(*lead, -1)).reshape(q_BTHK.shape)
+
+  @classmethod
+  def flops(cls, config: ModelConfig, layer: Any, tokens: int) -> float:
+    """Adds the feature maps and 2 H K V: S += k v^T, then q S."""
+    state = 2 * config.num_heads * config.head_dim * config.value_width
+    return super().flops(config, layer, tokens) + feature_map_flops(config, layer.feature_map) + state
+
+  @classmethod
+  def begin(cls, drawn: Mapping[str, Any], start: Any) -> Mapping[str, Any]:
+    """Feature maps as drawn, or where `start.phi` is "identity" with W = I (of each head) and b = 0."""
+    if start.phi == "random":
+      return drawn
+    return {name: _identity(tree) if name.startswith("feature_map") else tree for name, tree in drawn.items()}
+
+
+def _identity(tree: Mapping[str, jax.Array]) -> Mapping[str, jax.Array]:
+  kernel, bias = tree["kernel"], tree["bias"]
+  return {"kernel": jnp.broadcast_to(jnp.eye(kernel.shape[-1]), kernel.shape), "bias": jnp.zeros_like(bias)}
+
+
+def _sequence(q, k, v, slopes, initial_state, segment_ids, lengths, *, scale, implementation):
+  """What a device does with its rows, heads and tokens."""
+  op = linear_attention
+  if current_time_shards() > 1:
+    op = functools.partial(context_parallel.linear_attention, axis=TIME_AXIS)
+  return op(
+    q,
+    k,
+    v,
+    slopes,
+    scale=scale,
+    initial_state=initial_state,
+    segment_ids=segment_ids,
+    lengths=lengths,
+    implementation=implementation,
+  )
+
+
+@register("supra")
+class LinearAttention(LinearProjections):
+  """SUPRA's linear attention in place of softmax attention."""
+
+  Config = SupraConfig
+  PARTS = {"linear": ("s",)}
+  STATE_AXES = {"s": STATE}
+
+  @nn.nowrap
+  def init_state(self, batch: int, capacity: int) -> LinearState:
+    del capacity  # what makes it an RNN
+    return LinearState(self.init_linear_state(batch))
+
+  def outputs(
+    self, x_BTD: jax.Array, state: LinearState | None, context: Context
+  ) -> tuple[dict[str, jax.Array], LinearState]:
+    out, s = self.attend_linearly(*self.project(x_BTD), state, context)
+    return {"o_proj": side_by_side(out)}, LinearState(s)

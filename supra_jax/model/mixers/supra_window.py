@@ -1,0 +1,269 @@
+"""SUPRA's linear attention, and beside it the teacher's softmax attention over the last tokens and the first few."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import flax
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from supra_jax.core.schema import check_positive
+from supra_jax.model.config import ModelConfig
+from supra_jax.model.layers import Dense
+from supra_jax.model.mixers.base import Axes, Context, side_by_side
+from supra_jax.model.mixers.softmax import attention_flops, attention_logits, masked_softmax_attention, weighted_sum
+from supra_jax.model.mixers.supra import STATE, LinearProjections, LinearState, SupraConfig
+from supra_jax.model.registry import register
+
+
+@dataclasses.dataclass(frozen=True)
+class WindowConfig(SupraConfig):
+  """Linear attention as `SupraConfig` describes it, and softmax attention over W + N tokens.
+
+  Attributes:
+    window: W, how many of the last tokens, the token itself included, the softmax attention sees.
+    sinks: N, how many of a document's first tokens the softmax attention sees as well (Xiao et al. 2023, arXiv
+      2309.17453). One does nearly as well as four.
+  """
+
+  window: int = 64
+  sinks: int = 4
+
+  def __post_init__(self):
+    super().__post_init__()
+    check_positive(self, "window")
+    if self.sinks < 0:
+      raise ValueError(f"{type(self).__name__}.sinks={self.sinks}: wanted 0 or more.")
+
+
+@flax.struct.dataclass
+class WindowState(LinearState):
+  """S of the linear attention, and keys [B, N + W, G, K], after RoPE, and values [B, N + W, G, V].
+
+  Slots 0 to N - 1 hold the sinks. Token i of the last W is in ring slot N + i % W.
+  """
+
+  k: jax.Array
+  v: jax.Array
+
+
+@register("supra_window")
+class WindowAttention(LinearProjections):
+  """`W_o softmax(q k^T / sqrt(K)) v`, of the last W tokens and the first N, plus `W_l o`; not in the paper.
+
+  q, k, v and RoPE of the softmax attention are the teacher's. o is the output of the linear attention over all tokens.
+  The layer is an RNN still: its state does not grow.
+  """
+
+  Config = WindowConfig
+  NEW = f"{LinearProjections.NEW}|linear_o_proj"
+  AXES: ClassVar[Axes] = (*LinearProjections.AXES, ("linear_o_proj/kernel", ("heads", "embed")))
+  PARTS = {"linear": ("s",), "window": ("k", "v")}
+  STATE_AXES = {"s": STATE, "k": ("batch", None, "heads", None), "v": ("batch", None, "heads", None)}
+
+  def setup(self):
+    super().setup()
+    self.linear_o_proj = Dense(self.config.hidden_size, dtype=self.dtype)  # one bias is enough: o_proj's
+
+  @nn.nowrap
+  def init_state(self, batch: int, capacity: int) -> WindowState:
+    del capacity
+    return WindowState(self.init_linear_state(batch), *self._nothing_held(batch))
+
+  def outputs(
+    self, x_BTD: jax.Array, state: WindowState | None, context: Context
+  ) -> tuple[dict[str, jax.Array], WindowState]:
+    q, k, v = self.project(x_BTD)
+    linear_out, s = self.attend_linearly(q, k, v, state, context)
+    q, k = self.rotate_by_head(q), self.rotate_by_head(k)
+    reach = self.reach(self.config, self.layer)
+    far_q = self.rotate(q, context.rotation if reach is None else context.far_rotations[reach])
+    q, k = self.rotate(q, context.rotation), self.rotate(k, context.rotation)
+    batch, time = x_BTD.shape[:2]
+    held = self._nothing_held(batch) if state is None else (state.k, state.v)
+    count = jnp.full(batch, time, jnp.int32) if context.lengths is None else context.lengths
+    where = {"cached_B": context.index[:, 0], "count_B": count, "first_BT": context.first}
+    softmax_out, held = window_softmax_attention(q, k, v, held, sinks=self.layer.sinks, far_q_BTHK=far_q, **where)
+    outputs = {"o_proj": side_by_side(softmax_out), "linear_o_proj": side_by_side(linear_out)}
+    return outputs, WindowState(s, *held)
+
+  @nn.nowrap
+  def _nothing_held(self, batch: int) -> tuple[jax.Array, jax.Array]:
+    c = self.config
+    k = jnp.zeros((batch, self.layer.sinks + self.layer.window, c.num_kv_heads, c.head_dim), self.dtype)
+    return k, jnp.zeros((*k.shape[:-1], c.value_width), self.dtype)
+
+  @classmethod
+  def flops(cls, config: ModelConfig, layer: Any, tokens: int) -> float:
+    """Adds softmax attention over W + N keys, and the second output projection."""
+    softmax = attention_flops(config, tokens, layer.window + layer.sinks)
+    return super().flops(config, layer, tokens) + softmax + config.num_heads * config.value_width * config.hidden_size
+
+  @classmethod
+  def reach(cls, config: ModelConfig, layer: Any) -> int | None:
+    """Largest distance at which q is rotated against the sinks: clamped to what the teacher has seen in training.
+
+    Never less than 2 W + N, up to which the sinks may still be inside the window. None: not clamped.
+    """
+    seen = [tokens for tokens in (config.max_positions, config.sliding_window) if tokens is not None]
+    if not seen or not layer.sinks or config.rope.kind not in ("half", "interleaved"):
+      return None
+    return max(min(seen) - 1, 2 * layer.window + layer.sinks)
+
+  @classmethod
+  def begin(cls, drawn: Mapping[str, Any], start: Any) -> Mapping[str, Any]:
+    """Feature maps as in `supra`; W_l is 0, so that the layer begins as the teacher's, cut to W + N tokens.
+
+    The gradient of W_l is not 0, nor after one step that of the feature maps.
+    """
+    begun = super().begin(drawn, start)
+    return {**begun, "linear_o_proj": jax.tree.map(jnp.zeros_like, drawn["linear_o_proj"])}
+
+
+def ring_index(count_B: jax.Array, window: int) -> jax.Array:
+  """The token that each slot of a ring holds after `count` tokens, int32 [B, W]; negative where the slot is empty.
+
+  Slot s holds the last i < count with i % W = s.
+  """
+  last_B1 = count_B[:, None] - 1
+  return last_B1 - (last_B1 - jnp.arange(window)) % window
+
+
+def window_softmax_attention(
+  q_BTHK: jax.Array,
+  k_BTGK: jax.Array,
+  v_BTGV: jax.Array,
+  held: tuple[jax.Array, jax.Array],
+  *,
+  sinks: int = 0,
+  far_q_BTHK: jax.Array | None = None,
+  cached_B: jax.Array,
+  count_B: jax.Array,
+  first_BT: jax.Array,
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+  """Softmax attention over the last W tokens, itself included, and the first N of its document, in O(T (W + N)).
+
+  Args:
+    q_BTHK, k_BTGK, v_BTGV: of T tokens, after RoPE.
+    held: keys [B, N + W, G, K] and values [B, N + W, G, V] of earlier tokens, as `WindowState` holds them.
+    sinks: N.
+    far_q_BTHK: the queries that meet sinks which are further back than the window; None: q. Up to 2 W + N tokens into a
+      document they have to equal q.
+    cached_B: int32, number of tokens read before.
+    count_B: int32, how many of the T are real; these come first.
+    first_BT: int32, the index of the first token of each token's document, counted as `cached_B` is.
+
+  Returns:
+    (out [B, T, H, V], keys and values to hold after the last real token).
+  """
+  far_q = q_BTHK if far_q_BTHK is None else far_q_BTHK
+  new = (k_BTGK, v_BTGV)
+  if q_BTHK.shape[1] == 1:
+    return _attend_one(q_BTHK, far_q, new, held, sinks, cached_B, count_B, first_BT)
+  out = _attend_in_blocks(q_BTHK, far_q, new, held, sinks, cached_B, first_BT)
+  return out, _hold(new, held, sinks, cached_B, count_B, first_BT)
+
+
+def _attend_in_blocks(q_BTHK, far_q_BTHK, new, held, sinks, cached_B, first_BT):
+  """Cuts T into blocks of W; a block sees itself, the W tokens before it, and the N sinks where those lie further back.
+
+  The sinks are those of the document that the block begins in: documents that begin later have theirs in sight.
+  """
+  (batch, time), window = q_BTHK.shape[:2], held[0].shape[1] - sinks
+  size = min(time, window)
+  blocks = -(-time // size)
+  whole = blocks * size
+
+  def blocked(x: jax.Array) -> jax.Array:
+    x = jnp.pad(x, [(0, 0), (0, whole - x.shape[1])] + [(0, 0)] * (x.ndim - 2))
+    return x.reshape(batch, blocks, size, *x.shape[2:])
+
+  def seen(before: jax.Array, x: jax.Array) -> jax.Array:
+    """What each block sees, [B, blocks, W + size, ...]."""
+    x = blocked(x)
+    earlier = jnp.concatenate([before[:, None], x[:, :-1]], axis=1) if blocks > 1 else before[:, None]
+    return jnp.concatenate([earlier, x], axis=2)
+
+  cached_B1, number = cached_B[:, None], jnp.arange(sinks)
+  index = cached_B1 + jnp.arange(whole)
+  query, first = blocked(index)[..., None], blocked(first_BT)[..., None]
+  key = seen(ring_index(cached_B, window), index)[:, :, None]
+  near = (key > query - window) | (key < first + sinks)
+  mask = near & (key <= query) & (key >= first)
+  k, v = (seen(before[:, sinks:], x) for before, x in zip(held, new, strict=True))
+  if sinks:
+    begun = first[:, :, 0, 0]
+    slot = _sink_slots(begun, sinks, window, cached_B1, cached_B1 + time)
+    joined = [jnp.concatenate(pair, axis=1) for pair in zip(held, new, strict=True)]
+    k, v = (
+      jnp.concatenate([_taken(x, slot).reshape(batch, blocks, sinks, *x.shape[2:]), y], axis=2)
+      for x, y in zip(joined, (k, v), strict=True)
+    )
+    out_of_sight = begun[..., None] + number < query[:, :, 0] - window
+    mask = jnp.concatenate([out_of_sight[:, :, None] & (first == begun[..., None, None]), mask], axis=-1)
+  # Blocks stay an axis of their own, which a mesh may cut as it cut the time.
+  attend = jax.vmap(functools.partial(_with_sinks, sinks=sinks), in_axes=1, out_axes=1)
+  out = attend(blocked(q_BTHK), blocked(far_q_BTHK), k, v, mask)
+  return out.reshape(batch, whole, *out.shape[3:])[:, :time]
+
+
+def _attend_one(q_BTHK, far_q_BTHK, new, held, sinks, cached_B, count_B, first_BT):
+  """One decoding step: overwrites the oldest ring slot (and a sink slot while position < N), then attends."""
+  batch, slots = held[0].shape[:2]
+  window, first_B1 = slots - sinks, first_BT[:, :1]
+  position_B1 = cached_B[:, None] - first_B1
+  places_B2 = jnp.concatenate(
+    [sinks + cached_B[:, None] % window, jnp.where(position_B1 < sinks, position_B1, slots)], 1
+  )
+  at = jnp.arange(batch)[:, None], jnp.where(count_B[:, None] > 0, places_B2, slots)  # out of range: dropped
+  k, v = (x.at[at].set(token, mode="drop") for x, token in zip(held, new, strict=True))
+  ring_BW = ring_index(cached_B + 1, window) >= first_B1
+  sink_BN = first_B1 + jnp.arange(sinks) <= cached_B[:, None] - window
+  mask_B1S = jnp.concatenate([sink_BN, ring_BW], axis=1)[:, None]
+  return _with_sinks(q_BTHK, far_q_BTHK, k, v, mask_B1S, sinks), (k, v)
+
+
+def _hold(new, held, sinks, cached_B, count_B, first_BT):
+  """Keys and values to hold after the last real token: its document's first N tokens, and the last W of all."""
+  cached_B1, window = cached_B[:, None], held[0].shape[1] - sinks
+  kept = ring_index(cached_B + count_B, window)
+  slot = jnp.where(kept >= cached_B1, sinks + window + kept - cached_B1, sinks + jnp.arange(window))
+  last = jnp.take_along_axis(first_BT, jnp.maximum(count_B - 1, 0)[:, None], axis=1)
+  sink_slot = _sink_slots(last, sinks, window, cached_B1, cached_B1 + count_B[:, None])
+  slot = jnp.concatenate([sink_slot, slot], axis=1)
+  k, v = (_taken(jnp.concatenate(pair, axis=1), slot) for pair in zip(held, new, strict=True))
+  return k, v
+
+
+def _sink_slots(first, sinks: int, window: int, cached_B1, end_B1):
+  """Where the first N tokens of documents that begin at `first` lie in what is held followed by what is new.
+
+  Args:
+    first: int32 [B, ...].
+    sinks, window: N and W.
+    cached_B1, end_B1: int32 [B, 1]; the new tokens have the indices from one to below the other.
+
+  Returns:
+    int32 [B, ... * N].
+  """
+  number = jnp.arange(sinks)
+  token = (first[..., None] + number).reshape(len(first), -1)
+  old = jnp.broadcast_to(number, (*first.shape, sinks)).reshape(len(first), -1)
+  return jnp.where((token >= cached_B1) & (token < end_B1), sinks + window + token - cached_B1, old)
+
+
+def _with_sinks(q, far_q, k, v, mask, sinks: int):
+  """`masked_softmax_attention` where the first slots, the sinks, meet another query."""
+  if not sinks:
+    return masked_softmax_attention(q, k, v, mask)
+  logits = [attention_logits(far_q, k[:, :sinks]), attention_logits(q, k[:, sinks:])]
+  return weighted_sum(jnp.concatenate(logits, axis=-1), v, mask)
+
+
+def _taken(x_BSGK: jax.Array, slot_BN: jax.Array) -> jax.Array:
+  return jnp.take_along_axis(x_BSGK, slot_BN[..., None, None], axis=1)
