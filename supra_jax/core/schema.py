@@ -59,6 +59,8 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
   if origin is Literal:
     return value  # __post_init__ checks the choice and names the field
   if dataclasses.is_dataclass(hint):
+    if isinstance(value, typing.cast(type, hint)):
+      return value
     return from_mapping(typing.cast(type, hint), value, path)
   if hint is float and isinstance(value, int | float) and not isinstance(value, bool):
     if not abs(value) <= sys.float_info.max:
