@@ -27,7 +27,6 @@ _METHOD_HELP = (
 _METHOD = flags.DEFINE_enum("method", "window", list(STARTS), _METHOD_HELP)
 _LAYERS = flags.DEFINE_list("layers", None, "Layers to linearise, e.g. 0,1,-1. Default: all softmax layers.")
 _MESH = flags.DEFINE_string("mesh", "", "calibrated: sizes of the mesh of devices, as in train.")
-# Fields of the starts, of which a method takes its own.
 flags.DEFINE_integer("window", Window.window, "window: softmax attention sees so many last tokens.", lower_bound=1)
 flags.DEFINE_integer("sinks", Window.sinks, "window: softmax attention sees so many first tokens too.", lower_bound=0)
 flags.DEFINE_string("calibration_data", Calibrated.data, "calibrated: text, or directories that prepare_data packed.")

@@ -57,5 +57,7 @@ def given(
   for flag in sorted({flag for name in choices for flag in [*flags_of(name), *also.get(name, ())]}):
     applies = [name for name in choices if flag in flags_of(name) or flag in also.get(name, ())]
     if flags.FLAGS[flag].present and chosen not in applies:
-      raise ValueError(f"--{flag} does not apply to --{choice.name}={chosen}, but to {' and '.join(applies)}.")
+      raise ValueError(
+        f"--{flag} does not apply to --{choice.name}={chosen}, but to --{choice.name}={' and '.join(applies)}."
+      )
   return choices[chosen](**{field: flags.FLAGS[flag].value for flag, field in own.items()})

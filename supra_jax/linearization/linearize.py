@@ -127,7 +127,8 @@ def linearize_checkpoint(
     ValueError: as `linearize`.
   """
   check_free(output)
-  devices = make_mesh(mesh) if isinstance(start, Calibrated) else None
+  calibrates = isinstance(start, Calibrated)
+  devices = make_mesh(mesh) if calibrates else None
   shardings = None if devices is None else functools.partial(param_shardings, mesh=devices)
   teacher = load_model(checkpoint, shardings=shardings)
   made = linearize(
@@ -136,7 +137,7 @@ def linearize_checkpoint(
     start,
     mixer=mixer,
     layers=layers,
-    tokenizer=Tokenizer.from_files(teacher.tokenizer_files, teacher.config),
+    tokenizer=Tokenizer.from_files(teacher.tokenizer_files, teacher.config) if calibrates else None,
     mesh=devices,
     progress=progress,
   )

@@ -45,7 +45,7 @@ def solve(
   """The W [F, D] and b [D] that make a W + b closest to y in the weighted mean square, W kept near a prior.
 
   Minimises sum w |a W + b - y|^2 + ridge / tokens * mean(diag(gram)) * |W - prior|^2; b is free. With several
-  ridges the features are parts of the given widths, and each part has a ridge and the mean of its own.
+  ridges the features are parts of the given widths (None: equal ones), each with a ridge and a mean of its own.
 
   Returns:
     (W, b, the share of w |y|^2 that is left), float64; b is None without `bias`.
@@ -56,7 +56,7 @@ def solve(
   if bias:
     inner, outer = inner - np.outer(sums, sums) / count, outer - np.outer(sums, targets) / count
   ridges = np.atleast_1d(np.asarray(ridge, np.float64))
-  widths = [len(inner)] if widths is None else list(widths)
+  widths = [len(inner) // len(ridges)] * len(ridges) if widths is None else list(widths)
   means = np.array([part.mean() for part in np.split(np.diag(inner), np.cumsum(widths)[:-1])])
   # Features that are all 0 get the prior's weights.
   sizes = np.maximum(ridges / float(moments.tokens) * means, np.finfo(float).tiny)

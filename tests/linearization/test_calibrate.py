@@ -20,12 +20,14 @@ from supra_jax.data.tokenizer import Tokenizer
 from supra_jax.experiments import tiny as tiny_model
 from supra_jax.inference.lm import load
 from supra_jax.linearization.calibrate import calibrate
-from supra_jax.linearization.linearize import Calibration, linearize, linearize_checkpoint, rows_of_text
+from supra_jax.linearization.calibration_text import rows_of_text
+from supra_jax.linearization.linearize import linearize, linearize_checkpoint
 from supra_jax.linearization.solve import Moments, solve
-from supra_jax.model.config import SupraConfig
+from supra_jax.linearization.starts import Calibrated, Identity, Random, Window
+from supra_jax.model import registry
+from supra_jax.model.mixers.supra import SupraConfig
 from supra_jax.model.placement import param_shardings
 from supra_jax.model.presets import tiny
-from supra_jax.model.registry import layers
 from supra_jax.model.transformer import Transformer
 from supra_jax.storage.model_directory import load_model, save_model
 
@@ -67,7 +69,7 @@ def test_dead_features_get_no_weights():
 
 
 TEACHER = tiny("softmax").replace(
-  vocab_size=96, layers=layers(("softmax",) * 3), hidden_size=24, num_heads=6, value_head_dim=12
+  vocab_size=96, layers=registry.layers(("softmax",) * 3), hidden_size=24, num_heads=6, value_head_dim=12
 )
 SUPRA = SupraConfig(feature_map="per_head")
 
@@ -80,7 +82,9 @@ def _batches(count, rows=8, time=32, **more):
 
 
 def _calibrated(params, *, batches, mesh="data:1", devices=1, layers=None, window=None, config=TEACHER, **options):
-  student, student_config = linearize(params, config, supra=SUPRA, layers=layers, phi="identity", window=window)
+  start = Identity() if window is None else Window(window)
+  made = linearize(params, config, start, mixer=SUPRA, layers=layers)
+  student, student_config = made.params, made.config
   where = make_mesh(mesh, jax.devices()[:devices])
   with jax.set_mesh(where):
     place = lambda tree: jax.device_put(tree, param_shardings(tree, where))  # noqa: E731
@@ -107,7 +111,7 @@ def test_only_projections_change(random_params, mlp, window):
 @pytest.mark.parametrize("already", [0, 1])
 def test_a_teacher_that_can_be_met_is_met(random_params, already):
   """Softmax attention that is 0 wants W_o = 0, and then student and teacher are one function; SUPRA layers stay."""
-  teacher = TEACHER.replace(mixers=("supra",) * already + ("softmax",) * (3 - already), supra=SUPRA)
+  teacher = TEACHER.replace(layers=(SUPRA,) * already + (registry.layer("softmax"),) * (3 - already))
   params = random_params(teacher)
   for i in range(already, 3):
     kernel = params[f"layers_{i}"]["self_attn"]["o_proj"]["kernel"]
@@ -129,7 +133,8 @@ def test_a_layer_is_what_least_squares_says(random_params, window):
     result = next_fun(*args, **kwargs)
     name = f"{'.'.join(context.module.path)}.{context.method_name}"
     first = result[0] if isinstance(result, tuple) else result
-    seen[name] = np.float64(np.concatenate(first, axis=2) if isinstance(first, tuple) else first)
+    # Of a mixer's `outputs` there are several, o_proj's first.
+    seen[name] = np.float64(np.concatenate(list(first.values()), axis=2) if isinstance(first, dict) else first)
     return result
 
   def run(config, params):
@@ -153,7 +158,7 @@ def test_a_layer_is_what_least_squares_says(random_params, window):
   prior = 0.0 if window is None else np.vstack([old[name]["kernel"] for name in names])
   # A quarter of the ridge where the teacher's own projection is the prior.
   ridges = (50.0,) if window is None else (12.5, 50.0)
-  wanted = solved(begun["layers_0.self_attn.mix"], teacher["layers_0.self_attn.__call__"], stream, prior, ridges)
+  wanted = solved(begun["layers_0.self_attn.outputs"], teacher["layers_0.self_attn.__call__"], stream, prior, ridges)
   np.testing.assert_allclose(np.vstack([new[name]["kernel"] for name in names]), wanted, atol=2e-5)
 
   half = {**student, "layers_0": {**got["layers_0"], "mlp": student["layers_0"]["mlp"]}}
@@ -233,12 +238,10 @@ def test_a_checkpoint_nearer_to_its_teacher(tmp_path, packed):
   if packed:
     prepare(text, start.tokenizer, tmp_path / "packed", vocab_size=tiny_model.VOCAB, sequence_length=48)
     text = f"{tmp_path}/packed/train"
-  how = Calibration(text, tokens=2000, sequence_length=48, batch_size=4, ridge=100.0)
+  how = Calibrated(text, tokens=2000, sequence_length=48, batch_size=4, ridge=100.0)
   reported = []
-  linearize_checkpoint(
-    teacher, tmp_path / "calibrated", phi="identity", calibration=how, report=lambda *x: reported.append(x[:2])
-  )
-  linearize_checkpoint(teacher, tmp_path / "random")
+  linearize_checkpoint(teacher, tmp_path / "calibrated", how, progress=lambda *x: reported.append(x[:2]))
+  linearize_checkpoint(teacher, tmp_path / "random", Random())
   assert reported == [(0, 2), (1, 2)]
   tokens = [start.tokenizer.encode(Path(tmp_path / "topics.jsonl").read_text()[-400:])]
   wanted = jax.nn.log_softmax(start(tokens)[0])
@@ -250,7 +253,7 @@ def test_a_checkpoint_nearer_to_its_teacher(tmp_path, packed):
   assert divergence["calibrated"] < 0.9 * divergence["random"], divergence
   calibrated = load(tmp_path / "calibrated")
   assert calibrated.config.mixers == ("supra", "supra") and len(calibrated.generate("The", max_new_tokens=5)) > 0
-  assert load_model(tmp_path / "calibrated").source["calibration"]["tokens"] == 2000
+  assert load_model(tmp_path / "calibrated").source["start"]["tokens"] == 2000
 
 
 # Processes of two devices each; prints nothing.
@@ -258,21 +261,23 @@ PROCESS = """
 import sys, jax
 jax.config.update("jax_num_cpu_devices", 2)
 jax.distributed.initialize(f"localhost:{sys.argv[1]}", 2, int(sys.argv[2]))
-from supra_jax.linearization.linearize import Calibration, linearize_checkpoint
+from supra_jax.linearization.linearize import linearize_checkpoint
+from supra_jax.linearization.starts import Calibrated
+from supra_jax.model.registry import layer
 
 text, teacher, output = sys.argv[3:]
-how = Calibration(text, tokens=500, sequence_length=48, batch_size=4, mesh="fsdp:2,tensor:2")
-linearize_checkpoint(teacher, output, phi="identity", window=8, calibration=how, keep_softmax=1, measured_tokens=96)
+start = Calibrated(text, tokens=500, sequence_length=48, batch_size=4, keep_softmax=1, measured_tokens=96)
+linearize_checkpoint(teacher, output, start, mixer=layer("supra_window", window=8), mesh="fsdp:2,tensor:2")
 """
 
 
 def test_two_processes_leave_what_one_does(tmp_path):
   """From directory to directory, new weights, windows and the choice of layers included."""
-  teacher = tiny_model.write_checkpoint(tmp_path / "teacher", "softmax", layers=layers(("softmax",) * 3))
+  teacher = tiny_model.write_checkpoint(tmp_path / "teacher", "softmax", layers=registry.layers(("softmax",) * 3))
   text = tiny_model.write_text(tmp_path / "topics.jsonl")
-  how = Calibration(str(text), tokens=500, sequence_length=48, batch_size=4)
-  new = {"phi": "identity", "window": 8, "keep_softmax": 1, "measured_tokens": 96}
-  config = linearize_checkpoint(teacher, tmp_path / "one", calibration=how, **new)
+  how = {"tokens": 500, "sequence_length": 48, "batch_size": 4, "keep_softmax": 1, "measured_tokens": 96}
+  mixer = registry.layer("supra_window", window=8)
+  config = linearize_checkpoint(teacher, tmp_path / "one", Calibrated(str(text), **how), mixer=mixer).config
   environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"} | {"JAX_PLATFORMS": "cpu"}
   port = str(runs.free_port())
   processes = [
@@ -296,7 +301,7 @@ def test_too_little_text_is_said(tmp_path):
   teacher = tiny_model.write_checkpoint(tmp_path / "teacher", "softmax")
   (tmp_path / "a.txt").write_text("Little.")
   with pytest.raises(ValueError, match=r"a\.txt has 0 rows of 512 tokens for calibration; wanted at least 8"):
-    linearize_checkpoint(teacher, tmp_path / "out", calibration=Calibration(str(tmp_path / "a.txt")))
+    linearize_checkpoint(teacher, tmp_path / "out", Calibrated(str(tmp_path / "a.txt")))
   assert not (tmp_path / "out").exists()
 
 
@@ -307,7 +312,7 @@ def test_activations_that_are_not_finite(tmp_path, random_params):
   params["layers_0"]["input_layernorm"]["weight"] = np.full(config.hidden_size, 3e38, np.float32)
   files = {"tokenizer.json": tiny_model.tokenizer_json()}
   save_model(tmp_path / "teacher", config=config, params=params, tokenizer_files=files, source={})
-  how = Calibration(str(tiny_model.write_text(tmp_path / "a.jsonl")), tokens=500, sequence_length=48, batch_size=4)
+  how = Calibrated(str(tiny_model.write_text(tmp_path / "a.jsonl")), tokens=500, sequence_length=48, batch_size=4)
   with pytest.raises(ValueError, match=r"Layer \d cannot be calibrated: the teacher's activations there are not"):
-    linearize_checkpoint(tmp_path / "teacher", tmp_path / "out", calibration=how)
+    linearize_checkpoint(tmp_path / "teacher", tmp_path / "out", how)
   assert not (tmp_path / "out").exists()

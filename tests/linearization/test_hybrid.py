@@ -1,5 +1,6 @@
 """Divergences against whole hybrids in float64; a layer that matters is found; from command line to checkpoint."""
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -16,12 +17,13 @@ from supra_jax.experiments import tiny as tiny_model
 from supra_jax.inference.lm import load
 from supra_jax.linearization.calibrate import calibrate
 from supra_jax.linearization.hybrid import Divergences, choose_softmax_layers, costs, layer_divergences, set_apart
-from supra_jax.linearization.linearize import Calibration, linearize, linearize_checkpoint
-from supra_jax.model.config import SupraConfig
+from supra_jax.linearization.linearize import linearize, linearize_checkpoint
+from supra_jax.linearization.starts import Calibrated, Identity
+from supra_jax.model import registry
 from supra_jax.model.costs import state_bytes
+from supra_jax.model.mixers.supra import SupraConfig
 from supra_jax.model.placement import param_shardings
 from supra_jax.model.presets import tiny
-from supra_jax.model.registry import layers
 from supra_jax.model.transformer import Transformer
 from supra_jax.storage.model_directory import load_model
 
@@ -29,7 +31,7 @@ ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 TEACHER = tiny("softmax").replace(
-  vocab_size=96, layers=layers(("softmax",) * 4), hidden_size=24, num_heads=6, value_head_dim=12
+  vocab_size=96, layers=registry.layers(("softmax",) * 4), hidden_size=24, num_heads=6, value_head_dim=12
 )
 
 
@@ -43,7 +45,8 @@ def _batch(seed=1, documents=False, rows=8, time=16):
 
 def _measured(params, config, batches, *, layers=None, mesh="data:1", devices=1, report=None):
   """(what is measured on a student, the student's parameters and config)."""
-  student, student_config = linearize(params, config, layers=layers, supra=SupraConfig("per_head"), phi="identity")
+  made = linearize(params, config, Identity(), mixer=SupraConfig("per_head"), layers=layers)
+  student, student_config = made.params, made.config
   where = make_mesh(mesh, jax.devices()[:devices])
   with jax.set_mesh(where):
     cut = [jax.device_put(tree, param_shardings(tree, where)) for tree in (params, student)]
@@ -87,9 +90,10 @@ def test_divergences_are_those_of_whole_hybrids(random_params, documents, layers
   teacher = params, config
   np.testing.assert_allclose(got.student, _plain_divergence(teacher, (student, student_config), batches), rtol=1e-4)
   for i in layers:
-    mixers = tuple("softmax" if j == i else mixer for j, mixer in enumerate(student_config.mixers))
+    taken_back = list(student_config.layers)
+    taken_back[i] = config.layers[i]
     hybrid = student | {f"layers_{i}": params[f"layers_{i}"]}
-    want = _plain_divergence(teacher, (hybrid, student_config.replace(layers=layers(mixers))), batches)
+    want = _plain_divergence(teacher, (hybrid, student_config.replace(layers=tuple(taken_back))), batches)
     np.testing.assert_allclose(got.by_layer[i], want, rtol=1e-4)
   assert got.tokens == (
     sum((b["segment_ids"][:, 1:] == b["segment_ids"][:, :-1]).sum() for b in batches) if documents else 192
@@ -109,9 +113,9 @@ def test_a_layer_that_matters_is_chosen(random_params):
     params[f"layers_{i}"]["self_attn"]["o_proj"] = {"kernel": jnp.zeros_like(kernel)}
   mesh = make_mesh("data:1", jax.devices()[:1])
   with jax.set_mesh(mesh):
-    student, config = linearize(params, TEACHER, phi="identity")
-    student = calibrate((params, TEACHER), (student, config), [_batch(), _batch(2)], mesh, mlp=False)
-    got = layer_divergences((params, TEACHER), (student, config), [_batch(3)], mesh)
+    made = linearize(params, TEACHER, Identity())
+    student = calibrate((params, TEACHER), (made.params, made.config), [_batch(), _batch(2)], mesh, mlp=False)
+    got = layer_divergences((params, TEACHER), (student, made.config), [_batch(3)], mesh)
   assert choose_softmax_layers(got, 1) == [2] and got.by_layer[2] < 0.1 * got.student, got
 
 
@@ -159,7 +163,7 @@ def test_a_mesh_is_one_device():
 
 
 def test_a_state_has_a_size():
-  config = tiny("supra").replace(layers=layers(("supra", "softmax")), value_head_dim=12)
+  config = tiny("supra").replace(layers=registry.layers(("supra", "softmax")), value_head_dim=12)
   linear, token = 4 * 6 * 8 * 12, 2 * 2 * (8 + 12)
   assert state_bytes(config, 0) == linear and state_bytes(config, 7) == linear + 7 * token
   assert state_bytes(config, 7, jnp.float32) == linear + 14 * token
@@ -169,14 +173,14 @@ def test_a_state_has_a_size():
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory):
   return tiny_model.write_checkpoint(
-    tmp_path_factory.mktemp("hybrid") / "teacher", "softmax", layers=layers(("softmax",) * 4)
+    tmp_path_factory.mktemp("hybrid") / "teacher", "softmax", layers=registry.layers(("softmax",) * 4)
   )
 
 
 @pytest.fixture(scope="module")
 def how(tmp_path_factory):
   text = tiny_model.write_text(tmp_path_factory.mktemp("text") / "topics.jsonl")
-  return Calibration(str(text), tokens=500, sequence_length=48, batch_size=4, ridge=100.0)
+  return Calibrated(str(text), tokens=500, sequence_length=48, batch_size=4, ridge=100.0)
 
 
 def _program(*flags):
@@ -194,7 +198,7 @@ def test_from_the_command_line(tmp_path, teacher, how):
   made = load_model(tmp_path / "out")
   kept = made.source["kept_softmax"]
   divergences = {int(layer): x for layer, x in kept["by_layer"].items()}
-  assert divergences.keys() == {0, 1, 3} and made.source["layers"] == [0, 1, -1]
+  assert divergences.keys() == {0, 1, 3} and made.source["layers"] == [i for i in (0, 1, 3) if i not in kept["layers"]]
   assert kept["layers"] == [min(divergences, key=divergences.get)] and kept["tokens"] == 144
   assert made.config.mixers == tuple("softmax" if i in (2, *kept["layers"]) else "supra" for i in range(4))
   first, *rows, last = ran.stdout.splitlines()
@@ -209,15 +213,9 @@ def test_from_the_command_line(tmp_path, teacher, how):
 
 def test_what_stays_is_the_teachers_and_the_rest_is_calibrated_anew(tmp_path, teacher, how):
   reported = []
-  config = linearize_checkpoint(
-    teacher,
-    tmp_path / "out",
-    phi="identity",
-    calibration=how,
-    keep_softmax=2,
-    measured_tokens=96,
-    report=lambda *x: reported.append(x),
-  )
+  start = dataclasses.replace(how, keep_softmax=2, measured_tokens=96)
+  progress = lambda *x: reported.append(x)  # noqa: E731
+  config = linearize_checkpoint(teacher, tmp_path / "out", start, progress=progress).config
   made, start = load_model(tmp_path / "out"), load_model(teacher)
   kept = made.source["kept_softmax"]
   assert kept["layers"] == [i for i, mixer in enumerate(config.mixers) if mixer == "softmax"]
@@ -227,7 +225,7 @@ def test_what_stays_is_the_teachers_and_the_rest_is_calibrated_anew(tmp_path, te
   last = max(i for i, mixer in enumerate(config.mixers) if mixer == "supra")
   assert [x[0] for x in reported] == [*range(4), *range(4), *range(last + 1)]
   rest = [i for i in range(4) if i not in kept["layers"]]
-  linearize_checkpoint(teacher, tmp_path / "by_hand", phi="identity", calibration=how, layers=rest)
+  linearize_checkpoint(teacher, tmp_path / "by_hand", how, layers=rest)
   jax.tree.map(np.testing.assert_array_equal, made.params, load_model(tmp_path / "by_hand").params)
   for i in kept["layers"]:
     jax.tree.map(np.testing.assert_array_equal, made.params[f"layers_{i}"], start.params[f"layers_{i}"])
@@ -243,7 +241,7 @@ def test_what_stays_is_the_teachers_and_the_rest_is_calibrated_anew(tmp_path, te
 )
 def test_wrong_numbers_are_named(tmp_path, teacher, how, keep, layers, message):
   with pytest.raises(ValueError, match=message):
-    linearize_checkpoint(teacher, tmp_path / "out", calibration=how, keep_softmax=keep, layers=layers)
+    linearize_checkpoint(teacher, tmp_path / "out", dataclasses.replace(how, keep_softmax=keep), layers=layers)
   assert not (tmp_path / "out").exists()
 
 
@@ -251,10 +249,21 @@ def test_the_default_is_a_window_and_needs_no_text(tmp_path, teacher):
   ran = _program(f"--checkpoint={teacher}", f"--output={tmp_path}/out", "--sinks=2")
   assert ran.returncode == 0, ran.stderr[-2000:]
   made = load_model(tmp_path / "out")
-  assert made.config.mixers == ("supra_window",) * 4 and made.source["calibration"] is None
-  assert (made.config.supra.window, made.config.supra.sinks) == (64, 2)
+  assert made.config.layers == registry.layers(("supra_window",) * 4, window=64, sinks=2)
+  assert made.source["start"] == {"method": "window", "window": 64, "sinks": 2}
 
 
-def test_without_calibration_nothing_says_which(tmp_path, teacher):
-  ran = _program(f"--checkpoint={teacher}", f"--output={tmp_path}/out", "--method=random", "--keep_softmax=1")
-  assert ran.returncode == 1 and "keep_softmax=1" in ran.stderr and "calibrat" in ran.stderr
+@pytest.mark.parametrize(
+  ("method", "flag", "applies"),
+  [
+    ("random", "keep_softmax=1", "calibrated"),
+    ("calibrated", "window=16", "window"),
+    ("window", "seed=1", "calibrated and random"),
+    ("identity", "mesh=fsdp:1", "calibrated"),
+  ],
+)
+def test_a_flag_of_another_method_is_refused(tmp_path, teacher, method, flag, applies):
+  ran = _program(f"--checkpoint={teacher}", f"--output={tmp_path}/out", f"--method={method}", f"--{flag}")
+  name = flag.partition("=")[0]
+  assert ran.returncode == 1
+  assert ran.stderr == f"error: --{name} does not apply to --method={method}, but to --method={applies}.\n"

@@ -7,16 +7,18 @@ import numpy as np
 import pytest
 
 from supra_jax.linearization.linearize import linearize, linearize_checkpoint
-from supra_jax.model.config import SupraConfig
+from supra_jax.linearization.starts import Identity, Random, Window
+from supra_jax.model import registry
+from supra_jax.model.mixers.supra import SupraConfig
+from supra_jax.model.mixers.supra_window import WindowConfig
 from supra_jax.model.presets import tiny
-from supra_jax.model.registry import layers
 from supra_jax.model.transformer import Transformer
 from supra_jax.storage.model_directory import load_model, save_model
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 NEW = ("feature_map", "feature_map_kv", "q_norm", "k_norm")
-TEACHER = tiny("softmax").replace(layers=layers(("softmax",) * 3))
+TEACHER = tiny("softmax").replace(layers=registry.layers(("softmax",) * 3))
 
 
 def _new(params, layer=0):
@@ -50,8 +52,9 @@ def test_what_is_kept_and_what_is_new(kind, heads, groups, qk_norm, random_param
   )
   kept = random_params(teacher)
   before = jax.tree.map(np.copy, kept)
-  params, config = linearize(kept, teacher, supra=SupraConfig(feature_map=kind, qk_norm=qk_norm))
-  assert config == teacher.replace(layers=layers(("supra",) * 3, feature_map=kind, qk_norm=qk_norm))
+  made = linearize(kept, teacher, Random(), mixer=SupraConfig(feature_map=kind, qk_norm=qk_norm))
+  params, config = made.params, made.config
+  assert config == teacher.replace(layers=registry.layers(("supra",) * 3, feature_map=kind, qk_norm=qk_norm))
   init = functools.partial(Transformer(config).init, method="logits")
   made = jax.eval_shape(init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
   assert jax.tree.map(jnp.shape, params) == jax.tree.map(lambda leaf: leaf.shape, made["params"])
@@ -93,22 +96,25 @@ def test_what_is_kept_and_what_is_new(kind, heads, groups, qk_norm, random_param
 
 def test_seeds_and_places(random_params):
   kept = random_params(TEACHER)
-  params, _ = linearize(kept, TEACHER, seed=3)
-  assert _differ(_new(linearize(kept, TEACHER, seed=4)[0]), _new(params))
+  params = linearize(kept, TEACHER, Random(3)).params
+  assert _differ(_new(linearize(kept, TEACHER, Random(4)).params), _new(params))
   # A layer's draw does not depend on which others are chosen, nor on when.
   for layers in ([-2], (2, 0)):
-    some, config = linearize(kept, TEACHER, layers=layers, seed=3)
+    some = linearize(kept, TEACHER, Random(3), layers=layers)
     chosen = {i % 3 for i in layers}
-    assert config.mixers == tuple("supra" if i in chosen else "softmax" for i in range(3))
+    assert some.report["layers"] == sorted(chosen)
+    assert some.config.mixers == tuple("supra" if i in chosen else "softmax" for i in range(3))
     for i in range(3):
-      _assert_same_bits(some[f"layers_{i}"], (params if i in chosen else kept)[f"layers_{i}"])
-  once, between = linearize(kept, TEACHER, layers=[0], seed=3)
-  _assert_same_bits(linearize(once, between, seed=3)[0], params)  # None: the softmax layers that are left
+      _assert_same_bits(some.params[f"layers_{i}"], (params if i in chosen else kept)[f"layers_{i}"])
+  once = linearize(kept, TEACHER, Random(3), layers=[0])
+  _assert_same_bits(
+    linearize(once.params, once.config, Random(3)).params, params
+  )  # None: the softmax layers that are left
 
 
 def test_new_parameters_have_the_dtype_of_the_old(random_params):
   kept = jax.tree.map(lambda x: x.astype(jnp.bfloat16), random_params(TEACHER))
-  params, _ = linearize(kept, TEACHER, supra=SupraConfig(qk_norm=True))
+  params = linearize(kept, TEACHER, Random(), mixer=SupraConfig(qk_norm=True)).params
   assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype(jnp.bfloat16)}
 
 
@@ -124,31 +130,37 @@ def test_new_parameters_have_the_dtype_of_the_old(random_params):
 )
 def test_wrong_layers_are_named(layers, message):
   with pytest.raises(ValueError, match=message):
-    linearize({}, TEACHER.replace(layers=layers(("softmax", "supra", "softmax"))), layers=layers)
+    linearize({}, TEACHER.replace(layers=registry.layers(("softmax", "supra", "softmax"))), layers=layers)
 
 
-@pytest.mark.parametrize("phi", ["random", "identity"])
-def test_a_window(phi, random_params):
-  """The linear attention's own projection begins as 0, all else as without a window."""
+def test_a_window(random_params):
+  """The linear attention's own projection begins as 0, all else as without a window; layers may differ."""
   kept = random_params(TEACHER)
-  params, config = linearize(kept, TEACHER, window=7, layers=[0, 2], phi=phi, seed=3)
-  plain, _ = linearize(kept, TEACHER, layers=[0, 2], phi=phi, seed=3)
-  assert config.mixers == ("supra_window", "softmax", "supra_window") and config.supra == SupraConfig(window=7, sinks=4)
+  made = linearize(kept, TEACHER, Window(window=7), layers=[0, 2])
+  plain = linearize(kept, TEACHER, Identity(), layers=[0, 2])
+  assert made.config.mixers == ("supra_window", "softmax", "supra_window")
+  assert made.config.layers[0] == made.config.layers[2] == WindowConfig(window=7, sinks=4)
   for i in (0, 2):
-    attention = dict(params[f"layers_{i}"]["self_attn"])
+    attention = dict(made.params[f"layers_{i}"]["self_attn"])
     (name,) = attention.pop("linear_o_proj").items()
     assert name[0] == "kernel" and name[1].shape == (48, 48) and not name[1].any()
-    if phi == "identity":
-      _assert_same_bits(attention, plain[f"layers_{i}"]["self_attn"])
-    else:
-      assert attention.keys() == plain[f"layers_{i}"]["self_attn"].keys()
-  assert linearize(params, config, window=7)[1].mixers == ("supra_window",) * 3
-  assert linearize(params, config)[1].supra == config.supra
-  for seen in ({"window": 8}, {"window": 7, "sinks": 0}):
-    with pytest.raises(ValueError, match=r"window=[78], sinks=[04]: the model has layers with window=7, sinks=4"):
-      linearize(params, config, **seen)
+    _assert_same_bits(attention, plain.params[f"layers_{i}"]["self_attn"])
+  # The layer that is left may get a window of its own, and a linear attention of another kind.
+  more = linearize(made.params, made.config, Window(window=3, sinks=0), mixer=SupraConfig(feature_map="per_head"))
+  assert more.config.layers == (
+    WindowConfig(window=7),
+    WindowConfig(window=3, sinks=0, feature_map="per_head"),
+    WindowConfig(window=7),
+  )
+  tokens = np.zeros((1, 9), np.int32)
+  assert np.isfinite(Transformer(more.config).apply({"params": more.params}, tokens, method="logits")[0]).all()
   with pytest.raises(ValueError, match="window=7: the teacher's own softmax sees 4 tokens"):
-    linearize(kept, TEACHER.replace(sliding_window=4), window=7)
+    linearize(kept, TEACHER.replace(sliding_window=4), Window(window=7))
+
+
+def test_a_mixer_that_cannot_take_over_is_refused():
+  with pytest.raises(ValueError, match="The mixer 'softmax' cannot take over a trained layer"):
+    linearize({}, TEACHER, Identity(), mixer=registry.layer("softmax"))
 
 
 def test_nothing_left_to_linearise():
@@ -160,12 +172,13 @@ def test_checkpoint_to_checkpoint(tmp_path, random_params):
   params = random_params(TEACHER)
   files = {"tokenizer.json": b"{}", "tokenizer_config.json": b'{"a": 1}'}
   save_model(tmp_path / "teacher", config=TEACHER, params=params, tokenizer_files=files, source={"name": "theirs"})
-  config = linearize_checkpoint(tmp_path / "teacher", tmp_path / "rnn", layers=[0, -1], seed=5)
+  made = linearize_checkpoint(tmp_path / "teacher", tmp_path / "rnn", Random(5), layers=[0, -1])
   got = load_model(tmp_path / "rnn")
-  want, want_config = linearize(params, TEACHER, layers=[0, 2], seed=5)
-  assert got.config == config == want_config
-  _assert_same_bits(got.params, want)
+  want = linearize(params, TEACHER, Random(5), layers=[0, 2])
+  assert got.config == made.config == want.config
+  _assert_same_bits(got.params, want.params)
   assert got.tokenizer_files == files
   assert got.source["linearized_from"] == {"name": "theirs"}
-  assert (got.source["layers"], got.source["seed"], got.source["supra"]["decay"]) == ([0, -1], 5, "lightning")
+  assert got.source["start"] == {"method": "random", "seed": 5} and got.source["layers"] == [0, 2]
+  assert got.source["mixer"]["mixer"] == "supra" and got.source["mixer"]["decay"] == "lightning"
   assert json.loads((tmp_path / "rnn" / "source.json").read_text()) == got.source
