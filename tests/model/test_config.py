@@ -137,7 +137,7 @@ def test_what_is_no_object_is_refused(text):
     ({"num_kv_heads": 4}, r"num_kv_heads=4 does not divide num_heads=6"),
     ({"head_dim": 7}, r"head_dim=7 is odd"),
     ({"mixers": ()}, r"mixers is empty"),
-    ({"mixers": ("supra", "mamba")}, r"mixers holds 'mamba'.*softmax, supra"),
+    ({"mixers": ("supra", "mamba")}, r"mixers holds 'mamba'.*'softmax', 'supra'"),
     ({"mixers": ("supra", ["supra"])}, r"mixers holds \['supra'\]"),
     ({"norm": "batch_norm"}, r"norm='batch_norm'.*'rms_norm', 'layer_norm', 'layer_norm_gain'"),
   ],
