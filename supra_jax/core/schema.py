@@ -1,23 +1,120 @@
-"""Reads config dataclasses from plain values, and checks them."""
+"""Reads config dataclasses from plain values, and checks them against what their fields say.
+
+A field states its own limits, and `check` in `__post_init__` holds it to them:
+
+  rank: Annotated[int, AtLeast(0)] = 0
+  share: Annotated[float, AtLeast(0), AtMost(1), "a share of the loss"] = 1.0
+  kind: Literal["adamw", "adafactor"] = "adamw"
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
+import numbers
 import sys
 import types
 import typing
-from collections.abc import Mapping
-from typing import Any, Literal
+from collections.abc import Hashable, Mapping
+from typing import Annotated, Any, Literal
+
+
+@dataclasses.dataclass(frozen=True)
+class AtLeast:
+  """The value is `bound` or more."""
+
+  bound: float
+
+  def holds(self, value: Any) -> bool:
+    return value >= self.bound
+
+  def __str__(self) -> str:
+    return f"{self.bound} or more"
+
+
+@dataclasses.dataclass(frozen=True)
+class AtMost:
+  """The value is `bound` or less."""
+
+  bound: float
+
+  def holds(self, value: Any) -> bool:
+    return value <= self.bound
+
+  def __str__(self) -> str:
+    return f"{self.bound} at most"
+
+
+@dataclasses.dataclass(frozen=True)
+class Above:
+  """The value is more than `bound`."""
+
+  bound: float
+
+  def holds(self, value: Any) -> bool:
+    return value > self.bound
+
+  def __str__(self) -> str:
+    return f"more than {self.bound}"
+
+
+POSITIVE = Above(0)
+
+
+def check(config: Any, path: str = "") -> None:
+  """Checks the fields of a config dataclass that are typed as a Literal or have limits.
+
+  A number with limits has to be finite, and whole where its type is int. A field typed `X | None` may be None. Every
+  item of a field typed `tuple[X, ...]` is checked.
+
+  Args:
+    config: a dataclass.
+    path: what its user calls it, such as "optimizer" where a field is `optimizer.kind` in recipes. Empty: nothing.
+
+  Raises:
+    ValueError: a field holds what it must not, as in "optimizer.kind='sgd': wanted one of 'adamw', 'adafactor'."
+  """
+  for name, hint in _hints(type(config)).items():
+    if (unmet := _unmet(hint, getattr(config, name))) is not None:
+      raise ValueError(f"{path}{'.' if path else ''}{name}{unmet}.")
+
+
+@functools.cache
+def _hints(cls: Hashable) -> Mapping[str, Any]:
+  return typing.get_type_hints(cls, include_extras=True)
+
+
+def _unmet(hint: Any, value: Any) -> str | None:
+  """What is to be said of a value that is not what a type hint wants; None where it is."""
+  origin, args = typing.get_origin(hint), typing.get_args(hint)
+  if origin in (typing.Union, types.UnionType):
+    return None if value is None else _unmet(next(a for a in args if a is not type(None)), value)
+  if origin is tuple:
+    unmet = next((said for item in value if (said := _unmet(args[0], item)) is not None), None)
+    return None if unmet is None else f" holds {unmet.removeprefix('=')}"
+  if origin is Literal:
+    return None if value in args else f"={value!r}: wanted one of {', '.join(map(repr, args))}"
+  if origin is not Annotated:
+    return None
+  kind, limits = args[0], [limit for limit in args[1:] if not isinstance(limit, str)]
+  number = numbers.Integral if kind is int else numbers.Real
+  fits = isinstance(value, number) and not isinstance(value, bool) and math.isfinite(value)
+  if fits and all(limit.holds(value) for limit in limits):
+    return None
+  # "a positive whole number", "a finite number, 0 or more"
+  positive = "positive " if POSITIVE in limits else ""
+  wanted = [
+    f"a {positive}{'whole' if kind is int else 'finite'} number",
+    *map(str, [limit for limit in limits if limit != POSITIVE]),
+  ]
+  remarks = [f" ({remark})" for remark in args[1:] if isinstance(remark, str)]
+  return f"={value!r}: wanted {', '.join(wanted)}{''.join(remarks)}"
 
 
 def check_choices(config: Any) -> None:
-  """Raises ValueError when a field typed as a Literal holds something else."""
-  for name, hint in typing.get_type_hints(type(config)).items():
-    if typing.get_origin(hint) is Literal:
-      value, choices = getattr(config, name), typing.get_args(hint)
-      if value not in choices:
-        raise ValueError(f"{type(config).__name__}.{name}={value!r}: wanted one of {', '.join(map(repr, choices))}.")
+  """`check`, for a config whose fields are named after its class."""
+  check(config, type(config).__name__)
 
 
 def check_positive(config: Any, *names: str) -> None:
@@ -57,7 +154,7 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
       raise ValueError(f"{path}: wanted a list, got {value!r}.")
     return tuple(_convert(args[0], item, path) for item in value)
   if origin is Literal:
-    return value  # __post_init__ checks the choice and names the field
+    return value  # `check` in __post_init__ checks the choice and names the field
   if dataclasses.is_dataclass(hint):
     if isinstance(value, typing.cast(type, hint)):
       return value

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import warnings
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
+
+from supra_jax.core.schema import POSITIVE, AtLeast, AtMost, check
 
 # Of a generation_config.json: name -> the value that switches it off, beside null.
 _NOT_SUPPORTED = {
@@ -28,9 +29,9 @@ class Sampling:
     top_p: only the likeliest tokens that together reach this probability; 1 means all.
   """
 
-  temperature: float = 0.0
-  top_k: int = 0
-  top_p: float = 1.0
+  temperature: Annotated[float, AtLeast(0)] = 0.0
+  top_k: Annotated[int, AtLeast(0)] = 0
+  top_p: Annotated[float, POSITIVE, AtMost(1)] = 1.0
 
   @classmethod
   def of_checkpoint(cls, generation: Mapping[str, Any], **given: float | None) -> Sampling:
@@ -59,9 +60,7 @@ class Sampling:
       raise ValueError(f"{where}{error}") from error
 
   def __post_init__(self):
-    whole = isinstance(self.top_k, int) and self.top_k >= 0
-    if not (0 <= self.temperature < math.inf and whole and 0 < self.top_p <= 1):
-      raise ValueError(f"{self}: wanted a finite temperature >= 0, a whole top_k >= 0, and 0 < top_p <= 1.")
+    check(self)
 
 
 def sample(logits_BV: jax.Array, key: jax.Array, sampling: Sampling) -> jax.Array:

@@ -7,11 +7,12 @@ import math
 import re
 import zlib
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
 
+from supra_jax.core.schema import AtLeast, check
 from supra_jax.model.layers import ADAPTERS
 from supra_jax.model.registry import takes_adapters
 
@@ -21,16 +22,15 @@ class AdapterConfig:
   """Which kernels have adapters.
 
   Attributes:
-    rank: r of A [I, r] and B [r, O]; 0 means none.
-    kernels: regex, found in the path of each kernel that has them, "run_0/self_attn/q_proj/kernel".
+    rank: r of the factors A [I, r] and B [r, O]; 0 means no adapters.
+    kernels: regex; a kernel has adapters if it is found in the kernel's path, "run_0/self_attn/q_proj/kernel".
   """
 
-  rank: int = 0
+  rank: Annotated[int, AtLeast(0)] = 0
   kernels: str = "self_attn/[qkvo]_proj/"
 
   def __post_init__(self):
-    if self.rank < 0:
-      raise ValueError(f"adapters.rank={self.rank}: wanted 0 or more.")
+    check(self, "adapters")
 
 
 def add_adapters(params: Mapping[str, Any], config: AdapterConfig, seed: int) -> dict[str, Any]:

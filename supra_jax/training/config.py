@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from supra_jax.core.schema import from_mapping
+from supra_jax.core.schema import POSITIVE, AtLeast, AtMost, check, from_mapping
 from supra_jax.data.packed import Join
 from supra_jax.model.adapters import AdapterConfig
-from supra_jax.model.transformer import REMAT_POLICIES, Remat
+from supra_jax.model.transformer import Remat
 from supra_jax.training.optimizer import OptimizerConfig
 
 
@@ -33,13 +33,14 @@ class DataConfig:
   text_key: str = "text"
   documents: Join = "join"
   bos: bool = False
-  heldout_every: int = 20
+  heldout_every: Annotated[int, AtLeast(0)] = 20
   sources: str = ""
   heldout: str = ""
-  heldout_rows: int = 0
-  sequence_length: int = 2048
+  heldout_rows: Annotated[int, AtLeast(0)] = 0
+  sequence_length: Annotated[int, AtLeast(1)] = 2048
 
   def __post_init__(self):
+    check(self, "data")
     if bool(self.input) == bool(self.sources):
       raise ValueError(
         f"data.input={self.input!r}, data.sources={self.sources!r}: wanted text to pack, or directories that "
@@ -85,48 +86,33 @@ class TrainConfig:
 
   init_checkpoint: str
   data: DataConfig
-  batch_size: int
-  num_steps: int
+  batch_size: Annotated[int, AtLeast(1)]
+  num_steps: Annotated[int, AtLeast(1)]
   optimizer: OptimizerConfig = OptimizerConfig()
-  microbatches: int = 1
+  microbatches: Annotated[int, AtLeast(1)] = 1
   mesh: str = ""
   dtype: Literal["float32", "bfloat16"] = "float32"
   remat: Remat = "block"
   trainable: str = ".*"
   new_weights: str = "feature_map|linear_o_proj|[qk]_norm"
-  new_weights_steps: int = 0
-  new_weights_rate: float = 1.0
+  new_weights_steps: Annotated[int, AtLeast(0)] = 0
+  new_weights_rate: Annotated[float, POSITIVE, "`trainable` names what trains at all"] = 1.0
   distill_from: str = ""
-  distill_weight: float = 1.0
-  distill_hidden: float = 0.0
-  transfer_steps: int = 0
+  distill_weight: Annotated[float, AtLeast(0), AtMost(1), "a share of the loss"] = 1.0
+  distill_hidden: Annotated[float, AtLeast(0)] = 0.0
+  transfer_steps: Annotated[int, AtLeast(0)] = 0
   transfer: str = "feature_map|linear_o_proj|[qk]_proj|[qk]_norm"
   adapters: AdapterConfig = AdapterConfig()
-  max_skipped: int = 10
+  max_skipped: Annotated[int, AtLeast(1)] = 10
   seed: int = 0
   preset: str = ""
-  log_every: int = 10
-  evaluate_every: int = 0
-  save_every: int = 1000
-  keep_checkpoints: int = 2
+  log_every: Annotated[int, AtLeast(1)] = 10
+  evaluate_every: Annotated[int, AtLeast(0)] = 0
+  save_every: Annotated[int, AtLeast(0)] = 1000
+  keep_checkpoints: Annotated[int, AtLeast(1)] = 2
 
   def __post_init__(self):
-    for name in ("batch_size", "num_steps", "microbatches", "max_skipped", "log_every", "keep_checkpoints"):
-      if getattr(self, name) < 1:
-        raise ValueError(f"{name}={getattr(self, name)}: wanted at least 1.")
-    for name in ("new_weights_steps", "transfer_steps", "distill_hidden", "evaluate_every", "save_every"):
-      if getattr(self, name) < 0:
-        raise ValueError(f"{name}={getattr(self, name)}: wanted 0 or more.")
-    if self.new_weights_rate <= 0:
-      raise ValueError(
-        f"new_weights_rate={self.new_weights_rate}: wanted more than 0; what is not to train, `trainable` names."
-      )
-    if self.dtype not in ("float32", "bfloat16"):
-      raise ValueError(f"dtype={self.dtype!r}: wanted float32 or bfloat16.")
-    if self.remat not in ("none", *REMAT_POLICIES):
-      raise ValueError(f"remat={self.remat!r}: wanted one of none, {', '.join(REMAT_POLICIES)}.")
-    if not 0 <= self.distill_weight <= 1:
-      raise ValueError(f"distill_weight={self.distill_weight}: wanted a share of the loss, from 0 to 1.")
+    check(self)
     for name in ("distill_hidden", "transfer_steps"):
       if getattr(self, name) and not self.distill_from:
         raise ValueError(f"{name}={getattr(self, name)}: wanted distill_from, the transformer it came from.")

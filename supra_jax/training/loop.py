@@ -191,7 +191,7 @@ def _start(
     sources, batch_size=config.batch_size, seed=config.seed, shard_index=index, shard_count=count
   )
   checkpoints = TrainingCheckpoints(workdir / "training", keep=config.keep_checkpoints)
-  extra = () if teacher is None else (load_teacher(config, teacher, mesh),)
+  extra = () if step.teacher is None else (load_teacher(config.distill_from, step.teacher, mesh),)
   run = _Run(config, files, mesh, start, step, shapes, extra, sources, batches, heldout, checkpoints)
   restored = checkpoints.restore(shapes)
   if restored is not None:

@@ -1,16 +1,19 @@
-"""The paper's recipe: AdamW, clipped, on a warmup and a cosine (arXiv 2405.06640, section 7), or less memory.
+"""The paper's optimizer: AdamW with clipping, warmup and cosine (arXiv 2405.06640, section 7); or Adafactor.
 
-Clipping and the learning rate are apart from the moments, since a run may train groups of parameters in stages.
+Clipping and the learning rate are functions of their own. The gradient is clipped as a whole, and every group of
+parameters has its own moments, since a run may train its groups in stages.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
 import optax
+
+from supra_jax.core.schema import AtLeast, check
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,45 +21,36 @@ class OptimizerConfig:
   """An optimizer and its schedule.
 
   Attributes:
-    kind: `adamw` keeps two moments a parameter; `adafactor` the row and column means of the squares (Shazeer and Stern
-      2018), with updates clipped to a root mean square of 1, and neither momentum nor scaling by the parameter.
-    moment_dtype: of AdamW's first moment; bfloat16 saves 2 bytes a parameter. The second is always float32: small
-      increments would be lost on bfloat16.
-    learning_rate: reached at the end of the warmup.
-    end_learning_rate: where the cosine ends, one step after the last, as in the reference.
-    warmup_steps: of linear growth; step n of them (from 0) takes (n + 1) / warmup_steps of the rate.
-    beta1, beta2, eps: of AdamW.
-    weight_decay: times the learning rate.
-    decay_what: `matrices` leaves norms and biases alone; `all` decays every parameter.
-    clip_norm: of the whole gradient; 0 means no clipping.
+    kind: `adamw` keeps two moments for each parameter. `adafactor` keeps the row and column means of squared gradients
+      (Shazeer and Stern 2018); it clips updates to a root mean square of 1, and has neither momentum nor scaling by the
+      parameter.
+    moment_dtype: dtype of AdamW's first moment; bfloat16 saves 2 bytes a parameter. The second moment is always
+      float32, since bfloat16 would lose its small increments.
+    learning_rate: the peak, reached at the end of the warmup.
+    end_learning_rate: where the cosine ends, one step after the last step, as in the reference implementation.
+    warmup_steps: number of steps of linear warmup; step n (from 0) has (n + 1) / warmup_steps of the learning rate.
+    beta1, beta2, eps: AdamW's constants.
+    weight_decay: decoupled weight decay, multiplied by the learning rate.
+    decay_what: `matrices` decays kernels and embeddings, but no norms and biases; `all` decays every parameter.
+    clip_norm: largest norm of the whole gradient; 0 means no clipping.
     z_loss: weight of mean(logsumexp^2) in the loss.
   """
 
   kind: Literal["adamw", "adafactor"] = "adamw"
   moment_dtype: Literal["float32", "bfloat16"] = "float32"
-  learning_rate: float = 3e-5
-  end_learning_rate: float = 1e-5
-  warmup_steps: int = 1000
+  learning_rate: Annotated[float, AtLeast(0)] = 3e-5
+  end_learning_rate: Annotated[float, AtLeast(0)] = 1e-5
+  warmup_steps: Annotated[int, AtLeast(0)] = 1000
   beta1: float = 0.9
   beta2: float = 0.95
   eps: float = 1e-8
-  weight_decay: float = 0.1
+  weight_decay: Annotated[float, AtLeast(0)] = 0.1
   decay_what: Literal["matrices", "all"] = "matrices"
-  clip_norm: float = 1.0
-  z_loss: float = 1e-4
+  clip_norm: Annotated[float, AtLeast(0)] = 1.0
+  z_loss: Annotated[float, AtLeast(0)] = 1e-4
 
   def __post_init__(self):
-    choices = {
-      "kind": ("adamw", "adafactor"),
-      "moment_dtype": ("float32", "bfloat16"),
-      "decay_what": ("matrices", "all"),
-    }
-    for name, wanted in choices.items():
-      if getattr(self, name) not in wanted:
-        raise ValueError(f"optimizer.{name}={getattr(self, name)!r}: wanted {' or '.join(map(repr, wanted))}.")
-    for name in ("learning_rate", "end_learning_rate", "warmup_steps", "weight_decay", "clip_norm", "z_loss"):
-      if getattr(self, name) < 0:
-        raise ValueError(f"optimizer.{name}={getattr(self, name)}: wanted 0 or more.")
+    check(self, "optimizer")
 
 
 def make_schedule(config: OptimizerConfig, num_steps: int) -> optax.Schedule:

@@ -17,13 +17,12 @@ from supra_jax.core.files import place
 from supra_jax.core.sharding import TIME_AXIS, batch_sharding, batch_shards, make_mesh, mesh_sizes
 from supra_jax.model.config import ModelConfig
 from supra_jax.model.costs import step_flops_per_token
-from supra_jax.model.placement import parameter_name
 from supra_jax.model.presets import PRESETS
 from supra_jax.storage.model_directory import load_model_without_params
 from supra_jax.training.compiled import Memory, Traffic, collectives, memory
 from supra_jax.training.config import TrainConfig
+from supra_jax.training.groups import FROZEN
 from supra_jax.training.setup import check_batch, make_train_step, state_shapes, teacher_shapes
-from supra_jax.training.step import parameter_groups
 
 _UNITS = {"GB": 10**9, "GiB": 2**30, "MB": 10**6, "MiB": 2**20}
 
@@ -134,13 +133,12 @@ def plan(config: TrainConfig, model: ModelConfig, mesh: Mesh, teacher: ModelConf
   with jax.set_mesh(mesh):
     step = make_train_step(config, model, teacher)
     state = state_shapes(step, mesh)
-    extra = () if teacher is None else (teacher_shapes(config, teacher, mesh),)
+    extra = () if step.teacher is None else (teacher_shapes(step.teacher, mesh),)
     began = time.monotonic()
     compiled = step.compiled(jax.tree.map(lambda x: x.sharding, state)).lower(state, batch, *extra).compile()
     seconds = time.monotonic() - began
-  groups = parameter_groups(state.params, step.groups)
-  frozen = groups.pop("frozen")
-  leaves = jax.tree_util.tree_leaves_with_path(state.params)
+  labelled = list(zip(jax.tree.leaves(state.params), jax.tree.leaves(step.labels), strict=True))
+  trainable = [leaf for leaf, label in labelled if label.group != FROZEN]
   layer_input = config.data.sequence_length * model.hidden_size * jnp.dtype(config.dtype).itemsize
   return Plan(
     config=config,
@@ -148,13 +146,13 @@ def plan(config: TrainConfig, model: ModelConfig, mesh: Mesh, teacher: ModelConf
     platform=mesh.devices.flat[0].device_kind,
     seconds=seconds,
     parameters=_count(state.params),
-    trainable=_count(state.params) - _count(frozen),
-    new=_count([leaf for path, leaf in leaves if re.search(config.new_weights, parameter_name(path))]),
+    trainable=_count(trainable),
+    new=_count([leaf for leaf, label in labelled if label.new]),
     parameter_bytes=device_bytes(state.params),
     optimizer_bytes=device_bytes(state.opt_state),
     teacher_bytes=device_bytes(extra),
     batch_bytes=device_bytes(batch),
-    gradient_bytes=device_bytes(groups) * min(config.microbatches, 2),
+    gradient_bytes=device_bytes(trainable) * min(config.microbatches, 2),
     input_bytes=model.num_layers * rows // batch_shards(mesh) * layer_input // mesh.shape[TIME_AXIS],
     memory=memory(compiled),
     traffic=collectives(compiled.as_text()),

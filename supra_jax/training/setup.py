@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from supra_jax.core.distributed import together
 from supra_jax.core.files import AnyPath, place
-from supra_jax.core.sharding import TIME_AXIS, batch_shards, check_heads, least_tokens, process_shard, put_batch
+from supra_jax.core.sharding import TIME_AXIS, batch_shards, check_heads, process_shard, put_batch
 from supra_jax.data import loading
 from supra_jax.data.packed import check_packed
 from supra_jax.data.packing import prepare
@@ -24,7 +24,7 @@ from supra_jax.model.transformer import Transformer
 from supra_jax.objectives.heldout import mean_nll
 from supra_jax.storage.model_directory import load_model
 from supra_jax.training.config import DataConfig, TrainConfig
-from supra_jax.training.step import TrainState, TrainStep
+from supra_jax.training.step import TrainState, TrainStep, parameter_shapes
 
 
 def prepare_data(
@@ -70,15 +70,6 @@ def heldout_nll(model: Transformer, params: Any, path: AnyPath, config: TrainCon
   return mean_nll(model, params, batches)
 
 
-def model_shapes(config: ModelConfig) -> Any:
-  """jax.ShapeDtypeStruct of every parameter, one subtree a layer, float32."""
-
-  def init() -> Any:
-    return Transformer(config).init(jax.random.key(0), least_tokens(), method="logits")["params"]
-
-  return jax.eval_shape(init)  # key and tokens too: a mesh may be of devices that are not here
-
-
 def make_train_step(config: TrainConfig, model: ModelConfig, teacher: ModelConfig | None = None) -> TrainStep:
   """The step that a recipe describes; with a teacher where it distils.
 
@@ -111,20 +102,22 @@ def make_train_step(config: TrainConfig, model: ModelConfig, teacher: ModelConfi
   )
 
 
-def load_teacher(config: TrainConfig, teacher: ModelConfig, mesh: Mesh) -> Any:
-  """The parameters of the transformer to distil from, stacked, each device's shards, in the computation's dtype."""
-  stored = load_model(config.distill_from, config.dtype, shardings=lambda shapes: param_shardings(shapes, mesh)).params
-  stack = functools.partial(stack_runs, config=teacher)
+def load_teacher(path: str, teacher: Transformer, mesh: Mesh) -> Any:
+  """The parameters of a teacher, stacked, in the dtype of its computation; each device holds its shards.
+
+  Args:
+    path: the teacher's model directory.
+    teacher: the transformer that will run with them.
+    mesh: the mesh to place them on.
+  """
+  stored = load_model(path, teacher.dtype, shardings=lambda shapes: param_shardings(shapes, mesh)).params
+  stack = functools.partial(stack_runs, config=teacher.config)
   return jax.jit(stack, out_shardings=param_shardings(jax.eval_shape(stack, stored), mesh))(stored)
 
 
-def teacher_shapes(config: TrainConfig, teacher: ModelConfig, mesh: Mesh) -> Any:
+def teacher_shapes(teacher: Transformer, mesh: Mesh) -> Any:
   """jax.ShapeDtypeStruct, with its sharding, of every array that `load_teacher` loads."""
-
-  def stacked(params: Any) -> Any:
-    return jax.tree.map(lambda x: x.astype(config.dtype), stack_runs(params, teacher))
-
-  shapes = jax.eval_shape(stacked, model_shapes(teacher))
+  shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, teacher.dtype), parameter_shapes(teacher))
   return _with_shardings(shapes, param_shardings(shapes, mesh))
 
 
@@ -132,7 +125,7 @@ def state_shapes(step: TrainStep, mesh: Mesh) -> TrainState:
   """jax.ShapeDtypeStruct, with its sharding, of every array of a run's state."""
   model = step.model.config
   check_heads(model.num_heads, model.num_kv_heads, mesh)
-  shapes = jax.eval_shape(lambda params: step.init(stack_runs(params, model)), model_shapes(model))
+  shapes = jax.eval_shape(step.init, step.shapes)
   return _with_shardings(shapes, step.shardings(shapes, mesh))
 
 

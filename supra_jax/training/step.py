@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,10 +10,12 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from supra_jax.core.sharding import least_tokens
 from supra_jax.model.adapters import AdapterConfig, add_adapters
-from supra_jax.model.placement import like_params, param_shardings, parameter_name
+from supra_jax.model.placement import like_params, param_shardings
 from supra_jax.model.transformer import Transformer
 from supra_jax.objectives.losses import Teacher, attention_transfer_loss, count_targets, language_model_loss
+from supra_jax.training.groups import label_parameters, merge, split
 from supra_jax.training.optimizer import OptimizerConfig, clip, make_optimizer, make_schedule
 
 Step = Callable[["TrainState", Any], tuple["TrainState", dict[str, jax.Array]]]
@@ -39,52 +40,27 @@ class TrainState:
   skipped_in_row: jax.Array
 
 
-def parameter_groups(params: Any, patterns: Sequence[tuple[str, str]]) -> dict[str, Any]:
-  """Cuts a tree in parts, each with None for what is not in it: a part a pattern, and "frozen" for the rest.
+def parameter_shapes(model: Transformer) -> Any:
+  """jax.ShapeDtypeStruct of every parameter, float32: one subtree a layer, or a stack of layers if `model` is stacked.
 
-  Args:
-    params: nested dicts.
-    patterns: (name, regex); a parameter is of the first group whose regex is found in its path, as in
-      "run_0/mlp/up_proj/kernel".
-
-  Raises:
-    ValueError: a pattern finds no parameter that no earlier one found.
+  Runs on no device: the devices of the mesh that is set need not be here.
   """
-
-  def group_of(path) -> str:
-    return next((group for group, pattern in patterns if re.search(pattern, parameter_name(path))), "frozen")
-
-  labels = jax.tree_util.tree_map_with_path(lambda path, _: group_of(path), params)
-  found = set(jax.tree.leaves(labels))
-  for group, pattern in patterns:
-    if group not in found:
-      raise ValueError(f"No parameter is left to train by the regex {pattern!r}.")
-  return {
-    group: jax.tree.map(lambda x, label, group=group: x if label == group else None, params, labels)
-    for group in [*(group for group, _ in patterns), "frozen"]
-  }
-
-
-def _merge(parts: dict[str, Any]) -> Any:
-  def first(*leaves):
-    return next(leaf for leaf in leaves if leaf is not None)
-
-  return jax.tree.map(first, *parts.values(), is_leaf=lambda x: x is None)
+  return jax.eval_shape(lambda: model.init(jax.random.key(0), least_tokens(), method="logits")["params"])
 
 
 class TrainStep:
   """The step of a run, and the states it works on.
 
   Attributes:
-    model: stacked.
-    optimizer: the recipe.
-    num_steps: of the run; the schedule ends there.
-    groups: (name, regex) of the parameters that train.
-    scaled: (regex, what the learning rate of those is times that it finds).
-    teacher: stacked; None where there is none. Its parameters are given to each step.
-    teacher_weight, hidden_weight: as `Teacher` has them.
-    adapters: that `init` adds.
-    seed: of the adapters.
+    model: the transformer that trains.
+    optimizer: the optimizer's config.
+    groups: (name, regex) of the groups of parameters that train.
+    shapes: jax.ShapeDtypeStruct of the parameters that `init` takes.
+    labels: a `Label` for each parameter of the state, adapters included.
+    teacher: the transformer to distil from; None where there is none. Its parameters are given to each step.
+    teacher_weight, hidden_weight: weights of its losses, see `losses.Teacher`.
+    adapters: which adapters `init` adds.
+    seed: seed of the adapters.
   """
 
   def __init__(
@@ -93,30 +69,47 @@ class TrainStep:
     optimizer: OptimizerConfig,
     num_steps: int,
     groups: Sequence[tuple[str, str]] = (("all", ".*"),),
-    scaled: tuple[str, float] = (".*", 1.0),
+    new: tuple[str, float] = (".*", 1.0),
     teacher: Transformer | None = None,
     teacher_weight: float = 1.0,
     hidden_weight: float = 0.0,
     adapters: AdapterConfig = AdapterConfig(),
     seed: int = 0,
   ):
-    self.model, self.optimizer, self.groups, self.scaled = model, optimizer, tuple(groups), scaled
+    """Labels the parameters and makes the optimizer.
+
+    Args:
+      model, optimizer, groups, teacher, teacher_weight, hidden_weight, adapters, seed: see the attributes.
+      num_steps: number of steps of the run, after which the schedule ends.
+      new: (regex of new weights, multiplier of their learning rate).
+
+    Raises:
+      ValueError: a regex finds no parameter that could train.
+    """
+    self.model, self.optimizer, self.groups = model, optimizer, tuple(groups)
     self.teacher, self.teacher_weight, self.hidden_weight = teacher, teacher_weight, hidden_weight
     self.adapters, self.seed = adapters, seed
+    self.shapes = parameter_shapes(model)
+    self.labels = label_parameters(jax.eval_shape(self._trained, self.shapes), groups, new)
     self._tx = make_optimizer(optimizer)
     self._schedule = make_schedule(optimizer, num_steps)
 
+  @property
+  def group_names(self) -> tuple[str, ...]:
+    return tuple(name for name, _ in self.groups)
+
   def init(self, params: Any) -> TrainState:
     """The state of a run that begins with these parameters."""
-    params = jax.tree.map(lambda x: x.astype(jnp.float32), params)
-    if self.adapters.rank:
-      params = add_adapters(params, self.adapters, self.seed)
-    parts = parameter_groups(params, self.groups)
-    if self.scaled[1] != 1:
-      parameter_groups(params, (("scaled", self.scaled[0]),))  # an error where it finds nothing
-    opt_state = {name: self._tx.init(parts[name]) for name, _ in self.groups}
-    # Three arrays, not one thrice: the state is given away, and no buffer can be given twice.
+    params = self._trained(params)
+    parts = split(params, self.labels, self.group_names)
+    opt_state = {name: self._tx.init(parts[name]) for name in self.group_names}
+    # Separate buffers: the state is donated, and one buffer cannot be donated twice.
     return TrainState(params, opt_state, *(jnp.zeros((), jnp.int32) for _ in range(3)))
+
+  def _trained(self, params: Any) -> Any:
+    """Parameters in float32, with adapters if there are any."""
+    params = jax.tree.map(lambda x: x.astype(jnp.float32), params)
+    return add_adapters(params, self.adapters, self.seed) if self.adapters.rank else params
 
   def shardings(self, state: TrainState, mesh: Mesh) -> Any:
     """Where each array of a state lives, a tree like it: moments with their parameters, counters everywhere."""
@@ -126,7 +119,7 @@ class TrainStep:
     )
 
   def compiled(self, shardings: Any, active: Sequence[str] | None = None, *, transfer: bool = False) -> Any:
-    """(state, batch[, the teacher's parameters]) -> (state, metrics), jitted; the state is given away.
+    """(state, batch[, the teacher's parameters]) -> (state, metrics), jitted; the state is donated.
 
     A batch has leaves [microbatches, rows, T + 1]. Metrics: loss (or attention_error), grad_norm (before clipping),
     learning_rate, skipped, skipped_in_row.
@@ -136,11 +129,12 @@ class TrainStep:
       active: the groups that this step trains; None means all.
       transfer: the loss is how far attention is from the teacher's.
     """
-    active = [name for name, _ in self.groups] if active is None else list(active)
+    active = self.group_names if active is None else tuple(active)
     whole = shardings.step
+    labels = split(self.labels, self.labels, self.group_names)
 
     def step(state: TrainState, batch: Any, teacher_params: Any = None) -> tuple[TrainState, dict[str, jax.Array]]:
-      parts = parameter_groups(state.params, self.groups)
+      parts = split(state.params, self.labels, self.group_names)
       training = {name: parts.pop(name) for name in active}
       loss, grads = self._gradients(training, parts, batch, teacher_params, transfer)
       grads, norm = clip(grads, self.optimizer.clip_norm)
@@ -150,10 +144,10 @@ class TrainStep:
       opt_state = dict(state.opt_state)
       for name in active:
         updates, opt_state[name] = self._tx.update(grads[name], state.opt_state[name], training[name])
-        training[name] = jax.tree_util.tree_map_with_path(
-          lambda path, p, u: (p - rate * self._factor(path) * u).astype(p.dtype), training[name], updates
+        training[name] = jax.tree.map(
+          lambda p, u, label: (p - rate * label.rate * u).astype(p.dtype), training[name], updates, labels[name]
         )
-      params = _merge({**training, **parts})
+      params = merge({**training, **parts})
       params, opt_state = jax.tree.map(
         lambda new, old: jnp.where(finite, new, old), (params, opt_state), (state.params, state.opt_state)
       )
@@ -170,10 +164,6 @@ class TrainStep:
 
     return jax.jit(step, donate_argnums=0, out_shardings=(shardings, whole))
 
-  def _factor(self, path: Any) -> float:
-    pattern, factor = self.scaled
-    return factor if re.search(pattern, parameter_name(path)) else 1.0
-
   def _gradients(
     self, training: dict[str, Any], rest: dict[str, Any], batch: Any, teacher_params: Any, transfer: bool
   ) -> tuple[jax.Array, Any]:
@@ -184,7 +174,7 @@ class TrainStep:
       teacher = Teacher(teacher_params, self.teacher, self.teacher_weight, self.hidden_weight)
 
     def loss_fn(training, microbatch):
-      params = _merge({**training, **rest})
+      params = merge({**training, **rest})
       if transfer:
         assert teacher is not None, "TrainConfig wants a teacher for this"
         error = attention_transfer_loss(self.model, params, microbatch, teacher) / total

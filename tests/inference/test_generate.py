@@ -80,9 +80,9 @@ def test_sampling_keeps_to_top_k_and_top_p_and_to_the_probabilities():
   np.testing.assert_allclose(frequencies(Sampling(1.0, top_p=0.81)), np.array([10, 6, 3, 0]) / 19, atol=0.03)
   np.testing.assert_allclose(frequencies(Sampling(0.5)), np.array([100, 36, 9, 1]) / 146, atol=0.03)
   assert frequencies(Sampling(0.0)).tolist() == [1, 0, 0, 0]
-  for bad in ({"temperature": -1.0}, {"top_k": -1}, {"top_p": 0.0}):
-    with pytest.raises(ValueError, match="wanted a finite temperature"):
-      Sampling(**bad)
+  for name, bad in (("temperature", -1.0), ("top_k", -1), ("top_k", 1.5), ("top_p", 0.0)):
+    with pytest.raises(ValueError, match=f"{name}={bad}: wanted a "):
+      Sampling(**{name: bad})
 
 
 def test_lengths_are_rounded_up_by_a_quarter_at_most():

@@ -18,12 +18,11 @@ import pytest
 from supra_jax.core.sharding import make_mesh
 from supra_jax.model import presets
 from supra_jax.model.costs import train_flops_per_token
-from supra_jax.model.stacking import stack_runs
 from supra_jax.model.transformer import Transformer
 from supra_jax.training import plan as planning
 from supra_jax.training.compiled import Memory, Traffic
 from supra_jax.training.config import TrainConfig
-from supra_jax.training.setup import model_shapes
+from supra_jax.training.step import parameter_shapes
 from tests.model.test_flops import products
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -127,7 +126,7 @@ def test_weights_move_twice_a_microbatch_and_gradients_once():
 
 def test_saved_products_are_not_computed_again():
   model = presets.tiny().replace(intermediate_size=512)
-  params = jax.eval_shape(lambda params: stack_runs(params, model), model_shapes(model))
+  params = parameter_shapes(Transformer(model, stacked=True))
 
   def flops(remat):
     transformer = Transformer(model, stacked=True, remat=remat)
@@ -151,7 +150,7 @@ def test_a_teacher_is_counted():
   teacher = planning.planned_teacher(config)
   assert teacher == presets.tiny("softmax") and planning.planned_teacher(recipe("tiny")) is None
   made = planning.plan(config, model, mesh, teacher)
-  parameters = sum(math.prod(x.shape) for x in jax.tree.leaves(model_shapes(teacher)))
+  parameters = sum(math.prod(x.shape) for x in jax.tree.leaves(parameter_shapes(Transformer(teacher))))
   assert (alone.teacher_bytes, made.teacher_bytes) == (0, 2 * parameters)
   extra = made.flops_per_token - alone.flops_per_token
   assert extra == pytest.approx(train_flops_per_token(teacher, config.data.sequence_length) / 3)

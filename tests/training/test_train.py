@@ -117,7 +117,7 @@ def test_new_weights_have_a_rate_of_their_own(start, text, tmp_path):
   jax.tree_util.tree_map_with_path(check, moved[1.0], moved[0.25])
   with pytest.raises(ValueError, match=r"No parameter is left to train by the regex 'elsewhere'"):
     train.train(dataclasses.replace(config, new_weights="elsewhere", new_weights_rate=0.1), tmp_path / "none")
-  with pytest.raises(ValueError, match=r"new_weights_rate=0: wanted more than 0"):
+  with pytest.raises(ValueError, match=r"new_weights_rate=0: wanted a positive finite number"):
     make_config(start, text, new_weights_rate=0)
 
 
@@ -336,7 +336,7 @@ def test_stages_that_cannot_be_are_named(start, text):
     ({"transfer_steps": 3}, "transfer_steps=3: wanted distill_from"),
     ({"distill_hidden": 0.5}, "distill_hidden=0.5: wanted distill_from"),
     ({"distill_from": "x", "transfer_steps": 1, "new_weights_steps": 2}, "wanted one of the two"),
-    ({"transfer_steps": -1}, "transfer_steps=-1: wanted 0 or more"),
+    ({"transfer_steps": -1}, "transfer_steps=-1: wanted a whole number, 0 or more"),
   ):
     with pytest.raises(ValueError, match=named):
       make_config(start, text, **changes)
@@ -356,5 +356,7 @@ def test_a_teacher_of_another_kind_is_refused(start, text, tmp_path):
   config = make_config(start, text, distill_from=str(teacher))
   with pytest.raises(ValueError, match=r"has hidden_size=96, the model 48: wanted the transformer"):
     train.train(config, tmp_path / "run")
-  with pytest.raises(ValueError, match=r"distill_weight=2.0: wanted a share"):
+  with pytest.raises(
+    ValueError, match=r"distill_weight=2.0: wanted a finite number, 0 or more, 1 at most \(a share of the loss"
+  ):
     make_config(start, text, distill_weight=2.0)
