@@ -16,7 +16,7 @@ import numbers
 import sys
 import types
 import typing
-from collections.abc import Hashable, Mapping
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 
@@ -81,7 +81,7 @@ def check(config: Any, path: str = "") -> None:
 
 
 @functools.cache
-def _hints(cls: Hashable) -> Mapping[str, Any]:
+def _hints(cls: Any) -> Mapping[str, Any]:
   return typing.get_type_hints(cls, include_extras=True)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 if TYPE_CHECKING:
@@ -65,6 +65,11 @@ def mixer_class(name: str) -> type[Mixer]:
 def mixer_classes() -> tuple[type[Mixer], ...]:
   """All mixers."""
   return tuple(mixer_class(name) for name in mixer_names())
+
+
+def new_parameters(mixers: Iterable[str]) -> str:
+  """Regex of the parameters that these mixers call new; "" where they have none."""
+  return "|".join(filter(None, dict.fromkeys(mixer_class(mixer).NEW for mixer in mixers)))
 
 
 def takes_adapters(kernel: str) -> bool:

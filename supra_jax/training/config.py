@@ -9,8 +9,16 @@ from typing import Annotated, Any, Literal
 from supra_jax.core.schema import POSITIVE, AtLeast, AtMost, check, from_mapping
 from supra_jax.data.packed import Join
 from supra_jax.model.adapters import AdapterConfig
+from supra_jax.model.config import ModelConfig
+from supra_jax.model.registry import new_parameters
 from supra_jax.model.transformer import Remat
 from supra_jax.training.optimizer import OptimizerConfig
+
+NOTHING = "$^"  # a regex that is found nowhere
+_EARLIER_DEFAULTS = {
+  "new_weights": "feature_map|linear_o_proj|[qk]_norm",
+  "transfer": "feature_map|linear_o_proj|[qk]_proj|[qk]_norm",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,8 +72,9 @@ class TrainConfig:
     dtype: of the computation. Master weights, their moments and all reductions are float32.
     remat: what the backward pass recomputes, see `Transformer`.
     trainable: regex; parameters whose path it is found in train, others stay as they are and have no moments.
-    new_weights, new_weights_steps: for so many steps only those of them train that this regex is found in.
-    new_weights_rate: times the learning rate is theirs, in all steps.
+    new_weights: regex of the new weights' paths. Empty: what the mixers of the model call new (`Mixer.NEW`).
+    new_weights_steps: for so many steps, the first, only new weights train.
+    new_weights_rate: learning-rate multiplier of the new weights, in all steps.
     distill_from: model directory of the transformer that the model came from; it runs in each step, and its
       distribution of the next token is a target. Empty: there is none.
     distill_weight: of the divergence from it in the loss; cross-entropy has the rest of 1.
@@ -73,7 +82,7 @@ class TrainConfig:
       it is added.
     transfer_steps: for so many steps, the first, the loss is `layer_losses.attention_error` alone, and only those
       parameters train that `transfer` finds.
-    transfer: regex.
+    transfer: regex. Empty: the new weights, and the projections of q and k.
     adapters: with a rank, kernels have low-rank adapters, and only these and new_weights train. The model that is
       left has them merged.
     max_skipped: a batch whose loss or gradient is not finite is skipped; so many in a row end the run.
@@ -94,14 +103,14 @@ class TrainConfig:
   dtype: Literal["float32", "bfloat16"] = "float32"
   remat: Remat = "block"
   trainable: str = ".*"
-  new_weights: str = "feature_map|linear_o_proj|[qk]_norm"
+  new_weights: str = ""
   new_weights_steps: Annotated[int, AtLeast(0)] = 0
   new_weights_rate: Annotated[float, POSITIVE, "`trainable` names what trains at all"] = 1.0
   distill_from: str = ""
   distill_weight: Annotated[float, AtLeast(0), AtMost(1), "a share of the loss"] = 1.0
   distill_hidden: Annotated[float, AtLeast(0)] = 0.0
   transfer_steps: Annotated[int, AtLeast(0)] = 0
-  transfer: str = "feature_map|linear_o_proj|[qk]_proj|[qk]_norm"
+  transfer: str = ""
   adapters: AdapterConfig = AdapterConfig()
   max_skipped: Annotated[int, AtLeast(1)] = 10
   seed: int = 0
@@ -126,8 +135,24 @@ class TrainConfig:
 
   @classmethod
   def from_mapping(cls, values: Mapping[str, Any]) -> TrainConfig:
-    """Reads a ConfigDict's `to_dict()`."""
+    """Reads a ConfigDict's `to_dict()`, and configs of runs that began when these regexes were defaults."""
+    values = {name: "" if value == _EARLIER_DEFAULTS.get(name) else value for name, value in values.items()}
     return from_mapping(cls, values, "train config")
+
+  def for_model(self, model: ModelConfig) -> TrainConfig:
+    """The config with the regexes that a model's mixers fill in.
+
+    Raises:
+      ValueError: the run treats new weights apart, and the mixers of the model have none.
+    """
+    new = self.new_weights or new_parameters(model.mixers)
+    if not new:
+      for name, unused in (("new_weights_steps", 0), ("new_weights_rate", 1.0)):
+        if getattr(self, name) != unused:
+          kinds = ", ".join(sorted(set(model.mixers)))
+          raise ValueError(f"{name}={getattr(self, name)}: the model's mixers, {kinds}, have no new weights.")
+      new = NOTHING
+    return dataclasses.replace(self, new_weights=new, transfer=self.transfer or f"{new}|[qk]_proj")
 
   @property
   def tokens_a_step(self) -> int:
@@ -135,7 +160,7 @@ class TrainConfig:
 
   @property
   def groups(self) -> tuple[tuple[str, str], ...]:
-    """(name, regex) of the groups of parameters that train, for `TrainStep`."""
+    """(name, regex) of the groups of parameters that train, for `TrainStep`; of a config `for_model`."""
 
     def both(one: str, other: str) -> str:
       return f"^(?=.*({one}))(?=.*({other}))"  # lookaheads from the start of the path: in both regexes, wherever

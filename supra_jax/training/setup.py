@@ -77,6 +77,7 @@ def make_train_step(config: TrainConfig, model: ModelConfig, teacher: ModelConfi
     ValueError: model and teacher have not the same vocabulary and width, or number of layers where these are compared;
       or the recipe distils and there is no teacher.
   """
+  config = config.for_model(model)
   transformer = functools.partial(Transformer, dtype=jnp.dtype(config.dtype), stacked=True)
   if config.distill_from and teacher is None:
     raise ValueError(f"distill_from={config.distill_from!r}: wanted the config of that transformer too.")

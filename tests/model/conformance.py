@@ -193,8 +193,8 @@ def fixed_layout():
   return Layout(rng.integers(0, TINY.vocab_size, (ROWS, TIME), np.int32), ids, lengths, rng)
 
 
-# Forms: ways to read. Each returns logits [documents, T, vocabulary], and [documents, vocabulary] of one more token that
-# goes on from the state.
+# Forms: ways to read. Each returns logits [documents, T, vocabulary], and [documents, vocabulary] of one more token
+# that goes on from the state.
 NEXT = 5
 
 

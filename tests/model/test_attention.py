@@ -2,10 +2,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from supra_jax.model.attention import head_slopes
 
-from supra_jax.model import attention, feature_maps
-from supra_jax.model.config import SupraConfig
+from supra_jax.model import feature_maps
+from supra_jax.model.mixers import softmax
+from supra_jax.model.mixers.base import Context
+from supra_jax.model.mixers.supra import LinearAttention, SupraConfig, head_slopes
 from supra_jax.model.presets import tiny
 from supra_jax.model.registry import layers
 from supra_jax.model.rope import rope_table
@@ -74,7 +75,7 @@ def test_masked_softmax_attention():
   q, k, v = (rng.standard_normal(shape, np.float32) for shape in ((2, 3, 6, 8), (2, 5, 2, 8), (2, 5, 2, 4)))
   mask = rng.random((2, 3, 5)) < 0.5
   mask[..., 0] |= ~mask.any(-1)
-  got = attention.masked_softmax_attention(10 * q, k, v, mask)  # sharp, so that the largest logit must be taken off
+  got = softmax.masked_softmax_attention(10 * q, k, v, mask)  # sharp, so that the largest logit must be taken off
   np.testing.assert_allclose(got, _softmax_attention(10 * q, k, v, mask), atol=1e-5)
 
 
@@ -84,7 +85,7 @@ def test_a_query_that_sees_nothing_stays_finite():
   mask = np.array([[[True, False], [False, False]]])
 
   def first_token(q, k, v):
-    out = attention.masked_softmax_attention(q, k, v, mask)
+    out = softmax.masked_softmax_attention(q, k, v, mask)
     return out[:, 0].sum(), out
 
   grads, out = jax.grad(first_token, argnums=(0, 1, 2), has_aux=True)(q, k, v)
@@ -99,7 +100,7 @@ def test_feature_maps(kind, heads, groups, random_params):
   width = 8
   config = tiny().replace(num_heads=heads, num_kv_heads=groups, layers=layers(("supra",) * 2, feature_map=kind))
   params = random_params(config)["layers_0"]["self_attn"]
-  q_map, k_map = feature_maps.make_feature_maps(config, jnp.float32)
+  q_map, k_map = feature_maps.make_feature_maps(config, kind, jnp.float32)
   own_k_map = kind == "per_head_separate" or (kind == "dense" and groups < heads)
   assert (k_map is not None) == own_k_map == ("feature_map_kv" in params)
 
@@ -124,7 +125,8 @@ def _linear_attention_layer(config, params, x_TD):
   """The paper's steps in float64, a head and a token at a time."""
   p = jax.tree.map(np.float64, params)
   H, G, K, V = config.num_heads, config.num_kv_heads, config.head_dim, config.value_width
-  kind, time = config.supra.feature_map, len(x_TD)
+  told = config.layers[0]
+  kind, time = told.feature_map, len(x_TD)
 
   def dense(name, x):
     return x @ p[name]["kernel"] + p[name].get("bias", 0)
@@ -149,12 +151,12 @@ def _linear_attention_layer(config, params, x_TD):
   q, k = phi(q, "feature_map", H if kind == "per_head_separate" else G), phi(k, "feature_map_kv", G)
   v = dense("v_proj", x_TD).reshape(time, G, V)
   k, v = (np.stack([x[:, h * G // H] for h in range(H)], 1) for x in (k, v))
-  if config.supra.qk_norm:
+  if told.qk_norm:
     q, k = norm(q, "q_norm", H * K), norm(k, "k_norm", H * K)
   turn = np.exp(1j * np.outer(np.arange(time), config.rope.base ** (-np.arange(0, K, 2) / K)))[:, None]
   q, k = ((x[..., : K // 2] + 1j * x[..., K // 2 :]) * turn for x in (q, k))
 
-  gamma, out = np.exp(-np.float64(head_slopes(config.supra, H))), np.zeros((time, H, V))
+  gamma, out = np.exp(-np.float64(head_slopes(told, H))), np.zeros((time, H, V))
   state = np.zeros((H, K // 2, V), complex)
   for t, h in np.ndindex(time, H):
     state[h] = gamma[h] * state[h] + np.outer(k[t, h].conj(), v[t, h])
@@ -182,10 +184,8 @@ def test_linear_attention_layer(groups, value_width, decay, teachers_norm, kind,
   x = np.random.default_rng(0).standard_normal((2, 13, config.hidden_size), np.float32)
   place = jnp.broadcast_to(jnp.arange(13), (2, 13))
   rotation = rope_table(config.rope, config.head_dim, place[..., None])
-  context = attention.Context(
-    rotation, rotation, index=place, first=0 * place, lengths=None, segment_ids=None, continues=None
-  )
-  layer = attention.LinearAttention(config)
+  context = Context(rotation, {}, index=place, first=0 * place, lengths=None, segment_ids=None, continues=None)
+  layer = LinearAttention(config, config.layers[0])
   got, state = jax.jit(lambda params, x: layer.apply({"params": params}, x, None, context))(params, x)
   for row in range(2):
     want, want_state = _linear_attention_layer(config, params, x[row])

@@ -23,7 +23,7 @@ from supra_jax.linearization.starts import Identity
 from supra_jax.model import costs, presets
 from supra_jax.model.config import ModelConfig
 from supra_jax.model.placement import param_shardings, parameter_axes, parameter_name, state_shardings
-from supra_jax.model.registry import layer, layers, mixer_class, mixer_names
+from supra_jax.model.registry import layers, mixer_class, mixer_names
 from supra_jax.model.transformer import Transformer
 from supra_jax.storage.model_directory import load_model, save_model
 from supra_jax.training.config import DataConfig, TrainConfig
@@ -150,7 +150,7 @@ def test_states_are_taken_put_and_grown(config, random_params):
 def test_linearised_saved_loaded_measured_and_decoded(mixer, random_params, tmp_path):
   teacher = presets.tiny("softmax").replace(vocab_size=96)
   params = random_params(teacher)
-  told = layer(mixer)
+  told = next(told for config in examples(mixer) for told in config.layers if told.mixer == mixer)
   if mixer_class(mixer).begin is None:
     with pytest.raises(ValueError, match=f"The mixer '{mixer}' cannot take over a trained layer"):
       linearize(params, teacher, Identity(), mixer=told)

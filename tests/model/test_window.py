@@ -1,32 +1,26 @@
 """Softmax attention over a window: against every token's own softmax in float64, in any pieces, at any lengths.
 
-What holds for all mixers (documents, padding, decoding, stacking) is in test_transformer.py, which has windows too.
+What holds for all mixers (documents, padding, decoding, meshes, saving) is in test_conformance.py.
 """
 
+import dataclasses
 import functools
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from supra_jax.model.attention import WindowState
-from supra_jax.model.softmax import ring_index, window_softmax_attention
 
 from supra_jax.inference.decode import generate_tokens
 from supra_jax.inference.lm import LM
 from supra_jax.linearization.linearize import linearize
-from supra_jax.model.config import RopeConfig, SupraConfig
+from supra_jax.linearization.starts import Window
+from supra_jax.model.config import RopeConfig
+from supra_jax.model.mixers.supra_window import WindowAttention, WindowState, ring_index, window_softmax_attention
 from supra_jax.model.presets import tiny
 from supra_jax.model.registry import layers
-from supra_jax.model.stacking import stack_runs
 from supra_jax.model.transformer import Transformer
-from supra_jax.storage import model_directory as checkpoint
 
-ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 WINDOW = tiny("supra_window").replace(
@@ -132,14 +126,16 @@ def _made(random_params, changes=()):
 
 def test_sinks_are_no_further_than_the_teacher_ever_saw():
   """A text's first tokens, and its rotations: those of q where it meets them stand still from there on."""
-  c = WINDOW.replace(sliding_window=40)
-  assert c.sink_reach == 15 and c.replace(max_positions=None).sink_reach == 39
-  assert c.replace(max_positions=3).sink_reach == 12  # 2 W + N: they may be in sight
-  assert (
-    c.replace(supra=SupraConfig()).sink_reach is c.replace(max_positions=None, sliding_window=None).sink_reach is None
-  )
+  c, told = WINDOW.replace(sliding_window=40), WINDOW.layers[0]
+
+  def reach(layer=told, **changes):
+    return WindowAttention.reach(c.replace(**changes), layer)
+
+  assert reach() == 15 and reach(max_positions=None) == 39
+  assert reach(max_positions=3) == 12  # 2 W + N: they may be in sight
+  assert reach(dataclasses.replace(told, sinks=0)) is reach(max_positions=None, sliding_window=None) is None
   context, _ = Transformer(c).place(jnp.zeros((1, 40), jnp.int32))
-  for far, near in zip(context.far_rotation, context.rotation, strict=True):
+  for far, near in zip(context.far_rotations[15], context.rotation, strict=True):
     np.testing.assert_array_equal(far, near[:, np.minimum(np.arange(40), 15)])
 
 
@@ -199,7 +195,7 @@ def test_cost_grows_with_the_text_and_not_with_its_square(random_params):
 
 
 def test_generation_is_the_argmax_of_the_whole_text(random_params):
-  config, params = _made(random_params, (("mixers", ("supra_window", "softmax", "supra")),))
+  config, params = _made(random_params, (("layers", (WINDOW.layers[0], *layers(("softmax", "supra")))),))
   lm, prompt = LM(config, params), np.random.default_rng(0).integers(0, 97, 23).tolist()
   new = list(generate_tokens(lm.model, params, prompt, max_new_tokens=21))
   logits, _ = lm(np.array([prompt + new]))
@@ -224,62 +220,9 @@ def test_a_window_as_wide_as_the_text_begins_as_the_teacher(rope, random_params)
     return Transformer(config).apply({"params": params}, tokens, method="logits")[0]
 
   for window in (24, 6):
-    student, config = linearize(params, teacher, window=window, sinks=0)
+    made = linearize(params, teacher, Window(window, sinks=0))
+    student, config = made.params, made.config
     want = logits(params, teacher.replace(sliding_window=window))
     np.testing.assert_allclose(logits(student, config), want, atol=1e-5)
   grads = jax.grad(lambda params: (logits(params, config) ** 2).sum())(student)["layers_1"]["self_attn"]
   assert grads["linear_o_proj"]["kernel"].any() and not grads["feature_map"]["kernel"].any()
-
-
-def test_saved_and_loaded(random_params, tmp_path):
-  config, params = _made(random_params)
-  checkpoint.save_model(tmp_path / "model", config=config, params=params, tokenizer_files={}, source={})
-  stored = checkpoint.load_model(tmp_path / "model")
-  assert stored.config == config
-  jax.tree.map(np.testing.assert_array_equal, stored.params, params)
-
-
-SHAPE = {"num_heads": 4, "hidden_size": 64, "vocab_size": 96}
-
-
-def _outputs(params, config):
-  """Loss, gradients and logits of a stacked model whose rows hold documents."""
-  tokens = np.random.default_rng(0).integers(0, 96, (8, 32)).astype(np.int32)
-  ids = np.repeat(np.arange(4, dtype=np.int32), 8)[None].repeat(8, 0)
-
-  def loss(params):
-    model = Transformer(config, stacked=True, remat="block")
-    variables = {"params": stack_runs(params, config)}
-    logits, state = model.apply(variables, tokens, segment_ids=ids, method="logits")
-    more, _ = model.apply(variables, tokens[:, :8], state, method="logits")
-    return (logits**2).mean() + (more**2).mean(), (logits, more)
-
-  return jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
-
-
-def main():
-  from supra_jax.core.sharding import make_mesh
-  from supra_jax.model.placement import param_shardings
-  from tests.conftest import _random_params
-
-  jax.config.update("jax_disable_most_optimizations", True)
-  config = WINDOW.replace(**SHAPE)
-  params = _random_params(config)
-  want = _outputs(params, config)
-  for text in ("data:2,fsdp:2,tensor:2", "fsdp:2,context:4"):
-    mesh = make_mesh(text)
-    with jax.set_mesh(mesh):
-      got = _outputs(jax.device_put(params, param_shardings(params, mesh)), config)
-    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4), got, want)
-
-
-def test_a_mesh_is_one_device():
-  environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
-  ran = subprocess.run(
-    [sys.executable, "-m", "tests.model.test_window"], cwd=ROOT, env=environment, capture_output=True, text=True
-  )
-  assert ran.returncode == 0, ran.stderr[-2000:]
-
-
-if __name__ == "__main__":
-  main()
