@@ -5,9 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from supra_jax.model import layers, rope
+from supra_jax.model import layers
 from supra_jax.model.config import RopeConfig
 from supra_jax.model.presets import tiny
+from supra_jax.model.rope import apply_rope, rope_frequencies, rope_table
 
 LLAMA3 = RopeConfig(
   base=500_000.0, scaling="llama3", factor=32.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_positions=8192
@@ -60,7 +61,7 @@ ROPES = [
 @pytest.mark.parametrize("rope", ROPES)
 @pytest.mark.parametrize("width", [2, 8, 128])
 def test_rope_frequencies(rope, width):
-  np.testing.assert_allclose(rope.rope_frequencies(rope, width), _frequencies(rope, width), rtol=1e-14)
+  np.testing.assert_allclose(rope_frequencies(rope, width), _frequencies(rope, width), rtol=1e-14)
 
 
 @pytest.mark.parametrize("rope", ROPES)
@@ -93,7 +94,7 @@ def test_rope_frequencies_as_transformers_has_them(rope):
   else:
     theirs, factor = rope_utils.ROPE_INIT_FUNCTIONS[kind](config, "cpu")
   assert factor == 1
-  np.testing.assert_allclose(rope.rope_frequencies(rope, 64), theirs.numpy(), rtol=2e-6)
+  np.testing.assert_allclose(rope_frequencies(rope, 64), theirs.numpy(), rtol=2e-6)
 
 
 @pytest.mark.parametrize("rope", ROPES)
@@ -101,7 +102,7 @@ def test_rope_table_is_exact_at_any_position(rope):
   rng = np.random.default_rng(0)
   edges = [0, 1, 2**11 - 1, 2**11, 2**21 - 1, 2**21, 10**6, 10**6 + 1, 2**31 - 2, 2**31 - 1]
   positions = np.concatenate([edges, rng.integers(0, 2**31, 990)]).astype(np.int32).reshape(10, 100)
-  cos, sin = jax.jit(functools.partial(rope.rope_table, rope, 64))(positions)
+  cos, sin = jax.jit(functools.partial(rope_table, rope, 64))(positions)
   angles = positions.astype(np.float64)[..., None] * _frequencies(rope, 64)
   assert cos.dtype == sin.dtype == jnp.float32 and cos.shape == (10, 100, 32)
   assert np.abs(np.cos(angles) - cos).max() < 1e-6
@@ -109,7 +110,7 @@ def test_rope_table_is_exact_at_any_position(rope):
 
 
 def test_the_attention_factor_is_on_both_q_and_k():
-  plain, scaled = (rope.rope_table(RopeConfig(attention_factor=f), 8, jnp.arange(3)) for f in (1.0, 1.25))
+  plain, scaled = (rope_table(RopeConfig(attention_factor=f), 8, jnp.arange(3)) for f in (1.0, 1.25))
   jax.tree.map(lambda x, y: np.testing.assert_array_equal(x * 1.25, y), plain, scaled)
 
 
@@ -118,12 +119,12 @@ def test_apply_rope_rotates_halves_or_neighbours():
   x = rng.standard_normal((2, 5, 3, 8), np.float32)
   angle = rng.uniform(0, 6, (2, 5, 4))
   cos, sin = (f(angle)[:, :, None].astype(np.float32) for f in (np.cos, np.sin))
-  turned = rope.apply_rope(x, cos, sin)
+  turned = apply_rope(x, cos, sin)
   # As a complex number, component i with component i + K/2.
   want = (x[..., :4] + 1j * x[..., 4:]) * np.exp(1j * angle)[:, :, None]
   np.testing.assert_allclose(turned, np.concatenate([want.real, want.imag], -1), atol=1e-6)
   want = (x[..., ::2] + 1j * x[..., 1::2]) * np.exp(1j * angle)[:, :, None]
-  turned = rope.apply_rope(x, cos, sin, interleaved=True)
+  turned = apply_rope(x, cos, sin, interleaved=True)
   np.testing.assert_allclose(turned, np.stack([want.real, want.imag], -1).reshape(x.shape), atol=1e-6)
 
 
@@ -133,7 +134,7 @@ def test_rope_scores_depend_on_distance_only():
 
   def score(i, j):
     turned = (
-      rope.apply_rope(x, *rope.rope_table(RopeConfig(), 16, jnp.full((1, 1, 1), at))) for x, at in ((q, i), (k, j))
+      apply_rope(x, *rope_table(RopeConfig(), 16, jnp.full((1, 1, 1), at))) for x, at in ((q, i), (k, j))
     )
     return float(jnp.vdot(*turned))
 
