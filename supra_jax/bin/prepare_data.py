@@ -8,7 +8,7 @@ from absl import flags
 
 from supra_jax.bin.entry import run
 from supra_jax.data.encoding import load_tokenizer
-from supra_jax.data.packed import Join
+from supra_jax.data.packed import Documents
 from supra_jax.data.packing import prepare
 
 _INPUT = flags.DEFINE_string("input", None, ".txt, .jsonl[.gz|.zst], .parquet files; pydoc:topics.", required=True)
@@ -36,7 +36,7 @@ def main() -> None:
     vocab_size=config.vocab_size,
     sequence_length=_LENGTH.value,
     text_key=_TEXT_KEY.value,
-    documents=cast(Join, _DOCUMENTS.value),
+    documents=cast(Documents, _DOCUMENTS.value),
     bos=_BOS.value,
     heldout_every=_HELDOUT.value,
     skip_bad=_ON_BAD.value == "skip",

@@ -16,7 +16,7 @@ import numbers
 import sys
 import types
 import typing
-from collections.abc import Hashable, Mapping
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 
@@ -75,13 +75,14 @@ def check(config: Any, path: str = "") -> None:
   Raises:
     ValueError: a field holds what it must not, as in "optimizer.kind='sgd': wanted one of 'adamw', 'adafactor'."
   """
-  for name, hint in _hints(type(config)).items():
+  cls: Any = type(config)
+  for name, hint in _hints(cls).items():
     if (unmet := _unmet(hint, getattr(config, name))) is not None:
       raise ValueError(f"{path}{'.' if path else ''}{name}{unmet}.")
 
 
 @functools.cache
-def _hints(cls: Hashable) -> Mapping[str, Any]:
+def _hints(cls: Any) -> Mapping[str, Any]:
   return typing.get_type_hints(cls, include_extras=True)
 
 

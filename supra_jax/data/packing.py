@@ -52,7 +52,8 @@ from supra_jax.data.encoding import (
 )
 from supra_jax.data.packed import (
   META_FILE,
-  Join,
+  Documents,
+  Dtype,
   PackedInfo,
   RowsWriter,
   Shard,
@@ -97,7 +98,7 @@ def prepare(
   vocab_size: int,
   sequence_length: int,
   text_key: str = "text",
-  documents: Join = "join",
+  documents: Documents = "join",
   bos: bool = False,
   heldout_every: int = 0,
   skip_bad: bool = False,
@@ -251,13 +252,13 @@ class _Job:
     self.bad: Mapping[str, Any] = NOTHING_BAD
     self.bytes_read = self._documents = 0
     largest = max(arguments["vocab_size"] - 1, arguments["sequence_length"] + 1)
-    self.dtype = "<u2" if largest < 2**16 else "<i4"
+    self.dtype: Dtype = "<u2" if largest < 2**16 else "<i4"
     names: tuple[Part, ...] = ("train", "heldout") if arguments["heldout_every"] else ("train",)
     self._parts = {
       name: RowsWriter(
         partial / name,
         sequence_length=arguments["sequence_length"],
-        join=arguments["documents"],
+        documents=arguments["documents"],
         dtype=self.dtype,
         shard_bytes=arguments["shard_bytes"],
       )
