@@ -1,12 +1,22 @@
-"""What to say of an option that the recipe does not have: ml_collections says its bare name."""
+"""Recipes on the command line: where they find each other, and what to say of an option that a recipe does not have."""
 
 from __future__ import annotations
 
 import difflib
+import sys
+from pathlib import Path
 from typing import Any
 
 from absl import flags
 from ml_collections import ConfigDict
+
+
+def find_base(argv: list[str]) -> None:
+  """Makes `from configs import base` work in the recipes named by --*config=DIR/configs/FILE.py, wherever DIR is."""
+  for argument in argv:
+    name, _, path = argument.partition("=")
+    if name.endswith("config") and path.endswith(".py") and Path(path).resolve().parent.name == "configs":
+      sys.path.append(str(Path(path).resolve().parents[1]))
 
 
 def unknown_option(argv: list[str]) -> str | None:
