@@ -1,11 +1,10 @@
 """What the recipes here have in common: the paper's recipe, with every option of a run. Not a recipe by itself.
 
-A recipe begins with `config = base.get_config()` and states what differs. What options mean is said in
-`supra_jax/training/config.py`, data in `DataConfig` and the optimizer in `supra_jax/training/optimizer.py`; options that
-are not named here have their defaults.
+A recipe begins with `config = base.get_config()` and states what differs. Options that are not named here have their
+defaults. Their meaning: `supra_jax/training/config.py`, and `supra_jax/training/optimizer.py` for the optimizer.
 
-The paper's recipe (arXiv 2405.06640, section 7): AdamW (0.9, 0.95), a cosine to 1e-5 after 1000 steps of warmup, rows of
-2048 tokens, bfloat16 over float32 master weights.
+The paper's recipe (arXiv 2405.06640, section 7): AdamW (0.9, 0.95), a cosine to 1e-5 after 1000 steps of warmup, rows
+of 2048 tokens, bfloat16 over float32 master weights.
 """
 
 import dataclasses
