@@ -8,28 +8,26 @@ their own: the paper's 1000 steps of warmup would move nothing in so few tokens.
 
 import ml_collections
 
+from configs import base
+
 
 def get_config() -> ml_collections.ConfigDict:
-  config = ml_collections.ConfigDict()
+  config = base.get_config()
   config.init_checkpoint = "runs/demo/linearized"
   config.batch_size = 1
   config.num_steps = 60
   config.dtype = "float32"
   config.remat = "none"
   config.new_weights_rate = 0.1
-  config.seed = 0
   config.log_every = 1
   config.evaluate_every = 20
   config.save_every = 0
 
-  config.data = ml_collections.ConfigDict()
   config.data.input = "pydoc:topics"
   config.data.sequence_length = 256
   config.data.heldout_every = 10
   config.data.heldout_rows = 12
 
-  config.optimizer = ml_collections.ConfigDict()
   config.optimizer.learning_rate = 1e-4
-  config.optimizer.end_learning_rate = 1e-5
   config.optimizer.warmup_steps = 10
   return config

@@ -30,44 +30,18 @@ from the authors' repository:
 
 import ml_collections
 
+from configs import base
+
 
 def get_config() -> ml_collections.ConfigDict:
-  config = ml_collections.ConfigDict()
+  config = base.get_config()
   config.preset = "llama2_7b"
   config.init_checkpoint = "models/llama2_7b_linearized"
   config.batch_size = 1024
   config.microbatches = 32
   config.num_steps = 9_537
-  config.mesh = ""
-  config.dtype = "bfloat16"
-  config.remat = "block"
-  config.new_weights_rate = 1.0
-  config.distill_from = ""
-  config.distill_weight = 1.0
-  config.distill_hidden = 0.0
-  config.transfer_steps = 0
-  config.adapters = ml_collections.ConfigDict({"rank": 0})
-  config.seed = 0
-  config.log_every = 10
-  config.evaluate_every = 500
-  config.save_every = 500
-  config.keep_checkpoints = 2
 
-  config.data = ml_collections.ConfigDict()
   config.data.sources = "data/refinedweb_llama2/train"
   config.data.heldout = "data/refinedweb_llama2/heldout"
   config.data.heldout_rows = 1024
-  config.data.sequence_length = 2048
-
-  config.optimizer = ml_collections.ConfigDict()
-  config.optimizer.kind = "adamw"
-  config.optimizer.moment_dtype = "float32"
-  config.optimizer.learning_rate = 3e-5
-  config.optimizer.end_learning_rate = 1e-5
-  config.optimizer.warmup_steps = 1000
-  config.optimizer.beta1 = 0.9
-  config.optimizer.beta2 = 0.95
-  config.optimizer.weight_decay = 0.1
-  config.optimizer.clip_norm = 1.0
-  config.optimizer.z_loss = 1e-4
   return config

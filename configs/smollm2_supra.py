@@ -20,47 +20,20 @@ takes minutes: use configs/demo.py there.
 
 import ml_collections
 
+from configs import base
+
 
 def get_config() -> ml_collections.ConfigDict:
-  config = ml_collections.ConfigDict()
+  config = base.get_config()
   config.preset = "smollm2_135m"
   config.init_checkpoint = "models/linearized"
   config.batch_size = 64
-  config.microbatches = 1
   config.num_steps = 10_000
-  config.mesh = ""
-  config.dtype = "bfloat16"
-  config.remat = "block"
   config.new_weights_rate = 0.1  # right for a window; what `linearize --method=random` made wants 1
-  config.distill_from = ""
-  config.distill_weight = 1.0
-  config.distill_hidden = 0.0
-  config.transfer_steps = 0
-  config.adapters = ml_collections.ConfigDict({"rank": 0})
-  config.seed = 0
-  config.log_every = 10
-  config.evaluate_every = 500
-  config.save_every = 500
-  config.keep_checkpoints = 2
 
-  config.data = ml_collections.ConfigDict()
   config.data.input = "text/*.jsonl.zst"
-  config.data.text_key = "text"
-  config.data.sequence_length = 2048
-  config.data.documents = "join"
-  config.data.bos = False
-  config.data.sources = ""
-  config.data.heldout = ""
   config.data.heldout_every = 100
   config.data.heldout_rows = 256
 
-  config.optimizer = ml_collections.ConfigDict()
   config.optimizer.learning_rate = 3e-4
-  config.optimizer.end_learning_rate = 1e-5
-  config.optimizer.warmup_steps = 1000
-  config.optimizer.beta1 = 0.9
-  config.optimizer.beta2 = 0.95
-  config.optimizer.weight_decay = 0.1
-  config.optimizer.clip_norm = 1.0
-  config.optimizer.z_loss = 1e-4
   return config

@@ -35,38 +35,20 @@ To expect: the paper's table 3 compares such runs; nobody has run this one here 
 
 import ml_collections
 
+from configs import base
+
 
 def get_config() -> ml_collections.ConfigDict:
-  config = ml_collections.ConfigDict()
+  config = base.get_config()
   config.preset = "open_lm_1b"
   config.init_checkpoint = "models/supra_1b_random"
   config.batch_size = 1024
   config.microbatches = 8
   config.num_steps = 47_684
-  config.mesh = ""
-  config.dtype = "bfloat16"
-  config.remat = "block"
-  config.seed = 0
-  config.log_every = 10
-  config.evaluate_every = 500
-  config.save_every = 500
-  config.keep_checkpoints = 2
 
-  config.data = ml_collections.ConfigDict()
   config.data.sources = "data/refinedweb_neox/train"
   config.data.heldout = "data/refinedweb_neox/heldout"
   config.data.heldout_rows = 1024
-  config.data.sequence_length = 2048
 
-  config.optimizer = ml_collections.ConfigDict()
-  config.optimizer.kind = "adamw"
-  config.optimizer.moment_dtype = "float32"
   config.optimizer.learning_rate = 3e-4
-  config.optimizer.end_learning_rate = 1e-5
-  config.optimizer.warmup_steps = 1000
-  config.optimizer.beta1 = 0.9
-  config.optimizer.beta2 = 0.95
-  config.optimizer.weight_decay = 0.1
-  config.optimizer.clip_norm = 1.0
-  config.optimizer.z_loss = 1e-4
   return config

@@ -10,32 +10,26 @@ What it takes on a mesh that need not be here:
 
 import ml_collections
 
+from configs import base
+
 
 def get_config() -> ml_collections.ConfigDict:
-  config = ml_collections.ConfigDict()
+  config = base.get_config()
   config.preset = "tiny"
   config.init_checkpoint = "runs/tiny/model"
   config.batch_size = 8
   config.microbatches = 2
   config.num_steps = 20
-  config.mesh = ""
   config.dtype = "float32"
-  config.remat = "block"
-  config.seed = 0
   config.log_every = 5
   config.evaluate_every = 10
   config.save_every = 10
-  config.keep_checkpoints = 2
 
-  config.data = ml_collections.ConfigDict()
   config.data.input = "pydoc:topics"
   config.data.sequence_length = 64
-  config.data.documents = "join"
   config.data.heldout_every = 10
   config.data.heldout_rows = 8
 
-  config.optimizer = ml_collections.ConfigDict()
   config.optimizer.learning_rate = 3e-3
-  config.optimizer.end_learning_rate = 1e-5
   config.optimizer.warmup_steps = 5
   return config

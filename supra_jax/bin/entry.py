@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from absl import app, flags, logging
 
-from supra_jax.bin.options import unknown_option
+from supra_jax.bin.options import find_base, unknown_option
 
 DTYPES = ("float32", "bfloat16", "float16")  # that a model can be run in
 # Clients of buckets, whose errors are of the network and not of this program.
@@ -46,6 +46,7 @@ def run(main: Callable[[], None]) -> None:
 
 
 def _parse_flags(argv: list[str]) -> list[str]:
+  find_base(argv)
   try:
     return app.parse_flags_with_usage(argv)
   except (AttributeError, KeyError, TypeError, ValueError, OSError) as error:

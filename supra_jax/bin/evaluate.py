@@ -12,12 +12,17 @@ from supra_jax.data.text import read_documents
 from supra_jax.evaluation.likelihood import text_nll
 from supra_jax.objectives.heldout import perplexity
 
-_CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Model directory.", required=True)
-_INPUT = flags.DEFINE_string("input", None, ".txt, .jsonl[.gz|.zst] or .parquet files, or pydoc:topics.", required=True)
-_TEXT_KEY = flags.DEFINE_string("text_key", "text", "Key of a JSON line that holds the text.")
-_WINDOW = flags.DEFINE_integer("window", 1024, "Tokens a window; windows do not see each other.", lower_bound=2)
-_MAX_TOKENS = flags.DEFINE_integer("max_tokens", 0, "Read at most so many tokens; 0 means all.", lower_bound=0)
-_DTYPE = flags.DEFINE_enum("dtype", None, DTYPES, "Of the computation. Default: as stored.")
+_CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Model directory to evaluate.", required=True)
+_INPUT = flags.DEFINE_string(
+  "input", None, "Text to evaluate on: .txt, .jsonl[.gz|.zst] or .parquet files, or pydoc:topics.", required=True
+)
+_TEXT_KEY = flags.DEFINE_string("text_key", "text", "Key of a JSON line, or column, that holds the text.")
+_LENGTH = flags.DEFINE_integer(
+  "sequence_length", 1024, "Tokens of a piece of the text; the model reads each piece afresh.", lower_bound=2
+)
+flags.DEFINE_alias("window", "sequence_length")  # its name of before
+_MAX_TOKENS = flags.DEFINE_integer("max_tokens", 0, "Tokens of the text to read; 0 means all.", lower_bound=0)
+_DTYPE = flags.DEFINE_enum("dtype", None, DTYPES, "Dtype of the computation. Default: as stored.")
 
 
 def main() -> None:
@@ -26,8 +31,8 @@ def main() -> None:
     raise ValueError(f"{_CHECKPOINT.value} has no tokenizer.")
   documents = (lm.tokenizer.encode(text, bos=False) for text in read_documents(_INPUT.value, _TEXT_KEY.value))
   tokens = list(itertools.islice(itertools.chain.from_iterable(documents), _MAX_TOKENS.value or None))
-  nll, targets = text_nll(lm, tokens, window=_WINDOW.value)
-  print(f"loss {nll:.4f} nats a token, perplexity {perplexity(nll):.3f}, {targets} tokens, windows of {_WINDOW.value}")
+  nll, targets = text_nll(lm, tokens, sequence_length=_LENGTH.value)
+  print(f"loss {nll:.4f} nats a token, perplexity {perplexity(nll):.3f}, {targets} tokens, pieces of {_LENGTH.value}")
 
 
 if __name__ == "__main__":

@@ -1,14 +1,24 @@
-"""Flags that belong together: options of a recipe, and fields of one of several dataclasses."""
+"""Flags that belong together: the options of a recipe, and the fields of one of several dataclasses."""
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
+import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from absl import flags
 from ml_collections import ConfigDict
+
+
+def find_base(argv: list[str]) -> None:
+  """Makes `from configs import base` work in the recipes named by --*config=DIR/configs/FILE.py, wherever DIR is."""
+  for argument in argv:
+    name, _, path = argument.partition("=")
+    if name.endswith("config") and path.endswith(".py") and Path(path).resolve().parent.name == "configs":
+      sys.path.append(str(Path(path).resolve().parents[1]))
 
 
 def unknown_option(argv: list[str]) -> str | None:

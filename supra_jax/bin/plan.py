@@ -9,12 +9,18 @@ from supra_jax.bin.entry import run
 from supra_jax.training.config import TrainConfig
 from supra_jax.training.plan import CPU_NOTE, parse_bytes, plan, planned_mesh, planned_model, planned_teacher, render
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "The recipe.", lock_config=True)
-_MESH = flags.DEFINE_string("mesh", "", "fsdp:4,tensor:2, say; it need not be here. Default: the recipe's.")
-_MODEL = flags.DEFINE_string(
-  "model", "", "A preset: mistral_7b, say, for teacher and model. Default: what the recipe names, or its preset."
+_CONFIG = config_flags.DEFINE_config_file("config", None, "Recipe to plan, a file of configs/.", lock_config=True)
+_MESH = flags.DEFINE_string(
+  "mesh", "", "Mesh to plan for, such as fsdp:4,tensor:2; its devices need not be here. Default: the recipe's."
 )
-_DEVICE_MEMORY = flags.DEFINE_string("device_memory", "", "80GB, say: is it enough?")
+_MODEL = flags.DEFINE_string(
+  "model",
+  "",
+  "Preset of model and teacher, such as mistral_7b. Default: the checkpoint that the recipe names, or its preset.",
+)
+_DEVICE_MEMORY = flags.DEFINE_string(
+  "device_memory", "", "Memory of a device, such as 80GB: says whether the step fits."
+)
 flags.mark_flag_as_required("config")
 
 

@@ -8,23 +8,23 @@ from absl import flags
 
 from supra_jax.bin.entry import run
 from supra_jax.data.encoding import load_tokenizer
-from supra_jax.data.packed import Join
+from supra_jax.data.packed import Documents
 from supra_jax.data.packing import prepare
 
-_INPUT = flags.DEFINE_string("input", None, ".txt, .jsonl[.gz|.zst], .parquet files; pydoc:topics.", required=True)
+_INPUT = flags.DEFINE_string("input", None, "Text: .txt, .jsonl[.gz|.zst], .parquet; pydoc:topics.", required=True)
 _TOKENIZER = flags.DEFINE_string("tokenizer", None, "Model directory, or its config.json and tokenizer.", required=True)
 _OUTPUT = flags.DEFINE_string("output", None, "Directory to make, with the parts `train` and `heldout`.", required=True)
 _LENGTH = flags.DEFINE_integer("sequence_length", 2048, "Tokens a row.", lower_bound=1)
 _TEXT_KEY = flags.DEFINE_string("text_key", "text", "Key of a JSON line, or column, that holds the text.")
-_DOCUMENTS = flags.DEFINE_enum("documents", "join", ["join", "separate"], "Run documents together, or keep them apart.")
+_DOCUMENTS = flags.DEFINE_enum(
+  "documents", "join", ["join", "separate"], "Documents of a row: one text, or each read from a fresh state."
+)
 _BOS = flags.DEFINE_bool("bos", False, "Start each document with the begin-of-text id.")
-_HELDOUT = flags.DEFINE_integer("heldout_every", 0, "Hold out every N-th document; 0: none.", lower_bound=0)
+_HELDOUT = flags.DEFINE_integer("heldout_every", 0, "Hold out every N-th document; 0 means none.", lower_bound=0)
 _ON_BAD = flags.DEFINE_enum(
-  "on_bad_document", "stop", ["stop", "skip"], "At a line or row that holds no text: stop there, or skip and count it."
+  "on_bad_document", "stop", ["stop", "skip"], "At a line or row that holds no text: stop, or skip and count it."
 )
-_WORKERS = flags.DEFINE_integer(
-  "workers", None, "Processes that encode; 0 for none. Default: one a core.", lower_bound=0
-)
+_WORKERS = flags.DEFINE_integer("workers", None, "Processes that encode; 0: none. Default: one a core.", lower_bound=0)
 
 
 def main() -> None:
@@ -36,7 +36,7 @@ def main() -> None:
     vocab_size=config.vocab_size,
     sequence_length=_LENGTH.value,
     text_key=_TEXT_KEY.value,
-    documents=cast(Join, _DOCUMENTS.value),
+    documents=cast(Documents, _DOCUMENTS.value),
     bos=_BOS.value,
     heldout_every=_HELDOUT.value,
     skip_bad=_ON_BAD.value == "skip",

@@ -13,15 +13,13 @@ from ml_collections import config_flags
 from supra_jax.bin.entry import run
 from supra_jax.training.loop import Preempted, TrainConfig, train
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "The recipe.", lock_config=True)
-_WORKDIR = flags.DEFINE_string(
-  "workdir", None, "Directory of the run, local or gs://; goes on where it stopped.", required=True
-)
-_PROFILE_STEPS = flags.DEFINE_integer("profile_steps", 0, "Trace so many steps into WORKDIR/profile.", lower_bound=0)
-_DISTRIBUTED = flags.DEFINE_bool("distributed", False, "One process of several: detected, or as named by:")
-_COORDINATOR = flags.DEFINE_string("coordinator_address", None, "HOST:PORT of process 0.")
-_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many there are.", lower_bound=1)
-_PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.", lower_bound=0)
+_CONFIG = config_flags.DEFINE_config_file("config", None, "Recipe of the run, a file of configs/.", lock_config=True)
+_WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run, local or gs://; a run resumes.", required=True)
+_PROFILE_STEPS = flags.DEFINE_integer("profile_steps", 0, "Steps to trace into WORKDIR/profile.", lower_bound=0)
+_DISTRIBUTED = flags.DEFINE_bool("distributed", False, "This is one of several processes, as the cluster or flags say.")
+_COORDINATOR = flags.DEFINE_string("coordinator_address", None, "HOST:PORT of process 0, with --distributed.")
+_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many processes, with --distributed.", lower_bound=1)
+_PROCESS_ID = flags.DEFINE_integer("process_id", None, "This process, from 0, with --distributed.", lower_bound=0)
 flags.mark_flag_as_required("config")
 
 

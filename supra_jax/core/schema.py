@@ -75,7 +75,8 @@ def check(config: Any, path: str = "") -> None:
   Raises:
     ValueError: a field holds what it must not, as in "optimizer.kind='sgd': wanted one of 'adamw', 'adafactor'."
   """
-  for name, hint in _hints(type(config)).items():
+  cls: Any = type(config)
+  for name, hint in _hints(cls).items():
     if (unmet := _unmet(hint, getattr(config, name))) is not None:
       raise ValueError(f"{path}{'.' if path else ''}{name}{unmet}.")
 

@@ -9,7 +9,6 @@ import multiprocessing
 import os
 import signal
 import threading
-import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -18,8 +17,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from supra_jax.core import progress
 from supra_jax.core.files import place
+from supra_jax.core.progress import SECONDS, Progress
 from supra_jax.data.packed import TextEncoder
 from supra_jax.data.text import InputFile, Piece, parse, read_pieces
 from supra_jax.data.tokenizer import Tokenizer
@@ -174,30 +173,17 @@ def _work(piece: Piece) -> Encoded:
   return _encode(piece)
 
 
-class PackingProgress(progress.Progress):
-  """Tokens done, share of the input, tokens/s and time left.
+def packing_progress(total: int, first: int = 0, *, seconds: float = SECONDS) -> Progress:
+  """Progress of packing in bytes of the input, with the values `tokens` and `tokens_per_second`.
 
-  Attributes:
-    tokens: that were packed since the start, which is not that of the input where a run goes on.
+  Args:
+    total: bytes of the whole input.
+    first: bytes that were packed before.
+    seconds: see `Progress`.
   """
-
-  def __init__(self, total_bytes: int, first_byte: int = 0, *, seconds: float = progress.SECONDS):
-    super().__init__(
-      total_bytes,
-      lambda byte, total: f"packing, {byte / max(total, 1):.0%} of the input",
-      first=first_byte,
-      seconds=seconds,
-      bar_format="{percentage:3.0f}% {bar} {postfix}, {remaining} left",
-    )
-    self._since = time.monotonic()
-    self.tokens = 0
-
-  @property
-  def tokens_per_second(self) -> float:
-    return self.tokens / max(time.monotonic() - self._since, 1e-9)
-
-  def update(self, tokens: int, byte: int) -> None:
-    """Says that so many tokens more are packed, and that the input is read up to `byte`."""
-    self.tokens += tokens
-    speed = tqdm.format_sizeof(self.tokens_per_second)
-    self.advance_to(byte, f"{tqdm.format_sizeof(self.tokens)} tokens, {speed} tokens/s")
+  forms = {
+    "tokens": lambda value: f"{tqdm.format_sizeof(value)} tokens",
+    "tokens_per_second": lambda value: f"{tqdm.format_sizeof(value)} tokens/s",
+  }
+  bar = "{percentage:3.0f}% {bar} {postfix}, {remaining} left"
+  return Progress(total, "packing, {share:.0%} of the input", forms, first=first, seconds=seconds, bar_format=bar)

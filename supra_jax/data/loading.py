@@ -24,8 +24,9 @@ Batch = dict[str, np.ndarray]
 # What a loader is: batches, get_state and set_state. Named here so that others need not import grain.
 Batches: TypeAlias = grain.DatasetIterator
 
-# What rows of one batch must have in common.
-_SHARED = ("sequence_length", "join", "bos", "vocab_size", "tokenizer_sha256")
+# What rows of one batch must have in common: field of PackedInfo -> what its user calls it.
+_SHARED = {name: name for name in ("sequence_length", "join", "bos", "vocab_size", "tokenizer_sha256")}
+_SHARED["join"] = "documents"
 
 
 class PackedDataset:
@@ -46,7 +47,7 @@ class PackedDataset:
     return self.info.rows
 
   def __getitem__(self, index: int) -> Batch:
-    names = ("tokens", "segment_ids") if self.info.join == "separate" else ("tokens",)
+    names = self.info.leaves
     try:
       numbers = np.frombuffer(self._source[index], self.info.dtype).astype(np.int32)
       return dict(zip(names, numbers.reshape(len(names), self.info.sequence_length + 1), strict=True))
@@ -173,9 +174,9 @@ def _open(sources: Sequence[Source]) -> list[PackedDataset]:
   datasets = [PackedDataset(path) for path, _ in sources]
   first, *others = [dataclasses.asdict(dataset.info) for dataset in datasets]
   differ = [
-    f"{name} is {first[name]} in {sources[0][0]} and {other[name]} in {path}"
+    f"{called} is {first[name]} in {sources[0][0]} and {other[name]} in {path}"
     for (path, _), other in zip(sources[1:], others, strict=True)
-    for name in _SHARED
+    for name, called in _SHARED.items()
     if other[name] != first[name]
   ]
   if differ:

@@ -11,9 +11,9 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Annotated, Literal, Protocol
 
 import numpy as np
 from array_record.python import array_record_module
@@ -21,8 +21,12 @@ from array_record.python import array_record_module
 from supra_jax.core import bucket
 from supra_jax.core.files import TEMPORARY, AnyPath, into_place, place
 from supra_jax.core.plain_json import to_json
+from supra_jax.core.schema import AtLeast, check, from_mapping
 
-Join = Literal["join", "separate"]
+# How documents lie in rows: `join` runs them together; `separate` numbers those of a row, so that a model begins each
+# afresh. Recipes and flags call it `documents`; in meta.json, where `documents` is a count, its key is `join`.
+Documents = Literal["join", "separate"]
+Dtype = Literal["<u2", "<i4"]
 
 META_FILE = "meta.json"
 FORMAT_VERSION = 2
@@ -61,35 +65,52 @@ class Shard:
 
 @dataclasses.dataclass(frozen=True)
 class PackedInfo:
-  """What a packed directory holds.
+  """What a packed directory holds; the fields are the keys of its meta.json.
 
   Attributes:
     sequence_length: T; a row has T + 1 tokens, the last of which is the first of the next row.
     rows: number of rows.
     tokens: rows * T, the number of targets.
-    dropped_tokens: tokens at the end that did not fill a row.
-    documents: documents read that were not empty.
-    join: `join` runs documents together; `separate` stores which document each token is of.
+    dropped_tokens: number of tokens at the end that did not fill a row.
+    documents: number of documents read that were not empty.
+    join: how documents lie in rows, see `Documents`.
     bos: each document starts with the tokenizer's begin-of-text id.
     vocab_size: every id is below it.
     dtype: how a number is stored, `<u2` or `<i4`.
     tokenizer_sha256: `tokenizer_fingerprint` of the tokenizer.
     shards: the files, in order of their rows.
-    format_version: of this layout.
+    format_version: version of this layout.
   """
 
-  sequence_length: int
+  sequence_length: Annotated[int, AtLeast(1)]
   rows: int
   tokens: int
   dropped_tokens: int
   documents: int
-  join: Join
+  join: Documents
   bos: bool
   vocab_size: int
-  dtype: str
+  dtype: Dtype
   tokenizer_sha256: str
   shards: tuple[Shard, ...]
   format_version: int = FORMAT_VERSION
+
+  def __post_init__(self):
+    check(self)
+    if self.rows != sum(shard.rows for shard in self.shards):
+      raise ValueError(f"rows={self.rows}: wanted the sum of the rows of all shards.")
+    if self.tokens != self.rows * self.sequence_length:
+      raise ValueError(f"tokens={self.tokens}: wanted rows={self.rows} times sequence_length={self.sequence_length}.")
+
+  @property
+  def leaves(self) -> tuple[str, ...]:
+    """Names of the arrays of a row, in the order in which they are stored."""
+    return leaves_of(self.join)
+
+
+def leaves_of(documents: Documents) -> tuple[str, ...]:
+  """Names of the arrays [T + 1] that make up a row."""
+  return ("tokens", "segment_ids") if documents == "separate" else ("tokens",)
 
 
 def tokenizer_fingerprint(tokenizer: TextEncoder) -> str:
@@ -123,10 +144,10 @@ def load_info(path: str | os.PathLike[str]) -> PackedInfo:
     raise ValueError(f"{meta}: not the meta.json of a packed dataset: {error!r}.") from error
   if version != FORMAT_VERSION:
     raise ValueError(f"{meta}: format version {version}; this program reads version {FORMAT_VERSION}. Pack again.")
-  info = _info(values)
-  if info is None:
-    names = ", ".join(field.name for field in dataclasses.fields(PackedInfo))
-    raise ValueError(f"{meta}: wanted the keys {names}, each of its type and all in agreement; got {values}.")
+  try:
+    info = from_mapping(PackedInfo, values, "keys")
+  except ValueError as error:
+    raise ValueError(f"{meta}: not the meta.json of a packed dataset: {error}") from error
   sizes = _sizes(directory)
   for shard in info.shards:
     file = directory / shard.file
@@ -178,7 +199,7 @@ def check_packed(
   sequence_length: int | None = None,
   vocab_size: int | None = None,
   tokenizer: TextEncoder | None = None,
-  join: Join | None = None,
+  documents: Documents | None = None,
   bos: bool | None = None,
 ) -> PackedInfo:
   """Returns the info of a packed directory if it is what is wanted; None asks for nothing.
@@ -192,8 +213,8 @@ def check_packed(
     differs.append(f"its sequence_length is {info.sequence_length}, not {sequence_length}")
   if vocab_size is not None and info.vocab_size > vocab_size:
     differs.append(f"its vocab_size is {info.vocab_size}, above the model's {vocab_size}")
-  if join not in (None, info.join):
-    differs.append(f"its documents are packed with join={info.join!r}, not {join!r}")
+  if documents not in (None, info.join):
+    differs.append(f"it was packed with documents={info.join!r}, not {documents!r}")
   if bos not in (None, info.bos):
     differs.append(f"it was packed with bos={info.bos}, not {bos}")
   if tokenizer is not None and tokenizer_fingerprint(tokenizer) != info.tokenizer_sha256:
@@ -221,27 +242,6 @@ def _sha256(path: AnyPath) -> str:
     return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _info(values: Mapping[str, Any]) -> PackedInfo | None:
-  """A PackedInfo of what meta.json holds; None where it is none."""
-  shards = values.get("shards")
-  if not isinstance(shards, list) or not all(isinstance(shard, dict) and _has(Shard, shard) for shard in shards):
-    return None
-  info = {**values, "shards": tuple(Shard(**shard) for shard in shards)}
-  if not _has(PackedInfo, info):
-    return None
-  made = PackedInfo(**info)
-  whole = made.rows == sum(shard.rows for shard in made.shards) and made.tokens == made.rows * made.sequence_length
-  return made if whole and made.dtype in ("<u2", "<i4") and made.join in ("join", "separate") else None
-
-
-def _has(kind: type, values: Mapping[str, Any]) -> bool:
-  # Annotations are strings in this file.
-  kinds = {"int": int, "bool": bool, "str": str, "Join": str, "tuple[Shard, ...]": tuple}
-  return {name: type(value) for name, value in values.items()} == {
-    field.name: kinds[str(field.type)] for field in dataclasses.fields(kind)
-  }
-
-
 class RowsWriter:
   """Tokens on their way into the files of a packed directory.
 
@@ -250,9 +250,18 @@ class RowsWriter:
     shards: the files written.
   """
 
-  def __init__(self, directory: Path, *, sequence_length: int, join: Join, dtype: str, shard_bytes: int):
-    self._directory, self._length, self._join, self._dtype = directory, sequence_length, join, dtype
-    record = (1 + (join == "separate")) * (sequence_length + 1) * np.dtype(dtype).itemsize
+  def __init__(self, directory: Path, *, sequence_length: int, documents: Documents, dtype: Dtype, shard_bytes: int):
+    """Begins.
+
+    Args:
+      directory: where the files go; it exists when the first is written.
+      sequence_length: T.
+      documents: how they lie in rows.
+      dtype: how a number is stored.
+      shard_bytes: a file of rows holds about so many bytes before compression.
+    """
+    self._directory, self._length, self._how, self._dtype = directory, sequence_length, documents, dtype
+    record = len(leaves_of(documents)) * (sequence_length + 1) * np.dtype(dtype).itemsize
     self._rows_per_shard = max(1, shard_bytes // record)
     self.documents = 0
     self.shards: list[Shard] = []
@@ -306,7 +315,7 @@ class RowsWriter:
       tokens=rows * self._length,
       dropped_tokens=self._size - 1,
       documents=self.documents,
-      join=self._join,
+      join=self._how,
       bos=bos,
       vocab_size=vocab_size,
       dtype=self._dtype,
@@ -335,7 +344,7 @@ class RowsWriter:
         for first in range(0, rows * self._length, self._length):
           row = slice(first, first + self._length + 1)
           lines = [ids[row]]
-          if self._join == "separate":
+          if self._how == "separate":
             lines.append((np.cumsum(starts[row]) - starts[first] + 1).astype(self._dtype))
           writer.write(np.stack(lines).tobytes())
         writer.close()

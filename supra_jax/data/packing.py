@@ -43,16 +43,17 @@ from supra_jax.core.plain_json import to_json
 from supra_jax.data.encoding import (
   Encoded,
   Encoder,
-  PackingProgress,
   Place,
   digest_of,
   encode_in_order,
+  packing_progress,
   pieces_from,
   worker_count,
 )
 from supra_jax.data.packed import (
   META_FILE,
-  Join,
+  Documents,
+  Dtype,
   PackedInfo,
   RowsWriter,
   Shard,
@@ -97,7 +98,7 @@ def prepare(
   vocab_size: int,
   sequence_length: int,
   text_key: str = "text",
-  documents: Join = "join",
+  documents: Documents = "join",
   bos: bool = False,
   heldout_every: int = 0,
   skip_bad: bool = False,
@@ -194,21 +195,21 @@ def _pack(
   files = find_files(input)
   with locked(partial):
     job = _Job(partial, arguments, files)
-    first = job.bytes_read
     encode = Encoder(tokenizer, text_key, arguments["bos"], arguments["vocab_size"], job.dtype, skip_bad)
     pieces = pieces_from(files, text_key, job.at)
-    with PackingProgress(sum(file.size for file in files), first) as progress:
+    tokens = 0
+    with packing_progress(sum(file.size for file in files), job.bytes_read) as progress:
       for (at, bytes_read), encoded in encode_in_order(pieces, encode, worker_count(workers, files)):
         job.take(encoded, at, bytes_read)
-        progress.update(len(encoded.ids), bytes_read)
+        tokens += len(encoded.ids)
+        progress.advance_to(bytes_read, tokens=tokens, tokens_per_second=tokens / progress.elapsed)
     infos = job.finish()
     if output.exists():
       output.rmdir()
     rename_directory(partial, output, last=SOURCE_FILE)
   (output / JOURNAL_FILE).unlink(missing_ok=True)
-  return Prepared(
-    infos["train"], infos.get("heldout"), progress.tokens_per_second, job.bad["count"], tuple(job.bad["first"])
-  )
+  speed = tokens / progress.elapsed
+  return Prepared(infos["train"], infos.get("heldout"), speed, job.bad["count"], tuple(job.bad["first"]))
 
 
 def _already_there(output: AnyPath, arguments: Mapping[str, Any]) -> Prepared:
@@ -251,13 +252,13 @@ class _Job:
     self.bad: Mapping[str, Any] = NOTHING_BAD
     self.bytes_read = self._documents = 0
     largest = max(arguments["vocab_size"] - 1, arguments["sequence_length"] + 1)
-    self.dtype = "<u2" if largest < 2**16 else "<i4"
+    self.dtype: Dtype = "<u2" if largest < 2**16 else "<i4"
     names: tuple[Part, ...] = ("train", "heldout") if arguments["heldout_every"] else ("train",)
     self._parts = {
       name: RowsWriter(
         partial / name,
         sequence_length=arguments["sequence_length"],
-        join=arguments["documents"],
+        documents=arguments["documents"],
         dtype=self.dtype,
         shard_bytes=arguments["shard_bytes"],
       )

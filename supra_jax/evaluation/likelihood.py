@@ -17,33 +17,33 @@ from supra_jax.objectives.heldout import loss_sums
 SCORED_TOKENS = 2048  # of a batch of continuations, padding included
 
 
-def text_nll(lm: LM, tokens: Sequence[int], *, window: int = 1024, batch_size: int = 1) -> tuple[float, int]:
-  """Mean negative log-likelihood of a text, read in windows that do not see each other.
+def text_nll(lm: LM, tokens: Sequence[int], *, sequence_length: int = 1024, batch_size: int = 1) -> tuple[float, int]:
+  """Mean negative log-likelihood of a text, read in pieces that do not see each other.
 
   Args:
     lm: the model.
-    tokens: of the text; what does not fill the last window is left out.
-    window: tokens a window; each but its first is a target.
-    batch_size: windows at a time.
+    tokens: the text's tokens; those that do not fill the last piece are left out.
+    sequence_length: tokens of a piece; each but its first is a target.
+    batch_size: number of pieces that the model reads at a time.
 
   Returns:
     (nats a token, number of targets).
 
   Raises:
-    NotFiniteError: logits are not finite; says where they first are.
-    ValueError: the text does not fill one window.
+    NotFiniteError: logits are not finite; the message says where they first are.
+    ValueError: the text does not fill one piece.
   """
-  count = len(tokens) // window
+  count = len(tokens) // sequence_length
   if not count:
-    raise ValueError(f"The text has {len(tokens)} tokens, fewer than one window of {window}.")
-  rows = np.asarray(tokens[: count * window], np.int32).reshape(count, window)
+    raise ValueError(f"The text has {len(tokens)} tokens, fewer than one piece of {sequence_length}.")
+  rows = np.asarray(tokens[: count * sequence_length], np.int32).reshape(count, sequence_length)
   nll = 0.0
   for first in range(0, count, batch_size):
     batch = rows[first : first + batch_size]
     nll += float(loss_sums(lm.model, lm.params, {"tokens": batch}).nll)
     if not math.isfinite(nll):
-      raise not_finite(lm.model, lm.params, batch.tolist(), before=first * window)
-  targets = count * (window - 1)
+      raise not_finite(lm.model, lm.params, batch.tolist(), before=first * sequence_length)
+  targets = count * (sequence_length - 1)
   return nll / targets, targets
 
 

@@ -52,13 +52,13 @@ Report = Callable[[int, int, float, str], None]
 @contextlib.contextmanager
 def shown() -> Iterator[Report]:
   """Yields a report that shows a bar with time left on stderr, for one round of layers after another."""
-  describe = lambda done, total: f"Calibrating, {done} of {total} layers"  # noqa: E731
-  with Progress(0, describe, desc="Calibrating", unit="layer") as progress:
+  describe = "Calibrating, {done} of {total} layers"
+  with Progress(0, describe, {"text": str}, desc="Calibrating", unit="layer") as progress:
 
     def report(layer: int, layers: int, value: float, text: str) -> None:
       if progress.done == progress.total:
         progress.begin(layers)
-      progress.advance_to(progress.done + 1, text)
+      progress.advance_to(progress.done + 1, text=text)
 
     yield report
 

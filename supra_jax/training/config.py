@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from supra_jax.core.schema import POSITIVE, AtLeast, AtMost, check, from_mapping
-from supra_jax.data.packed import Join
+from supra_jax.data.packed import Documents
 from supra_jax.model.adapters import AdapterConfig
 from supra_jax.model.config import ModelConfig
 from supra_jax.model.registry import new_parameters
@@ -39,7 +39,7 @@ class DataConfig:
 
   input: str = ""
   text_key: str = "text"
-  documents: Join = "join"
+  documents: Documents = "join"
   bos: bool = False
   heldout_every: Annotated[int, AtLeast(0)] = 20
   sources: str = ""

@@ -35,7 +35,7 @@ from supra_jax.storage.model_directory import CONFIG_FILE as MODEL_CONFIG_FILE
 from supra_jax.storage.model_directory import ModelCheckpoint, load_model, load_model_without_params, save_model
 from supra_jax.storage.run_states import TrainingCheckpoints
 from supra_jax.training.config import TrainConfig
-from supra_jax.training.metrics import MetricsWriter, Progress, read_metrics
+from supra_jax.training.metrics import MetricsWriter, progress_of_steps, read_metrics
 from supra_jax.training.pictures import plot_losses
 from supra_jax.training.reporting import Reporter
 from supra_jax.training.setup import check_batch, heldout_nll, load_teacher, make_train_step, prepare_data, state_shapes
@@ -232,7 +232,7 @@ def _loop(run: _Run, state: TrainState, first: int, profile_steps: int) -> Train
     MetricsWriter(
       workdir / METRICS_FILE, first or None, tensorboard=workdir / "tensorboard", enabled=speaks
     ) as metrics,
-    Progress(config.num_steps, first_step=first, enabled=speaks) as progress,
+    progress_of_steps(config.num_steps, first, enabled=speaks) as progress,
     _preemption() as preempted,
     _profile(workdir / "profile") as profile,
   ):

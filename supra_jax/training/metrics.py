@@ -21,9 +21,9 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
 
-from supra_jax.core import progress
 from supra_jax.core.files import local, place
 from supra_jax.core.plain_json import to_json
+from supra_jax.core.progress import Progress
 
 Record = Mapping[str, Any]
 
@@ -168,7 +168,7 @@ def short_number(number: float) -> str:
   return f"{number:.3g}"
 
 
-# What Progress shows of a record, in this order; an empty text is left out.
+# How the progress of a run shows what a record holds.
 SHOWN: Mapping[str, Callable[[float], str]] = {
   "loss": lambda value: f"loss {value:.4f}",
   "tokens_per_second": lambda value: f"{short_number(value)} tokens/s",
@@ -177,43 +177,13 @@ SHOWN: Mapping[str, Callable[[float], str]] = {
 }
 
 
-class Progress(progress.Progress):
-  """Steps done, what SHOWN names and time left."""
+def progress_of_steps(total: int, first: int = 0, **how: Any) -> Progress:
+  """Progress of a run, whose values are those of a record of training.
 
-  def __init__(
-    self,
-    total_steps: int,
-    *,
-    first_step: int = 0,
-    seconds: float = progress.SECONDS,
-    stream: TextIO | None = None,
-    enabled: bool = True,
-  ):
-    """Begins.
-
-    Args:
-      total_steps: of the whole run.
-      first_step: steps done before.
-      seconds, stream, enabled: as `progress.Progress` takes them.
-    """
-    super().__init__(
-      total_steps,
-      lambda step, total: f"step {step}/{total}",
-      first=first_step,
-      seconds=seconds,
-      stream=stream,
-      enabled=enabled,
-      bar_format="{n_fmt}/{total_fmt} {bar} {postfix}, {remaining} left",
-    )
-    self._shown: dict[str, str] = {}
-
-  def update(self, step: int, /, **values: Any) -> None:
-    """Says that `step` steps are done.
-
-    Args:
-      step: steps done.
-      **values: a record of training, or some of it. What is not there or None is shown as it was last, and names that
-        SHOWN lacks are not shown.
-    """
-    self._shown |= {name: form(values[name]) for name, form in SHOWN.items() if values.get(name) is not None}
-    self.advance_to(step, ", ".join(text for name in SHOWN if (text := self._shown.get(name))))
+  Args:
+    total: number of steps of the whole run.
+    first: number of steps done before.
+    **how: further arguments of `Progress`.
+  """
+  bar = "{n_fmt}/{total_fmt} {bar} {postfix}, {remaining} left"
+  return Progress(total, "step {done}/{total}", SHOWN, first=first, bar_format=bar, **how)

@@ -12,12 +12,13 @@ from typing import Any
 
 import jax
 
+from supra_jax.core.progress import Progress
 from supra_jax.data import loading
 from supra_jax.model import costs as flops
 from supra_jax.model.config import ModelConfig
 from supra_jax.objectives.heldout import perplexity
 from supra_jax.training.config import TrainConfig
-from supra_jax.training.metrics import MetricsWriter, Progress
+from supra_jax.training.metrics import MetricsWriter
 
 # Steps that run ahead of the one whose metrics the host reads, so that devices never wait for it.
 AHEAD = 2
@@ -105,7 +106,7 @@ class Reporter:
       mfu = flops.mfu(each, self._flops, self._peak) if each and self._peak else None
       speeds = {"tokens_per_second": speed, "tokens_per_second_per_device": each, "mfu": mfu, "data_wait": wait}
       self._write({"step": step, "tokens": step * config.tokens_a_step, **numbers, **speeds})
-      self._progress.update(step, **numbers, **speeds)
+      self._progress.advance_to(step, **numbers, **speeds)
 
   def evaluated(self, step: int, nll: float) -> None:
     """Reports the held-out loss after a step, nats a token."""

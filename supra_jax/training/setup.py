@@ -14,7 +14,7 @@ from supra_jax.core.distributed import together
 from supra_jax.core.files import AnyPath, place
 from supra_jax.core.sharding import TIME_AXIS, batch_shards, check_heads, process_shard, put_batch
 from supra_jax.data import loading
-from supra_jax.data.packed import check_packed
+from supra_jax.data.packed import check_packed, leaves_of
 from supra_jax.data.packing import prepare
 from supra_jax.data.tokenizer import Tokenizer
 from supra_jax.model.config import ModelConfig
@@ -56,6 +56,21 @@ def prepare_data(
     )
   together("data packed")
   return ((str(directory / "train"), 1.0),), directory / "heldout"
+
+
+def row_leaves(config: DataConfig, vocab_size: int) -> tuple[str, ...]:
+  """Names of the arrays of the rows that a run will read, from what packed directories say where they exist already.
+
+  Raises:
+    ValueError: a packed directory that exists does not fit the model or the config.
+  """
+  names = leaves_of(config.documents)
+  if config.sources:
+    paths = [*(path for path, _ in loading.parse_sources(config.sources)), config.heldout]
+    for path in paths:
+      if place(path).exists():
+        names = check_packed(path, sequence_length=config.sequence_length, vocab_size=vocab_size).leaves
+  return names
 
 
 def heldout_nll(model: Transformer, params: Any, path: AnyPath, config: TrainConfig, mesh: Mesh | None = None) -> float:

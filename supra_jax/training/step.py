@@ -26,11 +26,11 @@ class TrainState:
   """What a step reads and writes.
 
   Attributes:
-    params: float32, stacked runs.
-    opt_state: one optax state a group of parameters that train; those that never do have none.
-    step: int32, batches read.
-    skipped: int32, how many of them changed nothing, since loss or gradient was not finite.
-    skipped_in_row: int32, how many of the last ones.
+    params: float32, layers of one kind in a row as one stack.
+    opt_state: group -> optax state of its parameters. Frozen parameters have none.
+    step: int32, number of batches read.
+    skipped: int32, number of batches that changed nothing, since their loss or gradient was not finite.
+    skipped_in_row: int32, how many of the last batches in a row were skipped.
   """
 
   params: Any

@@ -8,7 +8,7 @@ import pytest
 from absl import flags
 from ml_collections import config_flags
 
-from supra_jax.bin.options import unknown_option
+from supra_jax.bin.options import find_base, unknown_option
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -49,3 +49,9 @@ def test_the_program(tmp_path):
   assert done.stderr.startswith(
     "error: --config.optimizer.lr: configs/tiny.py has no option optimizer.lr. Nearest to lr: "
   )
+
+
+def test_a_recipe_finds_its_base_from_anywhere(monkeypatch):
+  monkeypatch.setattr(sys, "path", [])
+  find_base(["train", "--workdir=configs/x.py", f"--config={ROOT / 'configs' / 'tiny.py'}"])
+  assert sys.path == [str(ROOT)]

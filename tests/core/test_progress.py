@@ -22,12 +22,12 @@ def test_a_log_file_gets_few_lines(capsys):
   with progress.of_bytes("Converting", 4096, enabled=True) as shown:
     for _ in range(64):
       shown.advance(64)
-  with encoding.PackingProgress(1000) as packing:
+  with encoding.packing_progress(1000) as packing:
     for byte in range(1, 1001):
-      packing.update(3, byte)
-  with metrics.Progress(1000) as training:
+      packing.advance_to(byte, tokens=3 * byte, tokens_per_second=3 * byte / packing.elapsed)
+  with metrics.progress_of_steps(1000) as training:
     for step in range(1, 1001):
-      training.update(step, loss=2.0)
+      training.advance_to(step, loss=2.0)
   calibrating, converting, packed, trained = capsys.readouterr().err.splitlines()
   assert calibrating == "Calibrating, 30 of 30 layers, error 0.5, 00:00 left"
   assert converting == "Converting, 100% of 4.00kB, 00:00 left"
@@ -40,7 +40,7 @@ def test_a_line_every_so_many_seconds(monkeypatch):
   now = [0.0]
   monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
   stream = io.StringIO()
-  with progress.Progress(100, lambda done, total: f"{done}/{total}", stream=stream) as shown:
+  with progress.Progress(100, "{done}/{total}", stream=stream) as shown:
     for second in range(1, 81):
       now[0] = float(second)
       shown.advance(1)
@@ -54,7 +54,7 @@ def test_a_round_begins_when_the_last_one_ended(monkeypatch):
   now = [0.0]
   monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
   stream = io.StringIO()
-  with progress.Progress(0, lambda done, total: f"{done}/{total}", seconds=0, stream=stream) as shown:
+  with progress.Progress(0, "{done}/{total}", seconds=0, stream=stream) as shown:
     for total, seconds in ((2, 10), (4, 1)):
       for done in range(total):
         now[0] += seconds
@@ -68,7 +68,7 @@ def test_a_round_begins_when_the_last_one_ended(monkeypatch):
 
 def test_threads_and_a_bar():
   stream = Terminal()
-  with progress.Progress(4000, lambda done, total: "", stream=stream, unit="B") as shown:
+  with progress.Progress(4000, "", {"said": str}, stream=stream, unit="B") as shown:
     threads = [threading.Thread(target=lambda: [shown.advance(1) for _ in range(1000)]) for _ in range(4)]
     for thread in threads:
       thread.start()
@@ -76,5 +76,11 @@ def test_threads_and_a_bar():
       thread.join()
     assert shown.done == 4000
     shown.begin(7)
-    shown.advance_to(7, "all done")
+    shown.advance_to(7, said="all done")
   assert "7/7" in stream.getvalue() and "all done" in stream.getvalue()
+
+
+def test_a_name_may_have_braces(capsys):
+  with progress.of_bytes("Writing {output}", 2048, enabled=True) as shown:
+    shown.advance(2048)
+  assert capsys.readouterr().err == "Writing {output}, 100% of 2.00kB, 00:00 left\n"

@@ -15,11 +15,12 @@ import pytest
 from supra_jax.data import loading, packed
 
 
-def write_packed(directory, first, rows, *, join="join", dtype="<u2", shards=1, length=4, **changes):
+def write_packed(directory, first, rows, *, documents="join", dtype="<u2", shards=1, length=4, **changes):
   """A packed directory, whose row i is the token first + i, length + 1 times."""
   directory.mkdir(parents=True)
+  shard_bytes = -(-rows // shards) * 2 * (length + 1)
   writer = packed.RowsWriter(
-    directory, sequence_length=length, join=join, dtype=dtype, shard_bytes=-(-rows // shards) * 2 * (length + 1)
+    directory, sequence_length=length, documents=documents, dtype=dtype, shard_bytes=shard_bytes
   )
   # One token more than the rows overlap by; documents of two tokens.
   ids = np.repeat(np.arange(first, first + rows), length)
@@ -105,7 +106,7 @@ class TestLoader:
     batch = next(loading.make_loader([(a, 1)], batch_size=4, seed=0))
     assert batch.keys() == {"tokens"}
     assert (batch["tokens"].shape, batch["tokens"].dtype) == ((4, 5), np.int32)
-    path = write_packed(tmp_path / "c", 1000, 10, join="separate")
+    path = write_packed(tmp_path / "c", 1000, 10, documents="separate")
     batch = next(loading.make_loader([(path, 1)], batch_size=4, seed=0))
     assert (batch["segment_ids"].shape, batch["segment_ids"].dtype) == ((4, 5), np.int32)
     assert batch["segment_ids"][0].tolist() == [1, 1, 2, 2, 3]
@@ -195,7 +196,7 @@ class TestLoader:
 
   def test_sources_that_differ_are_refused(self, a, tmp_path):
     for number, changes in enumerate(
-      [{"length": 8}, {"join": "separate"}, {"bos": True}, {"vocab_size": 9}, {"tokenizer_sha256": "y"}]
+      [{"length": 8}, {"documents": "separate"}, {"bos": True}, {"vocab_size": 9}, {"tokenizer_sha256": "y"}]
     ):
       other = write_packed(tmp_path / f"other{number}", 0, 12, **changes)
       name = next(iter(changes)).replace("length", "sequence_length")
@@ -223,7 +224,7 @@ class TestHeldout:
     assert tokens.tolist() == [2000 + min(i, rows - 1) for i in range(len(weights))]
 
   def test_segment_ids(self, tmp_path):
-    path = write_packed(tmp_path / "c", 1000, 10, join="separate")
+    path = write_packed(tmp_path / "c", 1000, 10, documents="separate")
     batches = list(loading.heldout_batches(path, batch_size=4))
     assert all(batch["segment_ids"].shape == (4, 5) for batch in batches)
 

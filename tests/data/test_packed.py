@@ -17,16 +17,16 @@ def directory(tmp_path):
 
 
 def test_fits(directory):
-  info = packed.check_packed(directory, sequence_length=8, vocab_size=300, tokenizer=ByteTokenizer(), join="join")
+  info = packed.check_packed(directory, sequence_length=8, vocab_size=300, tokenizer=ByteTokenizer(), documents="join")
   assert info == packed.load_info(directory)
 
 
 def test_names_all_that_differs(directory):
   with pytest.raises(
-    ValueError, match=r"sequence_length is 8, not 9.*vocab_size is 259.*'join', not.*bos=False.*another token"
+    ValueError, match=r"sequence_length is 8, not 9.*vocab_size is 259.*documents='join', not.*bos=False.*another token"
   ):
     packed.check_packed(
-      directory, sequence_length=9, vocab_size=99, tokenizer=ByteTokenizer(4), join="separate", bos=True
+      directory, sequence_length=9, vocab_size=99, tokenizer=ByteTokenizer(4), documents="separate", bos=True
     )
 
 

@@ -345,8 +345,8 @@ def test_refusals_leave_nothing(tmp_path):
 
 
 def test_progress_away_from_a_terminal(capsys):
-  with encoding.PackingProgress(100, 20, seconds=0) as progress:
-    progress.update(3000, 60)
+  with encoding.packing_progress(100, 20, seconds=0) as progress:
+    progress.advance_to(60, tokens=3000, tokens_per_second=3000 / progress.elapsed)
   _, err = capsys.readouterr()
   assert err.startswith("packing, 60% of the input, 3.00k tokens, ") and err.endswith("tokens/s, 00:00 left\n")
 

@@ -86,7 +86,7 @@ def test_greedy_text_is_that_of_transformers(teacher, torch_model, prompt):
 
 def test_the_teacher_predicts_english(teacher, text_ids):
   # A transposed matrix or a missed permutation gives 6 and more.
-  nll, count = text_nll(teacher, text_ids[:2048], window=1024)
+  nll, count = text_nll(teacher, text_ids[:2048], sequence_length=1024)
   assert count == 2046 and nll < 3.2
 
 

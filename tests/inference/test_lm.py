@@ -101,7 +101,7 @@ def test_evaluation_agrees_with_the_logits(lm):
   logp = np.asarray(jax.nn.log_softmax(logits))
   picked = np.take_along_axis(logp[:, :-1], TOKENS[:, 1:, None], -1)[..., 0]
 
-  nll, count = evaluate.text_nll(lm, TOKENS.reshape(-1).tolist(), window=37)
+  nll, count = evaluate.text_nll(lm, TOKENS.reshape(-1).tolist(), sequence_length=37)
   assert count == 72 and nll == pytest.approx(-picked.mean(), abs=1e-5)
 
   requests = [(TOKENS[0, :30], TOKENS[0, 30:]), (TOKENS[1, :3], TOKENS[1, 3:5])]

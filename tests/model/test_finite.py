@@ -55,7 +55,7 @@ def test_evaluation_says_where(case):
     r"output is not finite\. float16 may be too small for them: try --dtype=float32"
   )
   with pytest.raises(NotFiniteError, match=said):
-    evaluate.text_nll(narrow, tokens, window=WINDOW, batch_size=2)
+    evaluate.text_nll(narrow, tokens, sequence_length=WINDOW, batch_size=2)
   with pytest.raises(NotFiniteError, match=rf"Request 1: The logits after token 3 of the text \(id {token}\)"):
     evaluate.loglikelihoods(narrow, [([5, 6], [7]), ([5, 6], [token, 9])])
 
@@ -88,7 +88,7 @@ def test_programs_fail(tmp_path):
   text = tmp_path / "a.jsonl"
   text.write_text(json.dumps({"text": narrow.tokenizer.decode([*prompt, token] * 9)}) + "\n")
   arguments = {
-    "evaluate": [f"--input={text}", "--window=8"],
+    "evaluate": [f"--input={text}", "--sequence_length=8"],
     "generate": ["--prompt=The name", "--max_new_tokens=12"],
   }
   commands = {

@@ -140,10 +140,10 @@ class Terminal(io.StringIO):
 class TestProgress:
   def test_lines_where_there_is_no_terminal(self):
     stream = io.StringIO()
-    with metrics.Progress(20, first_step=10, seconds=0, stream=stream) as progress:
-      progress.update(11, loss=3.25, tokens_per_second=12_345)
+    with metrics.progress_of_steps(20, 10, seconds=0, stream=stream) as progress:
+      progress.advance_to(11, loss=3.25, tokens_per_second=12_345)
       progress.message("saved")
-      progress.update(20)
+      progress.advance_to(20)
     first, saved, last = stream.getvalue().splitlines()
     assert first.startswith("step 11/20, loss 3.2500, 12.3k tokens/s, ")
     assert saved == "saved"
@@ -151,10 +151,10 @@ class TestProgress:
 
   def test_shows_what_it_knows_of_a_record(self):
     stream = io.StringIO()
-    with metrics.Progress(20, seconds=0, stream=stream) as progress:
-      progress.update(1, **train_record(1))
-      progress.update(3, mfu=0.4567, skipped=0)
-      progress.update(4, loss=2.0, skipped=2)
+    with metrics.progress_of_steps(20, seconds=0, stream=stream) as progress:
+      progress.advance_to(1, **train_record(1))
+      progress.advance_to(3, mfu=0.4567, skipped=0)
+      progress.advance_to(4, loss=2.0, skipped=2)
     lines = [line.rpartition(", ")[0] for line in stream.getvalue().splitlines()]
     assert lines == [
       "step 1/20, loss 3.0000, 5 tokens/s",
@@ -164,23 +164,23 @@ class TestProgress:
 
   @pytest.mark.parametrize("stream", [io.StringIO(), Terminal()])
   def test_other_processes_say_nothing(self, stream):
-    with metrics.Progress(4, seconds=0, stream=stream, enabled=False) as progress:
-      progress.update(1, loss=2.0)
+    with metrics.progress_of_steps(4, seconds=0, stream=stream, enabled=False) as progress:
+      progress.advance_to(1, loss=2.0)
       progress.message("saved")
     assert stream.getvalue() == ""
 
   def test_seldom_but_always_the_last(self):
     stream = io.StringIO()
-    with metrics.Progress(1000, stream=stream) as progress:
+    with metrics.progress_of_steps(1000, stream=stream) as progress:
       for step in range(1, 1001):
-        progress.update(step)
+        progress.advance_to(step)
     assert len(stream.getvalue().splitlines()) == 1
 
   def test_bar(self):
     stream = Terminal()
-    with metrics.Progress(4, stream=stream) as progress:
+    with metrics.progress_of_steps(4, stream=stream) as progress:
       for step in range(1, 5):
-        progress.update(step, loss=2.0, tokens_per_second=1e6)
+        progress.advance_to(step, loss=2.0, tokens_per_second=1e6)
       progress.message("saved")
     assert "4/4" in stream.getvalue()
     assert "loss 2.0000, 1M tokens/s" in stream.getvalue()
