@@ -7,8 +7,8 @@ import typing
 
 from absl import flags
 
+from supra_jax.bin.choices import given
 from supra_jax.bin.entry import run
-from supra_jax.bin.options import given
 from supra_jax.linearization.calibrate import shown
 from supra_jax.linearization.hybrid import costs, table
 from supra_jax.linearization.linearize import linearize_checkpoint
