@@ -1,17 +1,35 @@
 """SUPRA in JAX: a pretrained transformer becomes an RNN (arXiv 2405.06640)."""
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+  from supra_jax.evaluation.likelihood import evaluate
   from supra_jax.inference.lm import LM, load
+  from supra_jax.linearization.linearize import linearize
+  from supra_jax.linearization.starts import Calibrated, Identity, Random, Window
+  from supra_jax.model.config import ModelConfig
+  from supra_jax.training.config import TrainConfig
+  from supra_jax.training.loop import train
 
-__all__ = ["LM", "load"]
+__all__ = [
+  "LM", "Calibrated", "Identity", "ModelConfig", "Random", "TrainConfig", "Window", "evaluate", "linearize", "load",
+  "train",
+]  # fmt: skip
+_MODULES = {
+  "evaluation.likelihood": ("evaluate",),
+  "inference.lm": ("LM", "load"),
+  "linearization.linearize": ("linearize",),
+  "linearization.starts": ("Calibrated", "Identity", "Random", "Window"),
+  "model.config": ("ModelConfig",),
+  "training.config": ("TrainConfig",),
+  "training.loop": ("train",),
+}
 
 
 def __getattr__(name: str) -> Any:
-  # When first asked for, so that processes that only pack text need not import jax.
-  if name in __all__:
-    from supra_jax.inference import lm
-
-    return getattr(lm, name)
+  # Imported when first asked for, so that processes that only pack text need not import jax.
+  for module, names in _MODULES.items():
+    if name in names:
+      return getattr(importlib.import_module(f"supra_jax.{module}"), name)
   raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

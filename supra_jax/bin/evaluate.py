@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import itertools
-
 from absl import flags
 
 import supra_jax
 from supra_jax.bin.entry import DTYPES, run
-from supra_jax.data.text import read_documents
-from supra_jax.evaluation.likelihood import text_nll
 from supra_jax.objectives.heldout import perplexity
 
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Model directory to evaluate.", required=True)
@@ -27,11 +23,8 @@ _DTYPE = flags.DEFINE_enum("dtype", None, DTYPES, "Dtype of the computation. Def
 
 def main() -> None:
   lm = supra_jax.load(_CHECKPOINT.value, _DTYPE.value)
-  if lm.tokenizer is None:
-    raise ValueError(f"{_CHECKPOINT.value} has no tokenizer.")
-  documents = (lm.tokenizer.encode(text, bos=False) for text in read_documents(_INPUT.value, _TEXT_KEY.value))
-  tokens = list(itertools.islice(itertools.chain.from_iterable(documents), _MAX_TOKENS.value or None))
-  nll, targets = text_nll(lm, tokens, sequence_length=_LENGTH.value)
+  how = {"text_key": _TEXT_KEY.value, "sequence_length": _LENGTH.value, "max_tokens": _MAX_TOKENS.value}
+  nll, targets = supra_jax.evaluate(lm, _INPUT.value, **how)
   print(f"loss {nll:.4f} nats a token, perplexity {perplexity(nll):.3f}, {targets} tokens, pieces of {_LENGTH.value}")
 
 

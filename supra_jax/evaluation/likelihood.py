@@ -3,18 +3,45 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Sequence
 
 import jax
 import numpy as np
 
+from supra_jax.data.text import read_documents
 from supra_jax.inference.decode import round_up_length
 from supra_jax.inference.lm import LM
 from supra_jax.model.finite import NotFiniteError, not_finite
 from supra_jax.objectives.heldout import loss_sums
 
 SCORED_TOKENS = 2048  # of a batch of continuations, padding included
+
+
+def evaluate(
+  lm: LM, text: str, *, text_key: str = "text", sequence_length: int = 1024, max_tokens: int = 0
+) -> tuple[float, int]:
+  """`text_nll` of files.
+
+  Args:
+    lm: the model, with its tokenizer.
+    text: what `data.text.find_files` finds: .txt, .jsonl[.gz|.zst] or .parquet files, or pydoc:topics.
+    text_key: key of a JSON line, or column, that holds the text.
+    sequence_length: as `text_nll` takes it.
+    max_tokens: at most so many are read; 0 means all.
+
+  Returns:
+    (nats a token, number of targets).
+
+  Raises:
+    ValueError: as `text_nll`, or the model has no tokenizer.
+  """
+  if lm.tokenizer is None:
+    raise ValueError("This checkpoint has no tokenizer to read text with: use `text_nll` with token ids.")
+  documents = (lm.tokenizer.encode(document, bos=False) for document in read_documents(text, text_key))
+  tokens = list(itertools.islice(itertools.chain.from_iterable(documents), max_tokens or None))
+  return text_nll(lm, tokens, sequence_length=sequence_length)
 
 
 def text_nll(lm: LM, tokens: Sequence[int], *, sequence_length: int = 1024, batch_size: int = 1) -> tuple[float, int]:
