@@ -111,9 +111,8 @@ def differences(wanted: ModelConfig, got: ModelConfig) -> list[str]:
       if field.name == "layers":
         if wanted.mixers != got.mixers:
           lines.append(f"mixers={wanted.mixers!r}")
-        else:
-          pairs = dict.fromkeys(zip(ours, theirs, strict=True))
-          lines += dict.fromkeys(line for pair in pairs for line in compare(*pair, f"{pair[0].mixer}."))
+        pairs = dict.fromkeys(pair for pair in zip(ours, theirs, strict=True) if pair[0].mixer == pair[1].mixer)
+        lines += dict.fromkeys(line for pair in pairs for line in compare(*pair, f"{pair[0].mixer}."))
       elif dataclasses.is_dataclass(ours):
         lines += compare(ours, theirs, f"{name}.")
       elif ours != theirs:

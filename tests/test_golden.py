@@ -12,7 +12,7 @@ import pytest
 import supra_jax
 from convert_weights import hf_to_orbax
 from supra_jax.core.sharding import make_mesh
-from supra_jax.model import attention
+from supra_jax.model.mixers import supra
 from supra_jax.model.transformer import Transformer
 from supra_jax.objectives.losses import language_model_loss
 from supra_jax.training.optimizer import OptimizerConfig, make_schedule
@@ -51,7 +51,7 @@ def _close(got, want, tol=1e-4):
 
 def _states_close(state, golden, model):
   # Theirs are decayed once more after the last token, and hold k / sqrt(K).
-  slopes = attention.head_slopes(model.config.supra, model.config.num_heads)
+  slopes = supra.head_slopes(model.config.layers[0], model.config.num_heads)
   ours = np.stack([layer.s for layer in state.layers])
   scale = np.exp(-slopes)[:, None, None] * model.config.head_dim**-0.5
   _close(scale * ours, golden["states"], 1e-4 * np.abs(golden["states"]).max())
@@ -79,12 +79,12 @@ def test_logits_and_states_recurrent(any_case):
 
 def test_slopes(case):
   model, _, golden = case
-  np.testing.assert_array_equal(attention.head_slopes(model.config.supra, model.config.num_heads), golden["slopes"])
+  np.testing.assert_array_equal(supra.head_slopes(model.config.layers[0], model.config.num_heads), golden["slopes"])
 
 
 def test_inside_the_layers(case, monkeypatch):
   model, params, golden = case
-  op, norm, seen = attention.linear_attention, attention.group_norm, []
+  op, norm, seen = supra.linear_attention, supra.group_norm, []
 
   def spy_op(q, k, v, *args, **kwargs):
     out, state = op(q, k, v, *args, **kwargs)
@@ -95,8 +95,8 @@ def test_inside_the_layers(case, monkeypatch):
     seen[-1].append(norm(x))
     return seen[-1][-1]
 
-  monkeypatch.setattr(attention, "linear_attention", spy_op)
-  monkeypatch.setattr(attention, "group_norm", spy_norm)
+  monkeypatch.setattr(supra, "linear_attention", spy_op)
+  monkeypatch.setattr(supra, "group_norm", spy_norm)
 
   @jax.jit
   def run(tokens):

@@ -22,9 +22,10 @@ from convert_weights import hf_export, hf_to_orbax, openlm_config, safetensors_w
 from convert_weights.errors import ConversionError
 from convert_weights.openlm_export import export as export_openlm
 from convert_weights.orbax_to_hf import convert
-from supra_jax.model.config import ModelConfig, RopeConfig, SupraConfig
+from supra_jax.model.config import ModelConfig, RopeConfig
+from supra_jax.model.mixers.supra_window import WindowConfig
 from supra_jax.model.presets import tiny
-from supra_jax.model.registry import layers
+from supra_jax.model.registry import layer, layers, mixer_class
 from supra_jax.model.transformer import Transformer
 from supra_jax.storage.model_directory import load_model, save_model
 from tests.support import openlm
@@ -146,7 +147,7 @@ SOFTMAX = tiny("softmax")
     ({"qkv_bias": True, "sliding_window": 7}, "Qwen2ForCausalLM"),
     ({"qk_norm": "head"}, "Qwen3ForCausalLM"),
     ({"qk_norm": "head", "qkv_bias": True, "output_bias": True, "sliding_window": 7}, "Qwen3ForCausalLM"),
-    ({"supra": SupraConfig("per_head", window=7), "value_head_dim": 8}, "LlamaForCausalLM"),  # no layer looks at it
+    ({"value_head_dim": 8}, "LlamaForCausalLM"),  # which it is anyway
     ({"output_bias": True}, "SupraForCausalLM"),
     ({"mlp_bias": True, "sliding_window": 7}, "SupraForCausalLM"),
     ({"qk_norm": "all_heads"}, "SupraForCausalLM"),
@@ -155,7 +156,7 @@ SOFTMAX = tiny("softmax")
     ({"post_embed_norm": True}, "SupraForCausalLM"),
     ({"rope": RopeConfig(kind="interleaved")}, "SupraForCausalLM"),
     ({"layers": layers(("softmax", "supra"))}, "SupraForCausalLM"),
-    ({"layers": layers(("supra_window",), sinks=0)}, "SupraForCausalLM"),
+    ({"layers": layers(("supra_window",))}, "SupraForCausalLM"),
   ],
 )
 def test_which_class(changes, wanted):
@@ -163,14 +164,41 @@ def test_which_class(changes, wanted):
   assert values["architectures"] == [wanted]
 
 
+@pytest.mark.parametrize(
+  "different, said",
+  [
+    ((layer("supra"), layer("supra", decay="none")), "decay='lightning' and with decay='none'"),
+    ((layer("supra_window"), layer("supra_window", window=9)), "window=64 and with window=9"),
+    ((layer("supra", qk_norm=True), layer("softmax"), layer("supra_window")), "qk_norm=True and with qk_norm=False"),
+  ],
+)
+@pytest.mark.parametrize("format", ["transformers", "openlm"])
+def test_layers_that_differ_are_refused(different, said, format, tmp_path):
+  """Both formats say once for all layers what linear attention is."""
+  config = tiny().replace(layers=different)
+  with pytest.raises(ConversionError, match=f"Layers with {said}: the format says it once for all layers"):
+    {"transformers": hf_export.export, "openlm": export_openlm}[format](config)
+
+
+def test_what_layers_of_two_kinds_share():
+  mixed = tiny().replace(layers=layers(("softmax", "supra", "supra_window"), decay="retnet", window=7, sinks=2))
+  wanted = WindowConfig(decay="retnet", window=7, sinks=2)
+  assert hf_export.export(mixed).config["supra"] == dataclasses.asdict(wanted)
+  # As before there were mixers with configs of their own, so that exports stay the same.
+  without = hf_export.export(tiny().replace(layers=layers(("supra",), qk_norm=True)))
+  assert without.config["supra"] == dataclasses.asdict(WindowConfig(qk_norm=True, window=64, sinks=0))
+
+
 def test_the_code_knows_every_field():
   """A field that is new to ModelConfig is one that the torch code has to follow."""
   code = ast.parse((ROOT / "convert_weights/for_transformers/configuration_supra.py").read_text())
   (defaults,) = (node.value for node in code.body if isinstance(node, ast.AnnAssign))
   known = eval(compile(ast.Expression(defaults), "", "eval"), {})
-  ours = json.loads(json.dumps(dataclasses.asdict(hf_export.own_config(known, ""))))
-  assert known == ours
-  assert set(known) == {field.name for field in dataclasses.fields(ModelConfig)}
+  ours = json.loads(json.dumps(hf_export.export(hf_export.own_config(known, "")).config))
+  assert known == {key: ours[key] for key in set(ours) - {"architectures", "auto_map", "model_type"}}
+  assert set(known) == {field.name for field in dataclasses.fields(ModelConfig)} - {"layers"} | {"mixers", "supra"}
+  configs = [mixer_class(name).Config for name in ("softmax", "supra", "supra_window")]
+  assert set(known["supra"]) == {field.name for config in configs for field in dataclasses.fields(config)}
 
 
 def test_the_code_needs_nothing_of_ours_and_is_installed():
@@ -194,15 +222,22 @@ LINEAR = tiny()
       {"layers": layers(("supra", "softmax")), "qkv_bias": True, "sliding_window": 7},
       ["mixers=", "qkv_bias=True", "sliding_window=7"],
     ),
-    ({"layers": layers(("supra_window",) * 2, sinks=0)}, ["mixers=('supra_window', 'supra_window')"]),
-    ({"layers": layers(("supra", "supra_window"), window=7, sinks=0)}, ["mixers=", "supra.window=7"]),
+    ({"layers": layers(("supra_window",) * 2)}, ["mixers=('supra_window', 'supra_window')"]),
+    ({"layers": layers(("supra", "supra_window"), window=7)}, ["mixers=('supra', 'supra_window')"]),
+    (
+      {"num_kv_heads": 6, "layers": layers(("supra", "softmax"), feature_map="per_head_separate")},
+      ["mixers=('supra', 'softmax')", "supra.feature_map='per_head_separate'"],
+    ),
     ({"output_bias": True, "mlp_bias": True}, ["output_bias=True", "mlp_bias=True"]),
     ({"rope": RopeConfig(scaling="llama3", factor=2.0)}, ["rope.scaling='llama3'", "rope.factor=2.0"]),
     ({"rope": RopeConfig(1e6, kind="interleaved")}, ["rope.base=1000000.0"]),
     ({"qk_norm": "head"}, ["qk_norm='head'"]),
     ({"qk_norm": "all_heads"}, ["qk_norm='all_heads'"]),
     ({"head_dim": 16}, ["qk_head_dim=16"]),
-    ({"num_kv_heads": 6, "supra": SupraConfig("per_head_separate")}, ["supra.feature_map='per_head_separate'"]),
+    (
+      {"num_kv_heads": 6, "layers": layers(("supra",) * 2, feature_map="per_head_separate")},
+      ["supra.feature_map='per_head_separate'"],
+    ),
   ],
 )
 def test_what_openlm_cannot_say_is_refused(changes, refused):
@@ -219,9 +254,11 @@ def test_what_openlm_cannot_say_is_refused(changes, refused):
       value_head_dim=12, norm="layer_norm", post_embed_norm=True, rope=RopeConfig(1e6, "linear", factor=2.0)
     ),
     LINEAR.replace(
-      supra=SupraConfig(decay_start=0.5, qk_norm=True), rope=RopeConfig(kind="interleaved"), max_positions=64
+      layers=layers(("supra",) * 2, decay_start=0.5, qk_norm=True),
+      rope=RopeConfig(kind="interleaved"),
+      max_positions=64,
     ),
-    LINEAR.replace(supra=SupraConfig(decay="retnet"), norm="layer_norm_gain", rope=RopeConfig(kind="none")),
+    LINEAR.replace(layers=layers(("supra",) * 2, decay="retnet"), norm="layer_norm_gain", rope=RopeConfig(kind="none")),
     SOFTMAX.replace(num_kv_heads=6, qk_norm="all_heads", rope=RopeConfig(kind="by_head"), eos_token_ids=()),
   ],
 )
@@ -242,7 +279,7 @@ def test_maps_of_single_heads_become_openlm_s_dense_ones(kind, groups, random_pa
   config = LINEAR.replace(layers=layers(("supra",), feature_map=kind), num_kv_heads=groups, sliding_window=4)
   params = random_params(config)
   _, second = there_and_back(save(tmp_path / "first", config, params), tmp_path, format="openlm")
-  assert second.config == config.replace(supra=SupraConfig("dense"), sliding_window=None)
+  assert second.config == config.replace(layers=layers(("supra",), feature_map="dense"), sliding_window=None)
   old, new = params["layers_0"]["self_attn"], second.params["layers_0"]["self_attn"]
   for heads, ours, theirs in ((6, "feature_map", "feature_map"), (groups, "feature_map_kv", "feature_map_kv")):
     maps = old.get(ours, old["feature_map"])

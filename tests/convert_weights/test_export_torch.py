@@ -13,7 +13,7 @@ from convert_weights.orbax_to_hf import convert  # noqa: E402
 from supra_jax.experiments.tiny import write_checkpoint  # noqa: E402
 from supra_jax.model.config import RopeConfig  # noqa: E402
 from supra_jax.model.presets import tiny  # noqa: E402
-from supra_jax.model.registry import layers
+from supra_jax.model.registry import layers  # noqa: E402
 from supra_jax.storage.model_directory import save_model  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -139,12 +139,14 @@ def test_logits(name, random_params, tmp_path):
     output = model(tokens[:, t : t + 1], use_cache=True, **carried(output))
     logits.append(output.logits)
   close(torch.cat(logits, 1), want)
-  windows = {"softmax": config.sliding_window, "supra_window": config.supra.window, "supra": 1}
-  if all(windows[mixer] is not None for mixer in config.mixers):
+  windows = [
+    config.sliding_window if layer.mixer == "softmax" else getattr(layer, "window", 1) for layer in config.layers
+  ]
+  if None not in windows:
     # It remembers no more keys than the next token can see.
     (cache,) = carried(output).values()
-    for i, mixer in enumerate(config.mixers):
-      count = windows[mixer] - 1 + config.supra.sinks * (mixer == "supra_window")
+    for i, (layer, mixer) in enumerate(zip(config.layers, config.mixers, strict=True)):
+      count = windows[i] - 1 + getattr(layer, "sinks", 0)
       assert mixer == "supra" or cache.tensors[i][-1].shape[2] == cache.slots[mixer].shape[1] == count
 
   # Row 1 is shorter; what follows it then is read with a cache that has seen padding.

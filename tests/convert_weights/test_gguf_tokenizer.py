@@ -33,8 +33,8 @@ TEXTS = [
   *("\n".join(PROSE[i : i + 30]) for i in range(0, 120, 30)),
 ]
 CONFIG = ModelConfig(
-  vocab_size=1000, hidden_size=8, intermediate_size=8, num_heads=1, num_kv_heads=1, head_dim=8, layers=layers(("softmax",)),
-  norm_eps=1e-5, bos_token_id=1, eos_token_ids=(2,), max_positions=64,
+  vocab_size=1000, hidden_size=8, intermediate_size=8, num_heads=1, num_kv_heads=1, head_dim=8,
+  layers=layers(("softmax",)), norm_eps=1e-5, bos_token_id=1, eos_token_ids=(2,), max_positions=64,
 )  # fmt: skip
 
 

@@ -14,6 +14,7 @@ from convert_weights.model_card import stated_license
 from convert_weights.open_source import open_source
 from convert_weights.orbax_to_hf import convert
 from supra_jax.linearization.linearize import linearize_checkpoint
+from supra_jax.linearization.starts import Window
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 STATED = {"license": "other", "license_name": "ours", "license_link": "LICENSE"}
@@ -33,7 +34,7 @@ def linearized(tmp_path_factory):
   lines = "".join(f"{key}: {value}\n" for key, value in STATED.items())
   (source / "README.md").write_text(f"---\n{lines}base_model: someone/else\n---\n# A model\n")
   hf_to_orbax.convert(source, directory / "orbax")
-  linearize_checkpoint(directory / "orbax", directory / "linearized", window=5, layers=[1])
+  linearize_checkpoint(directory / "orbax", directory / "linearized", Window(5), layers=[1])
   return directory / "linearized"
 
 
@@ -78,6 +79,33 @@ def test_a_model_of_the_hub_that_was_trained(linearized, tmp_path):
   )
   assert wanted in card.text and "/a/path" not in card.text
   assert re.search(r"- [\d,]+ parameters, bfloat16\.", card.text)
+
+
+@pytest.mark.parametrize(
+  "step, said",
+  [
+    ({"start": {"method": "calibrated", "tokens": 4096}}, "calibrated by least squares, calibration_tokens=4096"),
+    ({"start": {"method": "window", "window": 5, "sinks": 0}}, "over the last 5 tokens, beside linear attention"),
+    ({"start": {"method": "identity"}}, "identity, phi(x) = relu(x)"),
+    ({"start": {"method": "random", "seed": 3}}, "random phi, the paper's start"),
+    # As source.json had it before there were starts.
+    ({"phi": "identity", "calibration": {"tokens": 4096}}, "calibrated by least squares, calibration_tokens=4096"),
+    ({"phi": "identity", "window": 5, "sinks": 2}, "over the last 5 tokens and a text's first 2, beside linear"),
+    ({"phi": "identity", "window": 5}, "over the last 5 tokens, beside linear attention"),
+    ({"phi": "identity", "window": None, "calibration": None}, "identity, phi(x) = relu(x)"),
+    ({"phi": "random", "window": None}, "random phi, the paper's start"),
+  ],
+)
+def test_how_the_layers_began(linearized, step, said, tmp_path):
+  checkpoint = shutil.copytree(linearized, tmp_path / "model")
+  source = json.loads((checkpoint / "source.json").read_text())
+  ways = {"": None} | ({", and layers 0 stayed as they were": {"layers": [0]}} if "calibrated" in said else {})
+  for more, kept in ways.items():
+    before = {"linearized_from": source["linearized_from"], "kept_softmax": kept}
+    (checkpoint / "source.json").write_text(json.dumps(before | step))
+    text = card_of(checkpoint, tmp_path / f"out{bool(kept)}").text
+    (line,) = (line for line in text.splitlines() if line.startswith("- Linearised"))
+    assert said in line and line.endswith(f"{more}."), line
 
 
 def test_nothing_is_known(linearized, tmp_path):

@@ -9,11 +9,11 @@ import openlm_reference as reference
 import pytest
 
 from convert_weights import names, openlm_config
+from convert_weights.errors import ConversionError
 from supra_jax.core.sharding import make_mesh
-from supra_jax.model.config import SupraConfig
 from supra_jax.model.placement import param_specs
 from supra_jax.model.presets import tiny
-from supra_jax.model.registry import layers
+from supra_jax.model.registry import MixerConfig, layer, layers
 from supra_jax.model.transformer import Transformer
 
 BIASES = {"qkv_bias": True, "output_bias": True, "mlp_bias": True}
@@ -29,10 +29,12 @@ BIASES = {"qkv_bias": True, "output_bias": True, "mlp_bias": True}
       "qk_norm": "head",
       **BIASES,
     },
-    {"num_kv_heads": 6, "tie_embeddings": True, "qk_norm": "all_heads", "supra": SupraConfig(qk_norm=True)},
-    {"value_head_dim": 12, "supra": SupraConfig("per_head", qk_norm=True)},
+    {"num_kv_heads": 6, "tie_embeddings": True, "qk_norm": "all_heads", "layers": layers(("supra",) * 2, qk_norm=True)},
+    {"value_head_dim": 12, "layers": layers(("supra",) * 2, feature_map="per_head", qk_norm=True)},
     {"layers": layers(("supra", "softmax"), feature_map="per_head_separate"), "norm": "layer_norm_gain"},
-    {"layers": layers(("supra_window", "supra"), sinks=0), "value_head_dim": 12, **BIASES},
+    {"layers": layers(("supra_window", "supra")), "value_head_dim": 12, **BIASES},
+    # Of one mixer, and not the same.
+    {"layers": (layer("supra", qk_norm=True), layer("supra", feature_map="per_head")), "norm": "layer_norm"},
   ],
 )
 def test_every_parameter_once(changes):
@@ -40,13 +42,21 @@ def test_every_parameter_once(changes):
   init = functools.partial(Transformer(config).init, method="logits")
   made = jax.eval_shape(init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
   wanted = {tuple(key.key for key in path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(made)}
-  param_specs(made, make_mesh("", jax.devices()[:1]))  # a rule for each, too
+  param_specs(made, make_mesh("", jax.devices()[:1]))  # a line for each, too
   table = names.parameters(config)
   assert {p.path: p.shape for p in table} == wanted and len(table) == len(wanted)
   for place in ("hf", "gguf"):
     taken = [getattr(p, place) for p in table if getattr(p, place) is not None]
     assert len(set(taken)) == len(taken)
   assert all(sorted(p.source_shape) == sorted(p.shape) for p in table)
+
+
+def test_a_mixer_without_names_is_refused():
+  class Other(MixerConfig):
+    mixer = "other"
+
+  with pytest.raises(ConversionError, match="Layer 1 is a 'other' layer, which has no names in other formats"):
+    names.parameters(tiny().replace(layers=(layer("supra"), Other())))
 
 
 @pytest.mark.parametrize(

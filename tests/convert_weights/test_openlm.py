@@ -9,12 +9,12 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from tiny_checkpoints import read
 
-import supra_jax
 from convert_weights import openlm_config
 from convert_weights.errors import ConversionError
 from convert_weights.open_source import open_source
 from supra_jax.experiments import tiny
-from supra_jax.model.config import RopeConfig, SupraConfig
+from supra_jax.model.config import RopeConfig
+from supra_jax.model.presets import mistral_7b
 from supra_jax.model.registry import layers
 from tests.support import openlm
 
@@ -57,13 +57,17 @@ def test_the_reference_here_is_the_reference(case):
     ({"v_head_dim": 12, "weight_tying": True}, {"value_head_dim": 12, "tie_embeddings": True}),
     (
       {"apply_qk_norm": True, "norm_type": "default_layer_norm", "use_retnet_slopes": True, "post_embed_norm": True},
-      {"supra": SupraConfig(decay="retnet", qk_norm=True), "norm": "layer_norm", "post_embed_norm": True},
+      {"layers": layers(("supra",), decay="retnet", qk_norm=True), "norm": "layer_norm", "post_embed_norm": True},
     ),
     (
       {"apply_qk_norm": True, "norm_type": "gain_only_lp_layer_norm", "decay_start": 2, **ONE_HEAD_EACH},
-      {"supra": SupraConfig(decay_start=2.0, qk_norm=True), "norm": "layer_norm_gain", "num_kv_heads": 8},
+      {
+        "layers": layers(("supra",), decay_start=2.0, qk_norm=True),
+        "norm": "layer_norm_gain",
+        "num_kv_heads": 8,
+      },
     ),
-    ({"use_decay": False, "use_retnet_slopes": True}, {"supra": SupraConfig(decay="none")}),
+    ({"use_decay": False, "use_retnet_slopes": True}, {"layers": layers(("supra",), decay="none")}),
     (SOFTMAX, {"layers": layers(("softmax",))}),
     (
       SOFTMAX | {"positional_embedding_type": "head_rotary", "v_head_dim": 4},
@@ -94,7 +98,7 @@ def test_variants(tmp_path, changes, wanted):
   tensors = reference.random_tensors(BASE | changes)
   lm = read(write(tmp_path / "source", tensors, **changes))
   plain = openlm_config.model_config(BASE, "")
-  assert lm.config == plain.replace(**({"supra": SupraConfig()} if "mixers" in wanted else {}) | wanted)
+  assert lm.config == plain.replace(**wanted)
   first, state = lm(TOKENS[:, :12])
   second, _ = lm(TOKENS[:, 12:], state)
   want = reference.logits(BASE | changes, tensors, TOKENS)
@@ -108,7 +112,7 @@ def test_what_is_absent():
   assert (config.norm, config.norm_eps, config.rope) == ("layer_norm", 1e-5, RopeConfig())
   assert config.mixers == ("softmax",) and config.qk_norm == "none" and not config.tie_embeddings
   linear = openlm_config.model_config(short | {"attn_name": "linear_attn", "dim": 1008}, "")
-  assert linear.supra == SupraConfig(decay="none") and linear.intermediate_size == 2816
+  assert linear.layers == layers(("supra",), decay="none") and linear.intermediate_size == 2816
 
 
 def test_config_of_the_release():
@@ -116,10 +120,10 @@ def test_config_of_the_release():
   keys = json.loads((openlm.GOLDEN / "released_form_bin" / "config.json").read_text())
   sizes = {"dim": 4096, "intermediate_dim_ffn": 14336, "n_layers": 32, "n_heads": 32, "n_heads_kv": 8, "seq_len": 2048}
   config = openlm_config.model_config(keys | sizes | {"vocab_size": 32000, "qk_head_dim": 128, "v_head_dim": 128}, "")
-  teacher = supra_jax.model.config.mistral_7b("supra")
+  teacher = mistral_7b("supra")
   same = ("vocab_size", "hidden_size", "intermediate_size", "num_heads", "num_kv_heads", "head_dim", "rope", "norm")
   assert [getattr(config, name) for name in same] == [getattr(teacher, name) for name in same]
-  assert config.mixers == teacher.mixers and config.supra == SupraConfig() and config.norm_eps == 1e-5
+  assert config.layers == teacher.layers == layers(("supra",) * 32) and config.norm_eps == 1e-5
 
 
 @pytest.mark.parametrize(

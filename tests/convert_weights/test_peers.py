@@ -25,7 +25,7 @@ from convert_weights.orbax_to_hf import convert  # noqa: E402
 from convert_weights.tokenizer_probe import hard_texts  # noqa: E402
 from supra_jax.model.config import RopeConfig  # noqa: E402
 from supra_jax.model.presets import tiny  # noqa: E402
-from supra_jax.model.registry import layers
+from supra_jax.model.registry import layers  # noqa: E402
 from supra_jax.storage.model_directory import load_model, save_model  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")

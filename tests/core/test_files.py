@@ -20,7 +20,7 @@ from supra_jax.data.tokenizer import Tokenizer
 from supra_jax.experiments import tiny
 from supra_jax.inference import lm
 from supra_jax.linearization.linearize import linearize_checkpoint
-from supra_jax.model.config import SupraConfig
+from supra_jax.linearization.starts import Random
 from supra_jax.storage.model_directory import load_model
 from supra_jax.storage.parameter_reader import ParameterReader
 from supra_jax.storage.run_states import TrainingCheckpoints
@@ -62,8 +62,8 @@ def _train(workdir="run", model="model", text="text.jsonl", **changes):
 DOORS = {
   "load": lm.load,
   "read parameters": ParameterReader,
-  "linearize from": lambda url: linearize_checkpoint(url, "out", supra=SupraConfig()),
-  "linearize to": lambda url: linearize_checkpoint("model", url, supra=SupraConfig()),
+  "linearize from": lambda url: linearize_checkpoint(url, "out", Random()),
+  "linearize to": lambda url: linearize_checkpoint("model", url, Random()),
   "workdir": lambda url: _train(url),
   "init_checkpoint": lambda url: _train(model=url),
   "distill_from": lambda url: _train(distill_from=url),

@@ -6,7 +6,6 @@ import jax
 import pytest
 
 from supra_jax.core import run_record
-from supra_jax.model.registry import layers
 
 
 def records(workdir):
@@ -38,7 +37,7 @@ def test_a_line_each_start(tmp_path, monkeypatch):
   monkeypatch.delenv("LIBTPU_INIT_ARGS", raising=False)
   workdir = tmp_path / "new" / "run"
   for seed in (0, 1):
-    run_record.write_run_record(workdir, {"seed": seed, "layers": layers(("softmax", "supra"))})
+    run_record.write_run_record(workdir, {"seed": seed, "mixers": ("softmax", "supra")})
   first, second = records(workdir)
   assert first["config"] == {"seed": 0, "mixers": ["softmax", "supra"]}
   assert second["config"]["seed"] == 1

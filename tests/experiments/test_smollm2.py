@@ -22,6 +22,7 @@ from convert_weights.hf_to_orbax import convert
 from supra_jax.bin.demo import smollm2_gguf
 from supra_jax.evaluation.likelihood import text_nll
 from supra_jax.linearization.linearize import linearize
+from supra_jax.linearization.starts import Random
 from supra_jax.model.transformer import Transformer
 from supra_jax.objectives.losses import language_model_loss
 
@@ -92,7 +93,8 @@ def test_the_teacher_predicts_english(teacher, text_ids):
 
 def test_the_chunked_scan_is_as_exact_as_the_token_recurrence(teacher, text_ids):
   """Held against float64 on the linearised model, 512 tokens: logits' error and loss."""
-  params, config = linearize(teacher.params, teacher.config)
+  linear = linearize(teacher.params, teacher.config, Random())
+  params, config = linear.params, linear.config
   tokens = np.array([text_ids[:513]], np.int32)
 
   def run(implementation, dtype):

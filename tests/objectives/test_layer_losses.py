@@ -2,12 +2,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from supra_jax.model.attention import MIXERS
 
 from supra_jax.linearization.linearize import linearize
+from supra_jax.linearization.starts import Random
 from supra_jax.model import presets
 from supra_jax.model.layers import Norm
-from supra_jax.model.registry import layers
+from supra_jax.model.registry import layer, layers, mixer_class
 from supra_jax.model.stacking import stack_runs
 from supra_jax.model.transformer import Transformer
 from supra_jax.objectives.layer_losses import attention_error, read_streams, streams_error
@@ -23,7 +23,8 @@ LINEAR = [1, 2, 3]  # the first stays, so that runs differ
 def models():
   """((model, stacked params) of the student, the same of the teacher, params of both with one subtree a layer)."""
   init = Transformer(SOFTMAX).init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32), method="logits")["params"]
-  made, hybrid = linearize(init, SOFTMAX, layers=LINEAR, seed=3)
+  linear = linearize(init, SOFTMAX, Random(3), layers=LINEAR)
+  made, hybrid = linear.params, linear.config
   return (
     (Transformer(hybrid, stacked=True), stack_runs(made, hybrid)),
     (Transformer(SOFTMAX, stacked=True), stack_runs(init, SOFTMAX)),
@@ -51,7 +52,7 @@ def _by_hand(params, made, batch):
   x, streams, attended = params["embed_tokens"]["embedding"][tokens], [], []
   for i in range(made.num_layers):
     streams.append(x)
-    attended.append(_attention(params[f"layers_{i}"], made, made.mixers[i], x, context))
+    attended.append(_attention(params[f"layers_{i}"], made, made.layers[i], x, context))
     x = x + attended[-1]
     normed = Norm(made.norm, made.norm_eps).apply({"params": params[f"layers_{i}"]["post_attention_layernorm"]}, x)
     mlp = params[f"layers_{i}"]["mlp"]
@@ -60,9 +61,9 @@ def _by_hand(params, made, batch):
   return [*streams, x], attended, context
 
 
-def _attention(layer, made, mixer, x, context):
-  normed = Norm(made.norm, made.norm_eps).apply({"params": layer["input_layernorm"]}, x)
-  return MIXERS[mixer](made).apply({"params": layer["self_attn"]}, normed, None, context)[0]
+def _attention(params, made, layer, x, context):
+  normed = Norm(made.norm, made.norm_eps).apply({"params": params["input_layernorm"]}, x)
+  return mixer_class(layer.mixer)(made, layer).apply({"params": params["self_attn"]}, normed, None, context)[0]
 
 
 def _share(x, wanted, scale):
@@ -82,7 +83,9 @@ def test_errors_are_those_of_the_formulas(models, batch):
 
   each = [
     _share(
-      _attention(made[f"layers_{i}"], student.config, "supra", theirs[i], context), attended[i], theirs[i] + attended[i]
+      _attention(made[f"layers_{i}"], student.config, layer("supra"), theirs[i], context),
+      attended[i],
+      theirs[i] + attended[i],
     )
     for i in LINEAR
   ]
