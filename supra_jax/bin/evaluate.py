@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from absl import flags
 
 import supra_jax
@@ -23,7 +25,7 @@ _DTYPE = flags.DEFINE_enum("dtype", None, DTYPES, "Dtype of the computation. Def
 
 def main() -> None:
   lm = supra_jax.load(_CHECKPOINT.value, _DTYPE.value)
-  how = {"text_key": _TEXT_KEY.value, "sequence_length": _LENGTH.value, "max_tokens": _MAX_TOKENS.value}
+  how: dict[str, Any] = {"text_key": _TEXT_KEY.value, "sequence_length": _LENGTH.value, "max_tokens": _MAX_TOKENS.value}
   nll, targets = supra_jax.evaluate(lm, _INPUT.value, **how)
   print(f"loss {nll:.4f} nats a token, perplexity {perplexity(nll):.3f}, {targets} tokens, pieces of {_LENGTH.value}")
 
