@@ -31,7 +31,7 @@ from supra_jax.linearization.starts import Calibrated, Start, Window
 from supra_jax.model.config import ModelConfig
 from supra_jax.model.costs import state_bytes
 from supra_jax.model.mixers.supra_window import WindowConfig
-from supra_jax.model.registry import MixerConfig
+from supra_jax.model.registry import MixerConfig, mixer_class
 from supra_jax.model.transformer import Transformer
 from supra_jax.objectives.heldout import mean_nll
 from supra_jax.storage.model_directory import load_model_without_params
@@ -58,7 +58,7 @@ def measure(lm: supra_jax.LM, heldout: Path) -> dict[str, Any]:
   batches = heldout_batches(heldout, batch_size=2, max_rows=_HELDOUT_ROWS.value)
   nll = mean_nll(lm.model, lm.params, batches)
   state = {str(length): state_bytes(lm.config, length) for length in (2048, 32768)}
-  softmax = [i for i, mixer in enumerate(lm.config.mixers) if mixer == "softmax"]
+  softmax = [i for i, mixer in enumerate(lm.config.mixers) if mixer_class(mixer).GROWS]
   return {"nll": nll, "state_bytes": state, "softmax_layers": softmax, "config": json.loads(lm.config.to_json())}
 
 

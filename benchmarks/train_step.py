@@ -56,7 +56,7 @@ from supra_jax.core.plain_json import to_json
 from supra_jax.model.config import ModelConfig
 from supra_jax.model.costs import PEAK_FLOPS, mfu, train_flops_per_token
 from supra_jax.model.presets import PRESETS
-from supra_jax.model.registry import layers
+from supra_jax.model.registry import layer
 
 _TOKENS = flags.DEFINE_list("tokens", ["512", "2048", "8192"], "Lengths T.")
 _PRESET = flags.DEFINE_enum("preset", "smollm2_135m", list(PRESETS), "Shape of the model.")
@@ -217,7 +217,7 @@ def torch_step(config: ModelConfig, tokens: int, remat: str, *, compiled: bool =
 
   facts = {"device": torch.cuda.get_device_name() if gpu else "cpu", "dtype": "bfloat16" if gpu else "float32"}
   facts |= {"layers": config.num_layers, "adamw": best_adamw, "loss": best_loss}
-  teacher = config.replace(layers=layers(("softmax",) * config.num_layers), sliding_window=None)
+  teacher = config.replace(layers=(layer("softmax"),) * config.num_layers, sliding_window=None)
   facts["flops_per_token"] = train_flops_per_token(teacher, tokens)
   return take, facts, lambda: torch.cuda.max_memory_allocated() if gpu else None
 
@@ -238,7 +238,7 @@ CONTESTANTS: dict[str, Callable[..., Contestant]] = {
 
 
 def _with_layers(config: ModelConfig, layers: int) -> ModelConfig:
-  return config.replace(layers=layers(("supra",) * layers))
+  return config.replace(layers=(layer("supra"),) * layers)
 
 
 def _fastest(run: Callable[[str], None], names: Iterable[str]) -> str:

@@ -1,4 +1,4 @@
-"""What training and memory cost: FLOPs a token, worked out by hand, their share of a device's peak; a state's bytes."""
+"""FLOPs a token, worked out by hand; MFU, their share of a device's peak; bytes of a state."""
 
 from __future__ import annotations
 
@@ -50,21 +50,21 @@ PEAK_FLOPS: dict[str, float] = {
 
 
 def train_flops_per_token(config: ModelConfig, sequence_length: int) -> float:
-  """Model FLOPs of one token's forward and backward pass.
+  """Model FLOPs of the forward and backward pass, a token.
 
   A token needs W multiply-adds forward, two FLOPs each, and twice as many backward, for the gradients of both factors:
   FLOPs = 6 W, with
 
     W = sum over layers of (what its mixer's `flops` says + 3*D*F), and then D * vocabulary
 
-  The unembedding is counted, tied or not; the look-up of the embedding, norms, activations, RoPE and decays are not.
-  Nor is what an implementation computes beyond the model: recomputation (remat), the products inside a chunk, masked
-  halves. What is left is the numerator of MFU (Chowdhery et al. 2022, PaLM, appendix B), with the causal half of
-  attention left out, as it is in FlashAttention's counts.
+  The unembedding is counted, tied or not. The embedding's look-up, norms, activations, RoPE and decays are not, nor
+  what an implementation computes beyond the model: recomputation (remat), the products inside a chunk, the masked half
+  of attention. The result is the numerator of MFU (Chowdhery et al. 2022, PaLM, appendix B), without the masked half,
+  as in FlashAttention's counts.
 
   Args:
-    config: of the model. All of it is counted as trained.
-    sequence_length: T, tokens that see each other.
+    config: the model; all of its parameters are counted as trained.
+    sequence_length: T, number of tokens that see each other.
 
   Raises:
     ValueError: the sequence has no token.
@@ -78,18 +78,18 @@ def train_flops_per_token(config: ModelConfig, sequence_length: int) -> float:
 
 
 def step_flops_per_token(config: ModelConfig, sequence_length: int, teacher: ModelConfig | None = None) -> float:
-  """`train_flops_per_token`, and a third of the teacher's where one runs in the step: its forward pass."""
+  """`train_flops_per_token`, plus the forward pass of a teacher that runs in the step, a third of its count."""
   own = train_flops_per_token(config, sequence_length)
   return own if teacher is None else own + train_flops_per_token(teacher, sequence_length) / 3
 
 
 def state_bytes(config: ModelConfig, tokens: int, dtype: Any = jnp.bfloat16) -> int:
-  """Bytes of what a model remembers of one sequence of so many tokens, its caches in `dtype`."""
+  """Bytes of a model's state after one sequence of so many tokens; `dtype` is that of keys and values."""
   return sum(state_bytes_by_part(config, tokens, dtype).values())
 
 
 def state_bytes_by_part(config: ModelConfig, tokens: int, dtype: Any = jnp.bfloat16) -> dict[str, int]:
-  """`state_bytes` of each part that a mixer's PARTS name, over all layers."""
+  """`state_bytes` of each part that the mixers' PARTS name, summed over all layers."""
   states = jax.eval_shape(lambda: Transformer(config, dtype).init_state(1, tokens).layers)
   parts: dict[str, int] = {}
   for layer, state in zip(config.layers, states, strict=True):

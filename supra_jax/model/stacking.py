@@ -1,4 +1,4 @@
-"""Layers of one kind in a row as one subtree with stacked leaves, so that a run of them is one scan."""
+"""Consecutive equal layers as one subtree with stacked leaves, over which the model scans."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from supra_jax.model.registry import MixerConfig
 
 
 def runs(layers: Sequence[MixerConfig]) -> list[tuple[int, int]]:
-  """(first layer, number of layers) of each run of layers with equal mixers and equal configs."""
+  """(first layer, number of layers) of each maximal stack: consecutive layers with equal mixer configs."""
   found, first = [], 0
   for _, group in itertools.groupby(layers):
     length = len(list(group))
@@ -24,7 +24,7 @@ def runs(layers: Sequence[MixerConfig]) -> list[tuple[int, int]]:
 
 
 def stack_runs(params: Mapping[str, Any], config: ModelConfig) -> dict[str, Any]:
-  """Parameters with one subtree a layer -> one subtree a run, its leaves stacked along a new first axis."""
+  """Stacks parameters: one subtree a layer, `layers_I` -> one subtree a stack, `run_FIRST`, with a new leading axis."""
   stacked = {name: tree for name, tree in params.items() if not name.startswith("layers_")}
   for first, length in runs(config.layers):
     layers = [params[f"layers_{i}"] for i in range(first, first + length)]
@@ -33,7 +33,7 @@ def stack_runs(params: Mapping[str, Any], config: ModelConfig) -> dict[str, Any]
 
 
 def unstack(params: Mapping[str, Any], config: ModelConfig) -> dict[str, Any]:
-  """The inverse of `stack_runs`."""
+  """The inverse of `stack_runs`: one subtree a layer."""
   layers = {name: tree for name, tree in params.items() if not name.startswith("run_")}
   for first, length in runs(config.layers):
     for i in range(length):

@@ -20,7 +20,7 @@ from supra_jax.model.stacking import runs
 
 Padding = Literal["right", "left"]
 Remat = Literal["none", "matmuls", "block"]
-# What a layer's backward pass finds saved where it recomputes: products with parameters, or nothing.
+# What the forward pass saves of a layer whose backward pass recomputes the rest: products with parameters, or nothing.
 REMAT_POLICIES: dict[str, Any] = {
   "matmuls": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
   "block": None,
@@ -29,13 +29,13 @@ REMAT_POLICIES: dict[str, Any] = {
 
 @flax.struct.dataclass
 class DecodeState:
-  """All that a model remembers of the tokens it has read.
+  """All that a model remembers of the tokens that it has read.
 
   Attributes:
-    layers: one state a layer.
-    cached: int32 [B], how many tokens the caches hold.
-    position: int32 [B], the next token's position in its document.
-    segment: int32 [B], the id of the last document; -1 before any was named.
+    layers: the state of each layer.
+    cached: int32 [B], number of tokens read.
+    position: int32 [B], position of the next token in its document.
+    segment: int32 [B], id of the last document; -1 before the first token that has an id.
   """
 
   layers: tuple[MixerState, ...]
@@ -64,15 +64,15 @@ class DecodeState:
     return DecodeState(layers, **counters)
 
 
-STREAMS = "streams"  # the collection that a Block fills where it is asked to
-_FRESH = {"cached": 0, "position": 0, "segment": -1}  # the counters of a DecodeState before any token
+STREAMS = "streams"  # name of the Flax collection that a Block fills when it is mutable
+_FRESH = {"cached": 0, "position": 0, "segment": -1}  # counters of a DecodeState before any token
 
 
 class Block(nn.Module):
   """`x + mixer(norm x)`, then `x + SwiGLU(norm x)`.
 
-  Where the collection STREAMS is mutable it is filled with [B, T, D]: `enters`, the x that comes; `attended`, the
-  mixer's share of what follows; `leaves`, the result.
+  When the collection STREAMS is mutable, the block writes three arrays [B, T, D] to it: `enters`, its input x;
+  `attended`, the output of the mixer; `leaves`, its result.
   """
 
   config: ModelConfig
@@ -94,11 +94,11 @@ class Block(nn.Module):
     return x_BTD, state
 
   def attend(self, x_BTD: jax.Array, state: MixerState | None, context: Context) -> tuple[jax.Array, MixerState]:
-    """The mixer alone, of the normalised x."""
+    """Applies the input norm and the mixer."""
     return self.self_attn(self.input_layernorm(x_BTD), state, context)
 
   def feed(self, x_BTD: jax.Array) -> jax.Array:
-    """The second half: x and the MLP's share."""
+    """Applies the second half of the block: x + SwiGLU(norm x)."""
     return x_BTD + self.mlp(self.post_attention_layernorm(x_BTD))
 
   def _keep(self, **streams: jax.Array) -> None:
@@ -107,15 +107,17 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-  """A decoder whose layers each have their own mixer.
+  """A decoder-only language model in which each layer has a mixer of its own.
 
   Attributes:
-    config: what the model is.
-    dtype: of the computation; parameters are cast to it where they are used. Norms, RoPE, softmax, the linear state and
-      logits are float32 at least.
-    implementation: of the linear attention op (`kernels_pallas.linear_attention`).
-    stacked: parameters are as `stack_runs` leaves them and each run is one scan: quick to compile, made for training.
-    remat: what the backward pass recomputes: `none`; `matmuls`, all but products with parameters; `block`, each layer.
+    config: the model's shape and layers.
+    dtype: dtype of the computation; parameters are cast to it where they are used. Norms, RoPE, softmax, the linear
+      state and logits are computed in float32 at least.
+    implementation: implementation of the linear attention op (`kernels_pallas.linear_attention`).
+    stacked: whether parameters are stacked (`stacking.stack_runs`). Each stack of equal layers is then one `nn.scan`,
+      which compiles quickly; made for training.
+    remat: what the backward pass recomputes: `none`; `matmuls`, everything but products with parameters; `block`,
+      whole layers.
   """
 
   config: ModelConfig
@@ -154,7 +156,7 @@ class Transformer(nn.Module):
 
   @nn.nowrap
   def init_state(self, batch: int, capacity: int = 0) -> DecodeState:
-    """The state before any token; `capacity` tokens fit into the caches of softmax layers, others need none."""
+    """The state before any token. `capacity` is the number of tokens that layers whose state grows make room for."""
     layers = tuple(
       mixer_class(layer.mixer)(self.config, layer, self.dtype).init_state(batch, capacity)
       for layer in self.config.layers
@@ -172,31 +174,31 @@ class Transformer(nn.Module):
     segment_ids: jax.Array | None = None,
     padding: Padding = "right",
   ) -> tuple[jax.Array, DecodeState]:
-    """Reads tokens, going on from `state`.
+    """Reads tokens after those that `state` has read.
 
-    Cutting a sequence anywhere and passing the state on changes nothing but rounding; nor does padding.
+    Cutting a sequence into several calls that pass the state on changes the result by rounding only; so does padding.
 
     Args:
       tokens_BT: int [B, T], T >= 1. Padding may hold any value.
-      state: what an earlier call returned, or `init_state`; None reads from the start.
-      lengths: int [B], how many tokens of each row are real, 0 to T; None means all.
-      segment_ids: int [B, T], document ids: state and position start afresh where they change, and at token 0 where
-        its id is not that of the state's last document. None: all tokens go on with the state's document.
-      padding: the side that the padding is on.
+      state: the state that an earlier call returned, or `init_state`; None reads from the start.
+      lengths: int [B], number of real tokens in each row, 0 to T; None: all tokens are real.
+      segment_ids: int [B, T], document ids. State and position are reset where the id changes, and at token 0 if its
+        id differs from the state's last document. None: all tokens continue the state's document.
+      padding: side of the row that the padding is on.
 
     Returns:
-      hidden [B, T, D] after the last norm, to be given to `unembed`; rows of padding hold nothing of use. And the state
-      after the last real token. Where a cache's capacity is exceeded under jit, the row's hidden states are NaN.
+      (hidden [B, T, D] after the last norm, input of `unembed`, undefined at padding; the state after the last real
+      token). If a row exceeds the capacity of its caches under jit, its hidden states are NaN.
 
     Raises:
-      ValueError: the tokens do not fit into the state's caches, and this can be known without running.
+      ValueError: the tokens exceed the capacity of the state's caches, and this is known without running.
     """
     time = tokens_BT.shape[1]
     if padding not in ("right", "left"):
       raise ValueError(f"padding={padding!r}: wanted 'right' or 'left'.")
     shift = None
     if padding == "left" and lengths is not None:
-      # The op knows right padding only: roll each row's real tokens to its front, and the results back.
+      # Mixers know right padding only: roll the real tokens of each row to its front, and the results back.
       shift = time - lengths
       tokens_BT = _roll_rows(tokens_BT, -shift)
       segment_ids = None if segment_ids is None else _roll_rows(segment_ids, -shift)
@@ -222,19 +224,19 @@ class Transformer(nn.Module):
     return hidden_BTD if shift is None else _roll_rows(hidden_BTD, shift), end
 
   def embed(self, tokens_BT: jax.Array) -> jax.Array:
-    """What the first layer reads, [B, T, D]."""
+    """The input of the first layer, [B, T, D]."""
     x_BTD = self.embed_tokens(jnp.clip(tokens_BT, 0, self.config.vocab_size - 1))
     if self.config.post_embed_norm:
       x_BTD = self.post_embed_norm(x_BTD)
     return constrain(x_BTD, "batch", "time", None)
 
   def unembed(self, hidden_BTD: jax.Array) -> jax.Array:
-    """Logits over the vocabulary, float32 [B, T, vocabulary]."""
+    """Logits over the vocabulary, float32 [B, T, vocabulary], of hidden [B, T, D]."""
     logits = self.embed_tokens.attend(hidden_BTD) if self.config.tie_embeddings else self.lm_head(hidden_BTD)
     return constrain(logits, "batch", *["time"] * (logits.ndim - 2), "vocabulary")
 
   def logits(self, tokens_BT: jax.Array, state: DecodeState | None = None, **kwargs) -> tuple[jax.Array, DecodeState]:
-    """`unembed` of every position, for scoring; also what `init` runs to make all parameters."""
+    """Logits of every position, for scoring; also the method for `init`, since it uses all parameters."""
     hidden_BTD, state = self(tokens_BT, state, **kwargs)
     return self.unembed(hidden_BTD), state
 
@@ -246,7 +248,7 @@ class Transformer(nn.Module):
     lengths: jax.Array | None = None,
     segment_ids: jax.Array | None = None,
   ) -> tuple[Context, DecodeState]:
-    """Where each token stands, and the state's counters after the last real one (layers are still to come)."""
+    """The context of a call, and the state's counters after the last real token (with `layers` still empty)."""
     batch, time = tokens_BT.shape
     step = jnp.broadcast_to(jnp.arange(time, dtype=jnp.int32), (batch, time))
     cached, position, segment = (
@@ -260,7 +262,7 @@ class Transformer(nn.Module):
     if segment_ids is None:
       position_BT = position[:, None] + step
     else:
-      # A row without tokens changes nothing, whatever ids its padding has.
+      # The ids of a row without real tokens are padding: the document goes on.
       continues = (segment_ids[:, 0] == segment) | (count == 0)
       changes = jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], ((0, 0), (1, 0)))
       start = jax.lax.cummax(jnp.where(changes, step, 0), axis=1)
@@ -301,7 +303,7 @@ class Transformer(nn.Module):
 
 def _refuse_overflow(cached: jax.Array, count: jax.Array, capacity: int) -> None:
   if isinstance(cached, jax.core.Tracer) or isinstance(count, jax.core.Tracer):
-    return  # __call__ poisons the rows that overflow
+    return  # under jit `__call__` fills the hidden states of such rows with NaN
   wanted = int((cached + count).max())
   if wanted > capacity:
     raise ValueError(
@@ -311,5 +313,5 @@ def _refuse_overflow(cached: jax.Array, count: jax.Array, capacity: int) -> None
 
 
 def _roll_rows(x: jax.Array, shift_B: jax.Array) -> jax.Array:
-  """Rolls axis 1 of each row by its own shift."""
+  """Rolls axis 1 of x [B, T, ...], each row by its own shift."""
   return jax.vmap(lambda row, by: jnp.roll(row, by, axis=0))(x, shift_B)
