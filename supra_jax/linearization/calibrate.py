@@ -1,23 +1,23 @@
-"""Calibrated linearisation: projections are solved for, layer by layer, so that the RNN meets its teacher.
+"""Calibration: projections solved for by least squares, layer by layer, so that the RNN meets its teacher.
 
-Teacher and student read the same text. With x_t, x_s the residual streams that enter a layer, a_s the student's
-normalised attention output (phi as it begins, everything else as the teacher has it), the student's W_o (and b_o, if
-wanted) is what ridge regression makes of
+Teacher and student read the same text. Let x_t and x_s be the residual streams that enter a layer, and a_s what the
+student's output projections read (`Mixer.outputs`, side by side; phi as it begins, everything else as the teacher has
+it). The student's W_o, and b_o if it has a bias, are the ridge regression of
 
-  x_s + a_s W_o + b_o = x_t + softmax attention(x_t),
+  x_s + a_s W_o + b_o = x_t + softmax attention(x_t).
 
-and then, h_s being what the MLP's last projection reads, what is added to the teacher's W_down of
+Then, with h_s the input of the MLP's last projection, the change of the teacher's W_down is the ridge regression of
 
   x_s' + h_s W_down = x_t' + MLP(x_t').
 
-A mixer with several output projections (`Mixer.outputs`) has their inputs side by side in a_s, and the projections are
-solved for together. The ridge then keeps what is added to them small: to the teacher's W_o, which a window's softmax
-attention would need were the window the whole text, and to the 0 with which the linear attention's begins.
+The ridge keeps W_o small. If a mixer has several output projections, the ridge keeps small what is added to them: to the
+teacher's W_o, which a window's softmax attention would need if the window were the whole text, and to 0, with which the
+linear attention's projection begins.
 
-Each token weighs what it weighs after the norm that follows: 1 / mean square of the teacher's stream. (Some tokens, the
-first of a text above all, have activations a thousand times the others'; unweighted they are all that is fitted.) No
-gradient step is taken, and parameters have the shapes that they had. Memory does not grow with the text: the streams
-lie on disk, of which a batch at a time is read.
+Each token is weighted as the norm that follows weights it, by 1 / mean square of the teacher's stream. (Some tokens, the
+first of a text above all, have activations a thousand times those of others; unweighted they are nearly all that is
+fitted.) No gradient step is taken, and no parameter changes its shape. Memory does not grow with the text: the streams
+are kept on disk and read a batch at a time.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ from supra_jax.model.layers import Dense, Norm, SwiGLU, at_least_float32
 from supra_jax.model.registry import MixerConfig, mixer_class
 from supra_jax.model.transformer import Block, Transformer
 
-# Called after each layer: its number, how many there are, what was found, and that in words.
+# Called after each layer with its number, the number of layers, what was found, and the same in words.
 Report = Callable[[int, int, float, str], None]
 
 
@@ -75,19 +75,19 @@ def calibrate(
   directory: Path | None = None,
   report: Report | None = None,
 ) -> dict[str, Any]:
-  """Solves for the projections of every layer that is no longer softmax; call it under `jax.set_mesh(mesh)`.
+  """Solves for the projections of every layer whose mixer is new. Call it under `jax.set_mesh(mesh)`.
 
   Args:
     teacher: parameters, one subtree a layer, and config of the softmax model.
-    student: what `linearize` made of them. Where its config has `output_bias` a bias is solved for too.
-    batches: this process' rows, "tokens" int32 [rows, T], and "segment_ids" alike where documents are apart.
-    mesh: over which parameters and batches are cut.
-    ridge: how much small weights are preferred: as much as by so many tokens more whose features are noise of the same
-      size, and which want 0.
-    mlp: solve for the MLP's last projection too, which doubles the time.
-    dtype: of the computation; moments are float32, and their sums over batches float64.
-    directory: where the streams lie meanwhile, 3 * tokens * hidden_size numbers, 4 with windows; None: a temporary one.
-    report: told after each layer what share of the attention's energy is missed.
+    student: parameters and config that `linearize` made of them. A bias is solved for if the output projection has one.
+    batches: rows of this process, "tokens" int32 [rows, T], and "segment_ids" alike if documents are kept apart.
+    mesh: mesh that cuts parameters and batches.
+    ridge: strength of the preference for small weights, in tokens: the same as that many further tokens whose features
+      are noise of the same size and whose target is 0.
+    mlp: whether to solve for the MLP's last projection too, which doubles the time.
+    dtype: dtype of the computation; moments are float32, and their sums over batches float64.
+    directory: directory for the streams, 3 * tokens * hidden_size numbers, 4 with windows; None: a temporary one.
+    report: called after each layer with the share of the attention's energy that is missed.
 
   Returns:
     The student's parameters, in the dtypes that they had.
@@ -139,7 +139,7 @@ def _calibrate_layer(
   ridge: float,
   mlp: bool,
 ) -> tuple[dict[str, Any], float]:
-  """(the student's layer, the share of attention that is missed); the streams leave the layer."""
+  """Returns (the student's layer, the share of attention missed) and moves the streams behind the layer."""
   total = NOTHING
   for number, batch in enumerate(batches):
     before = streams.read(number, "teacher", "student")
@@ -180,7 +180,7 @@ def _calibrate_layer(
 
 
 def _whole(x: jax.Array) -> np.ndarray:
-  """A parameter, float64, on each host."""
+  """A whole parameter on each host, float64."""
   return np.asarray(multihost_utils.process_allgather(x, tiled=True), np.float64)
 
 
@@ -191,7 +191,7 @@ def _add(total: Moments, moments: Moments) -> Moments:
 def _replaced(
   layer: Mapping[str, Any], part: str, name: str, kernel: np.ndarray, bias: np.ndarray | None
 ) -> dict[str, Any]:
-  """The layer with another projection, of the old one's dtype and where that one was."""
+  """The layer with a projection replaced; dtype and sharding stay those of the old one."""
   old = layer[part][name]
   values = {"kernel": kernel} if bias is None else {"kernel": kernel, "bias": bias}
   new = {key: jax.device_put(x.astype(old[key].dtype), old[key].sharding) for key, x in values.items()}
@@ -199,7 +199,7 @@ def _replaced(
 
 
 class _Run:
-  """The compiled parts of a layer; each compiles once for every kind of layer."""
+  """The compiled programs of a layer; each compiles once for every kind of layer."""
 
   def __init__(self, teacher: ModelConfig, student: ModelConfig, dtype: Any, mesh: Mesh):
     self.teacher, self.student, self.dtype, self.mesh = teacher, student, dtype, mesh
@@ -237,7 +237,7 @@ class _Run:
     return outs[0]
 
   def _attend(self, kinds, teacher, student, x_teacher, x_student, batch):
-    """(x_t + softmax attention, the student's features [B, T, F], moments)."""
+    """Returns (x_t + softmax attention(x_t), the student's features [B, T, F], moments for W_o)."""
     context = self._context(batch)
     attend = functools.partial(Block(self.teacher, kinds[0], self.dtype).apply, method="attend")
     attended, _ = attend({"params": teacher}, x_teacher, None, context)
@@ -248,7 +248,7 @@ class _Run:
     return target, features, _moments(features, missing, self._weights(target))
 
   def _feed(self, kind, teacher, student, target, x_student, features):
-    """(the teacher's stream behind the MLP, the student's before it, moments for what its MLP is to add)."""
+    """Returns (the teacher's stream behind its MLP, the student's before its MLP, moments for W_down)."""
     x_student = self._attended(kind, student, x_student, features)
     target = self._mlp(self.teacher, teacher, target)
     normed = self._norm(student, "post_attention_layernorm", x_student)
@@ -260,7 +260,7 @@ class _Run:
     return self._mlp(self.student, student, x_student)
 
   def _leave(self, kind, teacher, student, target, x_student, features):
-    """The streams behind a layer whose MLP stays."""
+    """The streams behind a layer whose MLP is kept."""
     x_student = self._attended(kind, student, x_student, features)
     return self._mlp(self.teacher, teacher, target), self._mlp(self.student, student, x_student)
 
@@ -274,7 +274,7 @@ class _Run:
     return x_student
 
   def _weights(self, stream):
-    """[B, T, 1]: what the norm that follows multiplies by."""
+    """The weight of each token, [B, T, 1]: the factor that the norm that follows applies."""
     stream = at_least_float32(stream)
     return jax.lax.rsqrt(jnp.mean(stream * stream, axis=-1, keepdims=True) + self.student.norm_eps)
 
@@ -282,7 +282,7 @@ class _Run:
     return Block(config, config.layers[0], self.dtype).apply({"params": layer}, x_BTD, method="feed")
 
   def _keep(self, kind, teacher, student, x_teacher, x_student, batch):
-    """The streams behind a layer that stays what it is."""
+    """The streams behind a layer that is the teacher's."""
     context = self._context(batch)
     blocks = ((self.teacher, teacher, x_teacher), (self.student, student, x_student))
     return [Block(c, kind, self.dtype).apply({"params": p}, x, None, context)[0] for c, p, x in blocks]
@@ -299,7 +299,7 @@ def _moments(features_BTF: jax.Array, y_BTD: jax.Array, weights_BT1: jax.Array) 
 
 
 class _Streams:
-  """Activations [rows, T, width] of this process on disk, a file a name and batch."""
+  """Activations [rows, T, width] of this process on disk, one file for each name and batch."""
 
   def __init__(self, directory: Path, mesh: Mesh):
     self._directory, self._mesh, self._spec = directory, mesh, PartitionSpec(BATCH_AXES)

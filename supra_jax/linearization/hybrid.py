@@ -1,7 +1,7 @@
 """Hybrids: the layers that stay softmax are those that bring an RNN nearest to its teacher.
 
-Each layer in turn is taken back from the teacher, attention and MLP, into the calibrated student, and the divergence
-of what comes out is measured. Below that layer nothing changes: only what is above it runs anew.
+Each layer in turn, attention and MLP, is replaced by the teacher's in the calibrated student, and KL(teacher || hybrid) is
+measured. Layers below it do not change, so that only the layers above it run anew.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ class Divergences(NamedTuple):
   """KL(teacher || model) in nats a token.
 
   Attributes:
-    tokens: on how many targets.
-    student: of the student itself.
-    by_layer: of the student with this layer taken back from the teacher.
+    tokens: number of targets that it was measured on.
+    student: divergence of the student itself.
+    by_layer: {layer: divergence of the student with the teacher's layer in its place}.
   """
 
   tokens: int
@@ -50,16 +50,16 @@ def layer_divergences(
   dtype: Any = jnp.float32,
   report: Report | None = None,
 ) -> Divergences:
-  """Takes back each layer whose mixer is no longer the teacher's; call it under `jax.set_mesh(mesh)`.
+  """Measures each layer whose mixer is not the teacher's. Call it under `jax.set_mesh(mesh)`.
 
   L layers cost about L / 2 forward passes, and 2 L unembeddings.
 
   Args:
     teacher, student: parameters, one subtree a layer, and config.
-    batches: this process' rows, "tokens" int32 [rows, T + 1], and "segment_ids" alike where documents are apart.
-    mesh: over which parameters and batches are cut.
-    dtype: of the computation.
-    report: told a batch's divergence after each layer.
+    batches: rows of this process, "tokens" int32 [rows, T + 1], and "segment_ids" alike if documents are kept apart.
+    mesh: mesh that cuts parameters and batches.
+    dtype: dtype of the computation.
+    report: called after each layer with the divergence on a batch.
 
   Raises:
     ValueError: there is no target.
@@ -84,14 +84,14 @@ def layer_divergences(
 
 
 def choose_softmax_layers(divergences: Divergences, count: int) -> list[int]:
-  """The layers, in order, that leave least divergence when each alone is taken back."""
+  """The layers, in order, whose replacement alone leaves the least divergence."""
   return sorted(sorted(divergences.by_layer, key=divergences.by_layer.__getitem__)[:count])
 
 
 def set_apart(batches: Sequence[Batch], tokens: int, mesh: Mesh) -> tuple[list[Batch], list[Batch]]:
-  """(batches to calibrate with, others to measure on: so many tokens, in rows that the mesh can cut).
+  """Cuts batches into (those to calibrate with, those to measure on: so many tokens, in rows that the mesh can cut).
 
-  On rows that it was calibrated with a student is far nearer to its teacher than on any others.
+  A student is far nearer to its teacher on rows that it was calibrated with than on others.
 
   Raises:
     ValueError: nothing would be left to calibrate with.
@@ -121,7 +121,7 @@ def table(kept: Mapping[str, Any]) -> str:
 
 
 def costs(config: ModelConfig) -> str:
-  """Layers of either kind, and what a sequence of 2k and 32k tokens asks for, its caches in bfloat16."""
+  """A line: the number of layers of either kind; state (keys and values in bfloat16) and work at 2k and 32k tokens."""
   growing = sum(mixer_class(mixer).GROWS for mixer in config.mixers)
   text = f"{config.num_layers - growing} RNN layers, {growing} softmax layers"
   for tokens in (2048, 32768):
@@ -133,7 +133,7 @@ def costs(config: ModelConfig) -> str:
 def _measurements(
   theirs: Model, ours: Model, changed: Sequence[int], batch: Mapping[str, jax.Array]
 ) -> Iterator[tuple[int | None, LossSums]]:
-  """Yields (layer taken back, divergence) in order, and last that of the student itself, of layer None."""
+  """Yields (layer, divergence with the teacher's layer in its place) in order; then (None, the student's divergence)."""
   layers = range(ours[0].config.num_layers)
   ends = [(model, _ends(params)) for model, params in (theirs, ours)]
   target, x_BTD = (_embed(*model, batch) for model in ends)
@@ -147,7 +147,7 @@ def _measurements(
 
 
 def _ends(params: Mapping[str, Any]) -> dict[str, Any]:
-  """What is below the layers and above them."""
+  """The parameters outside the layers: embedding, last norm, unembedding."""
   return {name: tree for name, tree in params.items() if not name.startswith("layers_")}
 
 
@@ -163,7 +163,7 @@ def _embed(model: Transformer, ends: Any, batch: Mapping[str, jax.Array]) -> jax
   return x_BTD
 
 
-# A program a kind of layer, not one a model: all layers have the same shapes.
+# One program for each kind of layer: all layers of a kind have the same shapes.
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _block(
   model: Transformer, layer: MixerConfig, params: Any, x_BTD: jax.Array, batch: Mapping[str, jax.Array]
