@@ -10,12 +10,12 @@ Then, with h_s the input of the MLP's last projection, the change of the teacher
 
   x_s' + h_s W_down = x_t' + MLP(x_t').
 
-The ridge keeps W_o small. If a mixer has several output projections, the ridge keeps small what is added to them: to the
-teacher's W_o, which a window's softmax attention would need if the window were the whole text, and to 0, with which the
-linear attention's projection begins.
+The ridge keeps W_o small. If a mixer has several output projections, the ridge keeps small what is added to them: to
+the teacher's W_o, which a window's softmax attention would need if the window were the whole text, and to 0, with which
+the linear attention's projection begins.
 
-Each token is weighted as the norm that follows weights it, by 1 / mean square of the teacher's stream. (Some tokens, the
-first of a text above all, have activations a thousand times those of others; unweighted they are nearly all that is
+Each token is weighted as the norm that follows weights it, by 1 / mean square of the teacher's stream. (Some tokens,
+the first of a text above all, have activations a thousand times those of others; unweighted they are nearly all that is
 fitted.) No gradient step is taken, and no parameter changes its shape. Memory does not grow with the text: the streams
 are kept on disk and read a batch at a time.
 """

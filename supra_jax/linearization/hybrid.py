@@ -1,7 +1,7 @@
 """Hybrids: the layers that stay softmax are those that bring an RNN nearest to its teacher.
 
-Each layer in turn, attention and MLP, is replaced by the teacher's in the calibrated student, and KL(teacher || hybrid) is
-measured. Layers below it do not change, so that only the layers above it run anew.
+Each layer in turn, attention and MLP, is replaced by the teacher's in the calibrated student, and KL(teacher || hybrid)
+is measured. Layers below it do not change, so that only the layers above it run anew.
 """
 
 from __future__ import annotations
@@ -133,7 +133,7 @@ def costs(config: ModelConfig) -> str:
 def _measurements(
   theirs: Model, ours: Model, changed: Sequence[int], batch: Mapping[str, jax.Array]
 ) -> Iterator[tuple[int | None, LossSums]]:
-  """Yields (layer, divergence with the teacher's layer in its place) in order; then (None, the student's divergence)."""
+  """Yields (layer, divergence with the teacher's layer in its place) in order, then (None, the student's)."""
   layers = range(ours[0].config.num_layers)
   ends = [(model, _ends(params)) for model, params in (theirs, ours)]
   target, x_BTD = (_embed(*model, batch) for model in ends)

@@ -7,11 +7,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-# The best of what was tried with SmolLM2 on 8k tokens; see BUILD_NOTES.md.
+# The best of the ridges tried with SmolLM2 on 8k tokens; see benchmarks/RESULTS.md.
 RIDGE = 4000.0
-
-
-# Of it for projections kept near the teacher's own, which are right to begin with and take less.
+# Fraction of RIDGE used for projections that are regularised towards the teacher's.
 PRIOR_RIDGE = 0.25
 
 
@@ -19,10 +17,10 @@ class Moments(NamedTuple):
   """Sums over tokens for a regression of y [D] on features a [F]; the last feature is a constant 1.
 
   Attributes:
-    gram: [F + 1, F + 1], of w a a^T, w being a token's weight.
-    cross: [F + 1, D], of w a y^T.
-    energy: of w |y|^2.
-    tokens: how many.
+    gram: [F + 1, F + 1], sum of w a a^T, w being a token's weight.
+    cross: [F + 1, D], sum of w a y^T.
+    energy: sum of w |y|^2.
+    tokens: number of tokens.
   """
 
   gram: Any
