@@ -113,17 +113,6 @@ def _unmet(hint: Any, value: Any) -> str | None:
   return f"={value!r}: wanted {', '.join(wanted)}{''.join(remarks)}"
 
 
-def check_choices(config: Any) -> None:
-  """`check`, for a config whose fields are named after its class."""
-  check(config, type(config).__name__)
-
-
-def check_positive(config: Any, *names: str) -> None:
-  for name in names:
-    if not 0 < getattr(config, name) < math.inf:
-      raise ValueError(f"{type(config).__name__}.{name}={getattr(config, name)!r}: wanted a positive finite number.")
-
-
 def from_mapping(cls: type, values: Any, path: str) -> Any:
   """Builds a config dataclass, nested ones included, from plain values.
 

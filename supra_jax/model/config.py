@@ -6,10 +6,10 @@ import dataclasses
 import json
 import typing
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from supra_jax.core.plain_json import to_json
-from supra_jax.core.schema import check_choices, check_positive, from_mapping
+from supra_jax.core.schema import POSITIVE, check, from_mapping
 from supra_jax.model.registry import MixerConfig, mixer_class
 
 NormKind = Literal["rms_norm", "layer_norm", "layer_norm_gain"]
@@ -36,23 +36,20 @@ class RopeConfig:
     attention_factor: `yarn` multiplies q and k by it.
   """
 
-  base: float = 10_000.0
+  base: Annotated[float, POSITIVE] = 10_000.0
   scaling: RopeScaling = "none"
-  factor: float = 1.0
-  low_freq_factor: float = 1.0
+  factor: Annotated[float, POSITIVE] = 1.0
+  low_freq_factor: Annotated[float, POSITIVE] = 1.0
   high_freq_factor: float = 4.0
-  original_max_positions: int = 8192
+  original_max_positions: Annotated[int, POSITIVE] = 8192
   kind: RopeKind = "half"
-  beta_fast: float = 32.0
-  beta_slow: float = 1.0
+  beta_fast: Annotated[float, POSITIVE] = 32.0
+  beta_slow: Annotated[float, POSITIVE] = 1.0
   truncate: bool = True
-  attention_factor: float = 1.0
+  attention_factor: Annotated[float, POSITIVE] = 1.0
 
   def __post_init__(self):
-    check_choices(self)
-    check_positive(
-      self, "base", "factor", "low_freq_factor", "original_max_positions", "beta_fast", "beta_slow", "attention_factor"
-    )
+    check(self, type(self).__name__)
     if self.scaling == "llama3" and not self.high_freq_factor > self.low_freq_factor:
       raise ValueError(
         f"RopeConfig: llama3 scaling wants high_freq_factor > low_freq_factor, got {self.high_freq_factor} and "
@@ -90,20 +87,20 @@ class ModelConfig:
     bos_token_id, eos_token_ids: what starts a text and what ends one.
   """
 
-  vocab_size: int
-  hidden_size: int
-  intermediate_size: int
-  num_heads: int
-  num_kv_heads: int
-  head_dim: int
+  vocab_size: Annotated[int, POSITIVE]
+  hidden_size: Annotated[int, POSITIVE]
+  intermediate_size: Annotated[int, POSITIVE]
+  num_heads: Annotated[int, POSITIVE]
+  num_kv_heads: Annotated[int, POSITIVE]
+  head_dim: Annotated[int, POSITIVE]
   layers: tuple[MixerConfig, ...]
-  value_head_dim: int | None = None
+  value_head_dim: Annotated[int, POSITIVE] | None = None
   norm: NormKind = "rms_norm"
-  norm_eps: float = 1e-5
+  norm_eps: Annotated[float, POSITIVE] = 1e-5
   rope: RopeConfig = RopeConfig()
   qk_norm: QKNorm = "none"
   post_embed_norm: bool = False
-  sliding_window: int | None = None
+  sliding_window: Annotated[int, POSITIVE] | None = None
   tie_embeddings: bool = False
   qkv_bias: bool = False
   output_bias: bool = False
@@ -113,13 +110,7 @@ class ModelConfig:
   eos_token_ids: tuple[int, ...] = ()
 
   def __post_init__(self):
-    check_choices(self)
-    check_positive(
-      self, "vocab_size", "hidden_size", "intermediate_size", "num_heads", "num_kv_heads", "head_dim", "value_width"
-    )
-    check_positive(self, "norm_eps")
-    if self.sliding_window is not None:
-      check_positive(self, "sliding_window")
+    check(self, type(self).__name__)
     if self.num_heads % self.num_kv_heads:
       raise ValueError(f"ModelConfig: num_kv_heads={self.num_kv_heads} does not divide num_heads={self.num_heads}.")
     if self.head_dim % 2 and self.rope.kind != "none":

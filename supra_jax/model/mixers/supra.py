@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import flax
 import flax.linen as nn
@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kernels_pallas import context_parallel, linear_attention, linear_attention_step
-from supra_jax.core.schema import check_choices, check_positive
+from supra_jax.core.schema import POSITIVE, AtMost, check
 from supra_jax.core.sharding import TIME_AXIS, current_time_shards, per_device
 from supra_jax.model.config import ModelConfig
 from supra_jax.model.feature_maps import FeatureMapKind, feature_map_flops, make_feature_maps
@@ -45,17 +45,11 @@ class SupraConfig(MixerConfig):
 
   feature_map: FeatureMapKind = "dense"
   decay: Decay = "lightning"
-  decay_start: float | None = None
+  decay_start: Annotated[float, POSITIVE, AtMost(_LARGEST_SLOPE), "a slope that float32 can hold"] | None = None
   qk_norm: bool = False
 
   def __post_init__(self):
-    check_choices(self)
-    if self.decay_start is not None:
-      check_positive(self, "decay_start")
-      if self.decay_start > _LARGEST_SLOPE:
-        raise ValueError(
-          f"{type(self).__name__}.decay_start={self.decay_start!r}: wanted a slope that float32 can hold."
-        )
+    check(self, type(self).__name__)
 
 
 @flax.struct.dataclass

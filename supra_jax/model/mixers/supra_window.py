@@ -5,14 +5,14 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import flax
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from supra_jax.core.schema import check_positive
+from supra_jax.core.schema import POSITIVE, AtLeast
 from supra_jax.model.config import ModelConfig
 from supra_jax.model.layers import Dense
 from supra_jax.model.mixers.base import Axes, Context, side_by_side
@@ -31,14 +31,8 @@ class WindowConfig(SupraConfig):
       2309.17453). One does nearly as well as four.
   """
 
-  window: int = 64
-  sinks: int = 4
-
-  def __post_init__(self):
-    super().__post_init__()
-    check_positive(self, "window")
-    if self.sinks < 0:
-      raise ValueError(f"{type(self).__name__}.sinks={self.sinks}: wanted 0 or more.")
+  window: Annotated[int, POSITIVE] = 64
+  sinks: Annotated[int, AtLeast(0)] = 4
 
 
 @flax.struct.dataclass
