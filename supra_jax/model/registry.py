@@ -6,10 +6,7 @@ import dataclasses
 import importlib
 import re
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
-
-if TYPE_CHECKING:
-  from supra_jax.model.mixers.base import Mixer
+from typing import Any, ClassVar, TypeVar
 
 # Name -> the module that registers it.
 _MODULES = {
@@ -17,9 +14,9 @@ _MODULES = {
   "supra": "supra_jax.model.mixers.supra",
   "supra_window": "supra_jax.model.mixers.supra_window",
 }
-_CLASSES: dict[str, type[Mixer]] = {}
+_CLASSES: dict[str, Any] = {}
 
-_Class = TypeVar("_Class", bound="type[Mixer]")
+_Class = TypeVar("_Class", bound=type)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,11 +31,18 @@ class MixerConfig:
 
 
 def register(name: str) -> Callable[[_Class], _Class]:
-  """Class decorator: enters a mixer under its name, and writes the name into its `Config`."""
+  """Class decorator: enters a mixer under its name, and writes the name into its `Config`.
+
+  Raises:
+    ValueError: the mixer's `Config` is that of another mixer.
+  """
 
   def enter(mixer: _Class) -> _Class:
-    mixer.Config.mixer = name
-    _CLASSES[name] = mixer
+    cls: Any = mixer
+    if vars(cls.Config).get("mixer", name) != name:
+      raise ValueError(f"{cls.__name__}.Config is that of the mixer {cls.Config.mixer!r}: wanted a class of its own.")
+    cls.Config.mixer = name
+    _CLASSES[name] = cls
     return mixer
 
   return enter
@@ -49,7 +53,7 @@ def mixer_names() -> tuple[str, ...]:
   return tuple(dict.fromkeys([*_MODULES, *_CLASSES]))
 
 
-def mixer_class(name: str) -> type[Mixer]:
+def mixer_class(name: str) -> Any:
   """The mixer of that name; imports its module the first time.
 
   Raises:
@@ -62,7 +66,7 @@ def mixer_class(name: str) -> type[Mixer]:
   return _CLASSES[name]
 
 
-def mixer_classes() -> tuple[type[Mixer], ...]:
+def mixer_classes() -> tuple[Any, ...]:
   """All mixers."""
   return tuple(mixer_class(name) for name in mixer_names())
 
