@@ -16,7 +16,7 @@ import numbers
 import sys
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from typing import Annotated, Any, Literal
 
 
@@ -113,6 +113,15 @@ def _unmet(hint: Any, value: Any) -> str | None:
   return f"={value!r}: wanted {', '.join(wanted)}{''.join(remarks)}"
 
 
+def check_keys(values: Any, known: Set[str], required: Set[str], path: str) -> None:
+  """Raises ValueError when values are no mapping, or have a key that is not known, or lack one."""
+  if not isinstance(values, Mapping):
+    raise ValueError(f"{path}: wanted an object, got {values!r}.")
+  unknown, missing = sorted(values.keys() - known), sorted(required - values.keys())
+  if unknown or missing:
+    raise ValueError(f"{path}: unknown keys {unknown}, missing keys {missing}.")
+
+
 def from_mapping(cls: type, values: Any, path: str) -> Any:
   """Builds a config dataclass, nested ones included, from plain values.
 
@@ -124,14 +133,8 @@ def from_mapping(cls: type, values: Any, path: str) -> Any:
   Raises:
     ValueError: a key is unknown or missing, or a value has the wrong type, by name.
   """
-  if not isinstance(values, Mapping):
-    raise ValueError(f"{path}: wanted an object, got {values!r}.")
-  hints = typing.get_type_hints(cls)
-  unknown = sorted(set(values) - set(hints))
-  required = {f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING}
-  missing = sorted(required - set(values))
-  if unknown or missing:
-    raise ValueError(f"{path}: unknown keys {unknown}, missing keys {missing}.")
+  fields, hints = dataclasses.fields(cls), typing.get_type_hints(cls)
+  check_keys(values, {f.name for f in fields}, {f.name for f in fields if f.default is dataclasses.MISSING}, path)
   return cls(**{name: _convert(hints[name], value, f"{path}: {name}") for name, value in values.items()})
 
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 from supra_jax.core.plain_json import to_json
-from supra_jax.core.schema import POSITIVE, check, from_mapping
+from supra_jax.core.schema import POSITIVE, check, check_keys, from_mapping
 from supra_jax.model.registry import MixerConfig, mixer_class
 
 NormKind = Literal["rms_norm", "layer_norm", "layer_norm_gain"]
@@ -118,7 +118,7 @@ class ModelConfig:
     if not self.layers:
       raise ValueError("ModelConfig: layers is empty; give one mixer's config a layer.")
     for layer in self.layers:
-      if not isinstance(layer, MixerConfig):
+      if not isinstance(layer, MixerConfig) or not hasattr(layer, "mixer"):
         raise ValueError(f"ModelConfig.layers holds {layer!r}: wanted a mixer's config, such as layer('softmax').")
 
   @property
@@ -163,14 +163,14 @@ class ModelConfig:
     Raises:
       ValueError: a key is unknown or missing, or a value has the wrong type, by name.
     """
-    if isinstance(values, Mapping) and "layers" not in values:
-      values = dict(values)
-      labels, configs = values.pop("mixers", None), values.pop("mixer_configs", None)
-      if not isinstance(labels, list | tuple) or not all(isinstance(label, str) for label in labels):
-        raise ValueError(f"{path}: mixers: wanted a list of names, got {labels!r}.")
-      old = configs is None
-      values["layers"] = _layers(labels, values.pop("supra", {}) if old else configs, path, old=old)
-    return typing.cast(ModelConfig, from_mapping(cls, values, path))
+    old = isinstance(values, Mapping) and "mixer_configs" not in values
+    key = "supra" if old else "mixer_configs"
+    fields = {field.name: field.default for field in dataclasses.fields(cls) if field.name != "layers"}
+    required = {name for name, default in fields.items() if default is dataclasses.MISSING} | {"mixers"}
+    check_keys(values, fields.keys() | {"mixers", key}, required, path)
+    rest = {name: value for name, value in values.items() if name in fields}
+    rest["layers"] = _layers(values["mixers"], values.get(key, {}), path, old=old)
+    return typing.cast(ModelConfig, from_mapping(cls, rest, path))
 
 
 def _labels(layers: Sequence[MixerConfig]) -> dict[MixerConfig, str]:
@@ -182,14 +182,16 @@ def _labels(layers: Sequence[MixerConfig]) -> dict[MixerConfig, str]:
   return labels
 
 
-def _layers(labels: Sequence[str], configs: Any, path: str, *, old: bool) -> tuple[MixerConfig, ...]:
+def _layers(labels: Any, configs: Any, path: str, *, old: bool) -> tuple[MixerConfig, ...]:
   """The config of each layer, from the labels and what config.json says of them."""
+  if not isinstance(labels, list | tuple) or not all(isinstance(label, str) for label in labels):
+    raise ValueError(f"{path}: mixers: wanted a list of names, got {labels!r}.")
   if not isinstance(configs, Mapping):
     raise ValueError(f"{path}: {'supra' if old else 'mixer_configs'}: wanted an object, got {configs!r}.")
   made: dict[str, MixerConfig] = {}
   for label in dict.fromkeys(labels):
     try:
-      config = mixer_class(label.partition(".")[0]).Config
+      config = mixer_class(label if old else label.partition(".")[0]).Config
     except ValueError as error:
       raise ValueError(f"{path}: mixers: {error}") from error
     if old:

@@ -6,9 +6,9 @@ import jax.numpy as jnp
 import pytest
 from jax.extend import core
 
-from supra_jax.model import config, presets
 from supra_jax.model import costs as flops
-from supra_jax.model.registry import layers
+from supra_jax.model import presets
+from supra_jax.model.registry import layer, layers
 from supra_jax.model.transformer import Transformer
 
 TIME = 12
@@ -46,8 +46,8 @@ class TestFlops:
     [
       {},
       {"num_kv_heads": 6},
-      {"tie_embeddings": True, "supra": config.SupraConfig("per_head", qk_norm=True)},
-      {"supra": config.SupraConfig("per_head_separate")},
+      {"tie_embeddings": True, "layers": layers(("supra",) * 2, feature_map="per_head", qk_norm=True)},
+      {"layers": layers(("supra",) * 2, feature_map="per_head_separate")},
     ],
   )
   def test_supra_forward_is_what_the_model_multiplies(self, changes):
@@ -97,6 +97,14 @@ class TestFlops:
       for mixers in (("softmax", "supra"), ("softmax",) * 2, ("supra",) * 2)
     )
     assert 2 * both == softmax + supra
+
+  def test_layers_of_one_mixer_that_differ_add_up(self):
+    configs = layer("supra_window", window=2), layer("supra_window", window=9, feature_map="per_head")
+    mixed, *each = (
+      flops.train_flops_per_token(SMALL.replace(layers=chosen), TIME)
+      for chosen in (configs, configs[:1] * 2, configs[1:] * 2)
+    )
+    assert 2 * mixed == pytest.approx(sum(each), rel=1e-12) and each[0] != each[1]
 
   def test_no_token(self):
     with pytest.raises(ValueError, match="sequence_length=0"):
