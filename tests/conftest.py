@@ -1,40 +1,33 @@
 import functools
+import os
+import shutil
+import tempfile
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-# Real models, real processes, 7B compiled, many programs: half of the time of all tests. CI runs them on one of its two
-# Pythons.
-HEAVY = {
-  "test_bucket",
-  "test_calibrate",
-  "test_export_torch",
-  "test_faults",
-  "test_finite",
-  "test_fuzz",
-  "test_generate",
-  "test_hybrid",
-  "test_layer_losses",
-  "test_notebooks",
-  "test_peers",
-  "test_plan",
-  "test_processes",
-  "test_sharded",
-  "test_smollm2",
-  "test_streaming",
-  "test_train",
-  "test_window",
-  "test_x64",
-}
+# Nearly all of the time of these tests is compilation, and most of that is MLIR's, which XLA's older emitters for CPUs
+# do without. Releases after 0.10 have no others, and refuse the flag; so both are tested.
+if jax.__version_info__ < (0, 11):
+  os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_use_fusion_emitters=false".strip()
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items):
-  for item in items:
-    if item.path.stem in HEAVY:
-      item.add_marker(pytest.mark.heavy)
+def pytest_configure(config):
+  """One cache of compiled programs for a run of tests, its workers and all processes that they start."""
+  if hasattr(config, "workerinput"):
+    return  # A worker finds the controller's in its environment.
+  config.programs = tempfile.mkdtemp(prefix="supra_jax_programs_")
+  names = {"jax_compilation_cache_dir": config.programs, "jax_persistent_cache_min_compile_time_secs": 0}
+  for name, value in names.items():
+    jax.config.update(name, value)
+    os.environ[name.upper()] = str(value)
+
+
+def pytest_unconfigure(config):
+  if programs := getattr(config, "programs", None):
+    shutil.rmtree(programs, ignore_errors=True)
 
 
 # Accelerators multiply float32 with fewer bits unless told otherwise; here float32 means float32.

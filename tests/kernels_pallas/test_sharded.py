@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import runs
+
 ROOT = Path(__file__).parents[2]
 ALL = ("initial_state", "segment_ids", "lengths")
 # Name -> mesh, implementation, tokens, groups of keys and values, options.
@@ -59,7 +61,7 @@ for name, (sizes, implementation, tokens, groups, given) in json.loads(sys.argv[
 
 @pytest.fixture(scope="module")
 def done():
-  environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+  environment = os.environ | runs.devices_environment(8)
   command = [sys.executable, "-c", INSIDE, json.dumps(CASES)]
   ran = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
   assert ran.returncode == 0, ran.stderr

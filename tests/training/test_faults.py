@@ -28,12 +28,6 @@ STEPS, BATCH = 300, 4
 SMALL = 100_000
 
 
-@pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory) -> Path:
-  with runs.compiled_once(tmp_path_factory.mktemp("programs")) as directory:
-    yield directory
-
-
 @pytest.fixture(scope="module")
 def start(tmp_path_factory) -> Path:
   # Wide, so that one array alone has more than SMALL bytes: Orbax spreads arrays over files as time has it.
@@ -74,16 +68,16 @@ def assert_same_run(workdir: Path, whole: Path) -> None:
   assert runs.positions(workdir) == {step: step * BATCH for step in runs.positions(workdir)}
 
 
-def test_killed_and_terminated_it_goes_on_bit_for_bit(config, whole, cache, tmp_path):
+def test_killed_and_terminated_it_goes_on_bit_for_bit(config, whole, tmp_path):
   workdir = tmp_path / "run"
-  run = runs.Run(config, workdir, cache=cache)
+  run = runs.Run(config, workdir)
   run.until((workdir / "training" / "50").exists)
   run.send(signal.SIGKILL)
   assert run.wait() == [-signal.SIGKILL]
   assert max(losses(workdir)) < STEPS and not (workdir / "checkpoint").exists()
 
   last = max(losses(workdir))
-  run = runs.Run(config, workdir, cache=cache)
+  run = runs.Run(config, workdir)
   run.until(lambda: max(losses(workdir)) > last + 10)
   run.send(signal.SIGTERM)
   run.until(lambda: "SIGTERM: saved" in run.said, 25)  # clusters give 30 seconds
@@ -91,15 +85,15 @@ def test_killed_and_terminated_it_goes_on_bit_for_bit(config, whole, cache, tmp_
   (stopped,) = re.findall(r"SIGTERM: saved after step (\d+) of 300", said)
   assert max(runs.positions(workdir)) == max(losses(workdir)) == int(stopped) < STEPS
 
-  runs.Run(config, workdir, cache=cache).finish()
+  runs.Run(config, workdir).finish()
   assert_same_run(workdir, whole)
 
 
-def test_two_processes_stop_together(config, cache, tmp_path):
+def test_two_processes_stop_together(config, tmp_path):
   config = dataclasses.replace(config, num_steps=100_000, save_every=0, mesh="data:2")
   stopped = []
   for which in ((1,), (0, 1)):
-    run = runs.Run(config, tmp_path / "run", processes=2, cache=cache)
+    run = runs.Run(config, tmp_path / "run", processes=2)
     run.until_step(tmp_path / "run", 5 + sum(stopped))
     run.send(signal.SIGTERM, *which)
     said = run.finish(60)
@@ -109,18 +103,18 @@ def test_two_processes_stop_together(config, cache, tmp_path):
     assert max(runs.positions(tmp_path / "run").items()) == (stopped[-1], stopped[-1] * BATCH)
 
   # What was stopped twice is what was never stopped.
-  run = runs.Run(config, tmp_path / "whole", processes=2, cache=cache)
+  run = runs.Run(config, tmp_path / "whole", processes=2)
   run.until_step(tmp_path / "whole", stopped[-1])
   run.send(signal.SIGKILL)
   run.wait()
   assert losses(tmp_path / "run") == {s: x for s, x in losses(tmp_path / "whole").items() if s <= stopped[-1]}
 
 
-def test_one_process_that_fails_ends_the_others(config, whole, cache, tmp_path):
+def test_one_process_that_fails_ends_the_others(config, whole, tmp_path):
   workdir = tmp_path / "run"
   shutil.copytree(whole / "data", workdir / "data")
   _flip(_rows_file(workdir), 100)
-  run = runs.Run(dataclasses.replace(config, save_every=0), workdir, processes=2, cache=cache)
+  run = runs.Run(dataclasses.replace(config, save_every=0), workdir, processes=2)
   assert 0 not in run.wait(100)
   assert "Process" in run.said and f"{workdir}/data/train" in run.said
 
@@ -181,9 +175,9 @@ def _small_files():
     resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def test_a_full_disk_costs_a_checkpoint_not_the_run(config, whole, cache, tmp_path):
+def test_a_full_disk_costs_a_checkpoint_not_the_run(config, whole, tmp_path):
   workdir = tmp_path / "run"
-  run = runs.Run(config, workdir, cache=cache)
+  run = runs.Run(config, workdir)
   run.until((workdir / "training" / "50").exists)
   (child,) = run.processes
   unlimited = resource.prlimit(child.pid, resource.RLIMIT_FSIZE)

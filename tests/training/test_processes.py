@@ -155,7 +155,7 @@ print(json.dumps({
 @pytest.fixture(scope="module")
 def inside(configured) -> dict:
   config = json.dumps(dataclasses.asdict(configured(mesh="fsdp:8")))
-  environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+  environment = os.environ | runs.devices_environment(8)
   command = [sys.executable, "-c", INSIDE, config]
   ran = subprocess.run(command, cwd=runs.ROOT, env=environment, capture_output=True, text=True)
   assert ran.returncode == 0, ran.stderr

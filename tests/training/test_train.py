@@ -29,11 +29,7 @@ from supra_jax.training import loop as train
 from supra_jax.training import setup as train_setup
 from supra_jax.training.metrics import read_metrics
 
-
-@pytest.fixture(scope="module", autouse=True)
-def cache(quick_compilation, tmp_path_factory) -> Path:
-  with runs.compiled_once(tmp_path_factory.mktemp("programs")) as directory:
-    yield directory
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 @pytest.fixture(scope="module")
@@ -165,9 +161,9 @@ def test_a_trace_is_left(start, text, tmp_path):
   assert [path for path in (tmp_path / "profile").rglob("*") if path.suffix in (".pb", ".gz")]
 
 
-def test_overrides_and_errors_of_the_binary(start, text, tmp_path, cache):
+def test_overrides_and_errors_of_the_binary(start, text, tmp_path):
   config = make_config(start, text, num_steps=2)
-  good = runs.Run(config, tmp_path / "a", "--config.optimizer.learning_rate=0.25", cache=cache)
+  good = runs.Run(config, tmp_path / "a", "--config.optimizer.learning_rate=0.25")
   assert "Held-out loss" in good.finish()
   assert json.loads((tmp_path / "a" / train.CONFIG_FILE).read_text())["optimizer"]["learning_rate"] == 0.25
   (record,) = map(json.loads, (tmp_path / "a" / "runs.jsonl").read_text().splitlines())
