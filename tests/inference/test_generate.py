@@ -17,6 +17,7 @@ from supra_jax.experiments import tiny
 from supra_jax.inference import decode as generate
 from supra_jax.inference.decode import generate_tokens
 from supra_jax.inference.sampling import Sampling, sample
+from tests.support import programs
 
 
 @pytest.fixture(scope="module")
@@ -131,6 +132,6 @@ def test_text_streams_from_the_binary(models, tmp_path):
     [*command, "--max_new_tokens=12", "--temperature=0"], cwd=root, capture_output=True, text=True, check=True
   )
   assert result.stdout == "The name" + models["supra"].generate("The name", max_new_tokens=12) + "\n"
-  missing = subprocess.run([*command, f"--checkpoint={tmp_path}/no"], cwd=root, capture_output=True, text=True)
+  missing = programs.run("supra_jax.bin.generate", f"--checkpoint={tmp_path}/no", "--prompt=The name")
   assert missing.returncode == 1
   assert "is not a supra_jax model" in missing.stderr and "Traceback" not in missing.stderr

@@ -25,6 +25,7 @@ from supra_jax.training.compiled import Memory, Traffic
 from supra_jax.training.config import TrainConfig
 from supra_jax.training.setup import model_shapes
 from tests.model.test_flops import products
+from tests.support import programs
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = sorted(path.stem for path in (ROOT / "configs").glob("*.py"))
@@ -218,7 +219,7 @@ class TestOutput:
     ],
   )
   def test_bad_input(self, flags, message):
-    done = child("supra_jax.bin.plan", "--config=configs/tiny.py", *flags)
+    done = programs.run("supra_jax.bin.plan", f"--config={ROOT / 'configs' / 'tiny.py'}", *flags)
     assert done.returncode == 1
     assert re.fullmatch(message, done.stderr)
 

@@ -6,7 +6,6 @@ import dataclasses
 import json
 import re
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -28,6 +27,7 @@ from supra_jax.storage.model_directory import load_model, save_model
 from supra_jax.training import loop as train
 from supra_jax.training import setup as train_setup
 from supra_jax.training.metrics import read_metrics
+from tests.support import programs
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -147,8 +147,8 @@ def test_microbatches_are_the_same_step(start, text, tmp_path):
 
 def test_prepared_sources_train_as_well(start, text, tmp_path):
   flags = [f"--input={text}", f"--tokenizer={start}", f"--output={tmp_path / 'data'}", "--sequence_length=64"]
-  command = [sys.executable, "-m", "supra_jax.bin.prepare_data", *flags, "--heldout_every=6"]
-  subprocess.run(command, cwd=runs.ROOT, check=True, capture_output=True)
+  done = programs.run("supra_jax.bin.prepare_data", *flags, "--heldout_every=6")
+  assert done.returncode == 0, done.stderr
   train.train(make_config(start, text, num_steps=3), tmp_path / "packed_itself")
   prepared = {"input": "", "sources": f"{tmp_path / 'data/train'}:1", "heldout": str(tmp_path / "data/heldout")}
   train.train(make_config(start, text, num_steps=3, data=prepared), tmp_path / "prepared")
@@ -174,9 +174,9 @@ def test_overrides_and_errors_of_the_binary(start, text, tmp_path):
     "--config.batch_size=many": "batch_size",  # wrong type
     "--config.data.input=" + str(tmp_path / "no*.txt"): "no*.txt",
   }
-  begun = {flag: runs.Run(config, tmp_path / f"b{number}", flag) for number, flag in enumerate(cases)}
-  for flag, run in begun.items():
-    assert run.wait() == [1] and cases[flag] in run.said and "Traceback" not in run.said, (flag, run.said)
+  for flag, named in cases.items():
+    done = programs.run("supra_jax.bin.train", f"--config={tmp_path / 'a_recipe.py'}", f"--workdir={tmp_path}/b", flag)
+    assert done.returncode == 1 and named in done.stderr, (flag, done.stderr)
 
 
 @pytest.mark.parametrize(
