@@ -69,7 +69,9 @@ def forgotten_programs():
 
 @pytest.fixture(scope="module")
 def quick_compilation():
-  """For tests of programs that run once or twice: nearly all of their time is compilation."""
+  """For tests of programs that run once or twice, here or in processes that are started: most of it is compilation."""
   jax.config.update("jax_disable_most_optimizations", True)
+  os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
   yield
   jax.config.update("jax_disable_most_optimizations", False)
+  del os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"]

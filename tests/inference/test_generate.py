@@ -19,6 +19,8 @@ from supra_jax.inference.decode import generate_tokens
 from supra_jax.inference.sampling import Sampling, sample
 from tests.support import programs
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):

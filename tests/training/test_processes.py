@@ -21,18 +21,12 @@ from supra_jax.experiments import tiny
 from supra_jax.model.adapters import AdapterConfig
 from supra_jax.training.loop import train
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 STEPS, BATCH = 20, 16
 # float32, and Adam's first steps at 1e-3 make little of a lot: what was measured is 3e-6.
 CLOSE = 1e-5
 CUBE = "data:2,fsdp:2,tensor:2"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _quick(quick_compilation):
-  """The same for the processes that are started: nearly all of their time is compilation."""
-  os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
-  yield
-  del os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"]
 
 
 @pytest.fixture(scope="module")
