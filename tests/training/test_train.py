@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gzip
 import json
 import re
 import shutil
@@ -157,8 +158,15 @@ def test_prepared_sources_train_as_well(start, text, tmp_path):
 
 
 def test_a_trace_is_left(start, text, tmp_path):
-  train.train(make_config(start, text, num_steps=5), tmp_path, profile_steps=1)
-  assert [path for path in (tmp_path / "profile").rglob("*") if path.suffix in (".pb", ".gz")]
+  train.train(make_config(start, text, num_steps=6), tmp_path, profile_steps=2)
+  (path,) = (tmp_path / "profile").rglob("*.trace.json.gz")
+  events = json.loads(gzip.decompress(path.read_bytes()))["traceEvents"]
+  calls = sorted((e["ts"], e["ts"] + e["dur"]) for e in events if e.get("name", "").startswith("PjitFunction(step)"))
+  # A call is told by two layers of jax, one within the other.
+  outermost = [span for i, span in enumerate(calls) if all(span[0] >= end for _, end in calls[:i])]
+  assert len(outermost) == 2
+  # And what was computed in them, which is most of what is traced.
+  assert sum(span[0] <= e["ts"] <= span[1] for e in events if "ts" in e for span in outermost) > 100
 
 
 def test_overrides_and_errors_of_the_binary(start, text, tmp_path):
