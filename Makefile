@@ -27,7 +27,7 @@ help:
 demo: $(VENV)/.demo
 	GLIBC_TUNABLES=glibc.malloc.hugetlb=1 $(BIN)/python -m supra_jax.bin.demo --workdir=$(WORKDIR)
 
-PYTEST := $(BIN)/python -m pytest --numprocesses=auto --dist=loadfile
+PYTEST := $(BIN)/python -m pytest --numprocesses=auto --dist=loadfile --no-loadscope-reorder
 
 test: lint
 	$(PYTEST) $(PYTEST_FLAGS)

@@ -14,6 +14,14 @@ if jax.__version_info__ < (0, 11):
   os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_use_fusion_emitters=false".strip()
 
 
+# Each takes minutes: begun last, one of them would keep one worker busy and all others waiting.
+FIRST = ("test_smollm2", "test_faults", "test_processes", "test_train")
+
+
+def pytest_collection_modifyitems(items):
+  items.sort(key=lambda item: item.path.stem not in FIRST)
+
+
 def pytest_configure(config):
   """One cache of compiled programs for a run of tests, its workers and all processes that they start."""
   if hasattr(config, "workerinput"):

@@ -19,6 +19,7 @@ def recipe():
   delattr(flags.FLAGS, "recipe")
 
 
+@pytest.mark.compat
 @pytest.mark.parametrize(
   "option, fragments",
   [
@@ -41,6 +42,7 @@ def test_not_for_this_to_say(recipe, options):
   assert unknown_option(["train", recipe, "--workdir=x", *options]) is None
 
 
+@pytest.mark.compat
 def test_the_program(tmp_path):
   recipe = ROOT / "configs" / "tiny.py"
   flags = [f"--config={recipe}", f"--workdir={tmp_path}", "--config.optimizer.lr=1e-4"]

@@ -114,6 +114,7 @@ EVERYTHING = tiny().replace(
 )
 
 
+@pytest.mark.compat
 def test_everything_there_and_back(random_params, tmp_path):
   first = save(tmp_path / "first", EVERYTHING, random_params(EVERYTHING), TOKENIZER)
   exported, second = there_and_back(first, tmp_path)
@@ -362,6 +363,7 @@ def test_arguments(model, tmp_path):
   assert [path.name for path in tmp_path.rglob("*")] == ["out", "precious"]
 
 
+@pytest.mark.compat
 def test_program_and_a_file_that_cannot_be_written(model, tmp_path):
   command = ["convert_weights.orbax_to_hf", f"--source={model}", f"--output={tmp_path / 'out'}"]
   done = programs.run(*command, "--dtype=bfloat16")

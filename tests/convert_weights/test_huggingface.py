@@ -287,6 +287,7 @@ def test_program_with_a_tokenizer_from_elsewhere(tmp_path):
   assert load_model(tmp_path / "out").tokenizer_files["tokenizer.json"] == TOKENIZER["tokenizer.json"]
 
 
+@pytest.mark.compat
 def test_program(tmp_path):
   source = copy_case("mistral_gqa", tmp_path / "source")
   command = ["convert_weights.hf_to_orbax", f"--source={source}", f"--output={tmp_path / 'out'}"]
@@ -301,6 +302,7 @@ def test_program(tmp_path):
   assert not (tmp_path / "other").exists()
 
 
+@pytest.mark.compat
 def test_an_imported_main_finds_its_flags(tmp_path):
   """Of a caller who parses them, as for a program of their own that converts, exports and compares."""
   source = copy_case("mistral_gqa", tmp_path / "source")

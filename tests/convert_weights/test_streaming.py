@@ -10,11 +10,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import random_checkpoint
 from safetensors.numpy import load_file
 from tiny_checkpoints import check_parameters, copy_case
 
-from benchmarks import runs
+from benchmarks import random_checkpoint, runs
 from convert_weights.hf_to_orbax import convert
 from supra_jax.core.files import temporary_directory
 from supra_jax.storage.model_directory import load_model

@@ -141,6 +141,7 @@ class TestRows:
     assert rows(tmp_path / "out/train")[0, 0] == 100_000 + ord("s")
 
 
+@pytest.mark.compat
 def test_same_bytes_whatever_the_workers(tmp_path, text, small_pieces):
   alone = prepare(text, tmp_path / "alone", **OPTIONS)
   prepare(text, tmp_path / "two", workers=2, **OPTIONS)
@@ -352,6 +353,7 @@ def test_progress_away_from_a_terminal(capsys):
   assert err.startswith("packing, 60% of the input, 3.00k tokens, ") and err.endswith("tokens/s, 00:00 left\n")
 
 
+@pytest.mark.compat
 def test_the_program(tmp_path, text):
   from supra_jax.experiments import tiny
 

@@ -47,6 +47,7 @@ def test_greedy_is_the_argmax_of_the_whole_text(models, kind, prompt_length, mon
   assert np.asarray(logits[0, prompt_length - 1 : -1]).argmax(-1).tolist() == new
 
 
+@pytest.mark.compat
 def test_how_the_loop_is_cut_does_not_change_the_draws(models, monkeypatch):
   lm = models["supra"]
   draw = lambda: list(  # noqa: E731
@@ -126,6 +127,7 @@ def test_memory_after_100k_tokens(models):
   assert process.memory_info().rss - early_resident < 32 * 2**20
 
 
+@pytest.mark.compat
 def test_text_streams_from_the_binary(models, tmp_path):
   directory = tiny.write_checkpoint(tmp_path / "model", "supra")
   command = [sys.executable, "-m", "supra_jax.bin.generate", f"--checkpoint={directory}", "--prompt=The name"]

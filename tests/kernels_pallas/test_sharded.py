@@ -68,6 +68,7 @@ def done():
   return {name: (errors, kinds) for name, errors, kinds in map(json.loads, ran.stdout.splitlines())}
 
 
+@pytest.mark.compat
 @pytest.mark.parametrize("name", CASES)
 def test_is_the_op_on_one_device(name, done):
   errors, _ = done[name]

@@ -124,6 +124,7 @@ KNOWN = {
 }
 
 
+@pytest.mark.compat
 class TestCollectives:
   @pytest.mark.parametrize("name", KNOWN)
   def test_known_by_hand(self, programs, name):

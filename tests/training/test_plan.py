@@ -54,11 +54,12 @@ def main(name: str, mesh: str) -> None:
 
 
 def child(*command, **variables):
-  kept = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+  # How many devices there are is for the plan to say.
+  xla_flags = re.sub(r"--xla_force_host_platform_device_count=\d+", "", os.environ.get("XLA_FLAGS", ""))
   return subprocess.run(
     [sys.executable, "-m", *command],
     cwd=ROOT,
-    env={**kept, "JAX_PLATFORMS": "cpu", **variables},
+    env={**os.environ, "XLA_FLAGS": xla_flags, "JAX_PLATFORMS": "cpu", **variables},
     capture_output=True,
     text=True,
     check=False,

@@ -45,7 +45,11 @@ def text(tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize(
   "changes",
-  [{}, {"dtype": "bfloat16", "remat": "none"}, {"data": {"documents": "separate"}, "microbatches": 2}],
+  [
+    pytest.param({}, marks=pytest.mark.compat),
+    {"dtype": "bfloat16", "remat": "none"},
+    {"data": {"documents": "separate"}, "microbatches": 2},
+  ],
   ids=["float32", "bfloat16", "separate"],
 )
 def test_learns_and_leaves_all_it_promises(start, text, tmp_path, changes):
@@ -312,6 +316,7 @@ def test_transfers_attention_first_and_then_distils_streams(start, text, tmp_pat
   assert streams_error("then") < 0.9 * streams_error("start")
 
 
+@pytest.mark.compat
 def test_adapters_train_alone_and_are_merged_in_the_end(start, text, tmp_path):
   """With what is new; a run of them goes on as any other."""
   adapters = AdapterConfig(rank=2, kernels="self_attn/[qo]_proj/|mlp/up_proj/")
