@@ -12,21 +12,31 @@ TEST_PEFT := peft==0.21.2
 # Does not fit beside transformers 5, so that it has a directory of its own.
 TEST_TRANSFORMERS_4 := 'transformers>=4.57,<4.58' 'tokenizers>=0.22,<=0.23.0' 'huggingface_hub<1.0'
 
-.PHONY: help demo test lint clean
+.PHONY: help demo test test-all test-compat lint clean
 
 help:
-	@echo "make demo    linearise a real model and uptrain it for minutes, into $(WORKDIR)"
-	@echo "make test    style, types and tests"
-	@echo "make lint    style and types"
-	@echo "make clean   remove environments and caches, keep runs/"
+	@echo "make demo         linearise a real model and uptrain it for minutes, into $(WORKDIR)"
+	@echo "make test         style, types and tests"
+	@echo "make test-all     the same, with tests that are minutes long"
+	@echo "make test-compat  of the tests those that another Python may fail; no style, no types"
+	@echo "make lint         style and types"
+	@echo "make clean        remove environments and caches, keep runs/"
 	@echo "PYTHON=python3.12 and VENV=.venv-3.12 choose the interpreter and the environment."
 
 # Huge pages spare the CPU most of the page faults of a step's large temporaries; other C libraries pass over the wish.
 demo: $(VENV)/.demo
 	GLIBC_TUNABLES=glibc.malloc.hugetlb=1 $(BIN)/python -m supra_jax.bin.demo --workdir=$(WORKDIR)
 
+PYTEST := $(BIN)/python -m pytest --numprocesses=auto --dist=loadfile --no-loadscope-reorder
+
 test: lint
-	$(BIN)/python -m pytest --numprocesses=auto --dist=loadfile $(PYTEST_FLAGS)
+	$(PYTEST) $(PYTEST_FLAGS)
+
+test-all: lint
+	$(PYTEST) -m 'slow or not slow' $(PYTEST_FLAGS)
+
+test-compat: $(VENV)/.dev
+	$(PYTEST) -m compat $(PYTEST_FLAGS)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import os
@@ -12,11 +11,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-
-import jax
-from jax.experimental.compilation_cache import compilation_cache
 
 from supra_jax.core.plain_json import to_json
 from supra_jax.training.config import DataConfig, TrainConfig
@@ -58,26 +54,14 @@ def positions(workdir: Path) -> dict[int, int]:
   }
 
 
-@contextlib.contextmanager
-def compiled_once(directory: Path) -> Iterator[Path]:
-  """Keeps compiled programs in a directory, for this process and, as `Run`'s cache, for those it starts."""
-  names = {"jax_compilation_cache_dir": str(directory), "jax_persistent_cache_min_compile_time_secs": 0}
-  before = {name: getattr(jax.config, name) for name in names}
-
-  def use(values):
-    for name, value in values.items():
-      jax.config.update(name, value)
-    # A process looks only once whether it has a cache.
-    compilation_cache.reset_cache()
-
-  use(names)
-  yield directory
-  use(before)
-
-
 def cache_environment(directory: Path) -> dict[str, str]:
   """Environment of a process that keeps its compiled programs there, and finds those that others kept."""
   return {"JAX_COMPILATION_CACHE_DIR": str(directory), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+
+
+def devices_environment(number: int) -> dict[str, str]:
+  """Environment of a process that pretends to have so many devices; XLA's other flags are this process's."""
+  return {"XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={number}".strip()}
 
 
 class Run:
@@ -116,7 +100,7 @@ class Run:
     command = [sys.executable, "-m", "supra_jax.bin.train", f"--config={recipe}", f"--workdir={workdir}", *flags]
     if processes > 1:
       command += ["--distributed", f"--coordinator_address=localhost:{free_port()}", f"--num_processes={processes}"]
-    environment = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+    environment = os.environ | devices_environment(devices)
     if cache:
       environment |= cache_environment(cache)
     self._said: list[list[str]] = []

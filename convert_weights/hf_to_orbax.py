@@ -144,15 +144,22 @@ def _version() -> str | None:
     return None
 
 
+def define_flags() -> None:
+  """Not at import: who imports `convert` may have flags of these names."""
+  flags.DEFINE_string(
+    "source", None, "A directory, a weights file, or owner/name[@revision][:FILE] on the hub.", required=True
+  )
+  flags.DEFINE_string("output", None, "Model directory to write; must not exist yet.", required=True)
+  flags.DEFINE_enum("dtype", None, list(DTYPES), "Type of the parameters; unset keeps the source's.")
+  flags.DEFINE_string("tokenizer", None, "Directory whose tokenizer to take; unset takes the source's.")
+
+
 def main() -> None:
-  convert(_SOURCE.value, _OUTPUT.value, _DTYPE.value, tokenizer=_TOKENIZER.value, progress=True)
+  """Converts what `flags.FLAGS`, parsed, says."""
+  given = flags.FLAGS
+  convert(given.source, given.output, given.dtype, tokenizer=given.tokenizer, progress=True)
 
 
 if __name__ == "__main__":
-  _SOURCE = flags.DEFINE_string(
-    "source", None, "A directory, a weights file, or owner/name[@revision][:FILE] on the hub.", required=True
-  )
-  _OUTPUT = flags.DEFINE_string("output", None, "Model directory to write; must not exist yet.", required=True)
-  _DTYPE = flags.DEFINE_enum("dtype", None, list(DTYPES), "Type of the parameters; unset keeps the source's.")
-  _TOKENIZER = flags.DEFINE_string("tokenizer", None, "Directory whose tokenizer to take; unset takes the source's.")
+  define_flags()
   run(main)

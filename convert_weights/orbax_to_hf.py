@@ -146,13 +146,20 @@ def _named_errors(output: str | os.PathLike[str], directory: Path, total: int) -
     raise ConversionError(said) from error
 
 
+def define_flags() -> None:
+  """Not at import: who imports `convert` may have flags of these names."""
+  flags.DEFINE_string("source", None, "Model directory of supra_jax.", required=True)
+  flags.DEFINE_string("output", None, "Directory to write; must not exist yet.", required=True)
+  flags.DEFINE_enum("format", "transformers", list(FORMATS), "Who is to load it; openlm: the paper's code.")
+  flags.DEFINE_enum("dtype", None, list(DTYPES), "Type of the weights; unset keeps what is stored.")
+
+
 def main() -> None:
-  convert(_SOURCE.value, _OUTPUT.value, _FORMAT.value, _DTYPE.value, progress=True)
+  """Converts what `flags.FLAGS`, parsed, says."""
+  given = flags.FLAGS
+  convert(given.source, given.output, given.format, given.dtype, progress=True)
 
 
 if __name__ == "__main__":
-  _SOURCE = flags.DEFINE_string("source", None, "Model directory of supra_jax.", required=True)
-  _OUTPUT = flags.DEFINE_string("output", None, "Directory to write; must not exist yet.", required=True)
-  _FORMAT = flags.DEFINE_enum("format", "transformers", list(FORMATS), "Who is to load it; openlm: the paper's code.")
-  _DTYPE = flags.DEFINE_enum("dtype", None, list(DTYPES), "Type of the weights; unset keeps what is stored.")
+  define_flags()
   run(main)

@@ -203,19 +203,26 @@ def report(found: Comparison, tolerance: float) -> None:
   print(f"They are the same, to {tolerance:g} standard deviations of the logits.")
 
 
+def define_flags() -> None:
+  """Not at import: who imports `compare` may have flags of these names."""
+  flags.DEFINE_string("source", None, "What was converted.", required=True)
+  flags.DEFINE_string("checkpoint", None, "The model directory that came of it.", required=True)
+  flags.DEFINE_float(
+    "tolerance", 1e-3, "How far two logits may be apart, in standard deviations of the logits.", lower_bound=0
+  )
+  flags.DEFINE_string("text", None, "Text file; unset takes Python's documentation.")
+
+
 def main() -> None:
+  """Compares what `flags.FLAGS`, parsed, says."""
+  given = flags.FLAGS
   try:
-    text = None if _TEXT.value is None else local(_TEXT.value).read_text("utf-8-sig")
+    text = None if given.text is None else local(given.text).read_text("utf-8-sig")
   except UnicodeDecodeError as error:
-    raise ConversionError(f"{_TEXT.value}: not UTF-8 text: {error}.") from error
-  report(compare(_SOURCE.value, _CHECKPOINT.value, text), _TOLERANCE.value)
+    raise ConversionError(f"{given.text}: not UTF-8 text: {error}.") from error
+  report(compare(given.source, given.checkpoint, text), given.tolerance)
 
 
 if __name__ == "__main__":
-  _SOURCE = flags.DEFINE_string("source", None, "What was converted.", required=True)
-  _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "The model directory that came of it.", required=True)
-  _TOLERANCE = flags.DEFINE_float(
-    "tolerance", 1e-3, "How far two logits may be apart, in standard deviations of the logits.", lower_bound=0
-  )
-  _TEXT = flags.DEFINE_string("text", None, "Text file; unset takes Python's documentation.")
+  define_flags()
   run(main)

@@ -1,40 +1,41 @@
 import functools
+import os
+import shutil
+import tempfile
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-# Real models, real processes, 7B compiled, many programs: half of the time of all tests. CI runs them on one of its two
-# Pythons.
-HEAVY = {
-  "test_bucket",
-  "test_calibrate",
-  "test_export_torch",
-  "test_faults",
-  "test_finite",
-  "test_fuzz",
-  "test_generate",
-  "test_hybrid",
-  "test_layer_losses",
-  "test_notebooks",
-  "test_peers",
-  "test_plan",
-  "test_processes",
-  "test_sharded",
-  "test_smollm2",
-  "test_streaming",
-  "test_train",
-  "test_window",
-  "test_x64",
-}
+# Nearly all of the time of these tests is compilation, and most of that is MLIR's, which XLA's older emitters for CPUs
+# do without. Releases after 0.10 have no others, and refuse the flag; so both are tested.
+if jax.__version_info__ < (0, 11):
+  os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_use_fusion_emitters=false".strip()
 
 
-@pytest.hookimpl(tryfirst=True)
+# Each takes minutes: begun last, one of them would keep one worker busy and all others waiting.
+FIRST = ("test_smollm2", "test_faults", "test_processes", "test_train")
+
+
 def pytest_collection_modifyitems(items):
-  for item in items:
-    if item.path.stem in HEAVY:
-      item.add_marker(pytest.mark.heavy)
+  items.sort(key=lambda item: item.path.stem not in FIRST)
+
+
+def pytest_configure(config):
+  """One cache of compiled programs for a run of tests, its workers and all processes that they start."""
+  if hasattr(config, "workerinput"):
+    return  # A worker finds the controller's in its environment.
+  config.programs = tempfile.mkdtemp(prefix="supra_jax_programs_")
+  names = {"jax_compilation_cache_dir": config.programs, "jax_persistent_cache_min_compile_time_secs": 0}
+  for name, value in names.items():
+    jax.config.update(name, value)
+    os.environ[name.upper()] = str(value)
+
+
+def pytest_unconfigure(config):
+  if programs := getattr(config, "programs", None):
+    shutil.rmtree(programs, ignore_errors=True)
 
 
 # Accelerators multiply float32 with fewer bits unless told otherwise; here float32 means float32.
@@ -76,7 +77,9 @@ def forgotten_programs():
 
 @pytest.fixture(scope="module")
 def quick_compilation():
-  """For tests of programs that run once or twice: nearly all of their time is compilation."""
+  """For tests of programs that run once or twice, here or in processes that are started: most of it is compilation."""
   jax.config.update("jax_disable_most_optimizations", True)
+  os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
   yield
   jax.config.update("jax_disable_most_optimizations", False)
+  del os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"]

@@ -21,7 +21,7 @@ from tests.support import openlm
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
-CASES = ["mha_decay", "gqa_8_2", "no_decay"]
+CASES = [pytest.param("mha_decay", marks=pytest.mark.compat), "gqa_8_2", "no_decay"]
 RELEASED = "released_form_bin"
 HF = Path(__file__).parent / "golden" / "hf"
 
@@ -142,6 +142,7 @@ def test_loss_and_gradients(case):
   _close(grads["layers.0.attention._totrain_embed.weight"], want, 1e-4 * np.abs(want).max())
 
 
+@pytest.mark.compat
 def test_eight_optimizer_steps():
   model, params, golden = _load("mha_decay")
   tokens, golden = golden["input_ids"], openlm.load_golden("mha_decay", "golden_train.npz")

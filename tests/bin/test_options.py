@@ -1,7 +1,5 @@
 """An option that a recipe does not have is named, with those that are near."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -9,6 +7,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from supra_jax.bin.options import find_base, unknown_option
+from tests.support import programs
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -20,6 +19,7 @@ def recipe():
   delattr(flags.FLAGS, "recipe")
 
 
+@pytest.mark.compat
 @pytest.mark.parametrize(
   "option, fragments",
   [
@@ -42,13 +42,13 @@ def test_not_for_this_to_say(recipe, options):
   assert unknown_option(["train", recipe, "--workdir=x", *options]) is None
 
 
+@pytest.mark.compat
 def test_the_program(tmp_path):
-  command = [sys.executable, "-m", "supra_jax.bin.train", "--config=configs/tiny.py", f"--workdir={tmp_path}"]
-  done = subprocess.run([*command, "--config.optimizer.lr=1e-4"], cwd=ROOT, capture_output=True, text=True)
+  recipe = ROOT / "configs" / "tiny.py"
+  flags = [f"--config={recipe}", f"--workdir={tmp_path}", "--config.optimizer.lr=1e-4"]
+  done = programs.run("supra_jax.bin.train", *flags)
   assert done.returncode == 1
-  assert done.stderr.startswith(
-    "error: --config.optimizer.lr: configs/tiny.py has no option optimizer.lr. Nearest to lr: "
-  )
+  assert done.stderr.startswith(f"error: --config.optimizer.lr: {recipe} has no option optimizer.lr. Nearest to lr: ")
 
 
 def test_a_recipe_finds_its_base_from_anywhere(monkeypatch):

@@ -28,7 +28,7 @@ from supra_jax.model.presets import tiny
 from supra_jax.model.registry import layer, layers, mixer_class
 from supra_jax.model.transformer import Transformer
 from supra_jax.storage.model_directory import load_model, save_model
-from tests.support import openlm
+from tests.support import openlm, programs
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 OPENLM_CASES = ["gqa_8_2", "mha_decay", "no_decay", "released_form_bin"]
@@ -122,6 +122,7 @@ EVERYTHING = tiny().replace(
 )
 
 
+@pytest.mark.compat
 def test_everything_there_and_back(random_params, tmp_path):
   first = save(tmp_path / "first", EVERYTHING, random_params(EVERYTHING), TOKENIZER)
   exported, second = there_and_back(first, tmp_path)
@@ -406,9 +407,10 @@ def test_arguments(model, tmp_path):
   assert [path.name for path in tmp_path.rglob("*")] == ["out", "precious"]
 
 
+@pytest.mark.compat
 def test_program_and_a_file_that_cannot_be_written(model, tmp_path):
-  command = [sys.executable, "-m", "convert_weights.orbax_to_hf", f"--source={model}", f"--output={tmp_path / 'out'}"]
-  done = subprocess.run([*command, "--dtype=bfloat16"], capture_output=True, text=True, cwd=ROOT)
+  command = ["convert_weights.orbax_to_hf", f"--source={model}", f"--output={tmp_path / 'out'}"]
+  done = programs.run(*command, "--dtype=bfloat16")
   assert done.returncode == 0, done.stderr
   assert "100%" in done.stderr and "00:00" in done.stderr
   assert load_file(tmp_path / "out" / "model.safetensors")["model.norm.weight"].dtype == ml_dtypes.bfloat16
@@ -417,7 +419,7 @@ def test_program_and_a_file_that_cannot_be_written(model, tmp_path):
     "import resource, runpy; resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY)); "
     "runpy.run_module('convert_weights.orbax_to_hf', run_name='__main__')"
   )
-  command[1:3] = ["-c", limited]
+  command = [sys.executable, "-c", limited, *command[1:]]
   done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
   assert done.returncode == 1 and "error: " in done.stderr and "Traceback" not in done.stderr
   assert f"{tmp_path / 'out'} could not be written: File too large. It takes" in done.stderr

@@ -44,6 +44,7 @@ def refuse(path, tmp_path, fragment):
   assert not (tmp_path / "out").exists() and not list(tmp_path.glob("*partial*"))
 
 
+@pytest.mark.compat
 def test_same_parameters_as_the_huggingface_directory(tmp_path):
   convert(copy_case("llama_gqa_tied", tmp_path / "hf"), tmp_path / "from_hf")
   wanted = load_model(tmp_path / "from_hf")
@@ -71,6 +72,7 @@ def test_unpermute_undoes_permute(heads, shape):
   assert (permuted != array).any()
 
 
+@pytest.mark.compat
 def test_quantised(tmp_path):
   # down_proj has rows of 64; Q8_0 and Q4_1 want rows of 32, so the others, of 48, stay as they are.
   path = write_gguf(tmp_path / "m.gguf", quantisation={"ffn_down": Kind.Q4_1, "attn_v": Kind.F16, "attn_k": Kind.BF16})

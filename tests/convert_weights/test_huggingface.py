@@ -10,15 +10,17 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from absl import flags
 from safetensors.numpy import load_file, save_file
 from tiny_checkpoints import CASES, GOLDEN, TOKENIZER, change_config, check_parameters, copy_case, leaf, source_tensors
 
-from convert_weights import hf_config
+from convert_weights import hf_config, hf_to_orbax, orbax_to_hf, verify
 from convert_weights.hf_to_orbax import convert
 from supra_jax.model import presets
 from supra_jax.model.config import ModelConfig, RopeConfig
 from supra_jax.model.registry import layers
 from supra_jax.storage.model_directory import load_model
+from tests.support import programs
 
 BASE = ModelConfig(
   vocab_size=97,
@@ -280,21 +282,46 @@ def test_program_with_a_tokenizer_from_elsewhere(tmp_path):
   other.mkdir()
   for name, contents in TOKENIZER.items():
     (other / name).write_bytes(contents)
-  flags = f"--source={source}", f"--output={tmp_path / 'out'}", f"--tokenizer={other}"
-  done = subprocess.run([sys.executable, "-m", "convert_weights.hf_to_orbax", *flags], capture_output=True, text=True)
+  given = f"--source={source}", f"--output={tmp_path / 'out'}", f"--tokenizer={other}"
+  done = programs.run("convert_weights.hf_to_orbax", *given)
   assert done.returncode == 0, done.stderr
   assert load_model(tmp_path / "out").tokenizer_files["tokenizer.json"] == TOKENIZER["tokenizer.json"]
 
 
+@pytest.mark.compat
 def test_program(tmp_path):
   source = copy_case("mistral_gqa", tmp_path / "source")
-  command = [sys.executable, "-m", "convert_weights.hf_to_orbax", f"--source={source}", f"--output={tmp_path / 'out'}"]
-  done = subprocess.run([*command, "--dtype=bfloat16"], capture_output=True, text=True)
+  command = ["convert_weights.hf_to_orbax", f"--source={source}", f"--output={tmp_path / 'out'}"]
+  done = subprocess.run([sys.executable, "-m", *command, "--dtype=bfloat16"], capture_output=True, text=True)
   assert done.returncode == 0, done.stderr
   assert done.stderr.startswith("Converting, 100% of ") and done.stderr.count("\n") == 1
   assert load_model(tmp_path / "out").params["norm"]["weight"].dtype == jnp.bfloat16
   change_config(source, hidden_act="gelu")
-  done = subprocess.run([*command, f"--output={tmp_path / 'other'}"], capture_output=True, text=True)
+  done = programs.run(*command, f"--output={tmp_path / 'other'}")
   assert done.returncode == 1
   assert "hidden_act='gelu'" in done.stderr and "Traceback" not in done.stderr
   assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.compat
+def test_an_imported_main_finds_its_flags(tmp_path):
+  """Of a caller who parses them, as for a program of their own that converts, exports and compares."""
+  source = copy_case("mistral_gqa", tmp_path / "source")
+  out, exported = tmp_path / "out", tmp_path / "exported"
+  for module, given in (
+    (hf_to_orbax, {"source": source, "output": out}),
+    (orbax_to_hf, {"source": out, "output": exported, "format": "transformers"}),
+    (verify, {"source": exported, "checkpoint": tmp_path / "none"}),
+  ):
+    with programs.own_flags():
+      module.define_flags()
+      flags.FLAGS(["program", *(f"--{name}={value}" for name, value in given.items())])
+      if module is verify:
+        with pytest.raises(FileNotFoundError, match="none is not a supra_jax model"):
+          module.main()
+      else:
+        module.main()
+  want, got = load_file(source / "model.safetensors"), load_file(exported / "model.safetensors")
+  assert want.keys() == got.keys()
+  for name in want:
+    np.testing.assert_array_equal(got[name], want[name])

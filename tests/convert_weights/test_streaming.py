@@ -13,7 +13,7 @@ import pytest
 from safetensors.numpy import load_file
 from tiny_checkpoints import check_parameters, copy_case
 
-from benchmarks import random_checkpoint
+from benchmarks import random_checkpoint, runs
 from convert_weights.hf_to_orbax import convert
 from supra_jax.core.files import temporary_directory
 from supra_jax.storage.model_directory import load_model
@@ -91,7 +91,7 @@ print(bytes_read() - before)
 
 @pytest.mark.parametrize("mesh", ["fsdp:4", "fsdp:2,tensor:2"])
 def test_devices_read_little_more_than_their_own_shards(converted, source, mesh):
-  read = measured(READING, converted, mesh, XLA_FLAGS="--xla_force_host_platform_device_count=4")
+  read = measured(READING, converted, mesh, **runs.devices_environment(4))
   # Each device reading all of it would be four times as much. What else a process reads, modules for one, varies.
   assert read < 1.3 * (source / "model.safetensors").stat().st_size
 

@@ -291,6 +291,7 @@ def test_chat_templates(bpe, tmp_path):
   assert template() == {"default": "{{ messages }}\n", "tool_use": "tools"}
 
 
+@pytest.mark.compat
 def test_exports_give_our_ids(tmp_path):
   """Whatever the class and the flags were; `test_peers.py` has older releases."""
   for name, ours in exports(tmp_path).items():

@@ -1,14 +1,13 @@
 """Lines and rows that hold no text: packing stops there, goes on once they are mended, or skips and counts them."""
 
 import os
-import subprocess
-import sys
 
 import pytest
 
 from supra_jax.data import encoding, packing
 from supra_jax.experiments import tiny
 from tests.data.test_packing import OPTIONS, ROOT, contents, prepare, small_pieces, text, write_lines  # noqa: F401
+from tests.support import programs
 
 # ruff: noqa: F811
 
@@ -86,9 +85,9 @@ def test_the_program(tmp_path, text):
   model.mkdir()
   (model / "tokenizer.json").write_bytes(tiny.tokenizer_json())
   (model / "config.json").write_text(tiny.tiny_config("supra").to_json())
-  command = [sys.executable, "-m", "supra_jax.bin.prepare_data", f"--input={text}", f"--tokenizer={model}"]
-  command += [f"--output={tmp_path}/out", "--sequence_length=32", "--on_bad_document=skip"]
-  ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+  flags = [f"--input={text}", f"--tokenizer={model}", f"--output={tmp_path}/out", "--sequence_length=32"]
+  ran = programs.run("supra_jax.bin.prepare_data", *flags, "--on_bad_document=skip")
+  assert ran.returncode == 0, ran.stderr
   assert f"\n1 skipped, which hold no text: {text.with_name('0.jsonl')}, line 1: no text under 'text'.\n" in ran.stdout
 
 

@@ -102,6 +102,7 @@ class TestParseSources:
 
 
 class TestLoader:
+  @pytest.mark.compat
   def test_batches(self, a, tmp_path):
     batch = next(loading.make_loader([(a, 1)], batch_size=4, seed=0))
     assert batch.keys() == {"tokens"}
@@ -145,6 +146,7 @@ class TestLoader:
     assert len({json.dumps(shard.get_state()) for shard in shards}) == 1
     np.testing.assert_array_equal(np.stack(parts, axis=2).reshape(20, 8), whole)
 
+  @pytest.mark.compat
   @pytest.mark.parametrize(("before", "after"), [(1, 4), (4, 2), (2, 1)])
   def test_resumes_on_another_number_of_shards(self, a, b, before, after):
     sources, options = [(a, 2), (b, 1)], {"batch_size": 8, "seed": 5}
@@ -233,6 +235,7 @@ class TestHeldout:
       next(loading.heldout_batches(b, batch_size=4, shard_count=3))
 
 
+@pytest.mark.compat
 def test_works_where_absl_has_parsed_no_flags(a):
   """Grain and absl each define flags; a plain interpreter, with arguments absl does not know, must not mind."""
   code = (

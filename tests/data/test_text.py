@@ -118,6 +118,7 @@ def test_pydoc_topics():
 
 
 class TestParquet:
+  @pytest.mark.compat
   @pytest.mark.parametrize("kind", [pa.string(), pa.large_string(), pa.dictionary(pa.int32(), pa.string())], ids=str)
   @pytest.mark.parametrize("codec", ["none", "snappy", "zstd"])
   def test_round_trip(self, tmp_path, kind, codec):

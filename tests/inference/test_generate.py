@@ -18,6 +18,9 @@ from supra_jax.inference import decode as generate
 from supra_jax.inference.decode import generate_tokens
 from supra_jax.inference.sampling import Sampling, sample
 from supra_jax.model.registry import layers
+from tests.support import programs
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +48,7 @@ def test_greedy_is_the_argmax_of_the_whole_text(models, kind, prompt_length, mon
   assert np.asarray(logits[0, prompt_length - 1 : -1]).argmax(-1).tolist() == new
 
 
+@pytest.mark.compat
 def test_how_the_loop_is_cut_does_not_change_the_draws(models, monkeypatch):
   lm = models["supra"]
   draw = lambda: list(  # noqa: E731
@@ -124,6 +128,7 @@ def test_memory_after_100k_tokens(models):
   assert process.memory_info().rss - early_resident < 32 * 2**20
 
 
+@pytest.mark.compat
 def test_text_streams_from_the_binary(models, tmp_path):
   directory = tiny.write_checkpoint(tmp_path / "model", "supra")
   command = [sys.executable, "-m", "supra_jax.bin.generate", f"--checkpoint={directory}", "--prompt=The name"]
@@ -132,6 +137,6 @@ def test_text_streams_from_the_binary(models, tmp_path):
     [*command, "--max_new_tokens=12", "--temperature=0"], cwd=root, capture_output=True, text=True, check=True
   )
   assert result.stdout == "The name" + models["supra"].generate("The name", max_new_tokens=12) + "\n"
-  missing = subprocess.run([*command, f"--checkpoint={tmp_path}/no"], cwd=root, capture_output=True, text=True)
+  missing = programs.run("supra_jax.bin.generate", f"--checkpoint={tmp_path}/no", "--prompt=The name")
   assert missing.returncode == 1
   assert "is not a supra_jax model" in missing.stderr and "Traceback" not in missing.stderr

@@ -21,6 +21,7 @@ def lm(request, tmp_path_factory):
   return supra_jax.load(tiny.write_checkpoint(tmp_path_factory.mktemp("model") / "model", request.param))
 
 
+@pytest.mark.compat
 def test_the_promised_surface(lm):
   logits, state = lm(TOKENS)
   assert logits.shape == (2, 37, tiny.VOCAB) and logits.dtype == jnp.float32

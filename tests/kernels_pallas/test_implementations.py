@@ -28,7 +28,11 @@ CASES += REST
 # as long and has tests of its own.
 FEW = [CASES[3 * i + i % 3] for i in range(len(GIVEN))] + [REST[0], REST[-1]]
 CASES_OF = dict.fromkeys(REFUSALS, FEW) | {"mosaic_gpu": [case for case in FEW if case[0] in (5, 64)]}
-NAMES_AND_CASES = [truth.params(name, case) for name in IMPLEMENTATIONS for case in CASES_OF.get(name, CASES)]
+NAMES_AND_CASES = [
+  truth.params(name, case, marks=[pytest.mark.compat] * (case == REST[0]))
+  for name in IMPLEMENTATIONS
+  for case in CASES_OF.get(name, CASES)
+]
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 OPS = {name: functools.partial(linear_attention, implementation=name) for name in IMPLEMENTATIONS}

@@ -19,6 +19,7 @@ SHAPE = jax.ShapeDtypeStruct
 # One worker and two, one tile of the key width and several, widths that are padded; parts, and rows that end inside one
 # or before it; heads that share keys or values.
 @truth.needs_mosaic_gpu
+@pytest.mark.slow
 @pytest.mark.parametrize(
   "tokens, count, groups, widths, given",
   [
@@ -58,12 +59,14 @@ def _complaints():
 
 
 @truth.needs_mosaic_gpu
+@pytest.mark.slow
 def test_no_races():
   assert _complaints() == []
 
 
 # What is copied or multiplied is committed first, what was copied is waited for, and no chunk is overwritten too early.
 @truth.needs_mosaic_gpu
+@pytest.mark.slow
 @pytest.mark.parametrize("left_out", ["commit_smem", "wait_smem_to_gmem", "filled", "emptied"])
 def test_what_is_not_waited_for_is_found(monkeypatch, left_out):
   if left_out in ("filled", "emptied"):
@@ -88,6 +91,7 @@ def _kernels(lowered):
 
 
 @truth.needs_mosaic_gpu
+@pytest.mark.compat
 @pytest.mark.parametrize("width", [64, 128, 200])
 def test_lowers_for_an_h100(width):
   forward, operands, gradients, more = _program(width=width)

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import runs
+
 ROOT = Path(__file__).parents[2]
 ALL = ("initial_state", "segment_ids", "lengths")
 # Name -> mesh, implementation, tokens, groups of keys and values, options.
@@ -59,13 +61,14 @@ for name, (sizes, implementation, tokens, groups, given) in json.loads(sys.argv[
 
 @pytest.fixture(scope="module")
 def done():
-  environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+  environment = os.environ | runs.devices_environment(8)
   command = [sys.executable, "-c", INSIDE, json.dumps(CASES)]
   ran = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
   assert ran.returncode == 0, ran.stderr
   return {name: (errors, kinds) for name, errors, kinds in map(json.loads, ran.stdout.splitlines())}
 
 
+@pytest.mark.compat
 @pytest.mark.parametrize("name", CASES)
 def test_is_the_op_on_one_device(name, done):
   errors, _ = done[name]

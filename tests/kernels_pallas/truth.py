@@ -23,9 +23,13 @@ FLOAT32 = [name for name in IMPLEMENTATIONS if name != "mosaic_gpu"]
 needs_mosaic_gpu = pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="mosaic_gpu needs jax 0.11")
 
 
-def params(name, *values):
+# Interpreted, it takes ten times as long as the others.
+INTERPRETED = (needs_mosaic_gpu, pytest.mark.slow)
+
+
+def params(name, *values, marks=()):
   """Parameters of a test that begin with the name of an implementation."""
-  return pytest.param(name, *values, marks=() if name in FLOAT32 else needs_mosaic_gpu)
+  return pytest.param(name, *values, marks=(*marks, *(() if name in FLOAT32 else INTERPRETED)))
 
 
 NAMES = [params(name) for name in IMPLEMENTATIONS]

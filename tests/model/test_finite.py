@@ -18,6 +18,7 @@ from supra_jax.inference.decode import generate_tokens
 from supra_jax.inference.lm import LM, load
 from supra_jax.model.finite import NotFiniteError
 from supra_jax.storage.model_directory import save_model
+from tests.support import programs
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -91,15 +92,12 @@ def test_programs_fail(tmp_path):
     "evaluate": [f"--input={text}", "--sequence_length=8"],
     "generate": ["--prompt=The name", "--max_new_tokens=12"],
   }
-  commands = {
-    name: [sys.executable, "-m", f"supra_jax.bin.{name}", f"--checkpoint={tmp_path / 'f16'}", *more]
-    for name, more in arguments.items()
-  }
-  started = {
-    name: subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    for name, command in commands.items()
-  }
-  for name, process in started.items():
-    out, error = process.communicate()
-    assert process.returncode == 1, name
-    assert error.startswith("error: The logits after ") and "try --dtype=float32" in error and "nan" not in out, error
+  for name, more in arguments.items():
+    command = [f"supra_jax.bin.{name}", f"--checkpoint={tmp_path / 'f16'}", *more]
+    if name == "evaluate":  # which nothing else starts
+      done = subprocess.run([sys.executable, "-m", *command], cwd=ROOT, capture_output=True, text=True)
+    else:
+      done = programs.run(*command)
+    assert done.returncode == 1, name
+    assert done.stderr.startswith("error: The logits after ") and "try --dtype=float32" in done.stderr, done.stderr
+    assert "nan" not in done.stdout

@@ -107,7 +107,7 @@ def test_a_gradient_reaches_what_it_should(models, batch):
   def transfer(params, teacher_params):
     return attention_transfer_loss(student, params, batch, Teacher(teacher_params, teacher))
 
-  ours, theirs = jax.grad(transfer, argnums=(0, 1))(params, teacher_params)
+  ours, theirs = jax.jit(jax.grad(transfer, argnums=(0, 1)))(params, teacher_params)
   attention = {f"run_1/self_attn/{name}_proj/kernel" for name in "qkvo"} | {"run_1/input_layernorm/weight"}
   phi = {f"run_1/self_attn/{name}/{part}" for name in ("feature_map", "feature_map_kv") for part in ("kernel", "bias")}
   assert _reached(ours) == attention | phi and not _reached(theirs)
@@ -117,7 +117,7 @@ def test_a_gradient_reaches_what_it_should(models, batch):
       how = Teacher(teacher_params, teacher, weight, hidden_weight)
       return language_model_loss(student, params, batch, teacher=how).loss
 
-    return jax.value_and_grad(of, argnums=(0, 1))(params, teacher_params)
+    return jax.jit(jax.value_and_grad(of, argnums=(0, 1)))(params, teacher_params)
 
   (nll, plain), (more, both) = loss(0.0, 0.0), loss(0.0, 2.0)
   streams = jax.tree.map(lambda x, y: x - y, both[0], plain[0])

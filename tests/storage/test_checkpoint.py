@@ -43,6 +43,7 @@ def params(random_params):
   return random_params(CONFIG)
 
 
+@pytest.mark.compat
 @pytest.mark.parametrize("stored", ["float32", "bfloat16"])
 @pytest.mark.parametrize("kind", [np.asarray, jnp.asarray, _unread])
 def test_round_trip(stored, kind, params, tmp_path):
@@ -91,6 +92,7 @@ def test_more_than_the_disk_has_room_for_is_not_begun(tmp_path):
   assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.compat
 def test_what_a_killed_process_left_is_replaced(params, tmp_path):
   left = temporary_directory(tmp_path / "model")
   (left / "params").mkdir(parents=True)

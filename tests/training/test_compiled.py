@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from benchmarks import runs
 from supra_jax.training import compiled
 
 DEVICES, LAYERS, WIDTH, ROWS = 8, 6, 64, 32
@@ -87,11 +88,10 @@ def main() -> None:
 
 @pytest.fixture(scope="module")
 def programs():
-  flags = f"--xla_force_host_platform_device_count={DEVICES}"
   done = subprocess.run(
     [sys.executable, "-m", "tests.training.test_compiled"],
     cwd=ROOT,
-    env={**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
+    env={**os.environ, **runs.devices_environment(DEVICES), "JAX_PLATFORMS": "cpu"},
     capture_output=True,
     text=True,
     check=False,
@@ -124,6 +124,7 @@ KNOWN = {
 }
 
 
+@pytest.mark.compat
 class TestCollectives:
   @pytest.mark.parametrize("name", KNOWN)
   def test_known_by_hand(self, programs, name):

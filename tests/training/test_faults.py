@@ -23,15 +23,11 @@ from supra_jax.storage.model_directory import load_model, save_model
 from supra_jax.training.loop import train
 from supra_jax.training.metrics import read_metrics
 
-STEPS, BATCH = 300, 4
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+BATCH = 4
 # Bytes that any file may have while the disk is "full": no training state fits, metrics do.
 SMALL = 100_000
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory) -> Path:
-  with runs.compiled_once(tmp_path_factory.mktemp("programs")) as directory:
-    yield directory
 
 
 @pytest.fixture(scope="module")
@@ -45,9 +41,11 @@ def text(tmp_path_factory) -> Path:
   return tiny.write_text(tmp_path_factory.mktemp("text") / "topics.jsonl")
 
 
-@pytest.fixture(scope="module")
-def config(start, text):
-  return make_config(start, text, num_steps=STEPS, batch_size=BATCH, save_every=50, keep_checkpoints=3)
+@pytest.fixture(scope="module", params=[120, pytest.param(300, marks=pytest.mark.slow)])
+def config(start, text, request):
+  """Of a run that saves its state six times."""
+  steps = request.param
+  return make_config(start, text, num_steps=steps, batch_size=BATCH, save_every=steps // 6, keep_checkpoints=3)
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +62,11 @@ def copy(whole, tmp_path) -> Path:
 
 
 def states(workdir: Path) -> list[str]:
-  return sorted(path.name for path in (workdir / "training").iterdir())
+  return sorted((path.name for path in (workdir / "training").iterdir()), key=lambda name: (len(name), name))
+
+
+def last_states(config) -> list[str]:
+  return [str(config.num_steps - n * config.save_every) for n in (2, 1, 0)]
 
 
 def assert_same_run(workdir: Path, whole: Path) -> None:
@@ -74,32 +76,32 @@ def assert_same_run(workdir: Path, whole: Path) -> None:
   assert runs.positions(workdir) == {step: step * BATCH for step in runs.positions(workdir)}
 
 
-def test_killed_and_terminated_it_goes_on_bit_for_bit(config, whole, cache, tmp_path):
+def test_killed_and_terminated_it_goes_on_bit_for_bit(config, whole, tmp_path):
   workdir = tmp_path / "run"
-  run = runs.Run(config, workdir, cache=cache)
-  run.until((workdir / "training" / "50").exists)
+  run = runs.Run(config, workdir)
+  run.until((workdir / "training" / str(config.save_every)).exists)
   run.send(signal.SIGKILL)
   assert run.wait() == [-signal.SIGKILL]
-  assert max(losses(workdir)) < STEPS and not (workdir / "checkpoint").exists()
+  assert max(losses(workdir)) < config.num_steps and not (workdir / "checkpoint").exists()
 
   last = max(losses(workdir))
-  run = runs.Run(config, workdir, cache=cache)
+  run = runs.Run(config, workdir)
   run.until(lambda: max(losses(workdir)) > last + 10)
   run.send(signal.SIGTERM)
   run.until(lambda: "SIGTERM: saved" in run.said, 25)  # clusters give 30 seconds
   said = run.finish()
-  (stopped,) = re.findall(r"SIGTERM: saved after step (\d+) of 300", said)
-  assert max(runs.positions(workdir)) == max(losses(workdir)) == int(stopped) < STEPS
+  (stopped,) = re.findall(rf"SIGTERM: saved after step (\d+) of {config.num_steps}", said)
+  assert max(runs.positions(workdir)) == max(losses(workdir)) == int(stopped) < config.num_steps
 
-  runs.Run(config, workdir, cache=cache).finish()
+  runs.Run(config, workdir).finish()
   assert_same_run(workdir, whole)
 
 
-def test_two_processes_stop_together(config, cache, tmp_path):
+def test_two_processes_stop_together(config, tmp_path):
   config = dataclasses.replace(config, num_steps=100_000, save_every=0, mesh="data:2")
   stopped = []
   for which in ((1,), (0, 1)):
-    run = runs.Run(config, tmp_path / "run", processes=2, cache=cache)
+    run = runs.Run(config, tmp_path / "run", processes=2)
     run.until_step(tmp_path / "run", 5 + sum(stopped))
     run.send(signal.SIGTERM, *which)
     said = run.finish(60)
@@ -109,18 +111,18 @@ def test_two_processes_stop_together(config, cache, tmp_path):
     assert max(runs.positions(tmp_path / "run").items()) == (stopped[-1], stopped[-1] * BATCH)
 
   # What was stopped twice is what was never stopped.
-  run = runs.Run(config, tmp_path / "whole", processes=2, cache=cache)
+  run = runs.Run(config, tmp_path / "whole", processes=2)
   run.until_step(tmp_path / "whole", stopped[-1])
   run.send(signal.SIGKILL)
   run.wait()
   assert losses(tmp_path / "run") == {s: x for s, x in losses(tmp_path / "whole").items() if s <= stopped[-1]}
 
 
-def test_one_process_that_fails_ends_the_others(config, whole, cache, tmp_path):
+def test_one_process_that_fails_ends_the_others(config, whole, tmp_path):
   workdir = tmp_path / "run"
   shutil.copytree(whole / "data", workdir / "data")
   _flip(_rows_file(workdir), 100)
-  run = runs.Run(dataclasses.replace(config, save_every=0), workdir, processes=2, cache=cache)
+  run = runs.Run(dataclasses.replace(config, save_every=0), workdir, processes=2)
   assert 0 not in run.wait(100)
   assert "Process" in run.said and f"{workdir}/data/train" in run.said
 
@@ -151,12 +153,15 @@ DAMAGES = {
 
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_checkpoint_is_named_and_passed_over(config, whole, copy, capsys, damage):
-  DAMAGES[damage](copy / "training" / "300")
+  newest = str(config.num_steps)
+  DAMAGES[damage](copy / "training" / newest)
   shutil.rmtree(copy / "checkpoint")
   train(config, copy)
   said = capsys.readouterr().err
-  assert re.search(rf"Checkpoint {copy}/training/300 is damaged: .+\. It was moved to {copy}/damaged/300-\d+\.", said)
-  assert [path.name.split("-")[0] for path in (copy / "damaged").iterdir()] == ["300"]
+  assert re.search(
+    rf"Checkpoint {copy}/training/{newest} is damaged: .+\. It was moved to {copy}/damaged/{newest}-\d+\.", said
+  )
+  assert [path.name.split("-")[0] for path in (copy / "damaged").iterdir()] == [newest]
   assert_same_run(copy, whole)
 
 
@@ -168,7 +173,7 @@ def test_no_whole_checkpoint_is_no_new_start(config, copy, capsys):
     with pytest.raises(ValueError, match=r"No checkpoint in .*training is whole, so the run cannot go on"):
       train(config, copy)
     assert capsys.readouterr().err.count("is damaged") == 3
-  assert states(copy) == ["200", "250", "300"] and (copy / "metrics.jsonl").read_bytes() == metrics
+  assert states(copy) == last_states(config) and (copy / "metrics.jsonl").read_bytes() == metrics
 
 
 @contextlib.contextmanager
@@ -181,36 +186,38 @@ def _small_files():
     resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def test_a_full_disk_costs_a_checkpoint_not_the_run(config, whole, cache, tmp_path):
+def test_a_full_disk_costs_a_checkpoint_not_the_run(config, whole, tmp_path):
   workdir = tmp_path / "run"
-  run = runs.Run(config, workdir, cache=cache)
-  run.until((workdir / "training" / "50").exists)
+  run = runs.Run(config, workdir)
+  first = str(config.save_every)
+  run.until((workdir / "training" / first).exists)
   (child,) = run.processes
   unlimited = resource.prlimit(child.pid, resource.RLIMIT_FSIZE)
   resource.prlimit(child.pid, resource.RLIMIT_FSIZE, (SMALL, unlimited[1]))
   run.until(lambda: "Training goes on; older checkpoints are kept." in run.said)
-  assert "50" in states(workdir)
+  assert first in states(workdir)
   resource.prlimit(child.pid, resource.RLIMIT_FSIZE, unlimited)
-  assert f"checkpoint {workdir}/training/1" in run.finish()
-  assert states(workdir)[-1] == "300" and "50" not in states(workdir)
+  assert re.search(rf"checkpoint {workdir}/training/\d+", run.finish())
+  assert states(workdir)[-1] == str(config.num_steps) and first not in states(workdir)
   assert_same_run(workdir, whole)
 
 
 @pytest.mark.parametrize("unwritten", ["state", "model"])
 def test_what_could_not_be_written_at_the_end_is_an_error(config, whole, copy, unwritten):
-  shutil.rmtree(copy / "training" / "300")
+  *older, newest = last_states(config)
+  shutil.rmtree(copy / "training" / newest)
   shutil.rmtree(copy / "checkpoint")
-  changed = dataclasses.replace(config, save_every=50 if unwritten == "state" else 0)
+  changed = config if unwritten == "state" else dataclasses.replace(config, save_every=0)
   with (
     _small_files(),
-    pytest.raises((OSError, ValueError), match=r"training/300" if unwritten == "state" else "checkp"),
+    pytest.raises((OSError, ValueError), match=f"training/{newest}" if unwritten == "state" else "checkp"),
   ):
     train(changed, copy)
   # Threads of the failed save may have left something more; the next start removes it.
-  assert [name for name in states(copy) if name.isdigit()] == ["200", "250"]
+  assert [name for name in states(copy) if name.isdigit()] == older
   assert [path.name for path in copy.iterdir() if path.name.startswith("checkpoint")] == []
   train(config, copy)
-  assert states(copy) == ["200", "250", "300"]
+  assert states(copy) == [*older, newest]
   assert_same_run(copy, whole)
 
 
@@ -291,7 +298,7 @@ def _rows_file(workdir: Path) -> Path:
   ids=["deleted", "flipped", "truncated", "meta"],
 )
 def test_damaged_rows_are_named(config, copy, damage, named):
-  shutil.rmtree(copy / "training" / "300")
+  shutil.rmtree(copy / "training" / str(config.num_steps))
   damage(copy)
   with pytest.raises((ValueError, OSError), match=named):
     train(dataclasses.replace(config, save_every=0), copy)

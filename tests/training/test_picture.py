@@ -10,6 +10,12 @@ from supra_jax.training.metrics import MetricsWriter
 from tests.training.test_metrics import train_record
 
 
+def _drawn_in(drawn, colour):
+  """How many pixels of a picture have a colour."""
+  wanted = np.array([int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)])
+  return (np.abs(drawn[..., :3] - wanted) < 0.01).all(-1).sum()
+
+
 def test_picture(tmp_path):
   path, png = tmp_path / "metrics.jsonl", tmp_path / "loss.png"
   with MetricsWriter(path) as writer:
@@ -23,8 +29,7 @@ def test_picture(tmp_path):
   # White paper, with something drawn in the colour of each series.
   assert (drawn[..., :3] == 1).all(-1).mean() > 0.8
   for colour in (picture.TRAIN, picture.HELDOUT, picture.INK):
-    wanted = np.array([int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)])
-    assert (np.abs(drawn[..., :3] - wanted) < 0.01).all(-1).sum() > 100, colour
+    assert _drawn_in(drawn, colour) > 100, colour
   assert pyplot.get_fignums() == []
 
 
@@ -33,7 +38,12 @@ def test_one_point(tmp_path, record):
   with MetricsWriter(tmp_path / "m.jsonl") as writer:
     writer.write(record)
   picture.plot_losses(tmp_path / "m.jsonl", tmp_path / "loss.png")
-  assert (tmp_path / "loss.png").stat().st_size > 1000
+  drawn = matplotlib.image.imread(tmp_path / "loss.png")
+  there = {colour: _drawn_in(drawn, colour) for colour in (picture.TRAIN, picture.HELDOUT)}
+  of_the_record, other = picture.TRAIN, picture.HELDOUT
+  if "heldout_nll" in record:
+    of_the_record, other = other, of_the_record
+  assert there[of_the_record] > 10 and there[other] == 0, there
 
 
 @pytest.mark.parametrize("tenth_of", ["", "random"])
@@ -43,8 +53,7 @@ def test_curves(tmp_path, tenth_of):
   picture.plot_curves(runs, png, teacher_nll=3, x="minutes", tenth_of=tenth_of)
   drawn = matplotlib.image.imread(png)
   for colour in picture.CURVES[:2]:
-    wanted = np.array([int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)])
-    assert (np.abs(drawn[..., :3] - wanted) < 0.01).all(-1).sum() > 100, colour
+    assert _drawn_in(drawn, colour) > 100, colour
 
 
 def test_nothing_to_draw(tmp_path):
