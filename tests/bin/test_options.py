@@ -1,5 +1,6 @@
 """An option that a recipe does not have is named, with those that are near."""
 
+import sys
 from pathlib import Path
 
 import pytest
