@@ -61,7 +61,7 @@ def test_packed_data_verify():
 
 
 @pytest.mark.parametrize(
-  "name", [pytest.param(name, marks=[] if name in QUICK else pytest.mark.heavy) for name in EXPECTED]
+  "name", [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in EXPECTED]
 )
 def test_a_stopped_run_goes_on(name):
   workdir = Path("runs", name)
