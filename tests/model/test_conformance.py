@@ -14,20 +14,24 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from supra_jax.core.sharding import make_mesh
+from supra_jax.core.sharding import make_mesh, put_batch
 from supra_jax.inference.decode import generate_tokens
 from supra_jax.inference.lm import LM
 from supra_jax.linearization.hybrid import layer_divergences
 from supra_jax.linearization.linearize import linearize
 from supra_jax.linearization.starts import Identity
 from supra_jax.model import costs, presets
+from supra_jax.model.adapters import AdapterConfig
 from supra_jax.model.config import ModelConfig
 from supra_jax.model.placement import param_shardings, parameter_axes, parameter_name, state_shardings
 from supra_jax.model.registry import layers, mixer_class, mixer_names
+from supra_jax.model.stacking import stack_runs
 from supra_jax.model.transformer import Transformer
 from supra_jax.storage.model_directory import load_model, save_model
 from supra_jax.training.config import DataConfig, TrainConfig
+from supra_jax.training.optimizer import OptimizerConfig
 from supra_jax.training.plan import plan
+from supra_jax.training.setup import make_train_step, state_shapes
 from tests.model import toy_mixer  # noqa: F401  # registers itself
 from tests.model.conformance import (
   TIME,
@@ -43,6 +47,7 @@ from tests.model.conformance import (
 )
 
 ROOT = Path(__file__).parents[2]
+MESH = "data:2,fsdp:2,tensor:2"
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 MIXERS = mixer_names()
 IN_MODELS = [pytest.param(c, id=f"{mixer}{i or ''}") for mixer in MIXERS for i, c in enumerate(examples(mixer))]
@@ -189,15 +194,13 @@ def test_planned(mixer):
   assert made.parameters > made.new and (made.new > 0) == bool(new)
 
 
-def _trained(config, params, mesh):
+def _read(config, params, mesh):
   """Loss, gradients and the logits that decoding has after it, of stacked layers and rows of documents."""
   tokens = np.random.default_rng(0).integers(0, config.vocab_size, (8, 32)).astype(np.int32)
   ids = np.repeat(np.arange(4, dtype=np.int32), 8)[None].repeat(8, 0)
   model = Transformer(config, stacked=True, remat="block")
 
   def loss(params):
-    from supra_jax.model.stacking import stack_runs
-
     variables = {"params": stack_runs(params, config)}
     logits, state = model.apply(variables, tokens, model.init_state(8, 40), segment_ids=ids, method="logits")
     if mesh is not None:
@@ -208,22 +211,52 @@ def _trained(config, params, mesh):
   return jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
 
 
+def _stepped(config, params, mesh):
+  """Parameters after a step of the project's own training, adapters and new weights at a rate of their own included."""
+  new = bool(mixer_class(config.mixers[-1]).NEW)
+  recipe = TrainConfig(
+    "",
+    DataConfig(input="x", sequence_length=32),
+    batch_size=8,
+    num_steps=2,
+    new_weights_steps=int(new),
+    new_weights_rate=0.5 if new else 1.0,
+    adapters=AdapterConfig(rank=2),
+    optimizer=OptimizerConfig(learning_rate=0.1, warmup_steps=0),
+  )
+  rng = np.random.default_rng(2)
+  batch = {"tokens": rng.integers(0, config.vocab_size, (8, 33)).astype(np.int32)}
+  batch["segment_ids"] = np.repeat(np.arange(3, dtype=np.int32), 11)[None].repeat(8, 0)
+  with jax.set_mesh(mesh):
+    step = make_train_step(recipe, config)
+    shardings = jax.tree.map(lambda x: x.sharding, state_shapes(step, mesh))
+    state = jax.jit(lambda params: step.init(stack_runs(params, config)), out_shardings=shardings)(params)
+    for number in (1, 2):
+      state, metrics = step.compiled(shardings, recipe.active_groups(number))(state, put_batch(batch, mesh))
+    assert metrics["skipped"] == 0
+    return jax.device_get(state.params)
+
+
 def main():
   """In a process with eight devices: each mixer on meshes is what it is on one device."""
   from tests.conftest import _random_params
 
   jax.config.update("jax_disable_most_optimizations", True)
+  close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4)
   for mixer in sys.argv[1:]:
     config = presets.tiny(mixer).replace(num_heads=4, hidden_size=64, vocab_size=96)
     if mixer == "supra_window":
       config = config.replace(layers=layers((mixer,) * 2, window=5, sinks=2, feature_map="per_head"), max_positions=16)
     params = _random_params(config)
-    want = _trained(config, params, None)
-    for text in ("data:2,fsdp:2,tensor:2", "fsdp:2,context:4"):
+    want = _read(config, params, None)
+    for text in (MESH, "fsdp:2,context:4"):
       mesh = make_mesh(text)
       with jax.set_mesh(mesh):
-        got = _trained(config, jax.device_put(params, param_shardings(params, mesh)), mesh)
-      jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4), got, want)
+        jax.tree.map(close, _read(config, jax.device_put(params, param_shardings(params, mesh)), mesh), want)
+    alone, cut = (_stepped(config, params, make_mesh(text, jax.devices()[:n])) for text, n in (("", 1), (MESH, 8)))
+    # Adam divides a gradient by its own size: where that is rounding, so is the step, of 0.1 at most.
+    far = jax.tree.map(lambda x, y: np.abs(x - y) > 1e-3, alone, cut)
+    assert np.mean(np.concatenate([x.ravel() for x in jax.tree.leaves(far)])) < 1e-3
 
 
 @mixers
