@@ -133,9 +133,7 @@ def test_rope_scores_depend_on_distance_only():
   q, k = rng.standard_normal((2, 1, 1, 1, 16), np.float32)
 
   def score(i, j):
-    turned = (
-      apply_rope(x, *rope_table(RopeConfig(), 16, jnp.full((1, 1, 1), at))) for x, at in ((q, i), (k, j))
-    )
+    turned = (apply_rope(x, *rope_table(RopeConfig(), 16, jnp.full((1, 1, 1), at))) for x, at in ((q, i), (k, j)))
     return float(jnp.vdot(*turned))
 
   near = score(7, 3)
