@@ -260,7 +260,7 @@ def test_directory_with_one_gguf(tmp_path):
   write_gguf(tmp_path / "model" / "a.gguf")
   assert converted(tmp_path / "model", tmp_path).config.num_heads == HEADS
   write_gguf(tmp_path / "model" / "b.gguf")
-  with pytest.raises(ConversionError, match=r"give the file that is meant\.\nGGUF models \(2\):\n  a\.gguf\n  b\.gguf"):
+  with pytest.raises(ConversionError, match=r"give one of its files\.\nGGUF models \(2\):\n  a\.gguf\n  b\.gguf"):
     convert(tmp_path / "model", tmp_path / "other")
 
 
