@@ -141,7 +141,7 @@ def model_config(file: GGUFFile, where: str) -> ModelConfig:
     "head_dim": head_dim,
     "value_head_dim": None if value_head_dim == head_dim else value_head_dim,
     "layers": (SoftmaxConfig(),) * num_layers,
-    # The file holds a float32; its shortest decimal is what the model's author wrote.
+    # The file stores a float32. Its shortest decimal, such as 1e-05, is the number in the model's own config.
     "norm_eps": float(str(np.float32(reader.required("attention.layer_norm_rms_epsilon", float)))),
     "tie_embeddings": names.GGUF_UNEMBEDDING not in tensors,
     "qkv_bias": "blk.0.attn_q.bias" in tensors,

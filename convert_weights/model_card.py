@@ -35,7 +35,7 @@ def stated_license(source: Source) -> dict[str, Any]:
 
   It is taken from the metadata of a GGUF file, or from the YAML header of the README.md beside the weights.
   """
-  said = {key: source.original_config.get("general." + key.replace("_", ".")) for key in _LICENSE}  # GGUF's keys
+  said = {key: source.original_config.get("general." + key.replace("_", ".")) for key in _LICENSE}  # GGUF keys
   readme = (source.path if source.path.is_dir() else source.path.parent) / FILE
   if said["license"] is None and readme.is_file():
     try:

@@ -172,7 +172,7 @@ def _load_gguf(source: Source) -> Any:
   return model
 
 
-# Kind of a source -> (source, token ids [T]) -> logits float32 [T, vocabulary].
+# Kind of a source -> function that runs it: (source, token ids [T]) -> logits, float32 [T, vocabulary].
 _RUNNERS: Mapping[str, Callable[[Source, np.ndarray], np.ndarray]] = {
   "huggingface": _run_transformers,
   "gguf": _run_transformers,
