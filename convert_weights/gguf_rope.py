@@ -34,7 +34,7 @@ def rope_config(reader: ConfigReader, head_dim: int, factors: StoredTensor | Non
   """The rotary settings of a GGUF file. Complaints are collected in `reader.refused`.
 
   Args:
-    reader: reader of the metadata whose keys begin with the architecture's name, which is removed.
+    reader: reader of the architecture's metadata, whose prefix (such as `llama.`) is removed from the keys.
     head_dim: number of features of a head; all of them are rotated.
     factors: the tensor FACTORS, [head_dim / 2], divisors of the frequencies; None if the file has none.
   """
@@ -48,7 +48,7 @@ def rope_config(reader: ConfigReader, head_dim: int, factors: StoredTensor | Non
   if factors is not None:
     if kind in (None, "none") or factor == 1.0:
       return _from_factors(reader, base, head_dim, factors, factor, original)
-    reader.refuse("rope.scaling.type", f"besides the factors of {FACTORS}")
+    reader.refuse("rope.scaling.type", f"not supported together with the factors of {FACTORS}")
   if factor == 1.0 or kind == "none":
     return RopeConfig(base)
   if kind != "yarn":  # a factor without a type is linear, as in llama.cpp
@@ -73,7 +73,9 @@ def rope_config(reader: ConfigReader, head_dim: int, factors: StoredTensor | Non
 def _from_factors(
   reader: ConfigReader, base: float, head_dim: int, tensor: StoredTensor, factor: float, original: int | None
 ) -> RopeConfig:
-  """The llama3 scaling whose formula gives the stored factors, if the published settings or the file's own do.
+  """Finds the llama3 scaling that gives the stored factors, among Llama 3's published settings and the file's own.
+
+  Without such a scaling it records a complaint and returns unscaled RoPE.
 
   Args:
     reader: reader whose `refused` collects complaints.

@@ -105,7 +105,7 @@ def model_config(file: GGUFFile, where: str) -> ModelConfig:
   architecture = metadata.get("general.architecture")
   kind = metadata.get("general.type", "model")
   if kind != "model":
-    raise ConversionError(f"{where}: general.type={kind!r}: wanted a model (merge an adapter into its own).")
+    raise ConversionError(f"{where}: general.type={kind!r}: wanted a model (merge an adapter into its base model).")
   if not isinstance(architecture, str) or architecture not in ARCHITECTURES:
     raise ConversionError(
       f"{where}: general.architecture={architecture!r} is not supported: only {', '.join(ARCHITECTURES)}."

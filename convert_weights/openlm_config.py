@@ -74,7 +74,7 @@ def model_config(config: Mapping[str, Any], where: str) -> ModelConfig:
   is_linear = config.get("attn_name") == LINEAR_ATTENTION
   normalises_qk = reader.flag("apply_qk_norm")
   if normalises_qk and not is_linear and num_kv_heads != num_heads:
-    reader.refuse("apply_qk_norm", f"OpenLM's softmax attention has none for n_heads_kv={num_kv_heads} of {num_heads}")
+    reader.refuse("apply_qk_norm", f"OpenLM's softmax attention then needs n_heads_kv={num_heads}, got {num_kv_heads}")
   head_dim = reader.number("qk_head_dim", int, hidden_size // num_heads)
   rope = _rope(reader)
   # OpenLM's RoPE and phi assume heads of width dim / n_heads; with any other width its own code fails.

@@ -41,7 +41,7 @@ def export(config: ModelConfig) -> Export:
   values = _config(dense)
   refused = differences(essential(dense), openlm_config.model_config(values, "As a model of OpenLM"))
   if refused:
-    raise ConversionError("\n".join(["OpenLM has no such model.", *listing("it cannot say", refused)]))
+    raise ConversionError("\n".join(["OpenLM has no such model.", *listing("it cannot express", refused)]))
   return Export(values, _tensors(config, dense))
 
 

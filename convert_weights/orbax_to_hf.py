@@ -125,8 +125,8 @@ def _files(export: Export, model: ModelCheckpoint, dtype: np.dtype) -> dict[str,
     files |= exported_tokenizer(model.tokenizer_files, tokenizer)
     if "tokenizer.json" not in files:
       print(
-        "note: no tokenizer.json gives the ids of this tokenizer.model, which is written as it is. transformers' ids "
-        "depend on its release: compare them.",
+        "note: no tokenizer.json gives the ids of this tokenizer.model, so tokenizer.model is written unchanged. With "
+        "it, ids depend on the release of transformers: compare them with the model's.",
         file=sys.stderr,
       )
   if TEMPLATE_FILE in model.tokenizer_files:

@@ -62,7 +62,7 @@ def open_safetensors(path: Path) -> dict[str, StoredTensor]:
     begin, tensor_end = _offsets(path, name, entry)
     # The format allows neither gaps nor overlaps: they reveal a damaged or crafted header.
     if begin != end:
-      raise ConversionError(f"{path}: corrupt header: {name} starts at byte {begin}, where byte {end} was due.")
+      raise ConversionError(f"{path}: corrupt header: {name} starts at byte {begin}, not at byte {end}.")
     end = tensor_end
     tensors[name] = _stored_tensor(path, name, entry, begin, tensor_end, 8 + header_bytes)
   if size != 8 + header_bytes + end:

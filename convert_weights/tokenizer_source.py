@@ -57,7 +57,7 @@ def tokenizer_files(directory: Path) -> dict[str, bytes]:
     if vocabulary.tokenizer is None:
       missing = [repr(token) for token in added if token not in vocabulary.special]
       if missing:
-        raise ValueError(f"to this {name} no tokens can be added: {', '.join(missing[:20])}.")
+        raise ValueError(f"tokens cannot be added to this {name}: {', '.join(missing[:20])}.")
       files[name] = vocabulary.contents
     else:
       changed = _add(vocabulary.tokenizer, added) | _set_prefix_space(vocabulary.tokenizer, settings)
@@ -254,7 +254,7 @@ def _add(tokenizer: Tokenizer, added: Mapping[str, _Added]) -> bool:
       tokenizer.add_tokens([token])
       changed = True
     if said.token_id not in (None, got := tokenizer.token_to_id(text)):
-      raise ValueError(f"{text!r} is said to have the id {said.token_id}; in the vocabulary it has, or gets, {got}.")
+      raise ValueError(f"{text!r} has the id {said.token_id} in the files, but the tokenizer gives it the id {got}.")
   return changed
 
 

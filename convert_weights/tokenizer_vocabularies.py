@@ -180,7 +180,7 @@ def _tekken(directory: Path, settings: Mapping[str, Any]) -> Vocabulary:
   except (KeyError, TypeError, ValueError) as error:
     raise ValueError(f"tekken.json is not what Mistral writes: {error!r}.") from error
   if pattern != KINDS["tekken"].pattern:
-    raise ValueError(f"tekken.json cuts texts by the pattern {pattern!r}, which is not supported.")
+    raise ValueError(f"tekken.json splits texts by the pattern {pattern!r}, which is not supported.")
   listed = listed or dict(enumerate(_TEKKEN_SPECIAL))
   special = {listed.get(i, f"<SPECIAL_{i}>"): i for i in range(count)}
   named = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}

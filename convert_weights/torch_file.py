@@ -60,10 +60,12 @@ def open_torch(path: Path) -> dict[str, StoredTensor]:
     raise ConversionError(f"{path}: torch refuses it: {_reason(error)}.") from error
   state = loaded.get("state_dict", loaded) if isinstance(loaded, dict) else loaded
   if not isinstance(state, dict) or not state:
-    raise ConversionError(f"{path}: holds no state dict, the names of a model's tensors.")
+    raise ConversionError(f"{path}: holds no state dict, a dict of tensor name -> tensor.")
   others = [str(name)[:200] for name, value in state.items() if type(name) is not str or not torch.is_tensor(value)]
   if others:
-    raise ConversionError("\n".join([f"{path}: wanted names and tensors only.", *listing("no tensors", others)]))
+    raise ConversionError(
+      "\n".join([f"{path}: wanted a dict of tensor name -> tensor.", *listing("other entries", others)])
+    )
   dtypes = {torch.float64: "<f8", torch.float32: "<f4", torch.float16: "<f2", torch.bfloat16: BFLOAT16}
   return {
     name: _stored_tensor(
@@ -122,10 +124,10 @@ def _check_pickle(path: Path, archive: zipfile.ZipFile, info: zipfile.ZipInfo) -
   others = sorted({name[:200] for name in named if not _NAMES.fullmatch(name)})
   if others:
     raise ConversionError(
-      "\n".join([f"{path}: its pickle wants more than tensors, which could run code.", *listing("names", others)])
+      "\n".join([f"{path}: its pickle needs more than tensors, and could run code.", *listing("names", others)])
     )
   if _visits(raw) > _MAX_VISITS:
-    raise ConversionError(f"{path}: its pickle holds objects within objects that would take hours to go through.")
+    raise ConversionError(f"{path}: its pickle repeats objects within objects; loading it would take hours.")
 
 
 def _visits(raw: bytes) -> int:
@@ -172,7 +174,7 @@ def _stored_tensor(path: Path, name: str, tensor: Any, dtype: Any, records: Mapp
   begin = getattr(storage, "_checkpoint_offset", None)
   if begin is None:
     raise ConversionError(
-      f"{path}: this torch does not say where in the file a tensor lies: pip install 'torch>=2.13'."
+      f"{path}: this version of torch does not report where a tensor is in the file: pip install 'torch>=2.13'."
     )
   if records.get(begin) != storage.nbytes():
     raise ConversionError(

@@ -108,7 +108,7 @@ def _run_transformers(source: Source, tokens: np.ndarray) -> np.ndarray:
     import torch
     import transformers
   except ImportError as error:
-    raise ConversionError(f"To run the source takes {error.name}: pip install 'supra_jax[torch]'.") from error
+    raise ConversionError(f"Running the source needs {error.name}: pip install 'supra_jax[torch]'.") from error
   transformers.utils.logging.set_verbosity_error()
   transformers.utils.logging.disable_progress_bar()
   load = _load_gguf if source.kind == "gguf" else _load_huggingface
@@ -158,7 +158,7 @@ def _load_gguf(source: Source) -> Any:
 
   path, *more = source.weight_files
   if more:
-    raise ValueError("it reads no GGUF in several parts.")
+    raise ValueError("it cannot read a GGUF model that is split into parts.")
   how = {"gguf_file": path.name, "local_files_only": True}
   config = transformers.AutoConfig.from_pretrained(str(path.parent), **how)
   # transformers ignores these metadata of a GGUF file.

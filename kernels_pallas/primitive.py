@@ -130,7 +130,11 @@ class Kernels(Protocol):
     ...
 
   def states(self, k_BTGK: jax.Array, v_BTGV: jax.Array, rows: Rows, into: float, *, reverse: bool) -> jax.Array:
-    """What each part but the last to run adds to the state, [B, P - 1, H, K, V] float32, in the order of the tokens."""
+    """Runs LA's second equation on each part, starting from a zero state, without computing outputs.
+
+    Returns:
+      What each part but the last to run adds to the state, [B, P - 1, H, K, V] float32, in the order of the tokens.
+    """
     ...
 
 

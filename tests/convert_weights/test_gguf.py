@@ -210,7 +210,7 @@ def test_other_architecture(tmp_path):
 def test_an_adapter_is_no_model(tmp_path):
   array = np.zeros((4, 8), np.float32)
   path = write_one_tensor(tmp_path / "m.gguf", "llama", "blk.0.attn_q.weight.lora_a", array, kind="adapter")
-  refuse(path, tmp_path, "general.type='adapter': wanted a model (merge an adapter into its own)")
+  refuse(path, tmp_path, "general.type='adapter': wanted a model (merge an adapter into its base model)")
 
 
 @pytest.mark.parametrize("keep", [0, 3, 4, 20, 100, 1000, 3000, -1, -5000])
