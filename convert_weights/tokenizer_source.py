@@ -194,7 +194,7 @@ class _Added:
 
 
 def _added_tokens(directory: Path, settings: Mapping[str, Any]) -> dict[str, _Added]:
-  """Token -> its description, in the order in which transformers adds tokens that the vocabulary lacks.
+  """Tokens that files other than the vocabulary describe, in the order in which transformers adds missing ones.
 
   Raises:
     ValueError: added_tokens_decoder or added_tokens.json has the wrong form.

@@ -131,9 +131,10 @@ def _check_pickle(path: Path, archive: zipfile.ZipFile, info: zipfile.ZipInfo) -
 
 
 def _visits(raw: bytes) -> int:
-  """Number of objects visited if each opcode of a pickle walks through all objects inside its operands.
+  """Total number of objects visited if each opcode of a pickle visits all objects inside its operands.
 
-  The number can be exponential: hashing x_n takes 2^n visits if x_n is the tuple (x_(n-1), x_(n-1)), down to x_0.
+  The number can be exponential in the pickle's size: if x_n is the tuple (x_(n-1), x_(n-1)), hashing it visits 2^n
+  objects.
   """
   stack: list[int | None] = []  # for each object, the number of objects in it, itself included; None is a mark
   memo: dict[Any, int | None] = {}
