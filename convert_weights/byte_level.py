@@ -1,4 +1,4 @@
-"""Byte-level BPE tokenizers from a vocabulary and merges, or from tokens in the order of their ranks."""
+"""Builds byte-level BPE tokenizers, from a vocabulary and merges or from tokens in the order of their ranks."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ _TEKKEN = (
 
 @dataclasses.dataclass(frozen=True)
 class Kind:
-  """How a byte-level BPE prepares a text.
+  """How a byte-level BPE tokenizer splits a text into words, and words into tokens.
 
   Attributes:
-    pattern: regular expression whose matches are the words that merges stay within; None is GPT-2's.
-    single_digits: whether each digit is a word of its own, before the pattern is applied.
-    nfc: whether the text is brought into Unicode's normal form C.
-    ignore_merges: whether a word that is in the vocabulary is one token, even if no merges lead to it.
-    adds_bos: whether llama.cpp begins a text with BOS where a GGUF file does not say.
+    pattern: regular expression whose matches are the words; no merge crosses a word's end. None is GPT-2's pattern.
+    single_digits: whether each digit becomes a word, before the pattern is applied.
+    nfc: whether the text is normalised to Unicode's normal form C first.
+    ignore_merges: whether a word that is in the vocabulary becomes one token, even if no merges produce it.
+    adds_bos: whether llama.cpp begins a text with BOS if the GGUF file does not say.
   """
 
   pattern: str | None = None
@@ -45,7 +45,7 @@ class Kind:
 _LLAMA_BPE = Kind(_LLAMA_3, ignore_merges=True, adds_bos=True)
 _SMOLLM = Kind(single_digits=True)
 _QWEN = Kind(_QWEN_2, nfc=True)
-# Under llama.cpp's names (`tokenizer.ggml.pre`); only those whose models' own tokenizer.json is known to agree.
+# llama.cpp's name (`tokenizer.ggml.pre`) -> kind. Only names for which a model's own tokenizer.json gives the same ids.
 KINDS: Mapping[str, Kind] = {
   "gpt-2": Kind(),
   "smollm": _SMOLLM,
@@ -64,13 +64,13 @@ KINDS: Mapping[str, Kind] = {
 def byte_level_bpe(
   vocab: Mapping[str, int], merges: Sequence[tuple[str, str]], kind: str, *, ignore_merges: bool | None = None
 ) -> tokenizers.Tokenizer:
-  """A byte-level BPE with normaliser, pre-tokeniser and decoder; without added tokens and post-processor.
+  """A byte-level BPE tokenizer with normaliser, pre-tokeniser and decoder, without added tokens and post-processor.
 
   Args:
-    vocab: token, in GPT-2's byte alphabet -> id.
-    merges: pairs of tokens, the first to be merged first.
+    vocab: token in GPT-2's byte alphabet -> id.
+    merges: pairs of tokens to merge, in order of priority.
     kind: a name in KINDS.
-    ignore_merges: in place of the kind's.
+    ignore_merges: replaces `Kind.ignore_merges`; None keeps it.
 
   Raises:
     ConversionError: the kind is unknown, or a merge names a token that is not in the vocabulary.
@@ -100,10 +100,10 @@ def byte_level_bpe(
 
 
 def named_kind(name: object) -> Kind:
-  """The kind of that name.
+  """Looks up a name in KINDS.
 
   Raises:
-    ConversionError: there is none; the message lists those that there are.
+    ConversionError: the name is unknown; the message lists the known names.
   """
   if not isinstance(name, str) or name not in KINDS:
     raise ConversionError(f"the pre-tokenizer {name!r} is not supported: only {', '.join(KINDS)}.")
@@ -113,16 +113,17 @@ def named_kind(name: object) -> Kind:
 def ranked_bpe(
   ranks: Sequence[bytes], kind: str, *, first_id: int = 0, special: Mapping[str, int] | None = None
 ) -> tokenizers.Tokenizer:
-  """A byte-level BPE in the form of tiktoken, tekken.json and Llama 3's tokenizer.model.
+  """A byte-level BPE tokenizer from ranked tokens, as tiktoken, tekken.json and Llama 3's tokenizer.model have them.
 
   Args:
-    ranks: tokens; of two neighbours that make a token, those that make the first in this order are merged first.
+    ranks: tokens in the order of rank. Of all pairs of neighbours whose union is a token, the pair whose union has the
+      lowest rank is merged first.
     kind: a name in KINDS.
-    first_id: id of the first token.
+    first_id: id of the token of rank 0; the other ids follow by rank.
     special: special token -> id.
 
   Raises:
-    ConversionError: the kind is unknown, a token is there twice, or two tokens have one id.
+    ConversionError: the kind is unknown, a token is listed twice, or two tokens have the same id or spelling.
   """
   rank_of = {token: rank for rank, token in enumerate(ranks)}
   if len(rank_of) != len(ranks):
@@ -134,8 +135,8 @@ def ranked_bpe(
   spelled_twice = sorted(vocab.keys() & special.keys())
   if taken or twice or spelled_twice:
     raise ConversionError(
-      f"special tokens have ids of other tokens, {taken[:20]}, or one another's ({twice}), or are spelled like another "
-      f"token, {spelled_twice[:20]}."
+      f"special tokens have the ids of other tokens ({taken[:20]}), share ids among themselves ({twice}), or are "
+      f"spelled like other tokens ({spelled_twice[:20]})."
     )
   merges = [(_spelled(left), _spelled(right)) for left, right in _merges(rank_of)]
   tokenizer = byte_level_bpe({**special, **vocab}, merges, kind)
@@ -151,10 +152,10 @@ def _spelled(token: bytes) -> str:
 
 
 def _merges(rank_of: Mapping[bytes, int]) -> Iterator[tuple[bytes, bytes]]:
-  """The pair that each token of several bytes is made from, in the order of ranks.
+  """For each token of several bytes, in the order of rank, the pair of tokens whose merge yields it.
 
-  A token's bytes are merged in one order wherever it stands, since no merge within it depends on its neighbours. The
-  last pair is therefore always the same. Tokens that no merges lead to have none.
+  No merge inside a token depends on its neighbours, so a token's bytes are merged in the same order in every text, and
+  the last pair is always the same. A token that no merges produce has no pair.
   """
   for token in rank_of:
     pairs = [(token[:i], token[i:]) for i in range(1, len(token)) if token[:i] in rank_of and token[i:] in rank_of]
@@ -165,7 +166,7 @@ def _merges(rank_of: Mapping[bytes, int]) -> Iterator[tuple[bytes, bytes]]:
 
 
 def _parts(token: bytes, rank_of: Mapping[bytes, int]) -> list[bytes]:
-  """The token's bytes, merged as far as it goes with tokens of lower rank."""
+  """The parts that remain of a token's bytes after all merges that yield tokens of lower rank."""
   parts = [token[i : i + 1] for i in range(len(token))]
   while len(parts) > 2:
     pairs = [rank_of.get(left + right, len(rank_of)) for left, right in itertools.pairwise(parts)]

@@ -1,4 +1,4 @@
-"""Typed access to a foreign config that collects every complaint."""
+"""Typed access to another program's config that collects every complaint, so that one message can list all of them."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from collections.abc import Mapping
 from typing import Any
 
 MAX_LAYERS = 10_000
-MAX_SHOWN = 300  # characters of a value in a message
+MAX_SHOWN = 300  # a message shows at most this many characters of a value
 
 
 class ConfigReader:
-  """Reads typed values and collects every complaint, so that one run names them all.
+  """Reads typed values from a config and collects every complaint, so that one run names them all.
 
   Attributes:
-    values: the config.
-    refused: the complaints so far.
+    values: key -> value of the config.
+    refused: the complaints so far, one line each.
   """
 
   def __init__(self, values: Mapping[str, Any], prefix: str = ""):
@@ -24,29 +24,33 @@ class ConfigReader:
     self._prefix = prefix
 
   def refuse(self, key: str, wanted: str) -> None:
+    """Records a complaint about a key: its value, and what was wanted."""
     value = f"={self.values[key]!r}"[:MAX_SHOWN] if key in self.values else ""
     self.refused.append(f"{self._prefix}{key}{value}: {wanted}")
 
   def number(self, key: str, kind: type, default: Any) -> Any:
-    """A positive number, or the default where the key is absent or null."""
+    """A positive int or float (`kind`); `default` if the key is absent or null, None if the value was refused."""
     value = self.values.get(key)
     if value is None:
       return default
     allowed = (int, float) if kind is float else (int,)
-    # A float holds no integer of 400 digits, so that one is no number here either.
+    # JSON integers may be too large for a float, which `kind(value)` could not convert.
     if isinstance(value, bool) or not isinstance(value, allowed) or not 0 < value <= sys.float_info.max:
       self.refuse(key, f"wanted a positive {kind.__name__}")
       return None
     return kind(value)
 
   def required(self, key: str, kind: type = int) -> Any:
-    """A positive number; 1 where it was refused, so that reading can go on."""
+    """A positive number; 1 if the key is missing or its value was refused, so that reading can go on."""
     if self.values.get(key) is None:
       self.refuse(key, "missing")
     return self.number(key, kind, None) or kind(1)
 
   def layers(self, key: str) -> int:
-    """A number of layers; 1 where it was refused, lest a config of a few bytes asks for gigabytes of names."""
+    """A number of layers, at most MAX_LAYERS; 1 if it was refused.
+
+    Without the limit, a config of a few bytes could make the converter build gigabytes of parameter names.
+    """
     count = self.required(key)
     if count > MAX_LAYERS:
       self.refuse(key, f"wanted at most {MAX_LAYERS}")
@@ -54,7 +58,10 @@ class ConfigReader:
     return count
 
   def token_ids(self, key: str, vocab_size: int, *, many: bool = False) -> tuple[int, ...]:
-    """One id, or a list of one or `many`; empty where the key is absent, null or refused."""
+    """Token ids: the value is one id, or a list of one id (of any length if `many`).
+
+    Returns an empty tuple if the key is absent or null, or the value was refused.
+    """
     value = self.values.get(key)
     ids = [] if value is None else value if isinstance(value, list) else [value]
     if (len(ids) > 1 and not many) or not all(type(i) is int and 0 <= i < vocab_size for i in ids):
@@ -63,18 +70,20 @@ class ConfigReader:
     return tuple(ids)
 
   def flag(self, key: str) -> bool:
+    """A boolean; False if the key is absent or null, or the value was refused."""
     value = self.values.get(key)
     if value is not None and not isinstance(value, bool):
       self.refuse(key, "wanted true or false")
     return value is True
 
   def only(self, key: str, first: Any, *others: Any) -> None:
+    """Refuses the key unless it is absent or null, or has one of the given values."""
     value, allowed = self.values.get(key), (first, *others)
     if value is not None and value not in allowed:
       self.refuse(key, f"only {' or '.join(map(repr, allowed))} is supported")
 
   def unknown_keys(self, known: set[str]) -> None:
-    """Refuses the keys that nobody here has read, unless null, false or empty says that they are off."""
+    """Refuses keys that are not in `known`, unless their value is null, false or empty, which turns a feature off."""
     for key in sorted(set(self.values) - known):
       value = self.values[key]
       if value is not None and value is not False and value not in ("", [], {}):

@@ -1,4 +1,4 @@
-"""The one error of this package, and how its messages list names."""
+"""ConversionError, the one exception of this package, and helpers that raise it or format its messages."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class ConversionError(ValueError):
 
 
 def listing(title: str, items: Iterable[str]) -> list[str]:
-  """Lines `title:` and up to MAX_LISTED items below it; none when there is nothing to list."""
+  """Lines of a message: `title (count):` and up to MAX_LISTED items; no lines if there are no items."""
   items = list(items)
   if not items:
     return []
@@ -26,16 +26,21 @@ def listing(title: str, items: Iterable[str]) -> list[str]:
 
 
 def refuse_pointer(path: Path, contents: bytes) -> None:
-  """Raises ConversionError where a file is not there, but the note that Git LFS leaves in its place."""
+  """Raises ConversionError if a file is only the pointer that Git LFS leaves in place of a file not yet downloaded.
+
+  Args:
+    path: path of the file, for the message.
+    contents: bytes of the file.
+  """
   if contents.startswith(b"version https://git-lfs.github.com/spec/"):
-    raise ConversionError(f"{path}: is a pointer of Git LFS: bring the file itself with `git lfs pull`.")
+    raise ConversionError(f"{path}: is a pointer of Git LFS: download the file itself with `git lfs pull`.")
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
   """Reads a JSON object.
 
   Raises:
-    ConversionError: the file is missing, unreadable, no JSON, or no object.
+    ConversionError: the file is missing or unreadable, or does not hold a JSON object.
   """
   try:
     contents = path.read_bytes()

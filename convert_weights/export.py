@@ -1,4 +1,4 @@
-"""What every format that we write is reduced to: a config, and tensors made of our parameters."""
+"""Description of an export, common to all formats: a config, and how its tensors are made of our parameters."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ def _transposed(array: np.ndarray) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-  """Some rows of a tensor: a parameter of ours, and how it becomes them.
+  """Rows of a tensor to write, made of one parameter of ours.
 
   Attributes:
-    path: where the parameter lies in our tree.
-    change: our array -> the rows.
+    path: path of the parameter in our parameter tree.
+    change: function from the parameter's array to the rows.
   """
 
   path: tuple[str, ...]
@@ -38,7 +38,7 @@ class Part:
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-  """A tensor to write: its parts, one below the other."""
+  """A tensor to write: the rows of its parts, concatenated along the first axis."""
 
   name: str
   shape: tuple[int, ...]
@@ -47,12 +47,12 @@ class Tensor:
 
 @dataclasses.dataclass(frozen=True)
 class Export:
-  """A directory to write, but for weights and tokenizer.
+  """Description of a directory to write, without weights and tokenizer.
 
   Attributes:
     config: contents of config.json, without the type of the weights.
-    tensors: all of them.
-    files: name -> contents of what else belongs to it.
+    tensors: all tensors of the model, in the order in which they are written.
+    files: file name -> contents of all other files.
   """
 
   config: Mapping[str, Any]
@@ -61,32 +61,33 @@ class Export:
 
 
 def part_of(parameter: names.Parameter) -> Part:
-  """The parameter as it lies in others' tensors."""
+  """The parameter in the layout of other programs, which store linear weights as [out, in]."""
   return Part(parameter.path, _transposed if parameter.transposed else _as_it_is)
 
 
 def transformers_tensors(config: ModelConfig) -> list[Tensor]:
+  """The model's tensors under the names and in the layout of transformers."""
   return [Tensor(p.hf, p.source_shape, [part_of(p)]) for p in names.parameters(config)]
 
 
 def shared_linear_config(config: ModelConfig) -> WindowConfig:
-  """What the linear layers of a model have in common, for formats that say it once for all layers.
+  """The settings shared by all linear layers, for formats that store them once for all layers.
 
   Raises:
-    ConversionError: they differ.
+    ConversionError: two layers have different settings.
   """
   shared: dict[str, Any] = {}
   for layer in dict.fromkeys(config.layers):
     for name, value in dataclasses.asdict(layer).items():
       if shared.setdefault(name, value) != value:
         raise ConversionError(
-          f"Layers with {name}={shared[name]!r} and with {name}={value!r}: the format says it once for all layers."
+          f"Layers with {name}={shared[name]!r} and with {name}={value!r}: the format stores it once for all layers."
         )
   return WindowConfig(**{"sinks": 0, **shared})
 
 
 def essential(config: ModelConfig) -> ModelConfig:
-  """The same model, with default values wherever none of its layers looks."""
+  """The same model, with default values in the fields that none of its layers uses."""
   changes: dict[str, Any] = {}
   if "softmax" not in config.mixers:
     changes["sliding_window"] = None
@@ -102,7 +103,7 @@ def essential(config: ModelConfig) -> ModelConfig:
 
 
 def differences(wanted: ModelConfig, got: ModelConfig) -> list[str]:
-  """The fields that the two do not share, with the values of the first."""
+  """Lines `field=value` of the fields in which the configs differ, with the values of `wanted`."""
 
   def compare(a: Any, b: Any, prefix: str) -> list[str]:
     lines = []
@@ -123,5 +124,5 @@ def differences(wanted: ModelConfig, got: ModelConfig) -> list[str]:
 
 
 def one_or_many(ids: tuple[int, ...]) -> int | list[int] | None:
-  """Token ids as configs spell them."""
+  """Token ids as config.json stores them: a list of several ids, a single id, or None for no id."""
   return list(ids) if len(ids) > 1 else next(iter(ids), None)

@@ -1,7 +1,7 @@
-"""GGUF files: a checked header and tensors read and dequantised one at a time.
+"""GGUF files: reads and checks the header, then reads and dequantises tensors one at a time.
 
-The `gguf` package's own reader takes a damaged file's counts at their word and can loop without end, so only its
-dequantisation is used.
+Only the dequantisation of the `gguf` package is used: its reader trusts the counts in a damaged file, and can loop
+without end.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from convert_weights.errors import ConversionError
 from convert_weights.source import BFLOAT16, StoredTensor, read_array
 
 _SUPPORTED_VERSIONS = (2, 3)
-# Real ones have 10 MB; of a larger one Python's lists would fill the memory.
+# Real headers have up to 10 MB. The Python lists of a much larger one would fill the memory.
 _MAX_HEADER_BYTES = 100_000_000
 _DEFAULT_ALIGNMENT = 32
 _STRING, _ARRAY, _BOOL = 8, 9, 7
@@ -39,8 +39,8 @@ class GGUFFile:
   """The header of a GGUF file.
 
   Attributes:
-    metadata: key -> number, string, bool or list.
-    tensors: name -> tensor; shapes in numpy's order, rows first.
+    metadata: key -> number, string, bool or list of these.
+    tensors: name -> tensor, whose shape is in numpy's order (GGUF's reversed).
   """
 
   metadata: Mapping[str, Any]
@@ -48,7 +48,7 @@ class GGUFFile:
 
 
 class _Cursor:
-  """Reads little-endian values and refuses to read beyond the end."""
+  """Reads little-endian values, and raises ConversionError beyond the file's end or _MAX_HEADER_BYTES."""
 
   def __init__(self, path: Path, file: BinaryIO):
     self.path, self.file = path, file
@@ -98,7 +98,7 @@ def open_gguf(path: Path) -> GGUFFile:
   except OSError as error:
     raise ConversionError(f"{path}: cannot be read: {error.strerror}.") from error
   except RecursionError as error:
-    raise ConversionError(f"{path}: corrupt header: lists within lists without end.") from error
+    raise ConversionError(f"{path}: corrupt header: lists within lists, nested too deeply.") from error
 
 
 def _read_header(path: Path, cursor: _Cursor) -> GGUFFile:
@@ -171,7 +171,7 @@ def _read_rows(
   first: int,
   last: int,
 ) -> np.ndarray:
-  # Blocks lie along the last axis, so that a vector has one row of them.
+  # Quantised blocks lie along the last axis. A vector is a single row of blocks, read whole and cut afterwards.
   lead = (last - first, *shape[1:-1]) if len(shape) > 1 else ()
   skipped = first * math.prod(shape[1:-1]) * row_bytes if len(shape) > 1 else 0
   raw = read_array(path, name, np.dtype(np.uint8), math.prod(lead) * row_bytes, offset + skipped)

@@ -1,4 +1,4 @@
-"""A GGUF model in one file or in the parts that gguf-split makes of it."""
+"""Opens a GGUF model that is one file, or several parts made by gguf-split."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _PART = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
 
 
 def part_names(name: str) -> list[str]:
-  """The names of all parts of the model that a file is a part of: its own where it is no part."""
+  """The names of all parts of the model to which a file belongs; the file's own name if the model is one file."""
   part = _PART.fullmatch(name)
   if part is None:
     return [name]
@@ -22,18 +22,21 @@ def part_names(name: str) -> list[str]:
 
 
 def first_parts(names: Iterable[str]) -> list[str]:
-  """Of file names those of GGUF models, each by its first part, which need not be among them."""
+  """The GGUF models among file names, each by the name of its first part, which need not be among them."""
   return sorted({part_names(name)[0] for name in names if name.endswith(".gguf")})
 
 
 def open_parts(path: Path) -> tuple[list[Path], GGUFFile]:
-  """Opens the model that a file is or is a part of.
+  """Opens the model to which a GGUF file belongs.
+
+  Args:
+    path: path of the file, or of any part of the model.
 
   Returns:
-    Its files, and the metadata of the first with the tensors of all.
+    The paths of all parts, and a header with the metadata of the first part and the tensors of all parts.
 
   Raises:
-    ConversionError: a part is missing, corrupt, or none of this model.
+    ConversionError: a part is missing, corrupt, or belongs to another model.
   """
   paths = [path.with_name(name) for name in part_names(path.name)]
   missing = [part.name for part in paths if not part.exists()]
@@ -43,7 +46,7 @@ def open_parts(path: Path) -> tuple[list[Path], GGUFFile]:
   tensors: dict[str, StoredTensor] = {}
   for number, (part, file) in enumerate(zip(paths, files, strict=True)):
     found = tuple(file.metadata.get(key, default) for key, default in (("split.no", 0), ("split.count", 1)))
-    # A model in one part says so with a 1, or not at all.
+    # A model in one file has split.count 1 or 0, or no such key.
     if found != (number, len(paths)) and not (len(paths) == 1 and found == (0, 0)):
       raise ConversionError(
         f"{part}: split.no={found[0]!r}, split.count={found[1]!r}: its name says that it is part {number + 1} of "

@@ -1,4 +1,4 @@
-"""RoPE in the metadata and tensors of a GGUF file -> RopeConfig."""
+"""RoPE settings in the metadata and tensors of a GGUF file -> RopeConfig."""
 
 from __future__ import annotations
 
@@ -18,24 +18,25 @@ ROPE_KEYS = {
   "rope.scaling.original_context_length", "rope.scaling.type", "rope.scaling.yarn_beta_fast",
   "rope.scaling.yarn_beta_slow",
 }  # fmt: skip
-# llama.cpp takes these where the file is silent, and converters write them.
+# Keys that converters write and that change nothing if their value is 1, llama.cpp's default.
 ROPE_KEYS_OFF_AT_ONE = {
   "rope.scaling.attn_factor", "rope.scaling.yarn_attn_factor", "rope.scaling.yarn_ext_factor",
 }  # fmt: skip
 _DEFAULT_BASE = 10_000.0
-# Of Llama 3.1 and 3.3, and of Llama 3.2.
+# Published llama3 settings: factor 8 in Llama 3.1 and 3.3, factor 32 in Llama 3.2.
 _LLAMA_3_FACTORS, _LLAMA_3_CONTEXT = (8.0, 32.0), 8192
-# Relative, times the divisor: what float32 leaves of a blend, which the converter computes in it.
+# Relative tolerance, multiplied by the scaling factor. llama.cpp's converter blends frequencies in float32, and the
+# blend's rounding error grows with the factor.
 _TOLERANCE = 1e-5
 
 
 def rope_config(reader: ConfigReader, head_dim: int, factors: StoredTensor | None) -> RopeConfig:
-  """The rotary settings; complaints go to the reader.
+  """The rotary settings of a GGUF file. Complaints are collected in `reader.refused`.
 
   Args:
-    reader: of the keys behind the architecture's name.
-    head_dim: features of a head, all of which are rotated.
-    factors: the tensor FACTORS, where the file has it: what each frequency is divided by.
+    reader: reader of the architecture's metadata, whose prefix (such as `llama.`) is removed from the keys.
+    head_dim: number of features of a head; all of them are rotated.
+    factors: the tensor FACTORS, [head_dim / 2], divisors of the frequencies; None if the file has none.
   """
   values = reader.values
   reader.only("rope.dimension_count", head_dim)
@@ -47,7 +48,7 @@ def rope_config(reader: ConfigReader, head_dim: int, factors: StoredTensor | Non
   if factors is not None:
     if kind in (None, "none") or factor == 1.0:
       return _from_factors(reader, base, head_dim, factors, factor, original)
-    reader.refuse("rope.scaling.type", f"besides the factors of {FACTORS}")
+    reader.refuse("rope.scaling.type", f"not supported together with the factors of {FACTORS}")
   if factor == 1.0 or kind == "none":
     return RopeConfig(base)
   if kind != "yarn":  # a factor without a type is linear, as in llama.cpp
@@ -72,7 +73,18 @@ def rope_config(reader: ConfigReader, head_dim: int, factors: StoredTensor | Non
 def _from_factors(
   reader: ConfigReader, base: float, head_dim: int, tensor: StoredTensor, factor: float, original: int | None
 ) -> RopeConfig:
-  """The llama3 scaling whose formula gives the factors: one of the published settings, or of those the file names."""
+  """Finds the llama3 scaling that gives the stored factors, among Llama 3's published settings and the file's own.
+
+  Without such a scaling it records a complaint and returns unscaled RoPE.
+
+  Args:
+    reader: reader whose `refused` collects complaints.
+    base: base of the rotary frequencies.
+    head_dim: number of features of a head.
+    tensor: the tensor FACTORS.
+    factor: the file's scaling factor, 1 if it has none.
+    original: the file's original context length, in tokens; None if it has none.
+  """
   plain = RopeConfig(base)
   pairs = -(-head_dim // 2)
   if tensor.shape != (pairs,) or tensor.dtype is None:

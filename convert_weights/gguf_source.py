@@ -1,4 +1,4 @@
-"""A GGUF model of one of ARCHITECTURES: metadata -> ModelConfig, tensors, tokenizer."""
+"""Opens a GGUF model of one of ARCHITECTURES: metadata -> ModelConfig, tensors and tokenizer."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ from supra_jax.model.mixers.softmax import SoftmaxConfig
 
 
 class _Architecture(NamedTuple):
-  """What llama.cpp's converter does to a model.
+  """Properties of a model that follow from its architecture's name.
 
   Attributes:
-    permuted: the rotated features of q and k are in the order of pairs.
-    qk_norm: of ModelConfig.
+    permuted: whether llama.cpp's converter reorders the features of q and k so that RoPE rotates neighbours (2i, 2i+1).
+    qk_norm: value of `ModelConfig.qk_norm`.
   """
 
   permuted: bool = False
   qk_norm: QKNorm = "none"
 
 
-# Mistral's models are of the architecture llama.
+# Name in `general.architecture` -> its properties. Mistral models have the name llama.
 ARCHITECTURES: Mapping[str, _Architecture] = {
   "llama": _Architecture(permuted=True),
   "qwen2": _Architecture(),
@@ -44,7 +44,7 @@ _TRANSLATED = {
   "attention.causal", "attention.value_length", "block_count", "context_length", "embedding_length",
   "feed_forward_length", "tensor_data_layout", "vocab_size",
 }  # fmt: skip
-# These numbers switch these off, and converters write them.
+# Number -> keys that converters write although this number turns their feature off.
 _OFF_AT = {
   0: {
     "attention.sliding_window",
@@ -62,15 +62,15 @@ def open_gguf_source(path: Path, tokenizer: Mapping[str, bytes] | None = None) -
   """Opens a GGUF file and checks all that can be checked without reading the tensors.
 
   Args:
-    path: the file, or one of the model's parts.
-    tokenizer: file name -> contents of what takes the place of the file's own tokenizer.
+    path: the GGUF file, or any part of a model that gguf-split has split.
+    tokenizer: file name -> contents of a tokenizer to use instead of the file's own.
 
   Raises:
-    ConversionError: what stands in the way, by name.
+    ConversionError: the model cannot be converted; the message names everything that stands in the way.
   """
   paths, file = open_parts(path)
   config = model_config(file, str(path))
-  # The factors that divide the rotary frequencies are in the config.
+  # The config already includes the factors that divide the rotary frequencies.
   tensors = {n: tensor for n, tensor in file.tensors.items() if n != FACTORS and not _ROTARY_BUFFER.fullmatch(n)}
   parameters = {p.gguf: p for p in names.parameters(config) if p.gguf is not None}
   check_tensors(str(path), {name: p.source_shape for name, p in parameters.items()}, tensors, optional={})
@@ -92,16 +92,20 @@ def _leaf(parameter: names.Parameter, name: str, stored: StoredTensor, permuted:
 
 
 def model_config(file: GGUFFile, where: str) -> ModelConfig:
-  """Translates the metadata.
+  """Translates the metadata of a GGUF file.
+
+  Args:
+    file: header of the file. The tensors' names say whether the model has biases and tied embeddings.
+    where: name of the file, for messages.
 
   Raises:
-    ConversionError: something in it is not supported or missing; all of it is listed.
+    ConversionError: some keys are missing or not supported; the message lists all of them.
   """
   metadata, tensors = file.metadata, file.tensors
   architecture = metadata.get("general.architecture")
   kind = metadata.get("general.type", "model")
   if kind != "model":
-    raise ConversionError(f"{where}: general.type={kind!r}: wanted a model (merge an adapter into its own).")
+    raise ConversionError(f"{where}: general.type={kind!r}: wanted a model (merge an adapter into its base model).")
   if not isinstance(architecture, str) or architecture not in ARCHITECTURES:
     raise ConversionError(
       f"{where}: general.architecture={architecture!r} is not supported: only {', '.join(ARCHITECTURES)}."
@@ -137,7 +141,7 @@ def model_config(file: GGUFFile, where: str) -> ModelConfig:
     "head_dim": head_dim,
     "value_head_dim": None if value_head_dim == head_dim else value_head_dim,
     "layers": (SoftmaxConfig(),) * num_layers,
-    # The file holds a float32; its shortest decimal is what the model's author wrote.
+    # The file stores a float32. Its shortest decimal, such as 1e-05, is the number in the model's own config.
     "norm_eps": float(str(np.float32(reader.required("attention.layer_norm_rms_epsilon", float)))),
     "tie_embeddings": names.GGUF_UNEMBEDDING not in tensors,
     "qkv_bias": "blk.0.attn_q.bias" in tensors,

@@ -1,4 +1,4 @@
-"""The tokenizer inside a GGUF file -> a tokenizer.json."""
+"""The tokenizer inside a GGUF file -> tokenizer.json and tokenizer_config.json."""
 
 from __future__ import annotations
 
@@ -26,10 +26,15 @@ _PREFIX = "tokenizer.ggml."
 
 
 def tokenizer_files(metadata: Mapping[str, Any], config: ModelConfig, where: str) -> dict[str, bytes]:
-  """Builds tokenizer.json and tokenizer_config.json; empty where the file carries no tokenizer.
+  """Builds tokenizer.json and tokenizer_config.json, as file name -> contents; empty if the file has no tokenizer.
+
+  Args:
+    metadata: metadata of the GGUF file.
+    config: config of the model in the file.
+    where: name of the file, for messages.
 
   Raises:
-    ConversionError: a kind of tokenizer that is not supported, or its tables do not fit together.
+    ConversionError: the kind of tokenizer is not supported, or its tables contradict each other.
   """
   model = metadata.get(_PREFIX + "model", "none")
   if model in ("none", "no_vocab"):
@@ -41,7 +46,7 @@ def tokenizer_files(metadata: Mapping[str, Any], config: ModelConfig, where: str
 
 
 class _Tables:
-  """The tokenizer's part of the metadata, checked."""
+  """The keys `tokenizer.ggml.*` of the metadata, checked."""
 
   def __init__(self, metadata: Mapping[str, Any], config: ModelConfig):
     self._metadata, self._config = metadata, config
@@ -82,7 +87,7 @@ class _Tables:
     return {"tokenizer.json": tokenizer_json(tokenizer)} | template_and_settings(settings)
 
   def _byte_level(self) -> tuple[tokenizers.Tokenizer, bool]:
-    """The tokenizer, and whether it adds BOS where the file does not say."""
+    """The tokenizer, and whether it adds BOS if the file does not say."""
     pre = self.get("pre")
     try:
       kind = named_kind(pre)
@@ -108,12 +113,13 @@ class _Tables:
       if kind == NORMAL and len(token) > 1
     }
     if len(words) == 1:
-      # Some converters had no scores and wrote one number for all.
+      # Converters that have no scores write the same number for all tokens.
       raise ConversionError(f"{_PREFIX}scores: all are {words.pop()}, which says nothing about the order of merges.")
     for key in ("remove_extra_whitespaces", "precompiled_charsmap"):
       if self.get(key):
         raise ConversionError(f"{_PREFIX}{key}: SentencePiece's normalisation is not supported.")
-    # In these files this is the type of tokens that were added to the vocabulary, which begin a new stretch of text.
+    # GGUF marks tokens that were added to the vocabulary as USER_DEFINED. They split the text around them, unlike the
+    # USER_DEFINED pieces of SentencePiece, so `files` adds them to the tokenizer instead.
     types = [UNUSED if kind == USER_DEFINED else kind for kind in self.types]
     return sentencepiece_bpe(
       self.tokens, scores, types, dummy_prefix=bool(self.get("add_space_prefix", True)), legacy=True

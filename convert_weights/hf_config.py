@@ -1,4 +1,4 @@
-"""A Hugging Face `config.json` of one of FAMILIES -> ModelConfig, or a refusal by name."""
+"""A Hugging Face `config.json` of one of FAMILIES -> ModelConfig, or an error that names every unsupported key."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from supra_jax.model.mixers.softmax import SoftmaxConfig
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-  """What transformers assumes of a model_type, and where its config is silent.
+  """Properties of a model_type in transformers, and the defaults of its config class.
 
   Attributes:
-    architectures: names of the class that may stand in the config.
-    num_kv_heads: where the config does not say; None means as many as query heads.
-    head_dim: where the config does not say; None means hidden_size / num_attention_heads.
-    sliding_window: where the config does not say.
-    windows: whether layers have a sliding window: `none`, `all`, or `some`, from layer max_window_layers on where
+    architectures: names of the model class that `architectures` in config.json may have.
+    num_kv_heads: default number of key and value heads; None means the number of query heads.
+    head_dim: default width of a head; None means hidden_size / num_attention_heads.
+    sliding_window: default window, in tokens; None means no window.
+    windows: which layers have a sliding window: `none`; `all`; or `some`, the layers from max_window_layers on, if
       use_sliding_window is true.
-    qkv_bias, output_bias, mlp_bias: True, False, or the name of the key that says so.
-    qk_norm: of ModelConfig.
+    qkv_bias, output_bias, mlp_bias: whether these projections have a bias, or the key of config.json that says so.
+    qk_norm: value of `ModelConfig.qk_norm`.
   """
 
   architectures: tuple[str, ...]
@@ -40,7 +40,7 @@ class Family:
   qk_norm: QKNorm = "none"
 
 
-# Shapes have no default but these: a config without them is broken.
+# model_type -> family. All other shapes have no default: a config without them is refused as broken.
 FAMILIES: Mapping[str, Family] = {
   "llama": Family(
     ("LlamaForCausalLM", "LLaMAForCausalLM"),
@@ -70,8 +70,8 @@ _TRANSLATED = {
   "tie_word_embeddings", "rope_theta", "rope_scaling", "rope_parameters", "attention_bias", "mlp_bias",
   "sliding_window", "layer_types", "bos_token_id", "eos_token_id", "pretraining_tp", "partial_rotary_factor",
 }  # fmt: skip
-# Keys that public checkpoints carry and that transformers' own classes leave alone, in all families: of tools that made
-# the checkpoint, of training, of generation, of classifiers, and dual_chunk_attention_config, which vLLM reads alone.
+# Keys of public checkpoints that transformers' classes ignore, in all families. They concern training, generation,
+# classifiers or the tool that made the checkpoint; dual_chunk_attention_config is read by vLLM only.
 _HARMLESS = {
   "_attn_implementation", "_attn_implementation_autoset", "_flash_attn_2_enabled", "_name_or_path",
   "attention_dropout", "attention_probs_dropout_prob", "attn_implementation", "attn_pdrop", "chunk_size_feed_forward",
@@ -86,7 +86,7 @@ _HARMLESS = {
   "tokenizer_class", "top_k", "top_p", "torch_dtype", "transformers.js_config", "transformers_version", "typical_p",
   "unk_token_id", "unsloth_fixed", "unsloth_version", "use_cache", "use_sdpa",
 }  # fmt: skip
-# What only some families look at.
+# Keys that only families with windows in some layers read.
 _WINDOW_KEYS = {"use_sliding_window", "max_window_layers"}
 
 
@@ -94,12 +94,13 @@ def model_config(config: Mapping[str, Any], generation: Mapping[str, Any], where
   """Translates a config.
 
   Args:
-    config: contents of config.json, in the older spelling (rope_theta, rope_scaling) or the newer (rope_parameters).
-    generation: contents of generation_config.json, or empty; adds ids that end a text.
-    where: names the file in messages.
+    config: contents of config.json, with RoPE in the keys of transformers 4 (rope_theta, rope_scaling) or of
+      transformers 5 (rope_parameters).
+    generation: contents of generation_config.json, or empty; its EOS ids are added to those of the config.
+    where: name of the file, for messages.
 
   Raises:
-    ConversionError: something in it is not supported, missing or contradictory; all of it is listed.
+    ConversionError: some keys are unsupported, missing or contradictory; the message lists all of them.
   """
   reader = ConfigReader(config)
   model_type = config.get("model_type")
@@ -152,7 +153,7 @@ def model_config(config: Mapping[str, Any], generation: Mapping[str, Any], where
 
 
 def _biases(reader: ConfigReader, family: Family) -> dict[str, bool]:
-  """Which projections have a bias. A key that transformers does not look at must say what the family has anyway."""
+  """Which projections have a bias. A key that transformers ignores is refused unless it agrees with the family."""
   biases = {name: getattr(family, name) for name in ("qkv_bias", "output_bias", "mlp_bias")}
   for key, always in (("attention_bias", family.qkv_bias), ("mlp_bias", family.mlp_bias)):
     if isinstance(always, bool):
@@ -161,12 +162,12 @@ def _biases(reader: ConfigReader, family: Family) -> dict[str, bool]:
 
 
 def _sliding_window(reader: ConfigReader, family: Family, num_layers: int, max_positions: int | None) -> int | None:
-  """The one window of all layers, or None."""
+  """The sliding window of all layers, in tokens, or None. A window in only some of the layers is refused."""
   values, first = reader.values, 0
   window = reader.number("sliding_window", int, None if "sliding_window" in values else family.sliding_window)
   if family.windows == "none":
-    # transformers' attention passes over it, but its cache drops what lies further back: a text read token by token has
-    # other logits than one read at once, unless the window holds all positions.
+    # transformers' attention ignores the window, but its cache drops older tokens. Unless the window holds all
+    # positions, a text read token by token gives other logits than the same text read at once.
     if window is not None and window < (max_positions or math.inf):
       reader.refuse(
         "sliding_window", "only null, or a window no shorter than max_position_embeddings, is supported in this family"

@@ -1,4 +1,4 @@
-"""ModelConfig -> config.json of transformers: of one of its own classes, or of the code in `for_transformers`."""
+"""ModelConfig -> config.json for transformers' own classes (Llama, Mistral, Qwen) or the code in `for_transformers`."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _AUTO_MAP = {
 
 
 def export(config: ModelConfig) -> Export:
-  """A directory that transformers loads: by a class of its own where one is this model, else by ours."""
+  """Describes a directory that transformers loads: with one of its own classes if that is this model, else our code."""
   tensors = transformers_tensors(config)
   generation = {"bos_token_id": config.bos_token_id, "eos_token_id": one_or_many(config.eos_token_ids)}
   text = to_json({key: value for key, value in generation.items() if value is not None}, indent=2) + "\n"
@@ -42,23 +42,27 @@ def export(config: ModelConfig) -> Export:
 
 
 def own_config(values: Mapping[str, Any], where: str) -> ModelConfig:
-  """Reads the config.json that goes with our own code.
+  """Reads the config.json of an export that comes with our own code.
+
+  Args:
+    values: contents of config.json.
+    where: name of the file, for messages.
 
   Raises:
-    ConversionError: it does not describe a model.
+    ConversionError: the values do not describe a model.
   """
   fields = {field.name for field in dataclasses.fields(ModelConfig)} - {"layers"} | {"mixers", "supra"}
   try:
-    # What else is there is transformers' own.
+    # All other keys are those that transformers adds to every config.
     return ModelConfig.from_values({key: value for key, value in values.items() if key in fields}, where)
   except (TypeError, ValueError) as error:
     raise ConversionError(f"{where}: {error}") from error
 
 
 def _is_same_model(values: Mapping[str, Any], config: ModelConfig) -> bool:
-  """Whether transformers' config, read back, is the model: nothing in it is lost."""
+  """Whether `values`, a config for one of transformers' classes, reads back as `config`, so that nothing is lost."""
   if values["model_type"] == "llama" and config.hidden_size % config.num_heads:
-    return False  # which transformers does not load
+    return False  # transformers' LlamaConfig refuses such a hidden_size
   try:
     return hf_config.model_config(values, {}, "") == essential(config)
   except ConversionError:
@@ -66,7 +70,7 @@ def _is_same_model(values: Mapping[str, Any], config: ModelConfig) -> bool:
 
 
 def _family_config(config: ModelConfig, model_type: str, family: hf_config.Family) -> dict[str, Any]:
-  """The config as a family would say it; what it has no word for is left out."""
+  """The config in the keys of a family. Fields for which the family has no key are left out."""
   values = {
     "architectures": [family.architectures[0]],
     "model_type": model_type,
@@ -101,7 +105,7 @@ def _family_config(config: ModelConfig, model_type: str, family: hf_config.Famil
 
 
 def rope_keys(rope: RopeConfig) -> dict[str, Any]:
-  """RoPE in both spellings: transformers 4 reads rope_theta and rope_scaling alone, and knows no rope_parameters."""
+  """RoPE as keys of config.json: rope_theta and rope_scaling for transformers 4, rope_parameters for transformers 5."""
   kind = "default" if rope.scaling == "none" else rope.scaling
   scaling: dict[str, Any] = {"rope_type": kind}
   if rope.scaling != "none":

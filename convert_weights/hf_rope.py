@@ -1,4 +1,4 @@
-"""RoPE in a Hugging Face `config.json`, in either spelling -> RopeConfig."""
+"""RoPE settings in a Hugging Face `config.json`, in the keys of transformers 4 or 5 -> RopeConfig."""
 
 from __future__ import annotations
 
@@ -11,20 +11,21 @@ from convert_weights.config_reader import ConfigReader
 from supra_jax.model.config import RopeConfig
 
 _DEFAULT_BASE = 10_000.0
-# The keys that a kind of scaling needs, and those that it may have besides.
+# Kind of scaling -> keys that it requires.
 _NEEDED: Mapping[str, set[str]] = {
   "default": set(),
   "linear": {"factor"},
   "llama3": {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"},
   "yarn": {"factor"},
 }
+# Kind of scaling -> keys that it may have besides.
 _OPTIONAL: Mapping[str, set[str]] = {
   "yarn": {
     "original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim",
     "truncate",
   },
 }  # fmt: skip
-# What vLLM reads (attn_factor), and a note of who made the checkpoint; transformers passes over both.
+# Keys that transformers ignores: vLLM reads attn_factor; `finetuned` only records how the checkpoint was made.
 _HARMLESS = {"attn_factor", "finetuned"}
 _REFUSED = {
   "dynamic": "its frequencies depend on the length of the whole text, so that cutting it would change results",
@@ -33,9 +34,9 @@ _REFUSED = {
 
 
 def rope_config(reader: ConfigReader) -> RopeConfig:
-  """Rotary settings from rope_theta and rope_scaling or rope_parameters; where both are there they must agree.
+  """Rotary settings from rope_theta and rope_scaling (transformers 4) or rope_parameters (transformers 5).
 
-  Complaints go to the reader.
+  If a config has both, they must agree. Complaints are collected in `reader.refused`.
   """
   values = reader.values
   bases: set[float] = set()
@@ -71,7 +72,14 @@ def rope_config(reader: ConfigReader) -> RopeConfig:
 
 
 def _scaling(inner: ConfigReader, max_positions: Any) -> list[RopeConfig]:
-  """The scaling part of one section, as a RopeConfig of any base; empty when it was refused."""
+  """The scaling in rope_scaling or rope_parameters, as a list of one RopeConfig (its base is unset).
+
+  The list is empty if the scaling was refused; `inner.refused` then says why.
+
+  Args:
+    inner: reader of the section.
+    max_positions: max_position_embeddings of the whole config, the default of YaRN's original context length.
+  """
   section = inner.values
   inner.only("partial_rotary_factor", 1)
   named = [section[key] for key in ("rope_type", "type") if section.get(key) is not None] or ["default"]
@@ -127,7 +135,11 @@ def _scaling(inner: ConfigReader, max_positions: Any) -> list[RopeConfig]:
 
 
 def _attention_factor(yarn: Mapping[str, float | None]) -> float:
-  """What YaRN multiplies q and k by: given, or from the factor as its paper has it, or from DeepSeek's two mscales."""
+  """The factor by which YaRN multiplies q and k.
+
+  It is attention_factor if that is given; else the quotient of DeepSeek's mscale and mscale_all_dim, each scaled by the
+  formula, if both are given; else the formula of YaRN's paper (arXiv 2309.00071), 0.1 ln(factor) + 1.
+  """
   if yarn["attention_factor"] is not None:
     return yarn["attention_factor"]
 

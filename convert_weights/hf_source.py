@@ -1,4 +1,4 @@
-"""A Hugging Face directory of one of `hf_config.FAMILIES`, or with the code that `hf_export` writes."""
+"""Opens a Hugging Face directory: a model of `hf_config.FAMILIES`, or an export of `hf_export` with its own code."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from convert_weights.source import Source
 from convert_weights.tokenizer_source import generation_file, tokenizer_files
 from convert_weights.weights import open_weights
 
-# Old checkpoints store the rotary frequencies, which follow from the config.
+# Old checkpoints store the rotary frequencies. They are ignored: the config determines them.
 _ROTARY_BUFFER = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
 
 
@@ -27,13 +27,13 @@ def open_huggingface(
   """Opens a directory and checks all that can be checked without reading the tensors.
 
   Args:
-    directory: with generation_config.json and a tokenizer, where there are some.
-    original: contents of its config.json.
-    file: the one that holds the weights; None finds them in the directory.
-    tokenizer: file name -> contents of what takes the place of the directory's own tokenizer, which is not read.
+    directory: directory of the model; generation_config.json and the tokenizer are read from it if they exist.
+    original: contents of the directory's config.json.
+    file: weights file; None finds the weights in the directory.
+    tokenizer: file name -> contents of a tokenizer to use instead of the directory's, which is then not read.
 
   Raises:
-    ConversionError: what stands in the way, by name.
+    ConversionError: the model cannot be converted; the message names everything that stands in the way.
   """
   generation_path = directory / "generation_config.json"
   generation = read_json_object(generation_path) if generation_path.exists() else {}
@@ -45,7 +45,7 @@ def open_huggingface(
   weight_files, tensors = open_weights(directory, file)
   tensors = {name: tensor for name, tensor in tensors.items() if not _ROTARY_BUFFER.fullmatch(name)}
   parameters = names.parameters(config)
-  # transformers does not read it where embeddings are tied, and some files hold it.
+  # With tied embeddings transformers ignores the unembedding, yet some files store it.
   twin = names.HF_UNEMBEDDING if config.tie_embeddings else None
   path = directory if file is None else file
   check_tensors(

@@ -2,7 +2,8 @@ r"""Converts a pretrained model into a supra_jax model directory.
 
 python -m convert_weights.hf_to_orbax --source=SOURCE --output=DIR [--dtype=float32|bfloat16] [--tokenizer=DIR]
 
-`open_source` says what a source can be. What cannot be converted exactly is refused by name before anything is written.
+`open_source` says what SOURCE can be. A model that cannot be converted exactly is refused before anything is written,
+and the message names everything that stands in the way.
 """
 
 from __future__ import annotations
@@ -45,18 +46,19 @@ def convert(
   tokenizer: str | os.PathLike[str] | None = None,
   progress: bool = False,
 ) -> None:
-  """Converts a checkpoint, tensor by tensor: in memory are a few at a time.
+  """Converts a checkpoint tensor by tensor, with only a few tensors in memory at a time.
 
   Args:
-    source: a directory, a weights file, or a name on the hub; see `open_source`.
-    output: the model directory to write; must not exist yet, or be empty.
-    dtype: `float32` or `bfloat16`; None keeps bfloat16 where all tensors are that, and else takes float32, which holds
-      float16 and quantised tensors exactly. float16 is not kept: activations that fit bfloat16 may overflow it.
-    tokenizer: a directory whose tokenizer takes the place of the source's own.
-    progress: show bytes and time left on stderr.
+    source: a directory, a weights file, or a name on the Hugging Face hub; see `open_source`.
+    output: model directory to write; it must be empty or not exist yet.
+    dtype: type of the parameters, `float32` or `bfloat16`. None keeps bfloat16 if all tensors have it; otherwise it
+      takes float32, which holds float16 and dequantised tensors exactly. float16 is never kept, because activations
+      that fit into bfloat16 may overflow float16.
+    tokenizer: directory whose tokenizer is used instead of the source's own.
+    progress: whether to show bytes and time left on stderr.
 
   Raises:
-    ConversionError: the source cannot be converted exactly, or `output` holds something; nothing is left behind.
+    ConversionError: the source cannot be converted exactly, or `output` is not empty; nothing is left behind.
     OSError: the output could not be written; nothing is left behind.
   """
   if dtype is not None and dtype not in DTYPES:
@@ -120,7 +122,10 @@ def _read(leaf: Leaf, dtype: np.dtype, name: str, done: Callable[[int], None]) -
 
 @contextlib.contextmanager
 def _described(paths: Sequence[Path]) -> Iterator[Future[list[dict[str, Any]]]]:
-  """Yields name, size and sha256 of whole files, the digest that model hubs show; they are read by another thread."""
+  """Yields a future of the name, size in bytes and sha256 of each file; another thread reads the files.
+
+  Model hubs show the same sha256 of the whole file.
+  """
   stopped = threading.Event()
 
   def describe(path: Path) -> dict[str, Any]:
@@ -145,17 +150,22 @@ def _version() -> str | None:
 
 
 def define_flags() -> None:
-  """Not at import: who imports `convert` may have flags of these names."""
+  """Defines the program's flags. Importing the module does not, since the importer may have flags of these names."""
   flags.DEFINE_string(
-    "source", None, "A directory, a weights file, or owner/name[@revision][:FILE] on the hub.", required=True
+    "source",
+    None,
+    "Model to convert: a directory, a weights file, or owner/name[@revision][:FILE] on the Hugging Face hub.",
+    required=True,
   )
-  flags.DEFINE_string("output", None, "Model directory to write; must not exist yet.", required=True)
-  flags.DEFINE_enum("dtype", None, list(DTYPES), "Type of the parameters; unset keeps the source's.")
-  flags.DEFINE_string("tokenizer", None, "Directory whose tokenizer to take; unset takes the source's.")
+  flags.DEFINE_string("output", None, "Model directory to write; it must be empty or not exist yet.", required=True)
+  flags.DEFINE_enum(
+    "dtype", None, list(DTYPES), "Type of the parameters; unset keeps pure bfloat16 and converts the rest to float32."
+  )
+  flags.DEFINE_string("tokenizer", None, "Directory whose tokenizer is used; unset takes the tokenizer of --source.")
 
 
 def main() -> None:
-  """Converts what `flags.FLAGS`, parsed, says."""
+  """Runs the program with the flags that `define_flags` defined, parsed."""
   given = flags.FLAGS
   convert(given.source, given.output, given.dtype, tokenizer=given.tokenizer, progress=True)
 

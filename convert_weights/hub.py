@@ -1,4 +1,4 @@
-"""Models on the Hugging Face hub: what is needed of one is downloaded, into the cache that all tools share."""
+"""Downloads from the Hugging Face hub the files that a conversion reads, into the cache that all tools share."""
 
 from __future__ import annotations
 
@@ -21,33 +21,35 @@ from convert_weights.gguf_parts import part_names
 from convert_weights.weights import ADAPTER_CONFIG, WEIGHT_SUFFIXES, refuse_other_forms
 
 _ID = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(@(?P<revision>[^@:\s]+))?(:(?P<file>[^:\s]+))?")
-# Patterns of what is read, carried along or refused besides the weights.
+# Patterns of the files besides the weights that a conversion reads, copies or refuses.
 SMALL_FILES = (
   "config.json", "generation_config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json",
   "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "tekken.json", "chat_template.jinja",
   "chat_template.json", "additional_chat_templates/*.jinja", "spiece.model", "sentencepiece.bpe.model", "vocab.txt",
   "*.tiktoken", ADAPTER_CONFIG, "params.json", "README.md",
 )  # fmt: skip
-# Many models have their weights in several forms; the first of these is taken.
+# Patterns of weights files, in order of preference: many models have their weights in several formats.
 _WEIGHTS = (
   re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?"),
   re.compile(r"pytorch_model(-\d+-of-\d+)?\.bin(\.index\.json)?"),
   re.compile(r".+\.gguf"),
 )
-_ANSWER_SECONDS = 10
+_ANSWER_SECONDS = 10  # time limit for the hub's answer
 
 
 def download(source: str) -> tuple[Path, str]:
-  """Brings a model `owner/name[@revision][:FILE]` into the cache, as far as it is not there yet.
+  """Downloads a model `owner/name[@revision][:FILE]` into the cache, except for files that are already there.
 
-  FILE is a weights file of the model, or a part of its name that no other file has, as `Q8_0`.
+  Args:
+    source: name of the model. FILE is the name of one of its weights files, or a part of it that identifies the file,
+      such as `Q8_0`.
 
   Returns:
-    What to open, a directory or a file, and `owner/name@commit[:FILE]`.
+    The directory or file to open, and the name `owner/name@commit[:FILE]`.
 
   Raises:
-    ConversionError: that is no name on the hub; it cannot be reached and the cache does not have the model; its owner
-      has to let the user in first; or the model has no weights that we read, or several.
+    ConversionError: the hub has no such model; the hub cannot be reached and the cache does not have the model; the
+      model is gated and its owner has not granted access; or it has no supported weights, or several.
   """
   named = _ID.fullmatch(source)
   if named is None:
@@ -66,7 +68,7 @@ def download(source: str) -> tuple[Path, str]:
     ) from error
   except (RevisionNotFoundError, HFValidationError) as error:
     raise ConversionError(f"{source} is no path on this machine, and the hub says: {_last_line(error)}") from error
-  except Exception as error:  # of whichever HTTP client this version of huggingface_hub has
+  except Exception as error:  # each version of huggingface_hub raises the errors of its own HTTP client
     directory = _cached(source, name, revision, error)
     files = [path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file()]
     weights = wanted_weights(source, files, named["file"])
@@ -83,25 +85,26 @@ def download(source: str) -> tuple[Path, str]:
   is_one = named["file"] is not None or weights[0].endswith(".gguf")
   return (
     directory / weights[0] if is_one else directory,
-    f"{name}@{directory.name}" + (f":{weights[0]}" if named["file"] else ""),  # the cache has a directory a commit
+    # In the cache, the directory's name is the commit.
+    f"{name}@{directory.name}" + (f":{weights[0]}" if named["file"] else ""),
   )
 
 
 def wanted_small_files(files: Collection[str]) -> list[str]:
-  """Of a model's files those that SMALL_FILES names."""
+  """The files of a model that match SMALL_FILES."""
   return [name for pattern in SMALL_FILES for name in sorted(fnmatch.filter(files, pattern))]
 
 
 def wanted_weights(source: str, files: Collection[str], chosen: str | None) -> list[str]:
-  """Of a model's files the weights that a conversion reads.
+  """The weights files of a model that a conversion reads, all parts of split weights included.
 
   Args:
-    source: what to call the model in a message.
-    files: the names of all.
-    chosen: which weights are meant, by name or a part of it; None finds them.
+    source: name of the model, for messages.
+    files: names of all files of the model.
+    chosen: name of the weights file, or a part of it; None takes the preferred format.
 
   Raises:
-    ConversionError: there are none, several, or some that are missing.
+    ConversionError: no weights match, several different ones do, or parts of split weights are missing.
   """
   if chosen is None:
     refuse_other_forms(source, [name for name in files if "/" not in name])
@@ -117,19 +120,20 @@ def wanted_weights(source: str, files: Collection[str], chosen: str | None) -> l
     found = [chosen] if chosen in weights else [name for name in weights if part.search(name)]
     if not found:
       raise ConversionError("\n".join([f"{source}: no weights of that name.", *listing("weights", weights)]))
-    advice = "The name is that of several. Give more of it"
+    advice = "The name fits several files. Give more of it"
   models = sorted({part_names(name)[0] for name in found})
   if len(models) > 1:
     raise ConversionError("\n".join([f"{source}: {advice}.", *listing("weights", models)]))
   missing = sorted(set(part_names(models[0])) - set(files))
   if missing:
-    raise ConversionError("\n".join([f"{source}: not whole.", *listing("missing parts", missing)]))
+    raise ConversionError("\n".join([f"{source}: incomplete.", *listing("missing parts", missing)]))
   return part_names(models[0])
 
 
 def _cached(source: str, name: str, revision: str | None, error: Exception) -> Path:
+  """The model's directory in the cache; raises ConversionError, because of the hub's `error`, if it is not there."""
   try:
-    # Which files have to be there is seen later. Asked for none, the cache need not be whole.
+    # Asks for no files, so that an incomplete cache is no error here. The caller checks for the files it needs.
     return Path(huggingface_hub.snapshot_download(name, revision=revision, local_files_only=True, allow_patterns=[]))
   except OSError:
     if _is_refusal(error):
@@ -141,7 +145,7 @@ def _cached(source: str, name: str, revision: str | None, error: Exception) -> P
 
 
 def _is_refusal(error: BaseException | None) -> bool:
-  """Whether the hub knows the model and does not give it to this user."""
+  """Whether an error, or one that caused it, says that the hub has the model but denies this user access to it."""
   while error is not None:
     if isinstance(error, GatedRepoError) or getattr(getattr(error, "response", None), "status_code", None) in (
       401,
@@ -154,7 +158,7 @@ def _is_refusal(error: BaseException | None) -> bool:
 
 def _not_let_in(source: str, name: str) -> ConversionError:
   return ConversionError(
-    f"{source}: the hub does not let you have it: accept its terms on {constants.ENDPOINT}/{name}, log in on this "
+    f"{source}: the hub denies you access: accept the model's terms on {constants.ENDPOINT}/{name}, log in on this "
     "machine as the same user with `hf auth login`, and run this again."
   )
 

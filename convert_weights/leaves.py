@@ -1,4 +1,4 @@
-"""Holds the tensors of a source against our parameters, both ways, and reads the one as the other."""
+"""Checks that a source's tensors are exactly those its config calls for, and reads them as our parameters."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ def check_tensors(
   found: Mapping[str, StoredTensor],
   optional: Mapping[str, tuple[int, ...]],
 ) -> None:
-  """Holds the tensors a source has against those its config asks for.
+  """Compares the tensors that a source has with those that its config calls for.
 
   Args:
-    source: what to call the source in a message.
-    wanted: name -> shape of each tensor that must be there.
-    found: name -> each tensor that is there, ignored ones left out.
-    optional: name -> shape of tensors that may be there besides.
+    source: name of the source, for messages.
+    wanted: name -> shape of each required tensor.
+    found: name -> tensor of the source, without tensors that are ignored.
+    optional: name -> shape of each tensor that may exist, but need not.
 
   Raises:
-    ConversionError: the two differ; lists missing, unknown, mis-shaped and unreadable tensors.
+    ConversionError: the two differ; the message lists missing, unknown, mis-shaped and unreadable tensors.
   """
   known = {**optional, **wanted}
   lines = [
@@ -58,15 +58,18 @@ def make_leaf(
   first_row: int = 0,
   twin: str | None = None,
 ) -> Leaf:
-  """The leaf of a parameter that is some rows of a tensor.
+  """The leaf of a parameter that consists of consecutive rows of a tensor.
 
   Args:
-    source: what to call the source in a message.
-    parameter: whose leaf it is.
-    name: of the tensor.
-    tensors: of the source, checked.
-    first_row: where the parameter's rows begin.
-    twin: name of a tensor that has to hold the same, if it is there: of tied embeddings some sources store both.
+    source: name of the source, for messages.
+    parameter: parameter to read.
+    name: name of the tensor that holds the parameter.
+    tensors: name -> tensor of the source, after `check_tensors`.
+    first_row: first row of the parameter in the tensor.
+    twin: name of a tensor that must have the same values if it exists: some sources store tied embeddings twice.
+
+  Returns:
+    The leaf. Its `read` raises ConversionError if the twin has other values.
   """
   stored, other = tensors[name], tensors.get(twin) if twin else None
   rows = parameter.source_shape[0]

@@ -1,6 +1,7 @@
-"""README.md of an export: where a model comes from, what it is, how to load it, in a form that model hubs read.
+"""Model card of an export (README.md): where the model comes from, what it is, and how to load it.
 
-Only what is known stands in it: source.json of a model directory says what the model was made from, step by step.
+The card starts with the YAML metadata that model hubs read. It states only what source.json of the model directory
+records about how the model was made, step by step.
 """
 
 from __future__ import annotations
@@ -30,25 +31,28 @@ _PAPER = "[SUPRA](https://arxiv.org/abs/2405.06640)"
 
 
 def stated_license(source: Source) -> dict[str, Any]:
-  """What a source says of its licence, under the keys of a model card; empty where it says nothing."""
-  said = {key: source.original_config.get("general." + key.replace("_", ".")) for key in _LICENSE}  # GGUF's keys
+  """The licence that a source states, under the keys of a model card; empty if it states none.
+
+  It is taken from the metadata of a GGUF file, or from the YAML header of the README.md beside the weights.
+  """
+  said = {key: source.original_config.get("general." + key.replace("_", ".")) for key in _LICENSE}  # GGUF keys
   readme = (source.path if source.path.is_dir() else source.path.parent) / FILE
   if said["license"] is None and readme.is_file():
     try:
       metadata = metadata_load(readme) or {}
-    except Exception:  # of whichever YAML reader: a card that cannot be read says nothing
+    except Exception:  # the YAML reader's own error types: an unreadable card states no licence
       metadata = {}
     said = {key: metadata.get(key) for key in _LICENSE}
   return {key: value for key, value in said.items() if value is not None}
 
 
 def card(model: ModelCheckpoint, export: Export, dtype: np.dtype, *, has_tokenizer: bool) -> bytes:
-  """The README.md that goes with an export.
+  """Contents of the README.md of an export.
 
   Args:
-    model: what is exported; its parameters are not looked at.
-    export: what is written of it.
-    dtype: of the weights.
+    model: model to export; its parameters are not used.
+    export: description of the directory that is written.
+    dtype: type of the written weights.
     has_tokenizer: whether a tokenizer is written too.
   """
   origin, steps = _history(model.source)
@@ -84,7 +88,7 @@ def card(model: ModelCheckpoint, export: Export, dtype: np.dtype, *, has_tokeniz
 
 
 def _history(source: Mapping[str, Any]) -> tuple[Mapping[str, Any], Sequence[Mapping[str, Any]]]:
-  """What was converted, and what was done to it since, oldest first."""
+  """Splits source.json into the entry of the converted model and those of the later steps, oldest first."""
   steps: list[Mapping[str, Any]] = []
   while (before := source.get("trained_from", source.get("linearized_from"))) is not None:
     steps.insert(0, source)
@@ -95,7 +99,7 @@ def _history(source: Mapping[str, Any]) -> tuple[Mapping[str, Any], Sequence[Map
 def _license(stated: Any, hub_id: str | None) -> dict[str, Any]:
   license = dict(stated or {})
   link = license.get("license_link")
-  if isinstance(link, str) and "://" not in link:  # a file of the source
+  if isinstance(link, str) and "://" not in link:  # names a file in the source's repository
     license["license_link"] = f"https://huggingface.co/{hub_id}/blob/main/{link}" if hub_id else None
   return license
 
@@ -114,7 +118,7 @@ def _base(origin: Mapping[str, Any], hub: re.Match[str] | None) -> list[str]:
 
 
 def _step(step: Mapping[str, Any]) -> str:
-  """One line of what was done."""
+  """One line of the card about one step of `source.json`: a linearisation or a training run."""
   if "linearized_from" in step:
     return f"- Linearised ({_PAPER}): {_method(step)}."
   config = step.get("train_config") or {}
@@ -145,7 +149,7 @@ def _method(step: Mapping[str, Any]) -> str:
 
 
 def _start(step: Mapping[str, Any]) -> Mapping[str, Any]:
-  """How the layers began, as `linearization.starts` says it; models of before have it in other keys."""
+  """How the linear layers were initialised, in the form of `linearization.starts`; older models use other keys."""
   if "start" in step:
     return step["start"]
   if step.get("calibration"):
@@ -156,7 +160,7 @@ def _start(step: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _layers(config: ModelConfig) -> list[str]:
-  """A line a kind of layer."""
+  """Lines of the card: one for each kind of layer, and one if memory does not grow with the text."""
   lines = []
   for layer in dict.fromkeys(config.layers):
     where = [i for i, other in enumerate(config.layers) if other == layer]

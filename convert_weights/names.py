@@ -1,4 +1,4 @@
-"""Our parameters and what others call them: one table for Hugging Face, GGUF and OpenLM."""
+"""Our parameters and their names in other formats: one table for Hugging Face, GGUF and OpenLM."""
 
 from __future__ import annotations
 
@@ -21,16 +21,18 @@ OPENLM_UNEMBEDDING = "output.weight"
 
 @dataclasses.dataclass(frozen=True)
 class Parameter:
-  """One parameter of ours and the tensor it comes from.
+  """One parameter of ours and the tensor that holds it in each format.
 
   Attributes:
-    path: where it lies in our tree.
-    shape: its shape there.
-    hf: the tensor's name in transformers; where transformers has none, the one that its scheme would give.
-    gguf, openlm: its name there, OpenLM's without prefix; None where the format has no place for it.
-    openlm_row: where its rows begin in OpenLM's tensor, which may hold several parameters one below the other.
-    transposed: the tensor is stored [..., out, in], ours is [..., in, out].
-    rotary_heads: how many rotated heads its output features hold; GGUF permutes those features. None: none.
+    path: path of the parameter in our parameter tree.
+    shape: shape of the parameter in our layout.
+    hf: name of the tensor in transformers. A parameter that transformers does not have is named by the same scheme.
+    gguf, openlm: name of the tensor in GGUF and in OpenLM (without a prefix such as `model.`); None if the format
+      cannot store the parameter.
+    openlm_row: the parameter's first row in OpenLM's tensor, which may hold the rows of several parameters.
+    transposed: whether other formats store the tensor as [..., out, in], while ours is [..., in, out].
+    rotary_heads: number of heads that RoPE rotates in the output features, which GGUF permutes; None if RoPE does not
+      rotate them.
   """
 
   path: tuple[str, ...]
@@ -44,11 +46,16 @@ class Parameter:
 
   @property
   def source_shape(self) -> tuple[int, ...]:
+    """Shape of the parameter in the layout of other formats."""
     return (*self.shape[:-2], self.shape[-1], self.shape[-2]) if self.transposed else self.shape
 
 
 def parameters(config: ModelConfig) -> list[Parameter]:
-  """Every parameter of a model, embedding first."""
+  """Every parameter of a model, embedding first.
+
+  Raises:
+    ConversionError: a layer's mixer has no names in other formats.
+  """
   c = config
   embedding = _Module(("embed_tokens",), "model.embed_tokens", "token_embd", "tok_embeddings")
   result = [embedding.parameter("embedding", (c.vocab_size, c.hidden_size))]
@@ -64,7 +71,7 @@ def parameters(config: ModelConfig) -> list[Parameter]:
 
 
 def openlm_shapes(table: Sequence[Parameter]) -> dict[str, tuple[int, ...]]:
-  """Name -> shape of each of OpenLM's tensors, those that hold several parameters included."""
+  """Name -> shape of each of OpenLM's tensors. The rows of parameters that share a tensor add up."""
   shapes: dict[str, tuple[int, ...]] = {}
   for parameter in table:
     if parameter.openlm is not None:
@@ -74,7 +81,7 @@ def openlm_shapes(table: Sequence[Parameter]) -> dict[str, tuple[int, ...]]:
 
 
 class _Module(NamedTuple):
-  """A module of ours, its name in each format, and where its rows begin in OpenLM's."""
+  """A module of ours, its name in each format, and its first row in OpenLM's tensor."""
 
   path: tuple[str, ...]
   hf: str
@@ -109,7 +116,7 @@ def _layer(config: ModelConfig, number: int, layer: MixerConfig) -> Iterator[Par
     module: _Module, inputs: int, outputs: int, has_bias: bool, heads: int | None = None
   ) -> Iterator[Parameter]:
     yield module.parameter("kernel", (inputs, outputs), transposed=True, rotary_heads=heads)
-    if has_bias:  # which OpenLM never has
+    if has_bias:  # OpenLM has no biases
       yield module._replace(openlm=None).parameter("bias", (outputs,), rotary_heads=heads)
 
   yield from _norm(c, module("input_layernorm", "attn_norm", "attention_norm"), c.hidden_size)
@@ -120,10 +127,10 @@ def _layer(config: ModelConfig, number: int, layer: MixerConfig) -> Iterator[Par
   out_proj = module("self_attn.o_proj", "attn_output", "attention.out_proj")
   yield from dense(out_proj, h * c.value_width, c.hidden_size, c.output_bias)
   for name, width in (("q", q), ("k", k)) if c.qk_norm != "none" else ():
-    # OpenLM has it over all heads of softmax attention; what its linear attention has comes after phi.
+    # OpenLM has this norm in softmax attention only, over all heads. Its linear attention has norms after phi (below).
     openlm = f"attention.{name}_norm" if (c.qk_norm, mixer) == ("all_heads", "softmax") else None
     norm = module(f"self_attn.{name}_proj_norm", f"attn_{name}_norm" if c.qk_norm == "head" else None, openlm)
-    norm = norm._replace(hf=norm.hf.replace("_proj_norm", "_norm"))  # Qwen3's
+    norm = norm._replace(hf=norm.hf.replace("_proj_norm", "_norm"))  # the name in Qwen3
     yield from _norm(c, norm, c.head_dim if c.qk_norm == "head" else width)
   if mixer == "supra_window":
     yield from dense(module("self_attn.linear_o_proj", None, None), h * c.value_width, c.hidden_size, False)
@@ -135,7 +142,7 @@ def _layer(config: ModelConfig, number: int, layer: MixerConfig) -> Iterator[Par
       yield feature_map.parameter("bias", shape[:-1])
     for name in ("q", "k") if layer.qk_norm else ():
       norm = module(f"self_attn.{name}_norm", None, f"attention._totrain_{name}_norm")
-      # Apart from Qwen3's, which stands before phi.
+      # Another name than that of Qwen3's norm, which comes before phi.
       norm = norm._replace(hf=norm.hf.replace("_norm", "_feature_norm"))
       yield from _norm(c, norm, q)
 
@@ -147,7 +154,7 @@ def _layer(config: ModelConfig, number: int, layer: MixerConfig) -> Iterator[Par
 
 
 def _feature_maps(config: ModelConfig, layer: SupraConfig) -> dict[str, tuple[int, ...]]:
-  """Name -> shape of phi's kernels [..., in, out]; the bias has the shape without the last axis."""
+  """Name of each feature map phi -> shape of its kernel, [..., in, out]. Its bias lacks the last axis."""
   h, g, k = config.num_heads, config.num_kv_heads, config.head_dim
   match layer.feature_map:
     case "dense":

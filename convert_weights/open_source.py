@@ -1,4 +1,4 @@
-"""What a user calls a source -> an opened one: a directory, a file, or a name on the Hugging Face hub."""
+"""Opens the source that a user names: a directory, a file, or a model on the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -24,22 +24,22 @@ from supra_jax.data.tokenizer import Tokenizer
 def open_source(
   source: str | os.PathLike[str], tokenizer: str | os.PathLike[str] | None = None, *, own_tokenizer: bool = True
 ) -> Source:
-  """Finds out what a source is and opens it.
+  """Determines the format of a source and opens it.
 
   Args:
-    source: a directory with a config.json and weights, or with one GGUF model; a weights file, with config.json beside
-      it unless it is a .gguf; or `owner/name[@revision][:FILE]` on the hub, which is downloaded first.
-    tokenizer: a directory whose tokenizer takes the place of the source's own, which is not looked at.
-    own_tokenizer: False opens the source without its own tokenizer where `tokenizer` names no other.
+    source: a directory with config.json and weights, or with one GGUF model; a weights file, with config.json beside it
+      unless it is a .gguf file; or `owner/name[@revision][:FILE]` on the Hugging Face hub, which is downloaded first.
+    tokenizer: directory whose tokenizer is used instead of the source's own, which is then not read.
+    own_tokenizer: whether to read the source's own tokenizer if `tokenizer` is None.
 
   Raises:
-    ConversionError: it is nothing we know, or it cannot be converted.
+    ConversionError: the format is unknown, or the model cannot be converted.
   """
   files: Mapping[str, bytes] | None = None if own_tokenizer else {}
   if tokenizer is not None:
     files = {name: contents for name, contents in tokenizer_files(local(tokenizer)).items() if name != GENERATION_FILE}
     if not local(tokenizer).is_dir():
-      raise ConversionError(f"{tokenizer}: wanted a directory that holds a tokenizer, and there is none of that name.")
+      raise ConversionError(f"{tokenizer}: wanted a directory that holds a tokenizer; there is no such directory.")
     if not files:
       raise ConversionError(f"{tokenizer}: holds no tokenizer: none of {', '.join(VOCABULARIES)}.")
   opened = _open(source, files)
@@ -49,7 +49,7 @@ def open_source(
 def _open(source: str | os.PathLike[str], tokenizer: Mapping[str, bytes] | None) -> Source:
   if local(source).exists():
     return _open_path(Path(source), tokenizer)
-  # What is no path on this machine may be a name elsewhere.
+  # A source that is no path on this machine may be a name on the hub.
   path, name = hub.download(str(source))
   return dataclasses.replace(_open_path(path, tokenizer), name=name)
 
@@ -71,7 +71,7 @@ def _open_directory(path: Path, tokenizer: Mapping[str, bytes] | None) -> Source
   ggufs = first_parts(names)
   if ggufs and not has_weights(names):
     if len(ggufs) > 1:
-      raise ConversionError("\n".join([f"{path}: give the file that is meant.", *listing("GGUF models", ggufs)]))
+      raise ConversionError("\n".join([f"{path}: give one of its files.", *listing("GGUF models", ggufs)]))
     return open_gguf_source(path / ggufs[0], tokenizer)
   if "config.json" not in names:
     raise ConversionError(f"{path}: holds neither config.json nor a .gguf file.")
@@ -85,9 +85,12 @@ def _open_weights(directory: Path, file: Path | None, tokenizer: Mapping[str, by
 
 
 def _with_checked_tokenizer(source: Source, where: str | os.PathLike[str]) -> Source:
-  """The source, if its tokenizer can be used; the ids that begin and end a text are its where the config has none.
+  """Checks that the source's tokenizer can be used, and takes BOS and EOS ids from it if the config has none.
 
-  OpenLM's never do, and those of a GGUF are with the tokenizer that `--tokenizer` may take the place of.
+  OpenLM's configs have no such ids. A GGUF file without EOS ids has none because `--tokenizer` replaces its tokenizer.
+
+  Raises:
+    ConversionError: the tokenizer cannot be used.
   """
   try:
     tokenizer = Tokenizer.from_files(source.tokenizer_files, source.config)

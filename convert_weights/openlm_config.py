@@ -1,4 +1,4 @@
-"""OpenLM's config.json, of softmax and of SUPRA models -> ModelConfig, or a refusal by name."""
+"""OpenLM's config.json, of softmax and SUPRA models -> ModelConfig, or an error that names every unsupported key."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ ROPES: Mapping[str, RopeKind] = {
   "none": "none",
 }
 LINEAR_ATTENTION = "linear_attn"
-# All the same function, and what its author had installed.
+# Implementations of the same function; which one a config names depends on what its author had installed.
 _SOFTMAX_ATTENTION = ("auto", "xformers_attn", "xformers_attn_variable_length", "torch_attn")
 _SWIGLU = ("swiglu", "swiglu_torch")
 
-# What the code assumes where a config is silent.
+# Defaults of OpenLM's code for keys that the config lacks.
 _DEFAULT_KV_HEADS = 8
 _DEFAULT_NORM, _DEFAULT_NORM_EPS = "default_layer_norm", 1e-5
 _DEFAULT_ROPE, _DEFAULT_ROPE_BASE = "rotary", 10_000.0
@@ -41,7 +41,7 @@ _TRANSLATED = {
   "attn_name", "positional_embedding_type", "rotary_base_frequency", "rotary_scale", "ffn_type", "moe_freq",
   "use_decay", "use_retnet_slopes", "decay_start", "bos_token_id", "eos_token_id",
 }  # fmt: skip
-# Of training, of experts that there are none of, and what transformers writes into every config.
+# Keys about training or about mixtures of experts (moe_freq=0 means none), and keys transformers adds to every config.
 _HARMLESS = {
   "_name_or_path", "dtype", "init_device", "moe_capacity_factor", "moe_expert_model_parallelism", "moe_loss_weight",
   "moe_num_experts", "moe_top_k", "moe_weight_parallelism", "pad_token_id", "torch_dtype", "transformers_version",
@@ -54,10 +54,10 @@ def model_config(config: Mapping[str, Any], where: str) -> ModelConfig:
 
   Args:
     config: contents of config.json.
-    where: names the file in messages.
+    where: name of the file, for messages.
 
   Raises:
-    ConversionError: something in it is not supported, missing or contradictory; all of it is listed.
+    ConversionError: some keys are unsupported, missing or contradictory; the message lists all of them.
   """
   reader = ConfigReader(config)
   reader.only("architectures", ["OpenLMForCausalLM"])
@@ -74,10 +74,10 @@ def model_config(config: Mapping[str, Any], where: str) -> ModelConfig:
   is_linear = config.get("attn_name") == LINEAR_ATTENTION
   normalises_qk = reader.flag("apply_qk_norm")
   if normalises_qk and not is_linear and num_kv_heads != num_heads:
-    reader.refuse("apply_qk_norm", f"OpenLM's softmax attention has none for n_heads_kv={num_kv_heads} of {num_heads}")
+    reader.refuse("apply_qk_norm", f"OpenLM's softmax attention then needs n_heads_kv={num_heads}, got {num_kv_heads}")
   head_dim = reader.number("qk_head_dim", int, hidden_size // num_heads)
   rope = _rope(reader)
-  # What would mix widths: OpenLM turns, and its phi reads, heads of this width; another stops it with an error.
+  # OpenLM's RoPE and phi assume heads of width dim / n_heads; with any other width its own code fails.
   if head_dim != hidden_size // num_heads and (is_linear or rope.kind != "none"):
     reader.refuse("qk_head_dim", f"only dim / n_heads = {hidden_size // num_heads} is supported here")
   bos = reader.token_ids("bos_token_id", vocab_size)
@@ -114,7 +114,7 @@ def _rope(reader: ConfigReader) -> RopeConfig:
   kind = ROPES.get(str(reader.values.get("positional_embedding_type") or _DEFAULT_ROPE), "half")
   base = reader.number("rotary_base_frequency", float, _DEFAULT_ROPE_BASE) or _DEFAULT_ROPE_BASE
   scale = reader.number("rotary_scale", float, 1.0) or 1.0
-  if kind != "half":  # the others look at neither
+  if kind != "half":  # OpenLM's other kinds ignore base and scale
     return RopeConfig(kind=kind)
   return RopeConfig(base) if scale == 1 else RopeConfig(base, "linear", scale)
 

@@ -23,32 +23,34 @@ from convert_weights.export import (
 from supra_jax.model.config import ModelConfig, RopeConfig
 from supra_jax.model.mixers.supra import SupraConfig
 
-# transformers' save_pretrained, with which the paper's code writes its models, puts it before every name.
+# The paper's code saves models with transformers' save_pretrained, which puts this prefix before every name.
 _PREFIX = "model."
-# Of names with one meaning the last: what is left out of OpenLM's own models is what it has under autocast.
+# If several of OpenLM's names mean the same norm, the last is written: the low-precision variant (`lp`), which differs
+# under autocast only and which OpenLM's own models have.
 _NORMS = {ours: theirs for theirs, ours in openlm_config.NORMS.items()}
 _ROPES = {ours: theirs for theirs, ours in openlm_config.ROPES.items()}
 
 
 def export(config: ModelConfig) -> Export:
-  """A directory that the paper's code loads.
+  """Describes a directory that the paper's code loads.
 
   Raises:
-    ConversionError: OpenLM has no such model; names what it cannot say.
+    ConversionError: OpenLM has no such model; the message lists the fields that its config cannot express.
   """
   dense = _with_dense_maps(config)
   values = _config(dense)
   refused = differences(essential(dense), openlm_config.model_config(values, "As a model of OpenLM"))
   if refused:
-    raise ConversionError("\n".join(["OpenLM has no such model.", *listing("it cannot say", refused)]))
+    raise ConversionError("\n".join(["OpenLM has no such model.", *listing("it cannot express", refused)]))
   return Export(values, _tensors(config, dense))
 
 
 def _with_dense_maps(config: ModelConfig) -> ModelConfig:
-  """The config with OpenLM's feature maps, whose blocks off the diagonal can be 0."""
+  """The config with OpenLM's dense feature maps: a map per head is a dense map that is 0 off its diagonal blocks."""
   kind = shared_linear_config(config).feature_map
   if kind == "per_head_separate" and config.num_kv_heads == config.num_heads:
-    return config  # where OpenLM has one map for q and k
+    # Left as it is, so that `export` refuses it: with as many key as query heads OpenLM has one map for both.
+    return config
   layers = (
     dataclasses.replace(layer, feature_map="dense") if isinstance(layer, SupraConfig) else layer
     for layer in config.layers
@@ -83,7 +85,7 @@ def _config(config: ModelConfig) -> dict[str, Any]:
     "bos_token_id": config.bos_token_id,
     "eos_token_id": one_or_many(config.eos_token_ids),
   }
-  # What the released config has no key for is said only where it is not the default.
+  # The released config.json lacks these keys, so each is written only if its value is not the default.
   if config.post_embed_norm:
     values["post_embed_norm"] = True
   if rope.base != RopeConfig.base:
@@ -94,14 +96,14 @@ def _config(config: ModelConfig) -> dict[str, Any]:
 
 
 def _tensors(config: ModelConfig, dense: ModelConfig) -> list[Tensor]:
-  """OpenLM's tensors, each below the other where it joins several parameters."""
+  """OpenLM's tensors. The rows of parameters that share a tensor are concatenated in the order of `openlm_row`."""
   table = [p for p in names.parameters(dense) if p.openlm is not None]
   shapes = names.openlm_shapes(table)
   parts: dict[str, list[Part]] = {name: [] for name in shapes}
   for parameter in sorted(table, key=lambda p: p.openlm_row):
     parts[str(parameter.openlm)].append(_part(parameter, config))
   if config.tie_embeddings:
-    # Under both names, as torch stores it: what is missing transformers draws anew.
+    # Tied embeddings are written under both names, as torch does: transformers would initialise a missing one randomly.
     shapes[names.OPENLM_UNEMBEDDING] = shapes[names.OPENLM_EMBEDDING]
     parts[names.OPENLM_UNEMBEDDING] = parts[names.OPENLM_EMBEDDING]
   return [Tensor(_PREFIX + name, shape, parts[name]) for name, shape in shapes.items()]
@@ -114,13 +116,16 @@ def _part(parameter: names.Parameter, config: ModelConfig) -> Part:
     return part_of(parameter)
   heads = config.num_heads if module[-1] == "feature_map" else config.num_kv_heads
   if kind == "per_head":
-    module[-1] = "feature_map"  # which serves q and k
+    module[-1] = "feature_map"  # q and k share this map
   expand = _block_diagonal if leaf == "kernel" else _repeated
   return Part((*module, leaf), functools.partial(expand, heads))
 
 
 def _block_diagonal(heads: int, kernel_MKJ: np.ndarray) -> np.ndarray:
-  """Maps of single heads [in, out] as one over all of them, [out, in]."""
+  """Kernels of maps per head, [M, in, out] -> the equivalent kernel of a dense map, [heads * out, heads * in].
+
+  Each of the M maps is used by heads / M neighbouring heads.
+  """
   maps, width, _ = kernel_MKJ.shape
   dense = np.zeros((heads, width, heads, width), kernel_MKJ.dtype)
   for head in range(heads):
@@ -129,4 +134,5 @@ def _block_diagonal(heads: int, kernel_MKJ: np.ndarray) -> np.ndarray:
 
 
 def _repeated(heads: int, bias_MK: np.ndarray) -> np.ndarray:
+  """Biases of maps per head, [M, K] -> the bias of the equivalent dense map, [heads * K]."""
   return np.repeat(bias_MK, heads // len(bias_MK), axis=0).reshape(-1)

@@ -1,4 +1,4 @@
-"""A directory of OpenLM, the paper's code: config.json with model_type `openlm`, and weights in any form."""
+"""Opens a directory of OpenLM, the paper's code: config.json with model_type `openlm`, and weights in any form."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from convert_weights.source import Source, StoredTensor
 from convert_weights.tokenizer_source import generation_file, tokenizer_files
 from convert_weights.weights import open_weights
 
-# What wraps a model leaves its name before those of the tensors: transformers, data parallelism, torch.compile.
+# Prefixes that wrappers of a model put before the names of its tensors: transformers, data parallelism, torch.compile.
 _PREFIX = re.compile(r"^((model|module|_orig_mod)\.)+")
-# Old checkpoints store the rotary frequencies, which follow from the config.
+# Old checkpoints store the rotary frequencies. They are ignored: the config determines them.
 _ROTARY_BUFFER = re.compile(r"layers\.\d+\.attention\.pos_embed\.inv_freq")
 
 
@@ -29,13 +29,13 @@ def open_openlm(
   """Opens a directory and checks all that can be checked without reading the tensors.
 
   Args:
-    directory: with a tokenizer, where there is one.
-    original: contents of its config.json.
-    file: the one that holds the weights; None finds them in the directory.
-    tokenizer: file name -> contents of what takes the place of the directory's own tokenizer, which is not read.
+    directory: directory of the model; its tokenizer is read if there is one.
+    original: contents of the directory's config.json.
+    file: weights file; None finds the weights in the directory.
+    tokenizer: file name -> contents of a tokenizer to use instead of the directory's, which is then not read.
 
   Raises:
-    ConversionError: what stands in the way, by name.
+    ConversionError: the model cannot be converted; the message names everything that stands in the way.
   """
   config = openlm_config.model_config(original, str(directory / "config.json"))
   weight_files, found = open_weights(directory, file)
@@ -43,7 +43,7 @@ def open_openlm(
   tensors = _without_prefix(found, path)
   twin = names.OPENLM_UNEMBEDDING if config.tie_embeddings else None
   if twin in tensors and names.OPENLM_EMBEDDING not in tensors:
-    # Of the two names of the one tensor safetensors keep either.
+    # safetensors stores tied embeddings under only one of their two names, either one.
     tensors[names.OPENLM_EMBEDDING] = tensors.pop(twin)
   parameters = names.parameters(config)
   wanted = names.openlm_shapes(parameters)

@@ -1,11 +1,13 @@
-r"""Writes a supra_jax model directory for others: for transformers, or for OpenLM, the paper's code.
+r"""Exports a supra_jax model directory to transformers, or to OpenLM, the paper's code.
 
 python -m convert_weights.orbax_to_hf --source=DIR --output=DIR [--format=transformers|openlm] [--dtype=...]
 
-`transformers`: a class of its own loads it where one is this model (Llama, Mistral, Qwen2, Qwen3). Else, and so for all
-that has SUPRA layers, the directory holds its own code in plain torch: from_pretrained(DIR, trust_remote_code=True).
-`openlm`: what the paper's code loads. What it cannot say is refused by name before anything is written.
-A model card goes with either, README.md, which says where the model comes from and how to load and upload it.
+`transformers`: if the model is a Llama, Mistral, Qwen2 or Qwen3 model, transformers' own class loads it. Any other
+model, and so every model with SUPRA layers, is written with its code in plain torch, and is loaded with
+from_pretrained(DIR, trust_remote_code=True).
+`openlm`: the format that the paper's code loads. A model that this format cannot express is refused before anything is
+written, and the message names what stands in the way.
+Both formats come with a model card, README.md, which says where the model comes from and how to load and upload it.
 """
 
 from __future__ import annotations
@@ -51,18 +53,19 @@ def convert(
   *,
   progress: bool = False,
 ) -> None:
-  """Writes a model for others.
+  """Writes a model of supra_jax in another program's format.
 
   Args:
-    source: a model directory of ours.
-    output: the directory to write; must not exist yet, or be empty.
+    source: model directory of supra_jax.
+    output: directory to write; it must be empty or not exist yet.
     format: `transformers` or `openlm`.
-    dtype: `float32` or `bfloat16`; None keeps what is stored, or float32 where types are mixed.
-    progress: show bytes and time left on stderr.
+    dtype: type of the weights, `float32` or `bfloat16`; None keeps the stored type, or takes float32 if the parameters
+      have several types.
+    progress: whether to show bytes written and time left on stderr.
 
   Raises:
-    ConversionError: it cannot be written exactly; nothing was.
-    ValueError, OSError: the source is no model, or damaged; `output` holds something.
+    ConversionError: the model cannot be written exactly; nothing was written.
+    ValueError, OSError: the source is damaged or is no model, or `output` is not empty.
   """
   if format not in FORMATS:
     raise ConversionError(f"format={format!r}: wanted one of {', '.join(FORMATS)}.")
@@ -91,7 +94,7 @@ def convert(
 
 
 def _check_parameters(source: str | os.PathLike[str], reader: ParameterReader, config: ModelConfig) -> None:
-  """Every parameter of the model is there, in its shape, and nothing else."""
+  """Raises ConversionError unless the stored parameters are exactly the model's, in name and shape."""
   found = {}
   for path, leaf in reader.shapes.items():
     dtype = leaf.dtype if jnp.issubdtype(leaf.dtype, jnp.floating) else None
@@ -108,11 +111,11 @@ def _common_dtype(reader: ParameterReader) -> np.dtype:
 
 
 def _files(export: Export, model: ModelCheckpoint, dtype: np.dtype) -> dict[str, bytes]:
-  """Name -> contents of all but the weights."""
+  """File name -> contents of every file of the export except the weights."""
   files = dict(export.files)
   config = {**export.config, "dtype": dtype.name}
   if GENERATION_FILE in files and GENERATION_FILE in model.tokenizer_files:
-    # What the source says of sampling and padding, with the ids that the model knows.
+    # Sampling and padding come from the source's file; token ids of the model's config take precedence.
     generation = json.loads(model.tokenizer_files[GENERATION_FILE]) | json.loads(files[GENERATION_FILE])
     files[GENERATION_FILE] = as_json(generation)
     if isinstance(generation.get("pad_token_id"), int):
@@ -122,8 +125,8 @@ def _files(export: Export, model: ModelCheckpoint, dtype: np.dtype) -> dict[str,
     files |= exported_tokenizer(model.tokenizer_files, tokenizer)
     if "tokenizer.json" not in files:
       print(
-        "note: no tokenizer.json gives the ids of this tokenizer.model, which is written as it is. transformers' ids "
-        "depend on its release: compare them.",
+        "note: no tokenizer.json gives the ids of this tokenizer.model, so tokenizer.model is written unchanged. With "
+        "it, ids depend on the release of transformers: compare them with the model's.",
         file=sys.stderr,
       )
   if TEMPLATE_FILE in model.tokenizer_files:
@@ -134,9 +137,12 @@ def _files(export: Export, model: ModelCheckpoint, dtype: np.dtype) -> dict[str,
 
 @contextlib.contextmanager
 def _named_errors(output: str | os.PathLike[str], directory: Path, total: int) -> Iterator[None]:
-  """Says what could not be written; a disk that is too full, before it is full."""
+  """Turns an OSError into a ConversionError that names `output` and `total`, the bytes needed.
+
+  If the disk has too little room, the error comes before anything is written.
+  """
   disk = shutil.disk_usage(directory)
-  free = disk.free if disk.total else total  # some network disks say that they have 0 bytes in all
+  free = disk.free if disk.total else total  # some network disks report a total size of 0 bytes
   try:
     if free < total:
       raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -147,15 +153,19 @@ def _named_errors(output: str | os.PathLike[str], directory: Path, total: int) -
 
 
 def define_flags() -> None:
-  """Not at import: who imports `convert` may have flags of these names."""
-  flags.DEFINE_string("source", None, "Model directory of supra_jax.", required=True)
-  flags.DEFINE_string("output", None, "Directory to write; must not exist yet.", required=True)
-  flags.DEFINE_enum("format", "transformers", list(FORMATS), "Who is to load it; openlm: the paper's code.")
-  flags.DEFINE_enum("dtype", None, list(DTYPES), "Type of the weights; unset keeps what is stored.")
+  """Defines the program's flags. Importing the module does not, since the importer may have flags of these names."""
+  flags.DEFINE_string("source", None, "Model directory of supra_jax to export.", required=True)
+  flags.DEFINE_string("output", None, "Directory to write; it must be empty or not exist yet.", required=True)
+  flags.DEFINE_enum(
+    "format", "transformers", list(FORMATS), "Program that will load the export; openlm is the paper's code."
+  )
+  flags.DEFINE_enum(
+    "dtype", None, list(DTYPES), "Type of the exported weights; unset keeps the stored type, or float32 if it varies."
+  )
 
 
 def main() -> None:
-  """Converts what `flags.FLAGS`, parsed, says."""
+  """Runs the program with the flags that `define_flags` defined, parsed."""
   given = flags.FLAGS
   convert(given.source, given.output, given.format, given.dtype, progress=True)
 

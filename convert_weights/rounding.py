@@ -1,4 +1,4 @@
-"""The types that parameters are stored in, and how a number becomes one of another type."""
+"""The types in which parameters are stored, and the conversion of arrays to them."""
 
 from __future__ import annotations
 
@@ -12,19 +12,20 @@ _BLOCK_BYTES = 2**20
 
 
 def rounded(array: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
-  """The numbers in another type, row by row in memory.
+  """Casts an array to another type, in C order; returns the array itself if it has that type and order.
 
   Args:
-    array: of any floating type and layout.
-    dtype: the one wanted.
-    name: of the array, in messages.
+    array: array of any floating type and memory layout.
+    dtype: type of the result.
+    name: name of the array, for messages.
 
   Raises:
-    ConversionError: some are not finite, or too large for the type.
+    ConversionError: some numbers are not finite, or too large for the type.
   """
   ready = array.dtype == dtype and array.flags.c_contiguous
   result = array if ready else np.empty(array.shape, dtype)
-  # What are rows in the file are columns in a transposed array. Block by block, all stays in the processor's cache.
+  # Walks along the axis that is contiguous in the file, which for a transposed array is its last one. The blocks are
+  # small enough for all steps on one of them to stay in the processor's cache.
   rows, target = (array, result) if array.flags.c_contiguous else (array.T, result.T)
   step = max(1, _BLOCK_BYTES * len(rows) // rows.nbytes)
   for start in range(0, len(rows), step):
@@ -44,6 +45,7 @@ def rounded(array: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
 def _all_finite(array: np.ndarray) -> bool:
   if array.dtype.itemsize != 2:
     return bool(np.isfinite(array).all())
-  # A third of the time: what is not finite has an exponent of ones, as infinity, which has nothing else.
+  # Takes a third of np.isfinite's time. Infinities and NaN are the numbers whose exponent bits are all ones, and
+  # infinity has no other bits.
   ones = np.array(np.inf, array.dtype).view(np.uint16)
   return bool(((array.view(np.uint16) & ones) != ones).all())

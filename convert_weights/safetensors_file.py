@@ -1,6 +1,7 @@
-"""Safetensors files: a checked header and tensors read one at a time, bfloat16 included.
+"""Safetensors files: reads and checks the header, then reads tensors one at a time, bfloat16 included.
 
-The `safetensors` package gives numpy no bfloat16 in the versions we support, and its errors do not name the file.
+The `safetensors` package is not used: in the versions we support it cannot read bfloat16 into numpy, and its errors do
+not name the file.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import numpy as np
 from convert_weights.errors import ConversionError
 from convert_weights.source import BFLOAT16, StoredTensor, read_array
 
-# The format's own limit; a larger length is a corrupt file, not a reason to read gigabytes.
+# The format's own limit. A file that claims a longer header is corrupt, and must not make us read gigabytes.
 MAX_HEADER_BYTES = 100_000_000
 
 _FLOAT_TYPES: dict[str, np.dtype] = {
@@ -35,7 +36,7 @@ def open_safetensors(path: Path) -> dict[str, StoredTensor]:
   """Reads and checks the header of one safetensors file.
 
   Returns:
-    name -> tensor, in the order they lie in the file.
+    Name -> tensor, in the order of their data in the file.
 
   Raises:
     ConversionError: the file is missing, truncated, or its header is corrupt.
@@ -59,9 +60,9 @@ def open_safetensors(path: Path) -> dict[str, StoredTensor]:
   end = 0
   for name, entry in sorted(header.items(), key=lambda item: _offsets(path, *item)):
     begin, tensor_end = _offsets(path, name, entry)
-    # Holes and overlaps are how a damaged or crafted header shows; the format allows neither.
+    # The format allows neither gaps nor overlaps: they reveal a damaged or crafted header.
     if begin != end:
-      raise ConversionError(f"{path}: corrupt header: {name} starts at byte {begin}, where byte {end} was due.")
+      raise ConversionError(f"{path}: corrupt header: {name} starts at byte {begin}, not at byte {end}.")
     end = tensor_end
     tensors[name] = _stored_tensor(path, name, entry, begin, tensor_end, 8 + header_bytes)
   if size != 8 + header_bytes + end:
@@ -115,7 +116,7 @@ def _stored_tensor(path: Path, name: str, entry: dict[str, Any], begin: int, end
 def _read_rows(
   path: Path, name: str, offset: int, shape: tuple[int, ...], dtype: np.dtype | None, first: int, last: int
 ) -> np.ndarray:
-  assert dtype is not None, "check_tensors refuses what cannot be read"
+  assert dtype is not None, "check_tensors refuses types that cannot be read"
   row = math.prod(shape[1:])
   array = read_array(path, name, dtype, (last - first) * row, offset + first * row * dtype.itemsize)
   return array.reshape(last - first, *shape[1:])

@@ -1,4 +1,4 @@
-"""Writes safetensors files from pieces, so that no more than a piece is in memory."""
+"""Writes safetensors files part by part, with only one part of a tensor in memory at a time."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from convert_weights.export import Part, Tensor
 from convert_weights.source import BFLOAT16
 from supra_jax.core.plain_json import to_json
 
-# Above it a model is cut into several files, as transformers does.
+# A larger model is split into several files, as by transformers.
 MAX_SHARD_BYTES = 5_000_000_000
 _BLOCK_BYTES, _TILE = 1 << 24, 128
 TYPES: Mapping[np.dtype, str] = {np.dtype(np.float32): "F32", np.dtype(np.float16): "F16", BFLOAT16: "BF16"}
@@ -25,14 +25,14 @@ def write_safetensors(
   read: Callable[[Part], np.ndarray],
   wrote: Callable[[int], object],
 ) -> None:
-  """Writes model.safetensors, or several files and their index.
+  """Writes model.safetensors, or several files of at most MAX_SHARD_BYTES and their index.
 
   Args:
-    directory: where to.
-    tensors: what they hold, in this order.
-    dtype: of all of them.
-    read: gives a part's rows, in this type.
-    wrote: told how many bytes were, again and again.
+    directory: existing directory to write to.
+    tensors: tensors to write, in this order.
+    dtype: type of all tensors.
+    read: returns the rows of a part, in `dtype`.
+    wrote: called after each block with the number of bytes written for it.
   """
   shards = _shards(tensors, dtype)
   names = ["model.safetensors"]
@@ -49,6 +49,7 @@ def write_safetensors(
 
 
 def num_bytes(shape: Sequence[int], dtype: np.dtype) -> int:
+  """Size in bytes of an array."""
   return math.prod(shape) * dtype.itemsize
 
 
@@ -77,7 +78,7 @@ def _write(
     begin, end = end, end + num_bytes(tensor.shape, dtype)
     header[tensor.name] = {"dtype": TYPES[dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
   text = to_json(header, separators=(",", ":")).encode()
-  text += b" " * (-len(text) % 8)  # the numbers begin at a multiple of 8
+  text += b" " * (-len(text) % 8)  # pads the header, so that the data begin at a multiple of 8 bytes
   with path.open("wb") as file:
     file.write(len(text).to_bytes(8, "little") + text)
     for tensor in tensors:
@@ -89,16 +90,16 @@ def _write(
 
 
 def _blocks(array: np.ndarray) -> Iterator[np.ndarray]:
-  """Its rows, some at a time: those of a transposed array are copied to be written."""
+  """Blocks of consecutive rows, of about _BLOCK_BYTES: rows of a transposed array have to be copied to be written."""
   rows = max(1, _BLOCK_BYTES * len(array) // max(array.nbytes, 1))
   return (array[first : first + rows] for first in range(0, len(array), rows))
 
 
 def _contiguous(block: np.ndarray) -> np.ndarray:
-  """A transposed block as it is to lie in the file."""
+  """The block in C order, which the file needs; a transposed block is copied."""
   if block.flags.c_contiguous:
     return block
-  # Tile by tile, which fit into a cache: 3.5 times as fast as numpy's own copy.
+  # Copies in tiles that fit into a cache, which is 3.5 times as fast as numpy's own copy.
   copy = np.empty(block.shape, block.dtype)
   for first in range(0, block.shape[1], _TILE):
     copy[:, first : first + _TILE] = block[:, first : first + _TILE]

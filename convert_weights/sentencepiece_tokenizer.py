@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
-# The types of pieces, numbered as SentencePiece and GGUF do.
+# Types of pieces, numbered as in SentencePiece and GGUF.
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 _SPACE = "▁"  # how SentencePiece writes a space
 
@@ -14,14 +14,17 @@ _SPACE = "▁"  # how SentencePiece writes a space
 def sentencepiece_bpe(
   pieces: Sequence[str], scores: Sequence[float], types: Sequence[int], *, dummy_prefix: bool, legacy: bool
 ) -> Tokenizer:
-  """A BPE vocabulary of SentencePiece, without normalisation of its own.
+  """Builds the tokenizer of a SentencePiece BPE vocabulary that does not normalise texts.
 
-  SentencePiece merges the neighbours whose union has the highest score, which is a list of merges in order of score.
+  SentencePiece merges the pair of neighbours whose union has the highest score. That is BPE with a list of merges in
+  descending order of score.
 
   Args:
-    pieces, scores, types: of each id; the types are those above. Control and unknown pieces become special tokens.
-    dummy_prefix: a space is put before every text.
-    legacy: and after every special token, as transformers does where `legacy` is true.
+    pieces, scores, types: piece, score and type (NORMAL to BYTE) of each id. Control and unknown pieces become special
+      tokens.
+    dummy_prefix: whether a space is put before every text.
+    legacy: whether, with `dummy_prefix`, a space is also put after every special token, as transformers does if
+      `legacy` is true.
   """
   vocabulary = {piece: i for i, piece in enumerate(pieces)}
   normal = {piece: i for piece, i in vocabulary.items() if types[i] == NORMAL}
@@ -39,17 +42,18 @@ def sentencepiece_bpe(
       unk_token=next((piece for piece, i in vocabulary.items() if types[i] == UNKNOWN), None),
       fuse_unk=True,
       byte_fallback=BYTE in types,
-      # Pieces of the user's own have no merges: SentencePiece takes them whole.
+      # User-defined pieces have no merges: SentencePiece never splits them.
       ignore_merges=bool(own),
     )
   )
-  # The normaliser sees each stretch of text between special tokens, a pre-tokeniser knows which of them is the first.
+  # A normaliser runs on each stretch of text between special tokens; a pre-tokeniser knows which stretch is the first.
   steps: list[normalizers.Normalizer] = [normalizers.Replace(" ", _SPACE)]
   splits: list[pre_tokenizers.PreTokenizer] = []
   if dummy_prefix and legacy:
     steps.insert(0, normalizers.Prepend(_SPACE))
   elif dummy_prefix:
-    # Metaspace puts no prefix before a text that begins with one. Spaces are ▁ by now, so that none begins with " ".
+    # Metaspace adds no prefix to a text that begins with its replacement. Spaces are ▁ by now, so no text begins with
+    # " " and the first Metaspace always adds its prefix, which the second turns into ▁.
     splits += [_metaspace(" ", "first"), _metaspace(_SPACE, "never")]
   if own:
     splits.append(pre_tokenizers.Split(Regex("|".join(map(_escaped, sorted(own, key=len, reverse=True)))), "isolated"))
@@ -75,5 +79,5 @@ def _metaspace(replacement: str, prepend: str) -> pre_tokenizers.PreTokenizer:
 
 
 def _escaped(text: str) -> str:
-  """A regular expression of Oniguruma that matches the text alone."""
+  """A regular expression, for Oniguruma, that matches only this text."""
   return "".join(f"\\x{{{ord(character):x}}}" for character in text)

@@ -1,4 +1,4 @@
-"""What every kind of source is reduced to before anything is written."""
+"""Description of an opened source, common to all formats: its config, its stored tensors and our parameters."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ class StoredTensor:
   """A tensor in a file, not read yet.
 
   Attributes:
-    shape: as stored: linear weights are [out, in].
+    shape: shape in the file; linear weights are [out, in].
     type_name: the file's own name of the element type.
-    dtype: of what is read; None when the type cannot be read.
-    num_bytes: size in the file.
-    read_rows: (first, last) -> those rows along the first axis, read from the file.
+    dtype: dtype of the array that reading gives; None if the type cannot be read.
+    num_bytes: size in the file, in bytes.
+    read_rows: (first, last) -> rows first..last-1 along the first axis, read from the file.
   """
 
   shape: tuple[int, ...]
@@ -35,15 +35,22 @@ class StoredTensor:
   read_rows: Callable[[int, int], np.ndarray]
 
   def read(self) -> np.ndarray:
-    """Reads all of it."""
+    """Reads the whole tensor, an array of `shape` and `dtype`."""
     return self.read_rows(0, self.shape[0] if self.shape else 1).reshape(self.shape)
 
 
 def read_array(path: Path, name: str, dtype: np.dtype, count: int, offset: int) -> np.ndarray:
-  """Reads `count` numbers from a file.
+  """Reads `count` consecutive numbers of a file into an array [count].
+
+  Args:
+    path: path of the file.
+    name: name of the tensor, for messages.
+    dtype: type of the numbers.
+    count: number of elements to read.
+    offset: position of the first number in the file, in bytes.
 
   Raises:
-    ConversionError: they cannot be read, or there are fewer.
+    ConversionError: the file cannot be read, or ends before the last number.
   """
   try:
     array = np.fromfile(path, dtype, count, offset=offset)
@@ -61,11 +68,11 @@ class Leaf:
   """A parameter of ours, not read yet.
 
   Attributes:
-    path: where it lies in our tree.
-    shape: its shape there.
-    name: of the tensor that it comes from, for messages.
-    num_bytes: how many are read for it.
-    read: reads it from the file, in our layout and the file's number type.
+    path: path of the parameter in our parameter tree.
+    shape: shape of the parameter in our layout.
+    name: name of the tensor that holds it, for messages.
+    num_bytes: number of bytes read from the file for it.
+    read: reads the parameter from the file, in our layout and the file's number type (float32 if dequantised).
   """
 
   path: tuple[str, ...]
@@ -77,18 +84,18 @@ class Leaf:
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-  """An opened source: its config translated, its headers checked, its tensors still on disk.
+  """An opened source: its config is translated, its headers are checked, its tensors are still on disk.
 
   Attributes:
-    kind: `huggingface`, `openlm` or `gguf`.
-    path: the directory or file.
-    name: what to call it: its name on the hub with the commit, or that of the file or directory.
-    config: what the model is.
-    original_config: the config in the source's own words.
-    weight_files: the files that hold the tensors.
-    tensors: name -> tensor, without those that are known and useless (rotary buffers).
-    leaves: every parameter of ours.
-    tokenizer_files: file name -> contents.
+    kind: format of the source, `huggingface`, `openlm` or `gguf`.
+    path: directory or file of the source.
+    name: name to record: the name on the hub with the commit, or the name of the file or directory.
+    config: the model's config, translated.
+    original_config: the source's own config.
+    weight_files: files that hold the tensors.
+    tensors: name -> tensor, without tensors that are ignored (rotary frequencies).
+    leaves: every parameter of the model in our layout.
+    tokenizer_files: file name -> contents of the files to store beside the parameters.
   """
 
   kind: str

@@ -1,4 +1,4 @@
-"""The tokenizer of a model directory -> files that give the same ids in every release of transformers."""
+"""The tokenizer of a model directory -> tokenizer files that give the same ids in every release of transformers."""
 
 from __future__ import annotations
 
@@ -14,23 +14,26 @@ from convert_weights.tokenizer_source import NAMED, SETTINGS_FILE, as_json, begi
 from convert_weights.tokenizer_vocabularies import sentencepiece_vocabulary
 from supra_jax.data.tokenizer import Tokenizer
 
-# All releases have this class, and it does what tokenizer.json says; others follow rules of their family.
+# All releases of transformers have this class, and it follows tokenizer.json; others follow their family's rules.
 _CLASS = "PreTrainedTokenizerFast"
 _KEPT = (
   *NAMED, "model_max_length", "padding_side", "truncation_side", "clean_up_tokenization_spaces",
-  "chat_template",  # several, in a list; a single one has a file of its own
+  "chat_template",  # a list of several templates; a single template is stored in chat_template.jinja
 )  # fmt: skip
 
 
 def exported_tokenizer(files: Mapping[str, bytes], tokenizer: Tokenizer) -> dict[str, bytes]:
-  """What to write of the tokenizer files of a model directory.
+  """Tokenizer files of an export, as file name -> contents.
 
   Args:
-    files: of the model directory.
-    tokenizer: that is made of them.
+    files: file name -> contents of the tokenizer files of the model directory.
+    tokenizer: the tokenizer that these files give.
+
+  Returns:
+    tokenizer.json and tokenizer_config.json; tokenizer.model in place of tokenizer.json if none gives the same ids.
 
   Raises:
-    ConversionError: what would be written gives other ids than the tokenizer.
+    ConversionError: the tokenizer.json to write gives other ids than `tokenizer`.
   """
   settings = json.loads(files.get(SETTINGS_FILE, b"{}"))
   if "tokenizer.json" in files:
@@ -61,11 +64,11 @@ def _begins(tokenizer: Tokenizer) -> bool:
 
 
 def _settings(settings: Mapping[str, Any], backend: Backend) -> dict[str, Any]:
-  """A tokenizer_config.json with what the class needs to know; tokenizer.json has the rest."""
+  """The contents of tokenizer_config.json: only the settings that the class reads from there, not tokenizer.json."""
   kept = {key: settings[key] for key in _KEPT if settings.get(key) is not None}
   kept |= {key: content(kept[key]) for key in NAMED if key in kept}
   listed = settings.get("extra_special_tokens") or settings.get("additional_special_tokens")
-  # Under the older name, which newer releases read too; the newer name is an object in older ones.
+  # A list goes under the older name, which all releases read: under the newer name, older releases expect an object.
   if isinstance(listed, list):
     kept["additional_special_tokens"] = [content(token) for token in listed]
   elif isinstance(listed, dict):
@@ -73,7 +76,7 @@ def _settings(settings: Mapping[str, Any], backend: Backend) -> dict[str, Any]:
   splits = json.loads(backend.to_str()).get("pre_tokenizer") or {}
   return {
     "tokenizer_class": _CLASS,
-    # The class's own list has token types, which no model here takes.
+    # The class's default includes token_type_ids, which no model here accepts.
     "model_input_names": ["input_ids", "attention_mask"],
     "clean_up_tokenization_spaces": False,
     **({"add_prefix_space": splits["add_prefix_space"]} if "add_prefix_space" in splits else {}),

@@ -1,4 +1,4 @@
-"""A thousand hard texts: where two tokenizers give the same ids for all of them, they are taken for the same."""
+"""A thousand hard texts. Two tokenizers that give the same ids for all of them are treated as equal."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 from pydoc_data.topics import topics
 
 NUM_TEXTS = 1000
-# First and last code points: Latin, Greek and Cyrillic, Hebrew and Arabic, Indic, Thai, punctuation, kana, Han, Hangul,
-# private use, controls, letters outside the basic plane, emoji.
+# Ranges of code points, (first, last + 1): Latin, Greek and Cyrillic, Hebrew and Arabic, Indic, Thai, punctuation,
+# kana, Han, Hangul, private use, controls, letters outside the basic plane, emoji.
 _SCRIPTS = (
   (0x21, 0x7F), (0xA0, 0x250), (0x300, 0x370), (0x370, 0x530), (0x5D0, 0x700), (0x900, 0xD80), (0xE00, 0xE80),
   (0x1E00, 0x2000), (0x2000, 0x2070), (0x2190, 0x2600), (0x3040, 0x3100), (0x4E00, 0x5000), (0xAC00, 0xAD00),
@@ -28,7 +28,7 @@ _ODD = (
 
 @functools.cache
 def hard_texts() -> tuple[str, ...]:
-  """The texts, the same ones each time: scripts of all kinds, blanks, controls, and runs of English and code."""
+  """NUM_TEXTS texts, the same in every run: scripts of all kinds, blanks, controls, and pieces of English and code."""
   draw = random.Random(0)
   prose = "\n".join(topics[name] for name in sorted(topics)[:40])
   texts = ["", *_BLANKS, *_ODD]
@@ -56,8 +56,9 @@ def first_difference(
   """The first of the hard texts that two tokenizers encode differently, or None.
 
   Args:
-    one, other: text -> ids.
-    special: special tokens, which some more texts hold: between words and spaces, twice; none begins with one.
+    one, other: encode functions, text -> ids.
+    special: special tokens. Each adds four texts that hold it between words or spaces, once or several times; no text
+      begins with a special token.
   """
   marked = [
     text

@@ -1,7 +1,7 @@
-"""The tokenizer files of a checkpoint, whatever they are -> tokenizer.json and what goes with it.
+"""Tokenizer files of a checkpoint, in any form -> tokenizer.json, tokenizer_config.json and chat template.
 
-What transformers reads is read here, turned into a tokenizer.json, or refused by name: vocabularies in several forms,
-the tokens that other files add to them, chat templates, and how to generate.
+Every file that transformers reads is read here and goes into tokenizer.json, or is refused by name: vocabularies in
+several forms, files that add tokens to them, chat templates, and generation_config.json.
 """
 
 from __future__ import annotations
@@ -22,24 +22,27 @@ SETTINGS_FILE, GENERATION_FILE, TEMPLATE_FILE = "tokenizer_config.json", "genera
 _TEMPLATES = "additional_chat_templates"
 _SPECIAL_MAP, _ADDED = "special_tokens_map.json", "added_tokens.json"
 _PADDING = "pad_token_id"
-# In the order in which transformers adds those that the vocabulary lacks.
+# Keys of the special tokens, in the order in which transformers adds tokens that the vocabulary lacks.
 NAMED = tuple(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
 _LISTED = ("extra_special_tokens", "additional_special_tokens")
-# Classes that do what tokenizer.json says, whatever the settings say of a token that begins a text.
+# Classes that follow tokenizer.json and ignore `add_bos_token` in the settings.
 _DEAF = ("PreTrainedTokenizer", "TokenizersBackend", "Qwen2Tokenizer", "GPT2Tokenizer")
-# Vocabularies of other families' tokenizers.
+# Vocabulary files of tokenizers that are not supported.
 _FOREIGN = re.compile(r"spiece\.model|sentencepiece\.bpe\.model|vocab\.txt|.*\.tiktoken|merges\.txt")
 
 
 def tokenizer_files(directory: Path) -> dict[str, bytes]:
-  """What a checkpoint's directory holds beside config and weights, in the form in which a model directory has it.
+  """The tokenizer and generation files of a checkpoint, in the form in which a model directory stores them.
+
+  Args:
+    directory: directory of the checkpoint.
 
   Returns:
-    File name -> contents: tokenizer.json (tokenizer.model where no tokenizer.json gives the same ids),
-    tokenizer_config.json, chat_template.jinja and generation_config.json, as far as the checkpoint has them.
+    File name -> contents. The files are tokenizer.json (or tokenizer.model, if no tokenizer.json gives the same ids),
+    tokenizer_config.json, chat_template.jinja and generation_config.json; those that the checkpoint lacks are absent.
 
   Raises:
-    ConversionError: a file is damaged, contradicts another, or is of a kind that is not read.
+    ConversionError: a file is damaged, contradicts another file, or is of an unsupported kind.
   """
   files = generation_file(directory)
   settings = _settings(directory)
@@ -54,7 +57,7 @@ def tokenizer_files(directory: Path) -> dict[str, bytes]:
     if vocabulary.tokenizer is None:
       missing = [repr(token) for token in added if token not in vocabulary.special]
       if missing:
-        raise ValueError(f"to this {name} no tokens can be added: {', '.join(missing[:20])}.")
+        raise ValueError(f"tokens cannot be added to this {name}: {', '.join(missing[:20])}.")
       files[name] = vocabulary.contents
     else:
       changed = _add(vocabulary.tokenizer, added) | _set_prefix_space(vocabulary.tokenizer, settings)
@@ -68,17 +71,20 @@ def tokenizer_files(directory: Path) -> dict[str, bytes]:
 
 
 def generation_file(directory: Path) -> dict[str, bytes]:
-  """generation_config.json, and in it the padding of config.json, where older checkpoints have it."""
+  """generation_config.json as {file name: contents}; empty if there is nothing to store.
+
+  Older checkpoints have pad_token_id in config.json; it is copied from there.
+  """
   found, config = (_object(directory / name) for name in (GENERATION_FILE, "config.json"))
   if found.get(_PADDING) is None and config.get(_PADDING) is not None:
     found[_PADDING] = config[_PADDING]
-  # Of who wrote the file, not of what it says.
+  # These keys say which program wrote the file; they do not affect generation.
   found = {key: value for key, value in found.items() if key not in ("_from_model_config", "transformers_version")}
   return {GENERATION_FILE: as_json(found)} if found else {}
 
 
 def template_and_settings(settings: Mapping[str, Any]) -> dict[str, bytes]:
-  """tokenizer_config.json, and chat_template.jinja for the template that is in the settings."""
+  """Splits settings into the files tokenizer_config.json and, for a single chat template, chat_template.jinja."""
   rest = {key: value for key, value in settings.items() if value is not None}
   template = rest.get("chat_template")
   files = {}
@@ -90,7 +96,7 @@ def template_and_settings(settings: Mapping[str, Any]) -> dict[str, bytes]:
 
 
 def begin_with(tokenizer: Tokenizer, token_id: int | None) -> None:
-  """Has a tokenizer put a token before every text, or nothing; and nothing behind it."""
+  """Sets the post-processor: `token_id` is put before every text, None puts nothing; nothing follows a text."""
   if token_id is None:
     tokenizer.post_processor = processors.TemplateProcessing(single="$A", pair="$A $B:1", special_tokens=[])
     return
@@ -101,15 +107,21 @@ def begin_with(tokenizer: Tokenizer, token_id: int | None) -> None:
 
 
 def tokenizer_json(tokenizer: Tokenizer) -> bytes:
+  """Contents of the tokenizer.json of a tokenizer."""
   return (tokenizer.to_str(pretty=True) + "\n").encode()
 
 
 def as_json(values: Mapping[str, Any]) -> bytes:
+  """Contents of a JSON file in UTF-8, indented by two spaces."""
   return (to_json(values, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 def content(token: Any) -> str:
-  """The text of a token, which settings give alone or in an object with its flags."""
+  """The text of a token. Settings hold either the text itself or an object with the text under `content`.
+
+  Raises:
+    ValueError: `token` is neither.
+  """
   text = token.get("content") if isinstance(token, dict) else token
   if not isinstance(text, str):
     raise ValueError(f"a token is {token!r}: wanted a text, or an object with one under 'content'.")
@@ -117,9 +129,9 @@ def content(token: Any) -> str:
 
 
 def _settings(directory: Path) -> dict[str, Any]:
-  """tokenizer_config.json, with what older files say of special tokens and newer ones of chat templates."""
+  """tokenizer_config.json, completed with special_tokens_map.json (older) and chat template files (newer)."""
   settings = _object(directory / SETTINGS_FILE)
-  # Where these list all added tokens, transformers leaves the older file alone.
+  # If added_tokens_decoder lists all added tokens, transformers ignores special_tokens_map.json.
   if "added_tokens_decoder" not in settings:
     older = _object(directory / _SPECIAL_MAP)
     for name in _LISTED:
@@ -151,7 +163,7 @@ def _text(path: Path) -> str:
 
 
 def _refuse_what_is_left(directory: Path) -> None:
-  """Raises where there is a tokenizer, or a part of one, and no vocabulary that is read."""
+  """Raises ConversionError if the directory holds tokenizer files, but no supported vocabulary."""
   names = sorted(path.name for path in directory.glob("*") if path.is_file())
   left = [name for name in names if _FOREIGN.fullmatch(name)]
   left = left or [name for name in names if name in (SETTINGS_FILE, _SPECIAL_MAP, _ADDED)]
@@ -164,13 +176,15 @@ def _refuse_what_is_left(directory: Path) -> None:
 
 @dataclasses.dataclass
 class _Added:
-  """What the files say of a token beside the vocabulary.
+  """A token that files other than the vocabulary describe.
 
   Attributes:
-    token_id: its id, where they say it.
-    flags: how it is found in a text, where a list of tokens says so.
-    own_flags: the same where only its name says so, which counts for tokens that the vocabulary lacks.
-    special: it is a special token.
+    token_id: id of the token; None if no file gives one.
+    flags: flags of `tokenizers.AddedToken` (single_word, lstrip, rstrip, normalized) in added_tokens_decoder; None if
+      the token is not listed there.
+    own_flags: the same flags where a setting such as `bos_token` names the token; used if the token is not listed in
+      added_tokens_decoder and the vocabulary lacks it.
+    special: whether it is a special token.
   """
 
   token_id: int | None = None
@@ -180,7 +194,11 @@ class _Added:
 
 
 def _added_tokens(directory: Path, settings: Mapping[str, Any]) -> dict[str, _Added]:
-  """Token -> what is said of it, in the order in which transformers adds those that the vocabulary lacks."""
+  """Tokens that files other than the vocabulary describe, in the order in which transformers adds missing ones.
+
+  Raises:
+    ValueError: added_tokens_decoder or added_tokens.json has the wrong form.
+  """
   listed = settings.get("added_tokens_decoder")
   if listed is None:
     ids = _object(directory / _ADDED)
@@ -203,7 +221,7 @@ def _added_tokens(directory: Path, settings: Mapping[str, Any]) -> dict[str, _Ad
 
 
 def _named_tokens(settings: Mapping[str, Any]) -> list[Any]:
-  """Special tokens that have a name, or are listed without an id."""
+  """Special tokens that a key of NAMED names or a key of _LISTED lists; these keys give no ids."""
   named = [settings.get(name) for name in NAMED]
   for name in _LISTED:
     listed = settings.get(name) or []
@@ -216,10 +234,10 @@ def _flags(entry: Mapping[str, Any]) -> dict[str, bool]:
 
 
 def _add(tokenizer: Tokenizer, added: Mapping[str, _Added]) -> bool:
-  """Adds the tokens that the tokenizer lacks, and changes those that it has otherwise; says whether there were any.
+  """Adds tokens that the tokenizer lacks, and updates those whose flags differ. Returns whether anything changed.
 
   Raises:
-    ValueError: a token has another id there.
+    ValueError: the tokenizer gives a token another id than the files do.
   """
   known = {token.content: token for token in tokenizer.get_added_tokens_decoder().values()}
   changed = False
@@ -228,7 +246,7 @@ def _add(tokenizer: Tokenizer, added: Mapping[str, _Added]) -> bool:
     found = said.own_flags if before is None else {name: getattr(before, name) for name in said.own_flags}
     flags = dict(found if said.flags is None else said.flags)
     if isinstance(tokenizer.normalizer, normalizers.Sequence):
-      # SentencePiece's normaliser puts spaces before what it is given, tokens that are to be found included.
+      # A Sequence is SentencePiece's normaliser. It would prepend a space to the token too, which a text then lacks.
       flags["normalized"] = False
     special = said.special or (said.flags is None and before is not None and before.special)
     token = AddedToken(text, special=special, **flags)
@@ -236,12 +254,12 @@ def _add(tokenizer: Tokenizer, added: Mapping[str, _Added]) -> bool:
       tokenizer.add_tokens([token])
       changed = True
     if said.token_id not in (None, got := tokenizer.token_to_id(text)):
-      raise ValueError(f"{text!r} is said to have the id {said.token_id}; in the vocabulary it has, or gets, {got}.")
+      raise ValueError(f"{text!r} has the id {said.token_id} in the files, but the tokenizer gives it the id {got}.")
   return changed
 
 
 def _set_prefix_space(tokenizer: Tokenizer, settings: Mapping[str, Any]) -> bool:
-  """Has a byte-level tokenizer put a space before a text, or not, where the settings say so."""
+  """Applies the setting `add_prefix_space` to a byte-level tokenizer. Returns whether anything changed."""
   wanted, splits = settings.get("add_prefix_space"), tokenizer.pre_tokenizer
   if not isinstance(wanted, bool) or not isinstance(splits, pre_tokenizers.ByteLevel):
     return False

@@ -1,4 +1,4 @@
-"""The forms in which vocabularies come: tokenizer.json, tokenizer.model of two kinds, vocab.json, tekken.json."""
+"""Readers of vocabulary files: tokenizer.json, tokenizer.model (SentencePiece or tiktoken), vocab.json, tekken.json."""
 
 from __future__ import annotations
 
@@ -18,8 +18,9 @@ from convert_weights.sentencepiece_tokenizer import sentencepiece_bpe
 from convert_weights.tokenizer_probe import first_difference
 from supra_jax.data.tokenizer_backends import NO_DUMMY_PREFIX, SentencePieceBackend
 
-# The pre-tokenizer of vocab.json and merges.txt by class, and the class where tokenizer_config.json names none.
+# Tokenizer class -> kind of pre-tokenizer (`byte_level.KINDS`) for vocab.json and merges.txt, which do not name it.
 _CLASSES = {"GPT2Tokenizer": "gpt-2", "Qwen2Tokenizer": "qwen2"}
+# model_type -> tokenizer class, used if tokenizer_config.json names no class.
 _CLASS_OF_MODEL = {"qwen2": "Qwen2Tokenizer", "qwen3": "Qwen2Tokenizer"}
 _END_OF_TEXT = "<|endoftext|>"
 _LLAMA_3_RANKS = 128_000
@@ -27,14 +28,15 @@ _LLAMA_3_RANKS = 128_000
 
 @dataclasses.dataclass(frozen=True)
 class Vocabulary:
-  """What is made of a vocabulary file.
+  """The contents of a vocabulary file.
 
   Attributes:
-    tokenizer: that gives its ids; None where only the file itself does.
-    settings: what tokenizer_config.json means where it is silent.
-    begins: whether the token that begins a text is to be put before each, unless tokenizer_config.json says otherwise.
-    contents: of the file, where it can stay as it is.
-    special: the special tokens in such a file, where there is no tokenizer.
+    tokenizer: tokenizer that gives the file's ids; None if no tokenizer of the `tokenizers` package gives them, so that
+      the file itself has to be kept.
+    settings: defaults for keys that tokenizer_config.json does not have.
+    begins: whether every text begins with BOS, unless tokenizer_config.json says otherwise.
+    contents: bytes of the file if they can be kept unchanged, else empty.
+    special: special tokens of the file; filled in only if `tokenizer` is None.
   """
 
   tokenizer: Tokenizer | None
@@ -46,7 +48,7 @@ class Vocabulary:
 
 def _tokenizer_json(directory: Path, settings: Mapping[str, Any]) -> Vocabulary:
   contents = (directory / "tokenizer.json").read_bytes()
-  read_json_object(directory / "tokenizer.json")  # whether it is one
+  read_json_object(directory / "tokenizer.json")  # raises ConversionError if the file is no JSON object
   try:
     return Vocabulary(Tokenizer.from_str(contents.decode("utf-8")), {}, contents=contents)
   except Exception as error:  # the package raises bare Exceptions
@@ -62,10 +64,23 @@ def _tokenizer_model(directory: Path, settings: Mapping[str, Any]) -> Vocabulary
 
 
 def sentencepiece_vocabulary(contents: bytes, settings: Mapping[str, Any]) -> Vocabulary:
+  """Reads a SentencePiece model.
+
+  Args:
+    contents: bytes of tokenizer.model.
+    settings: contents of tokenizer_config.json, which may set `legacy` and `add_prefix_space`.
+
+  Returns:
+    The vocabulary. It has a tokenizer only if that gives the same ids as the sentencepiece package on all hard texts
+    (`tokenizer_probe`); otherwise it keeps `contents`.
+
+  Raises:
+    ValueError: the file is damaged.
+  """
   if settings.get("add_prefix_space") is False:
     contents += NO_DUMMY_PREFIX
   legacy = settings.get("legacy", True) is True  # transformers' default
-  backend = SentencePieceBackend(contents, {"legacy": legacy})  # refuses what is damaged
+  backend = SentencePieceBackend(contents, {"legacy": legacy})  # raises ValueError if the file is damaged
   model = sentencepiece_model_pb2.ModelProto.FromString(contents)  # type: ignore[attr-defined]
   pieces, scores, types = zip(*((piece.piece, piece.score, piece.type) for piece in model.pieces), strict=True)
   tokenizer = sentencepiece_bpe(
@@ -84,7 +99,10 @@ def sentencepiece_vocabulary(contents: bytes, settings: Mapping[str, Any]) -> Vo
 
 
 def _ranks(contents: bytes) -> list[bytes] | None:
-  """The tokens of a file in tiktoken's form, lines of a token in base64 and its rank; None where it is no such file."""
+  """The tokens of a tiktoken file, by rank; None if the file is of another kind.
+
+  Each line of such a file is a token in base64, a space and the token's rank.
+  """
   tokens = []
   for rank, line in enumerate(contents.splitlines()):
     token, _, number = line.partition(b" ")
@@ -98,13 +116,13 @@ def _ranks(contents: bytes) -> list[bytes] | None:
 
 
 def _llama_3(ranks: list[bytes], settings: Mapping[str, Any]) -> Vocabulary:
-  """Llama 3's tokenizer.model, which holds no special tokens: Meta's code has them, or tokenizer_config.json."""
+  """Llama 3's tokenizer.model. It lacks the special tokens, which tokenizer_config.json or Meta's code defines."""
   if "added_tokens_decoder" in settings:
     return Vocabulary(ranked_bpe(ranks, "llama-bpe"), {}, begins="bos_token" in settings)
   if len(ranks) != _LLAMA_3_RANKS:
     raise ValueError(
-      f"tokenizer.model has {len(ranks)} tokens in tiktoken's form, without special ones. Those of Llama 3 "
-      f"({_LLAMA_3_RANKS} tokens) are known; of another, wanted tokenizer_config.json with added_tokens_decoder."
+      f"tokenizer.model is a tiktoken file of {len(ranks)} tokens, which does not list its special tokens. Only those "
+      f"of Llama 3 ({_LLAMA_3_RANKS} tokens) are known here: wanted a tokenizer_config.json with added_tokens_decoder."
     )
   special = {token: len(ranks) + i for i, token in enumerate(_llama_3_special())}
   named = {"bos_token": "<|begin_of_text|>", "eos_token": "<|end_of_text|>"}
@@ -112,7 +130,7 @@ def _llama_3(ranks: list[bytes], settings: Mapping[str, Any]) -> Vocabulary:
 
 
 def _llama_3_special() -> list[str]:
-  """The 256 special tokens of Llama 3.1 and later; Llama 3.0 has three of these names at reserved ones."""
+  """The 256 special tokens of Llama 3.1 and later, by id. Llama 3.0 names three of these ids as reserved tokens."""
 
   def reserved(first: int, last: int) -> list[str]:
     return [f"<|reserved_special_token_{i}|>" for i in range(first, last)]
@@ -144,14 +162,14 @@ def _vocab_json(directory: Path, settings: Mapping[str, Any]) -> Vocabulary:
   if not all(len(merge) == 2 for merge in merges):
     raise ValueError("merges.txt: wanted two tokens a line.")
   tokenizer = byte_level_bpe(vocab, [(left, right) for left, right in merges], kind)
-  # What both classes call these tokens where tokenizer_config.json does not.
+  # Defaults of the two classes for tokens that tokenizer_config.json does not name.
   named = dict.fromkeys(("eos_token", "unk_token"), _END_OF_TEXT)
   named |= {"bos_token": _END_OF_TEXT} if kind == "gpt-2" else {"pad_token": _END_OF_TEXT}
   return Vocabulary(tokenizer, named, begins=settings.get("add_bos_token") is True)
 
 
 def _tekken(directory: Path, settings: Mapping[str, Any]) -> Vocabulary:
-  """Mistral's own form: special tokens come first, the others after them, the last of which are unused."""
+  """Mistral's tekken.json. Special tokens have the first ids; of the other tokens, those past vocab_size are unused."""
   description = read_json_object(directory / "tekken.json")
   try:
     config = description["config"]
@@ -162,14 +180,14 @@ def _tekken(directory: Path, settings: Mapping[str, Any]) -> Vocabulary:
   except (KeyError, TypeError, ValueError) as error:
     raise ValueError(f"tekken.json is not what Mistral writes: {error!r}.") from error
   if pattern != KINDS["tekken"].pattern:
-    raise ValueError(f"tekken.json cuts texts by the pattern {pattern!r}, which is not supported.")
+    raise ValueError(f"tekken.json splits texts by the pattern {pattern!r}, which is not supported.")
   listed = listed or dict(enumerate(_TEKKEN_SPECIAL))
   special = {listed.get(i, f"<SPECIAL_{i}>"): i for i in range(count)}
   named = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
   return Vocabulary(ranked_bpe(ranks, "tekken", first_id=count, special=special), named, begins=True)
 
 
-# Of the first tekken.json, which does not list them.
+# Special tokens, by id, of the first tekken.json files, which do not list them.
 _TEKKEN_SPECIAL = (
   "<unk>", "<s>", "</s>", "[INST]", "[/INST]", "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]", "[TOOL_RESULTS]",
   "[/TOOL_RESULTS]", "[TOOL_CALLS]", "[IMG]", "<pad>", "[IMG_BREAK]", "[IMG_END]", "[PREFIX]", "[MIDDLE]", "[SUFFIX]",
@@ -177,7 +195,7 @@ _TEKKEN_SPECIAL = (
 )  # fmt: skip
 
 Reader = Callable[[Path, Mapping[str, Any]], Vocabulary]
-# In the order in which they are looked for.
+# File name -> reader, in order of preference: the first file that exists is read.
 VOCABULARIES: Mapping[str, Reader] = {
   "tokenizer.json": _tokenizer_json,
   "tokenizer.model": _tokenizer_model,

@@ -1,9 +1,9 @@
-"""PyTorch files (`torch.save`): a checked archive, and tensors read one at a time.
+"""PyTorch files (`torch.save`): checks the archive, then reads tensors one at a time.
 
-The file is a zip archive: a pickle that describes the tensors, and a record a storage. torch reads the pickle, with
-`weights_only=True`, so that it can name tensors and nothing that runs; it makes them on its "meta" device, where they
-have a place in the file and no data. The data are then read from there, and never mapped: mapped pages would count as
-memory.
+The file is a zip archive that holds a pickle, which describes the tensors, and one record for each storage. torch reads
+the pickle with `weights_only=True`, so that no code in it can run, and creates the tensors on its "meta" device: they
+know their offset in the file, but have no data. The data are then read from that offset. The file is never
+memory-mapped, because mapped pages would count as memory used.
 """
 
 from __future__ import annotations
@@ -24,16 +24,17 @@ import numpy as np
 from convert_weights.errors import ConversionError, listing
 from convert_weights.source import BFLOAT16, StoredTensor, read_array
 
-# Ten times what the tensors of a large model and its optimizer take to describe.
+# Ten times the size of the pickle that describes a large model and its optimizer.
 _MAX_PICKLE_BYTES = 20_000_000
-# What tensors are made of. torch's own list has constructors besides that take any amount of memory, `bytearray` say.
+# Names that a pickle of tensors needs. torch's own list also allows constructors such as `bytearray`, with which a
+# pickle of 20 bytes can ask for gigabytes.
 _NAMES = re.compile(
   r"collections (OrderedDict|defaultdict|Counter)|torch (?!Untyped)\w+Storage|torch (Size|device|[a-z]\w*)|"
   r"torch\._utils _rebuild_\w+|torch\._tensor _rebuild_from_type_v2|torch\.nn\.parameter Parameter|"
   r"torch\.serialization _get_layout"
 )
 _LOCAL_HEADER_BYTES = 30
-# An object is hashed, compared and freed with all that it holds, however often it holds the same.
+# Limit on `_visits`: hashing, comparing or freeing an object visits all objects inside it, repeated ones every time.
 _MAX_VISITS = 500_000_000
 
 
@@ -41,11 +42,11 @@ def open_torch(path: Path) -> dict[str, StoredTensor]:
   """Reads and checks a file of `torch.save`: a state dict, or a training checkpoint that has one as `state_dict`.
 
   Returns:
-    name -> tensor.
+    Name -> tensor, whose data are not read yet.
 
   Raises:
-    ConversionError: torch is not installed; the file is missing, truncated, corrupt or of the form before PyTorch 1.6;
-      its pickle wants more than tensors; it holds no state dict.
+    ConversionError: torch is not installed; the file is missing, truncated, corrupt or in the format used before
+      PyTorch 1.6; its pickle needs more than tensors; it holds no state dict.
   """
   try:
     import torch
@@ -53,16 +54,18 @@ def open_torch(path: Path) -> dict[str, StoredTensor]:
     raise ConversionError(f"{path}: reading it needs torch: pip install 'supra_jax[torch]'.") from error
   records = _records(path)
   try:
-    with warnings.catch_warnings(action="ignore"):  # what is odd and no error is nothing that a user could mend
+    with warnings.catch_warnings(action="ignore"):  # users can do nothing about these warnings
       loaded = torch.load(path, map_location="meta", weights_only=True)
-  except Exception as error:  # whatever a damaged or hostile pickle makes of torch's unpickler
+  except Exception as error:  # a damaged or hostile pickle makes torch raise errors of many types
     raise ConversionError(f"{path}: torch refuses it: {_reason(error)}.") from error
   state = loaded.get("state_dict", loaded) if isinstance(loaded, dict) else loaded
   if not isinstance(state, dict) or not state:
-    raise ConversionError(f"{path}: holds no state dict, the names of a model's tensors.")
+    raise ConversionError(f"{path}: holds no state dict, a dict of tensor name -> tensor.")
   others = [str(name)[:200] for name, value in state.items() if type(name) is not str or not torch.is_tensor(value)]
   if others:
-    raise ConversionError("\n".join([f"{path}: wanted names and tensors only.", *listing("no tensors", others)]))
+    raise ConversionError(
+      "\n".join([f"{path}: wanted a dict of tensor name -> tensor.", *listing("other entries", others)])
+    )
   dtypes = {torch.float64: "<f8", torch.float32: "<f4", torch.float16: "<f2", torch.bfloat16: BFLOAT16}
   return {
     name: _stored_tensor(
@@ -73,7 +76,11 @@ def open_torch(path: Path) -> dict[str, StoredTensor]:
 
 
 def _records(path: Path) -> dict[int, int]:
-  """Where the data of each record of the archive begin -> how many bytes they are."""
+  """Offset of each record's data in the archive -> their size, both in bytes. Also checks the archive's pickle.
+
+  Raises:
+    ConversionError: the archive is damaged, big-endian or not of torch's form, or its pickle is refused.
+  """
   records: dict[int, int] = {}
   try:
     with path.open("rb") as file, zipfile.ZipFile(file) as archive:
@@ -96,7 +103,7 @@ def _records(path: Path) -> dict[int, int]:
     raise
   except OSError as error:
     raise ConversionError(f"{path}: cannot be read: {error.strerror}.") from error
-  except Exception as error:  # whatever a damaged archive makes of zipfile and pickletools
+  except Exception as error:  # a damaged archive makes zipfile and pickletools raise errors of many types
     raise ConversionError(
       f"{path}: truncated, corrupt, or not of the form that torch.save writes since PyTorch 1.6: {error}."
     ) from error
@@ -109,7 +116,7 @@ def _records(path: Path) -> dict[int, int]:
 
 
 def _check_pickle(path: Path, archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> None:
-  """Refuses a pickle that names more than tensors."""
+  """Refuses a pickle that is too large, names more than tensors, or would take hours to load."""
   if info.file_size > _MAX_PICKLE_BYTES:
     raise ConversionError(f"{path}: corrupt: its pickle claims {info.file_size} bytes.")
   raw = archive.read(info)
@@ -117,18 +124,19 @@ def _check_pickle(path: Path, archive: zipfile.ZipFile, info: zipfile.ZipInfo) -
   others = sorted({name[:200] for name in named if not _NAMES.fullmatch(name)})
   if others:
     raise ConversionError(
-      "\n".join([f"{path}: its pickle wants more than tensors, which could run code.", *listing("names", others)])
+      "\n".join([f"{path}: its pickle needs more than tensors, and could run code.", *listing("names", others)])
     )
   if _visits(raw) > _MAX_VISITS:
-    raise ConversionError(f"{path}: its pickle holds objects within objects that would take hours to go through.")
+    raise ConversionError(f"{path}: its pickle repeats objects within objects; loading it would take hours.")
 
 
 def _visits(raw: bytes) -> int:
-  """How many objects are visited in all if each opcode of a pickle goes through all that its operands hold.
+  """Total number of objects visited if each opcode of a pickle visits all objects inside its operands.
 
-  Of a tuple of twice the same tuple of twice the same tuple and so on, hashing takes two to the power of its depth.
+  The number can be exponential in the pickle's size: if x_n is the tuple (x_(n-1), x_(n-1)), hashing it visits 2^n
+  objects.
   """
-  stack: list[int | None] = []  # how many objects each holds, itself included; None is a mark
+  stack: list[int | None] = []  # for each object, the number of objects in it, itself included; None is a mark
   memo: dict[Any, int | None] = {}
   visits = 0
   for opcode, argument, _ in pickletools.genops(raw):
@@ -151,7 +159,7 @@ def _visits(raw: bytes) -> int:
 
 
 def _reason(error: Exception) -> str:
-  """What is of use in a message of torch.load, which begins with advice to switch its safety off."""
+  """The useful line of a message of torch.load, which begins with advice to turn `weights_only` off."""
   text = str(error)
   named = re.search(r"WeightsUnpickler error: (.*)|(.*TorchScript.*)", text)
   return (named[0] if named else text or type(error).__name__).splitlines()[0].removesuffix(".")
@@ -167,7 +175,7 @@ def _stored_tensor(path: Path, name: str, tensor: Any, dtype: Any, records: Mapp
   begin = getattr(storage, "_checkpoint_offset", None)
   if begin is None:
     raise ConversionError(
-      f"{path}: this torch does not say where in the file a tensor lies: pip install 'torch>=2.13'."
+      f"{path}: this version of torch does not report where a tensor is in the file: pip install 'torch>=2.13'."
     )
   if records.get(begin) != storage.nbytes():
     raise ConversionError(
@@ -175,7 +183,7 @@ def _stored_tensor(path: Path, name: str, tensor: Any, dtype: Any, records: Mapp
     )
   strides, first_item = tensor.stride(), tensor.storage_offset()
   items = first_item + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True)) + 1
-  # A stride of 0 can make terabytes of one number.
+  # The second check is for strides of 0, which can turn one number into terabytes.
   if math.prod(shape) and (items > storage.nbytes() // dtype.itemsize or math.prod(shape) > items - first_item):
     raise ConversionError(f"{path}: corrupt: {name} {list(shape)} does not lie within its {storage.nbytes()} bytes.")
   read_rows = functools.partial(_read_rows, path, name, begin + first_item * dtype.itemsize, shape, strides, dtype)

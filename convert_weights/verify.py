@@ -1,9 +1,9 @@
-r"""Holds a converted model against its source: both run on the same text, in float32.
+r"""Compares a converted model with its source: runs both on the same text, in float32, and compares their logits.
 
 python -m convert_weights.verify --source=SOURCE --checkpoint=DIR [--tolerance=1e-3] [--text=FILE]
 
-The source is run by transformers (pip install 'supra_jax[torch]'). Exits 1 where the logits differ by more than the
-tolerance.
+transformers runs the source (pip install 'supra_jax[torch]'). The exit status is 1 if the logits differ by more than
+the tolerance.
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ from supra_jax.core.files import local
 from supra_jax.inference import lm
 from supra_jax.model.finite import not_finite
 
-# Of a text no more is read: enough for any rotary angle or window to show, and few enough for a CPU.
+# Tokens of the text that are used: enough to reveal a wrong rotary angle or window, and few enough for a CPU.
 MAX_TOKENS = 512
 
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-  """How far a converted model is from its source.
+  """How far the logits of a converted model are from those of its source.
 
   Attributes:
-    num_tokens: after each of which the logits were compared.
-    largest, mean: difference of two logits, in absolute terms.
+    num_tokens: number of positions at which the logits were compared.
+    largest, mean: largest and mean absolute difference between corresponding logits.
     deviation: standard deviation of the source's logits.
-    agreeing: after how many tokens both find the same next one the likeliest.
+    agreeing: number of positions at which both models give the same most likely next token.
   """
 
   num_tokens: int
@@ -50,17 +50,17 @@ class Comparison:
 
 
 def compare(source: str | os.PathLike[str], checkpoint: str | os.PathLike[str], text: str | None = None) -> Comparison:
-  """Runs a source and what was converted from it.
+  """Runs a source and the model converted from it on the same tokens, at most MAX_TOKENS of them.
 
   Args:
-    source: what `hf_to_orbax.convert` was given.
-    checkpoint: the model directory that it wrote.
-    text: which is encoded by the checkpoint's tokenizer; None takes Python's own documentation. A checkpoint without a
-      tokenizer gets random tokens.
+    source: the source that `hf_to_orbax.convert` was given.
+    checkpoint: model directory that `hf_to_orbax.convert` wrote.
+    text: text to encode with the checkpoint's tokenizer; None takes Python's own documentation. A checkpoint without a
+      tokenizer gets random tokens instead.
 
   Raises:
-    ConversionError: there is nothing to run the source with, or transformers does not run it; the two are not of one
-      size; logits are not finite.
+    ConversionError: torch or transformers is not installed, or transformers cannot run the source; the two models have
+      different vocabulary sizes; some logits are not finite.
   """
   opened = open_source(source, own_tokenizer=False)
   if opened.kind not in _RUNNERS:
@@ -86,7 +86,7 @@ def compare(source: str | os.PathLike[str], checkpoint: str | os.PathLike[str], 
 
 
 def _run_checkpoint(checkpoint: str | os.PathLike[str], text: str | None) -> tuple[np.ndarray, np.ndarray]:
-  """Token ids [T] and logits [T, vocabulary]; the parameters are gone when it returns."""
+  """Token ids int64 [T] and logits float32 [T, vocabulary]; the parameters are freed on return."""
   model = lm.load(checkpoint, "float32")
   if model.tokenizer is None:
     tokens = np.random.default_rng(0).integers(model.config.vocab_size, size=MAX_TOKENS)
@@ -95,7 +95,7 @@ def _run_checkpoint(checkpoint: str | os.PathLike[str], text: str | None) -> tup
     tokens = np.array(model.tokenizer.encode(given)[:MAX_TOKENS], np.int64)
   if not len(tokens):
     raise ConversionError("The text is empty.")
-  # Accelerators multiply float32 with fewer bits unless told otherwise.
+  # By default, accelerators multiply float32 at lower precision.
   with jax.default_matmul_precision("highest"):
     logits = np.asarray(model(tokens[None])[0][0])
     if not np.isfinite(logits).all():
@@ -108,22 +108,22 @@ def _run_transformers(source: Source, tokens: np.ndarray) -> np.ndarray:
     import torch
     import transformers
   except ImportError as error:
-    raise ConversionError(f"To run the source takes {error.name}: pip install 'supra_jax[torch]'.") from error
+    raise ConversionError(f"Running the source needs {error.name}: pip install 'supra_jax[torch]'.") from error
   transformers.utils.logging.set_verbosity_error()
   transformers.utils.logging.disable_progress_bar()
   load = _load_gguf if source.kind == "gguf" else _load_huggingface
   try:
     with torch.no_grad():
       return load(source).eval()(torch.from_numpy(tokens[None])).logits[0].numpy()
-  except Exception as error:  # whatever transformers makes of a config that it does not like
+  except Exception as error:  # transformers raises errors of many types for a model it cannot run
     said = " ".join(str(error).split()) or type(error).__name__
     raise ConversionError(f"{source.path}: transformers does not run it: {said}") from error
 
 
 def _load_huggingface(source: Source) -> Any:
-  """The model of the very files that were opened, read by torch and safetensors.
+  """The model of transformers with the weights of `source.weight_files`, read by torch and safetensors.
 
-  `from_pretrained` of a directory would go by the names of the files in it.
+  `from_pretrained(directory)` would choose files by their names, and might choose others than the conversion did.
   """
   import safetensors.torch
   import torch
@@ -139,7 +139,7 @@ def _load_huggingface(source: Source) -> Any:
   directory = source.path if source.path.is_dir() else source.path.parent
   model_type = source.original_config["model_type"]
   if model_type == hf_export.OWN_MODEL_TYPE:
-    # This package's code, and not that in the directory, which may be anyone's.
+    # Runs this package's code, not the code in the directory, which may come from anyone.
     from convert_weights.for_transformers import modeling_supra
 
     model_class: Any = modeling_supra.SupraForCausalLM
@@ -158,21 +158,21 @@ def _load_gguf(source: Source) -> Any:
 
   path, *more = source.weight_files
   if more:
-    raise ValueError("it reads no GGUF in several parts.")
+    raise ValueError("it cannot read a GGUF model that is split into parts.")
   how = {"gguf_file": path.name, "local_files_only": True}
   config = transformers.AutoConfig.from_pretrained(str(path.parent), **how)
-  # What transformers passes over in these files.
+  # transformers ignores these metadata of a GGUF file.
   config.head_dim = source.config.head_dim
   if source.config.rope.scaling in ("linear", "yarn"):
     config.rope_parameters = hf_export.rope_keys(source.config.rope)["rope_parameters"]
   model = transformers.AutoModelForCausalLM.from_pretrained(str(path.parent), config=config, dtype=torch.float32, **how)
   for tensor in gguf.GGUFReader(path).tensors:
-    if tensor.name == "rope_freqs.weight":  # llama3 scaling, which it passes over too
+    if tensor.name == "rope_freqs.weight":  # llama3 scaling, which transformers ignores too
       model.model.rotary_emb.inv_freq /= torch.tensor(tensor.data)
   return model
 
 
-# Kind of a source -> (source, token ids [T]) -> logits float32 [T, vocabulary].
+# Kind of a source -> function that runs it: (source, token ids [T]) -> logits, float32 [T, vocabulary].
 _RUNNERS: Mapping[str, Callable[[Source, np.ndarray], np.ndarray]] = {
   "huggingface": _run_transformers,
   "gguf": _run_transformers,
@@ -183,18 +183,18 @@ def report(found: Comparison, tolerance: float) -> None:
   """Prints how far two models are apart.
 
   Args:
-    found: what to print.
-    tolerance: how far two logits may be, in standard deviations of the logits.
+    found: result of `compare`.
+    tolerance: largest allowed difference between corresponding logits, in standard deviations of the source's logits.
 
   Raises:
-    ConversionError: they are further.
+    ConversionError: the largest difference exceeds the tolerance, or is NaN.
   """
   print(f"After each of {found.num_tokens} tokens, all logits, in float32:")
   print(f"  largest difference   {found.largest:.2e}")
   print(f"  mean difference      {found.mean:.2e}")
   print(f"  standard deviation   {found.deviation:.2e}")
   print(f"  same next token      {found.agreeing} of {found.num_tokens}")
-  # Written so that NaN is no pass.
+  # `not <=` rather than `>`: a difference of NaN must fail.
   if not found.largest <= tolerance * found.deviation:
     raise ConversionError(
       f"The models differ by {found.largest / found.deviation:.2e} standard deviations of the logits, more than the "
@@ -204,17 +204,22 @@ def report(found: Comparison, tolerance: float) -> None:
 
 
 def define_flags() -> None:
-  """Not at import: who imports `compare` may have flags of these names."""
-  flags.DEFINE_string("source", None, "What was converted.", required=True)
-  flags.DEFINE_string("checkpoint", None, "The model directory that came of it.", required=True)
+  """Defines the program's flags. Importing the module does not, since the importer may have flags of these names."""
+  flags.DEFINE_string("source", None, "Model that was converted, as hf_to_orbax was given it.", required=True)
+  flags.DEFINE_string("checkpoint", None, "Model directory that hf_to_orbax wrote.", required=True)
   flags.DEFINE_float(
-    "tolerance", 1e-3, "How far two logits may be apart, in standard deviations of the logits.", lower_bound=0
+    "tolerance",
+    1e-3,
+    "Largest allowed difference between corresponding logits, in standard deviations of the source's logits.",
+    lower_bound=0,
   )
-  flags.DEFINE_string("text", None, "Text file; unset takes Python's documentation.")
+  flags.DEFINE_string(
+    "text", None, f"UTF-8 text file whose first {MAX_TOKENS} tokens both models run on; unset: Python's documentation."
+  )
 
 
 def main() -> None:
-  """Compares what `flags.FLAGS`, parsed, says."""
+  """Runs the program with the flags that `define_flags` defined, parsed."""
   given = flags.FLAGS
   try:
     text = None if given.text is None else local(given.text).read_text("utf-8-sig")

@@ -1,4 +1,4 @@
-"""The tensors of a directory: one file or several with an index, safetensors or PyTorch's."""
+"""Opens the weights of a directory: one file, or several with an index, in safetensors or PyTorch's format."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from convert_weights.safetensors_file import open_safetensors
 from convert_weights.source import StoredTensor
 from convert_weights.torch_file import open_torch
 
-# Where a directory has both, the first, which transformers takes too.
+# File name -> function that opens it, in order of preference, which is that of transformers.
 _NAMES: Mapping[str, Callable[[Path], dict[str, StoredTensor]]] = {
   "model.safetensors": open_safetensors,
   "pytorch_model.bin": open_torch,
 }
-# Of a file whose name is up to its author.
+# Suffix -> function that opens a weights file of any name.
 _SUFFIXES: Mapping[str, Callable[[Path], dict[str, StoredTensor]]] = {
   ".safetensors": open_safetensors,
   ".bin": open_torch,
@@ -31,7 +31,7 @@ _NATIVE = re.compile(r"consolidated[.-].+")
 
 
 def has_weights(names: Collection[str]) -> bool:
-  """Whether these files of a directory are such as `open_weights` opens."""
+  """Whether any of these file names of a directory is that of weights which `open_weights` opens."""
   others = [name for name in names if name.endswith((".safetensors", ".pt", ".pth")) and not _NATIVE.fullmatch(name)]
   return bool(others) or _have_names_of_transformers(names)
 
@@ -41,10 +41,14 @@ def _have_names_of_transformers(names: Collection[str]) -> bool:
 
 
 def refuse_other_forms(where: object, names: Collection[str]) -> None:
-  """Looks at the files of a directory, or at the one that was given, for models in a form that is not read.
+  """Refuses LoRA adapters, and weights in Meta's or Mistral's original format.
+
+  Args:
+    where: name of the source, for messages.
+    names: names of the files of the source, or of the one file that was given.
 
   Raises:
-    ConversionError: they are an adapter, or Meta's or Mistral's own form; the message says what to take instead.
+    ConversionError: the files hold such a model; the message says what to convert instead.
   """
   adapter = ", ".join(sorted(filter(_ADAPTER.fullmatch, names)))
   merge = "merge it into its base model first (peft: merge_and_unload, then save_pretrained)"
@@ -64,21 +68,25 @@ def refuse_other_forms(where: object, names: Collection[str]) -> None:
 
 
 def open_weights(directory: Path, file: Path | None = None) -> tuple[list[Path], dict[str, StoredTensor]]:
-  """Opens the one file that is given, or what the directory holds.
+  """Opens the weights of a directory.
+
+  Args:
+    directory: directory to search for weights.
+    file: weights file to open instead.
 
   Returns:
-    The files and name -> tensor.
+    The paths of the weights files, and name -> tensor of all their tensors.
 
   Raises:
-    ConversionError: there are no weights, or more than one kind of name for them; a file is missing, corrupt or
-      contradicts its index.
+    ConversionError: the directory holds no weights, or several that contradict each other; a file is missing, corrupt
+      or contradicts its index.
   """
   if file is not None:
     return [file], _SUFFIXES[file.suffix](file)
   for name, open_file in _NAMES.items():
     single, index = directory / name, directory / f"{name}.index.json"
     if single.exists() and index.exists():
-      raise ConversionError(f"{directory}: holds both {name} and {index.name}; remove the one that is not meant.")
+      raise ConversionError(f"{directory}: holds both {name} and {index.name}; remove one of the two.")
     if single.exists():
       return [single], open_file(single)
     if index.exists():
@@ -89,7 +97,7 @@ def open_weights(directory: Path, file: Path | None = None) -> tuple[list[Path],
     return [directory / checkpoints[0]], open_torch(directory / checkpoints[0])
   raise ConversionError(
     f"{directory}: wanted {' or '.join(_NAMES)}, each also in parts with an index, or a single .pt file"
-    + (f"; it holds {', '.join(others[:20])}. Give the file that is meant." if others else ".")
+    + (f"; it holds {', '.join(others[:20])}. Give one of these files." if others else ".")
   )
 
 
@@ -100,7 +108,7 @@ def _open_shards(
   if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
     raise ConversionError(f"{index}: weight_map: wanted an object of tensor name -> file name.")
   shards = sorted(set(weight_map.values()))
-  # By name and not by resolved path: the hub's cache holds links to files that lie elsewhere.
+  # Checks names, not resolved paths: in the hub's cache, files are links that lead out of the directory.
   outside = [s for s in shards if Path(s).name != s or s in ("", "..") or "\\" in s]
   if outside:
     raise ConversionError("\n".join([f"{index}: refused.", *listing("files outside its directory", outside)]))

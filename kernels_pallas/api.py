@@ -1,4 +1,4 @@
-"""The two public functions: what they compute, the checks at their door, and the choice of an implementation."""
+"""The two public functions, the checks of their arguments, and the choice of an implementation."""
 
 import functools
 from typing import Any, NamedTuple, Protocol
@@ -11,11 +11,20 @@ from kernels_pallas import chunked_xla, decay, device, mosaic_gpu, mosaic_tpu, p
 
 
 class Implementation(Protocol):
-  """What a way to run the op looks like. It is called with checked and prepared arguments only.
+  """Signature of an implementation of `linear_attention`, called after `_run` has checked and prepared the arguments.
 
-  q [B, T, H, K], k [B, T, Gk, K], v [B, T, Gv, V] in the caller's dtypes; slopes [H] and initial_state [B, H, K, V] in
-  the dtype of the accumulation; segment_ids [B, T] int32 counting documents from 0, or None for one document;
-  lengths [B] int32 in [0, T], or None for full rows.
+  Args:
+    q_BTHK: [B, T, H, K], queries in the caller's dtype.
+    k_BTGK: [B, T, Gk, K], keys in the caller's dtype.
+    v_BTGV: [B, T, Gv, V], values in the caller's dtype.
+    slopes_H: [H], in the accumulation dtype: float32, or float64 if q, k or v is float64.
+    initial_state_BHKV: [B, H, K, V], in the accumulation dtype.
+    segment_ids_BT: [B, T] int32, documents numbered from 0 in each row; None: one document.
+    lengths_B: [B] int32 in [0, T]; None: no padding.
+    scale: factor of the output.
+
+  Returns:
+    The output [B, T, H, V] in v's dtype, and the final state [B, H, K, V] in the accumulation dtype.
   """
 
   def __call__(
@@ -40,19 +49,19 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
   "tpu": mosaic_tpu.attend,
   "mosaic_gpu": mosaic_gpu.attend,
 }
-# Those that do not serve everything say why; the others do.
+# Implementation -> function of q, k and v that says why it cannot run them, or returns None. Others run everything.
 REFUSALS = {"triton": triton.refusal, "tpu": primitive.refusal, "mosaic_gpu": mosaic_gpu.refusal}
 
 
 class Choice(NamedTuple):
-  """A row of the table that "auto" reads: which kernel serves which programs.
+  """A row of the table that "auto" reads: the operands for which a kernel is chosen.
 
   Attributes:
-    platform: as `jax.lax.platform_dependent` names it.
-    capability: least compute capability of the GPU, ten times NVIDIA's number; 0 elsewhere.
-    dtype: of q, k and v.
-    widths: of keys and values, least and largest.
-    tokens: the least number; shorter rows are as fast without.
+    platform: name of the platform in `jax.lax.platform_dependent`.
+    capability: least compute capability of the GPU, times ten (80 is NVIDIA's 8.0); 0 on other platforms.
+    dtype: dtype of q, k and v.
+    widths: least and largest width of keys and values.
+    tokens: least number of tokens T; shorter rows are as fast without a kernel.
     implementation: a key of `IMPLEMENTATIONS`.
   """
 
@@ -64,7 +73,7 @@ class Choice(NamedTuple):
   implementation: str
 
 
-# The first row that fits, for each platform; where none does, and on every other platform, FALLBACK.
+# For each platform the first row that fits is used. If none fits, and on platforms that are not listed, it is FALLBACK.
 CHOICES = (
   Choice("cuda", 80, jnp.bfloat16, (16, 256), 64, "triton"),
   Choice("cuda", 80, jnp.float32, (16, 128), 64, "triton"),
@@ -91,30 +100,31 @@ def linear_attention(
   o_i = scale * (sum_{j<=i} gamma^(i-j) (q_i . k_j) v_j + gamma^(i+1) q_i S_in)
   S   = sum_j gamma^(T-1-j) k_j v_j^T + gamma^T S_in
 
-  This is SUPRA's attention (arXiv 2405.06640, equations 9 and 10) before its normalisation. The state holds the last
-  token undecayed and k as given. Sums are taken in float32 (float64 if q, k or v is float64).
+  This is SUPRA's attention (arXiv 2405.06640, equations 9 and 10) before its normalisation. In the state, the last
+  token is not decayed and k is not scaled. Sums are accumulated in float32 (float64 if q, k or v is float64).
 
   Args:
     q: [B, T, H, K] float, queries.
     k: [B, T, Gk, K] float, keys; Gk divides H and head h reads group h // (H / Gk).
     v: [B, T, Gv, V] float, values; Gv divides H, independently of Gk.
-    slopes: [H] float, finite and at least 0. Constants: differentiating with respect to them raises a TypeError.
-    scale: factor of the output, not of the state; K**-0.5 as a rule.
-    initial_state: [B, H, K, V] float, S_in; zero if None. It belongs to token 0's document.
-    segment_ids: [B, T] integer document ids; wherever the id changes the state starts from zero, also where an earlier
-      id comes back. None: each row is one document.
-    lengths: [B] integer; tokens at t >= lengths[b] are padding: they may hold anything (NaN too), their output is 0,
-      they take no gradient, and they neither add to nor decay the state. None: no padding.
-    implementation: "auto", which is the fastest for the platform that the program is compiled for, after `CHOICES`; or
-      a key of `IMPLEMENTATIONS`, which is then used as named or fails. Kernels for GPUs and TPUs are interpreted on a
-      CPU.
+    slopes: [H] float, finite and at least 0. They are constants: differentiating with respect to them raises TypeError.
+    scale: factor of the output, not of the state; usually K**-0.5.
+    initial_state: [B, H, K, V] float, S_in, which belongs to token 0's document; None means zero.
+    segment_ids: [B, T] integer document ids. Wherever the id changes, the state restarts from zero, even if the new id
+      was used before. None: each row is one document.
+    lengths: [B] integer. Tokens t >= lengths[b] are padding: they may hold anything (even NaN), their output is 0, they
+      get no gradient, and they neither add to the state nor decay it. None: no padding.
+    implementation: "auto" chooses the fastest one for the platform that the program is compiled for, from the table
+      `CHOICES`. A key of `IMPLEMENTATIONS` is used without fallback: it runs or raises. On a CPU, kernels for GPUs and
+      TPUs are interpreted.
 
   Returns:
     The output [B, T, H, V] in v's dtype and the final state [B, H, K, V] in float32 (float64 if an input is float64).
 
   Raises:
-    ValueError: if shapes or dtypes do not fit together, or the implementation is unknown.
-    NotImplementedError: if the implementation that was named has no such shapes or dtypes.
+    ValueError: if shapes or dtypes do not fit together, slopes are negative or not finite (checked unless they are
+      traced), or the implementation is unknown.
+    NotImplementedError: if the named implementation does not support these shapes, dtypes or this device.
     TypeError: if the slopes carry a tangent.
   """
   _check_operands(q, k, v, slopes, "BT")
@@ -132,7 +142,7 @@ def linear_attention(
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _run(names, scale, q, k, v, slopes, initial_state_BHKV, segment_ids_BT, lengths_B):
-  """Prepares checked arguments as `Implementation` wants them. Compiled, for callers who are not."""
+  """Prepares checked arguments as `Implementation` describes them, and runs. Jitted for callers outside of jit."""
   dtype = _accumulation_dtype(q, k, v)
   if initial_state_BHKV is None:
     initial_state_BHKV = jnp.zeros((q.shape[0], *q.shape[2:], v.shape[-1]))
@@ -168,15 +178,16 @@ def linear_attention_step(
     q: [B, H, K] float.
     k: [B, Gk, K] float.
     v: [B, Gv, V] float.
-    slopes: [H] float, finite and at least 0, constants.
-    state: [B, H, K, V] float, the state after the token before; zeros at the start of a document.
+    slopes: [H] float, finite and at least 0. They are constants: differentiating with respect to them raises TypeError.
+    state: [B, H, K, V] float, the state after the previous token; zeros at the start of a document.
     scale: factor of the output.
 
   Returns:
     The output [B, H, V] in v's dtype and the new state [B, H, K, V] in float32 (float64 if q, k or v is float64).
 
   Raises:
-    ValueError: if shapes or dtypes do not fit together.
+    ValueError: if shapes or dtypes do not fit together, or slopes are negative or not finite (checked unless they are
+      traced).
     TypeError: if the slopes carry a tangent.
   """
   _check_operands(q, k, v, slopes, "B")
@@ -190,11 +201,15 @@ def linear_attention_step(
 
 
 def choose_implementations(implementation: str, q, k, v) -> tuple[tuple[str, str], ...]:
-  """Which implementations run: ("default", name), and for "auto" pairs of a platform and the name for it.
+  """Chooses implementations as pairs of platform and name. The first is ("default", name), for all other platforms.
 
   Args:
-    implementation: as `linear_attention` takes it.
-    q, k, v: anything with their shapes and dtypes.
+    implementation: "auto" or a key of `IMPLEMENTATIONS`; a key gives only the pair ("default", key).
+    q, k, v: objects with the shapes and dtypes of the operands.
+
+  Raises:
+    ValueError: if the implementation is unknown.
+    NotImplementedError: if the named implementation cannot run such operands.
   """
   if implementation == "auto":
     chosen = {"default": FALLBACK}
@@ -227,7 +242,7 @@ def _accumulation_dtype(*operands: jax.Array) -> jnp.dtype:
 
 @jax.custom_jvp
 def constant(slopes_H: jax.Array) -> jax.Array:
-  """The identity, which cannot be differentiated. Its rule is asked only where the slopes carry a tangent."""
+  """The identity, whose derivative raises TypeError. JAX calls the derivative rule only if slopes have a tangent."""
   return slopes_H
 
 

@@ -1,8 +1,8 @@
-"""A kernel that is compiled for its own platform and interpreted on a CPU, in one and the same traced program.
+"""Kernels that are compiled on their own platform and interpreted on a CPU, from one traced program.
 
-`jax.lax.platform_dependent` alone cannot do it: a program that is exported for several platforms has all its branches
-lowered for each of them, and a `pallas_call` for a GPU refuses to be lowered for a CPU. Here the kernel is a primitive
-with a lowering a platform. It is traced when it is lowered, so that a program for a CPU does not pay for it.
+`jax.lax.platform_dependent` alone is not enough: if a program is exported for several platforms, each branch is lowered
+for each platform, and a `pallas_call` for a GPU cannot be lowered for a CPU. Here a kernel is a JAX primitive with one
+lowering per platform. The kernel is traced only when it is lowered, so programs for a CPU do not pay for it.
 """
 
 import functools
@@ -20,13 +20,20 @@ _kernel_p.multiple_results = True
 def run(
   platform: str, kernel: Callable[..., Any], operands: dict[str, jax.Array], results: dict[str, Any]
 ) -> dict[str, jax.Array]:
-  """`kernel(operands, interpret=False)` on its platform, `kernel(operands, interpret=True)` on a CPU.
+  """Runs `kernel(operands, interpret=False)` on its platform, or `kernel(operands, interpret=True)` on a CPU.
 
   Args:
-    platform: "cuda" or "tpu".
-    kernel: hashable, equal where it does the same; returns arrays as `results` has them.
-    operands: arrays.
-    results: shapes and dtypes.
+    platform: the kernel's platform, "cuda" or "tpu".
+    kernel: hashable function of named operands that returns named results. Kernels that compare equal must compute the
+      same.
+    operands: name -> array.
+    results: name -> object with the shape and dtype of a result.
+
+  Returns:
+    Name -> array of each result.
+
+  Raises:
+    NotImplementedError: when the program is lowered for a platform that is neither the kernel's nor a CPU.
   """
   names, shapes = tuple(operands), tuple((name, x.shape, x.dtype) for name, x in results.items())
   outputs = _kernel_p.bind(*operands.values(), platform=platform, kernel=kernel, names=names, shapes=shapes)
@@ -47,7 +54,7 @@ def _call(*operands, kernel, names, shapes, interpret):
 def _lowering(here: str | None):
   def lower(context, *operands, platform, **params):
     platforms = context.module_context.platforms
-    # In a program for several platforms, this is a branch that never runs on those without a kernel.
+    # In a program for several platforms, no error: the branch with this kernel never runs on the other platforms.
     if here not in (platform, "cpu") and len(platforms) == 1:
       raise NotImplementedError(
         f"This implementation of linear_attention has a kernel for {platform} and runs interpreted on a cpu; there is"

@@ -1,11 +1,11 @@
-"""The op as a scan over blocks of chunks in plain XLA, with its own backward scan: for CPUs, and wherever no kernel is.
+"""The op in plain XLA: a scan over blocks of chunks with its own backward scan, for CPUs and wherever no kernel exists.
 
-A row is cut into chunks of C tokens: inside a chunk all pairs of tokens meet, between chunks only the state passes. M
-consecutive chunks are a block, one step of the scan, whose products run as one batched product each.
+A row is cut into chunks of C tokens. Attention is quadratic inside a chunk; only the state passes between chunks. One
+step of the scan handles a block of M consecutive chunks, with each kind of matrix product batched over the block.
 
-Query heads that share a key or value head are rows of one product, so keys and values are never repeated over heads in
-memory. Blocks are cut out of the operands as they lie, [B, T, H, D], and results are written in place: transposing
-whole operands first costs up to twice the time of the forward pass.
+Query heads that share a key or value head are rows of one matrix product, so keys and values are never repeated over
+heads in memory. Blocks are sliced out of the operands in their layout [B, T, H, D], and results are written in place:
+transposing whole operands first costs up to twice the time of the forward pass.
 """
 
 import functools
@@ -18,13 +18,13 @@ from kernels_pallas import decay
 from kernels_pallas.decay import ChunkWeights
 
 _CHUNK = 64
-# Smaller products than about this are too small for all cores, larger ones fall out of the cache.
+# Elements of an operand in a block. Blocks much smaller do not occupy all cores, larger ones do not fit into the cache.
 _BLOCK_ELEMENTS = 2**17
 _MAX_CHUNKS = 4
 
 
 class Span(NamedTuple):
-  """`tokens` tokens from `start` on, laid out as M chunks of C tokens, M * C - tokens of which are padding."""
+  """A range of tokens: `tokens` tokens from `start` on, as `num_chunks` chunks of `chunk` tokens, the rest padding."""
 
   start: int | jax.Array
   tokens: int
@@ -33,7 +33,7 @@ class Span(NamedTuple):
 
 
 class Cut(NamedTuple):
-  """How T tokens are cut: `num_blocks` equal blocks, then a shorter tail unless it would be empty."""
+  """How a row is cut: `num_blocks` blocks of the size of `block`, then a shorter `tail`, or None if nothing is left."""
 
   num_blocks: int
   block: Span
@@ -41,7 +41,7 @@ class Cut(NamedTuple):
 
 
 def cut(num_tokens: int, chunk: int, num_chunks: int) -> Cut:
-  """Cuts a row into blocks of num_chunks * chunk tokens; the tail's chunks are shortened to need little padding."""
+  """Cuts a row into blocks of num_chunks * chunk tokens. The tail has shorter chunks, to need little padding."""
   block = Span(0, chunk * num_chunks, num_chunks, chunk)
   num_blocks, rest = divmod(num_tokens, block.tokens)
   if not rest:
@@ -51,7 +51,7 @@ def cut(num_tokens: int, chunk: int, num_chunks: int) -> Cut:
 
 
 def choose_num_chunks(elements_per_chunk: int) -> int:
-  """M, a power of two: enough for all cores, and no more, since a block's intermediates should stay in the cache."""
+  """M, the number of chunks of a block: a power of two, enough for all cores, and small enough for the cache."""
   num_chunks = 1
   while num_chunks < _MAX_CHUNKS and num_chunks * elements_per_chunk < _BLOCK_ELEMENTS:
     num_chunks *= 2
@@ -69,9 +69,9 @@ def chunked(
   *,
   scale: float,
 ) -> tuple[jax.Array, jax.Array]:
-  """An implementation, as `kernels_pallas.api.Implementation` describes it.
+  """The op in plain XLA, with the arguments and results of `kernels_pallas.api.Implementation`.
 
-  Besides the operands its gradient keeps the state before each block, T / (M C) * K * V float32 numbers a head.
+  For the backward pass it keeps the operands and the state before each block, T / (M C) * K * V float32 per head.
   """
   batch, num_tokens, num_heads, key_width = q_BTHK.shape
   width = max(key_width, v_BTGV.shape[-1])
@@ -96,14 +96,14 @@ def _attend_bwd(pieces, scale, residuals, cotangents):
   weigh = _weigher(pieces, scale, slopes_H, segment_ids_BT, lengths_B)
   d_output_BTHV, d_state_BHKV = cotangents
   gradients = _backward(pieces, weigh, q_BTHK, k_BTGK, v_BTGV, d_output_BTHV, d_state_BHKV, states, lengths_B)
-  return *gradients, None, None, None  # no one asks for the slopes': `api` refuses to differentiate them
+  return *gradients, None, None, None  # None for the slopes: `api` refuses to differentiate them
 
 
 _attend.defvjp(_attend_fwd, _attend_bwd)
 
 
 def _weigher(pieces: Cut, scale: float, slopes_H, segment_ids_BT, lengths_B):
-  """A function from a span to its `ChunkWeights`. Without segments and lengths all blocks share one set of tables."""
+  """Returns a function from a span to its `ChunkWeights`. Without segment ids and lengths, all blocks share them."""
 
   def tabulate(segment_ids_BT, lengths_B, span: Span) -> ChunkWeights:
     return decay.chunk_weights(
@@ -125,7 +125,7 @@ def _weigher(pieces: Cut, scale: float, slopes_H, segment_ids_BT, lengths_B):
 
 
 def _forward(pieces: Cut, weigh, q_BTHK, k_BTGK, v_BTGV, state_BHKV, lengths_B):
-  """Returns the output, the final state and, for the gradient, the states before the blocks and before the tail."""
+  """The output, the final state and, for the backward pass, the states before all blocks and before the tail."""
 
   def block(carry, span: Span):
     before_BHKV, output_BTHV = carry
@@ -144,7 +144,7 @@ def _forward(pieces: Cut, weigh, q_BTHK, k_BTGK, v_BTGV, state_BHKV, lengths_B):
 
 
 def _backward(pieces: Cut, weigh, q_BTHK, k_BTGK, v_BTGV, d_output_BTHV, d_state_BHKV, states, lengths_B):
-  """Returns the gradients of q, k, v and the initial state: the blocks of `_forward`, last one first."""
+  """Returns the gradients of q, k, v and the initial state. Goes through the blocks of `_forward` in reverse."""
 
   def block(carry, span: Span, state_BHKV):
     d_state_BHKV, written = carry
@@ -155,8 +155,8 @@ def _backward(pieces: Cut, weigh, q_BTHK, k_BTGK, v_BTGV, d_output_BTHV, d_state
     return (d_state_BHKV, written), None
 
   block_states, tail_state = states
-  # Every token is written, so that any buffers will do, and copies come cheaper than zeros: XLA makes one array of
-  # zeros for all of them and then copies that.
+  # Buffers for dq, dk and dv. Every token is overwritten, so their contents do not matter. Copies of q, k and v are
+  # cheaper than zeros: XLA makes one array of zeros for all three and then copies it.
   carry = d_state_BHKV, (q_BTHK, k_BTGK, v_BTGV)
   if pieces.tail:
     carry, _ = block(carry, pieces.tail, tail_state)
@@ -170,7 +170,7 @@ def _backward(pieces: Cut, weigh, q_BTHK, k_BTGK, v_BTGV, d_output_BTHV, d_state
 
 
 def _forward_block(q_BMHCK, k_BMGCK, v_BMGCV, state_BHKV, weights: ChunkWeights):
-  """Of each chunk o = (q k^T * intra) v + row * (q S). Returns o and the state after the last chunk."""
+  """Computes o = (q k^T * intra) v + row * (q S) in each chunk. Returns o and the state after the last chunk."""
   key_groups, value_groups = k_BMGCK.shape[2], v_BMGCV.shape[2]
   states_BMHKV, state_BHKV = _states(k_BMGCK, v_BMGCV, state_BHKV, weights)
 
@@ -182,10 +182,10 @@ def _forward_block(q_BMHCK, k_BMGCK, v_BMGCV, state_BHKV, weights: ChunkWeights)
 
 
 def _backward_block(q_BMHCK, k_BMGCK, v_BMGCV, d_output_BMHCV, state_BHKV, d_state_BHKV, weights: ChunkWeights):
-  """Gradients of `_forward_block`: q, k, v of the block and the state before it, given that of the state after it.
+  """Gradients of q, k, v and the initial state of `_forward_block`, given those of its output and final state.
 
-  The fast products of XLA's CPU backend want the left factor's summed axis last. Hence k q^T is computed as such, and
-  a left factor that has to be transposed is so where it is multiplied by its weights.
+  XLA's CPU backend multiplies fast only if the summed axis of the left factor is last. Hence k q^T is computed
+  directly, not as the transpose of q k^T; other left factors are transposed where they are multiplied by their weights.
   """
   num_heads, key_groups, value_groups = q_BMHCK.shape[2], k_BMGCK.shape[2], v_BMGCV.shape[2]
   q_rows, d_output_rows = _rows(q_BMHCK, key_groups), _rows(d_output_BMHCV, value_groups)
@@ -225,14 +225,14 @@ def _backward_block(q_BMHCK, k_BMGCK, v_BMGCV, d_output_BMHCV, state_BHKV, d_sta
 
 
 def _states(k_BMGCK, v_BMGCV, state_BHKV, weights: ChunkWeights):
-  """The states before each chunk of a block, and after the last."""
+  """The states before each chunk of a block, [B, M, H, K, V], and the state after its last chunk."""
   columns = _weighted_columns(k_BMGCK, weights.column_BMHC, v_BMGCV.shape[2])
   added = jnp.einsum("bmgrc,bmgcv->bmgrv", columns, v_BMGCV)
   return _pass_on(state_BHKV, added, weights.carry_BMH)
 
 
 def _pass_on(state_BHKV, added, carry_BMH, *, reverse: bool = False):
-  """S <- carry S + added over the chunks of a block; returns S before each chunk ([B, M, H, K, V]) and at the end."""
+  """S <- carry S + added over the chunks of a block. Returns S before each chunk, [B, M, H, K, V], and the last S."""
   added_BMHKV = added.reshape(*added.shape[:2], *state_BHKV.shape[1:])
   before = []
   for m in reversed(range(added.shape[1])) if reverse else range(added.shape[1]):
@@ -242,7 +242,7 @@ def _pass_on(state_BHKV, added, carry_BMH, *, reverse: bool = False):
 
 
 def _split(x_BTHD, span: Span, lengths_B, dtype):
-  """The tokens of a span as [B, M, H, C, D], padding set to zero."""
+  """The tokens of a span as [B, M, H, C, D] in `dtype`, with padding set to zero."""
   x_BTHD = jax.lax.dynamic_slice_in_dim(x_BTHD, span.start, span.tokens, axis=1)
   if lengths_B is not None:
     x_BTHD = decay.keep(decay.valid_tokens(lengths_B, span.start, span.tokens), x_BTHD)
@@ -252,14 +252,14 @@ def _split(x_BTHD, span: Span, lengths_B, dtype):
 
 
 def _write(whole_BTHD, x_BMHCD, span: Span):
-  """`whole` with the tokens of a span replaced. What lies at padding is zero, since its q, k, v and cotangent are."""
+  """Writes x into the tokens of a span of `whole`. x is zero at padding, because its q, k, v and cotangents are."""
   x_BMCHD = jnp.swapaxes(x_BMHCD, 2, 3)
   x_BTHD = x_BMCHD.reshape(x_BMCHD.shape[0], -1, *x_BMCHD.shape[3:])[:, : span.tokens].astype(whole_BTHD.dtype)
   return jax.lax.dynamic_update_slice_in_dim(whole_BTHD, x_BTHD, span.start, axis=1)
 
 
 def _rows(x_BMHXY, groups: int):
-  """[B, M, H, X, Y] -> [B, M, G, R * X, Y]: the R = H / G heads of a group below each other."""
+  """[B, M, H, X, Y] -> [B, M, G, R * X, Y]: stacks the R = H / G heads of a group along X."""
   return x_BMHXY.reshape(*x_BMHXY.shape[:2], groups, -1, x_BMHXY.shape[-1])
 
 
@@ -269,7 +269,7 @@ def _heads(x, num_heads: int):
 
 
 def _side_by_side(x_BMHXY, groups: int):
-  """[B, M, H, X, Y] -> [B, M, G, X, R * Y]: the heads of a group beside each other."""
+  """[B, M, H, X, Y] -> [B, M, G, X, R * Y]: concatenates the R = H / G heads of a group along Y."""
   x = x_BMHXY.reshape(*x_BMHXY.shape[:2], groups, -1, *x_BMHXY.shape[3:])
   return jnp.swapaxes(x, 3, 4).reshape(*x.shape[:3], x.shape[4], -1)
 
@@ -282,17 +282,17 @@ def _apart(x, num_heads: int):
 
 
 def _per_head(x_BMGXY, weights_BMHXY):
-  """What a group shares, times the weights of each of its heads: [B, M, H, X, Y]."""
+  """[B, M, H, X, Y]: x of each group, multiplied by the weights of each head of the group."""
   weights = weights_BMHXY.reshape(*weights_BMHXY.shape[:2], x_BMGXY.shape[2], -1, *weights_BMHXY.shape[3:])
   x = x_BMGXY[:, :, :, None] * weights
   return x.reshape(*x.shape[:2], -1, *x.shape[4:])
 
 
 def _weighted_side_by_side(x_BMGCD, weights_BMHC, groups: int):
-  """[B, M, groups, C, R * D]: x weighted for each head, the heads of a group beside each other."""
+  """[B, M, groups, C, R * D]: x multiplied by the weights of each head, heads of a group concatenated along D."""
   return _side_by_side(_per_head(x_BMGCD, weights_BMHC[..., None]), groups)
 
 
 def _weighted_columns(x_BMGCD, weights_BMHC, groups: int):
-  """The transpose of `_weighted_side_by_side`, [B, M, groups, R * D, C]."""
+  """The transpose of `_weighted_side_by_side` in its last two axes, [B, M, groups, R * D, C]."""
   return _rows(_per_head(jnp.swapaxes(x_BMGCD, 3, 4), weights_BMHC[..., None, :]), groups)

@@ -1,8 +1,8 @@
-"""The op over rows that are cut along time: each device has some of the tokens of every row.
+"""The op with context parallelism: each device holds a slice of consecutive tokens of every row.
 
-What a device's tokens need of those before is one state a head, so that is all that travels: each device runs the op
-from a zero state, the states at the ends are gathered, and each one adds what its tokens see of the state before them.
-That is [B, H, K, V] float32 a device, whatever T is.
+A device's tokens depend on earlier devices only through one state per head. Each device runs the op from a zero state;
+the final states of all devices are gathered; then each device adds the contribution of the state before its first
+token. Each device sends [B, H, K, V] float32, independent of T.
 """
 
 import jax
@@ -26,30 +26,31 @@ def linear_attention(
 ) -> tuple[jax.Array, jax.Array]:
   """`kernels_pallas.linear_attention`, called inside `jax.shard_map` by all devices along one axis of the mesh.
 
-  T is the number of one device's tokens, the same for all; the first device has the first tokens.
+  Here T is the number of tokens per device, equal on all devices; device 0 has the first tokens.
 
   Args:
-    q, k, v: [B, T, heads, width], the device's own tokens.
-    slopes: [H], the same on all devices.
-    axis: of the mesh, the one that time is cut along.
+    q, k, v: [B, T, heads, width] float, queries, keys and values of the device's tokens.
+    slopes: [H] float, the same on all devices.
+    axis: name of the mesh axis along which tokens are sharded.
     scale: factor of the output.
-    initial_state: [B, H, K, V], of the whole row, the same on all devices.
-    segment_ids: [B, T], of the device's own tokens.
-    lengths: [B], of the whole row, the same on all devices.
-    implementation: of the op on each device.
+    initial_state: [B, H, K, V] float, state before the row's first token, the same on all devices; None: zero.
+    segment_ids: [B, T] integer, document ids of the device's tokens; None: each row is one document.
+    lengths: [B] integer, lengths of the whole rows, the same on all devices; None: no padding.
+    implementation: implementation of the op on each device.
 
   Returns:
-    The output [B, T, H, V] of the device's tokens, and the state [B, H, K, V] at the end of the row, the same on all.
+    The output [B, T, H, V] of the device's tokens, in v's dtype, and the state [B, H, K, V] at the end of the whole
+    row, the same on all devices.
 
   Raises:
-    What `kernels_pallas.linear_attention` raises.
+    The errors of `kernels_pallas.linear_attention`.
   """
   size, rank, (batch, tokens) = jax.lax.axis_size(axis), jax.lax.axis_index(axis), q.shape[:2]
   own_lengths = None if lengths is None else jnp.clip(lengths - rank * tokens, 0, tokens)
   out, added = api.linear_attention(
     q, k, v, slopes, scale=scale, segment_ids=segment_ids, lengths=own_lengths, implementation=implementation
   )
-  # Boundary r is where device r begins; one more is at the end.
+  # Boundary r is before the first token of device r; the last boundary is the end of the row.
   valid_BP = jnp.atleast_2d(tokens * jnp.arange(size + 1))
   valid_BP = valid_BP if lengths is None else jnp.minimum(valid_BP, lengths[:, None])
   own_documents, documents_BP = None, None
@@ -62,7 +63,7 @@ def linear_attention(
     weights_BHPP = weights_BHPP[..., 1:]
   else:
     states_BPHKV = jnp.concatenate([initial_state.astype(added.dtype)[:, None], states_BPHKV], axis=1)
-  # This device's boundary, and the last one.
+  # Selects the weights of this device's boundary and of the last one.
   weights_BHP2 = jnp.stack([weights_BHPP[:, :, rank], weights_BHPP[:, :, size]], axis=-1)
   weights_BHP2 = jnp.broadcast_to(weights_BHP2, (batch, *weights_BHP2.shape[1:]))
   exact = jax.lax.Precision.HIGHEST
@@ -87,7 +88,16 @@ def linear_attention(
 
 
 def _documents(segment_ids_BT: jax.Array, lengths_B: jax.Array | None, axis: str) -> tuple[jax.Array, jax.Array]:
-  """Documents of the whole row, counted from 0: of this device's tokens, and of the states at the P + 1 boundaries."""
+  """Numbers the documents of the whole row from 0, with P the number of devices.
+
+  Args:
+    segment_ids_BT: [B, T] integer, document ids of the device's tokens.
+    lengths_B: [B] int32, number of valid tokens on this device; None: no padding.
+    axis: name of the mesh axis along which tokens are sharded.
+
+  Returns:
+    The documents of this device's tokens, [B, T] int32, and of the states at the P + 1 boundaries, [B, P + 1] int32.
+  """
   own_BT = decay.canonical_segments(segment_ids_BT)
   dtype = jnp.promote_types(segment_ids_BT.dtype, jnp.int32)
   ends_3B = jnp.stack([x.astype(dtype) for x in (segment_ids_BT[:, 0], segment_ids_BT[:, -1], own_BT[:, -1])])
@@ -95,7 +105,7 @@ def _documents(segment_ids_BT: jax.Array, lengths_B: jax.Array | None, axis: str
   begun_PB = counts_PB[:-1].astype(jnp.int32) + (firsts_PB[1:] != lasts_PB[:-1])
   before_PB = jnp.pad(jnp.cumsum(begun_PB, axis=0), ((1, 0), (0, 0)))
   own_BT += before_PB[jax.lax.axis_index(axis)][:, None]
-  # A state keeps the document of the last valid token before it; the row's first state has that of token 0.
+  # A state belongs to the document of the last valid token before it; the row's first state belongs to token 0's.
   if lengths_B is None:
     last_B = own_BT[:, -1]
   else:

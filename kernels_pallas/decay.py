@@ -1,6 +1,6 @@
 """Decay weights, document ids and padding masks, shared by every implementation of the op.
 
-Distances are never negative and nothing is divided by a power of gamma, so no slope can overflow.
+Exponents of gamma are never negative, and nothing is divided by a power of gamma, so no slope can cause an overflow.
 """
 
 from typing import NamedTuple
@@ -10,11 +10,16 @@ import jax.numpy as jnp
 
 
 class ChunkWeights(NamedTuple):
-  """What the tokens of M consecutive chunks of C tokens weigh for each other and for the state.
+  """Weights between the tokens and states of M consecutive chunks of C tokens.
 
-  Token a of a chunk sees token b of the same chunk with weight `intra[a, b]` and the state before the chunk with weight
-  `row[a]`; the state after the chunk is `carry` times the state before plus the sum over b of `column[b] k_b v_b^T`.
-  B is 1 where all rows agree, and so is M of `intra` and `row` where all chunks do.
+  The axis B has size 1 if all rows have the same weights. The axis M of `intra` and `row` has size 1 if all chunks have
+  the same weights.
+
+  Attributes:
+    intra_BMHCC: at [..., a, b], weight with which token a sees token b of the same chunk.
+    row_BMHC: weight with which each token sees the state before its chunk.
+    column_BMHC: weight of each token b in the state after its chunk, carry * (state before) + sum_b column_b k_b v_b^T.
+    carry_BMH: weight of the state before a chunk in the state after it.
   """
 
   intra_BMHCC: jax.Array
@@ -37,21 +42,21 @@ def canonical_segments(segment_ids_BT: jax.Array) -> jax.Array:
 
 
 def first_tokens(segment_ids_BT: jax.Array) -> jax.Array:
-  """[B, T] int32: the token that each token's document begins with, of canonical segment ids."""
+  """Index of the first token of each token's document, [B, T] int32, for canonical segment ids."""
   begins_BT = jnp.diff(segment_ids_BT, axis=1, prepend=segment_ids_BT[:, :1]) != 0
   positions_T = jnp.arange(segment_ids_BT.shape[1], dtype=jnp.int32)
   return jax.lax.cummax(jnp.where(begins_BT, positions_T, 0), axis=1)
 
 
 def valid_tokens(lengths_B: jax.Array, start: int | jax.Array, num_tokens: int) -> jax.Array:
-  """[B, num_tokens] bool: True for the tokens t = start, start + 1, ... with t < lengths[b]."""
+  """Whether each of the tokens t = start, start + 1, ... is valid, that is t < lengths[b]; bool [B, num_tokens]."""
   return start + jnp.arange(num_tokens) < lengths_B[:, None]
 
 
 def keep(mask_BT: jax.Array | None, x_BTHD: jax.Array) -> jax.Array:
-  """`x` with the tokens outside the mask set to zero; None keeps all.
+  """`x` with tokens where the mask is False set to zero; with mask None, `x` itself.
 
-  Padding may hold NaN, and 0 * NaN is NaN: hence a selection, before any product.
+  Tokens are selected, not multiplied by 0, because padding may hold NaN and 0 * NaN is NaN.
   """
   if mask_BT is None:
     return x_BTHD
@@ -63,7 +68,7 @@ def powers(slopes_H: jax.Array, distance: jax.Array) -> jax.Array:
 
   Args:
     slopes_H: [H] float, at least 0.
-    distance: integers of any shape; negative ones count as 0 and are to be masked by the caller.
+    distance: integers of any shape. Negative ones are treated as 0; callers mask their results.
   """
   distance = jnp.maximum(distance, 0).astype(slopes_H.dtype)
   return jnp.exp(-slopes_H.reshape(-1, *(1,) * distance.ndim) * distance)
@@ -76,9 +81,14 @@ def causal_powers(slopes_H: jax.Array, num_tokens: int) -> jax.Array:
 
 
 def state_documents(segment_ids_BT: jax.Array, lengths_B: jax.Array | None, starts_M: jax.Array) -> jax.Array:
-  """[B, M] int32: the document that the state before token `starts_M[m]` belongs to.
+  """The document to which the state before token `starts_M[m]` belongs, [B, M] int32.
 
-  That is the document of the last valid token before; without one it is token 0's, as the initial state's is.
+  It is the document of the last valid token before `starts_M[m]`, or that of token 0 if there is none.
+
+  Args:
+    segment_ids_BT: [B, T] int32, canonical ids (or any per-document values, which are then returned).
+    lengths_B: [B] int32; None: no padding.
+    starts_M: [M] int, token indices, which may exceed T.
   """
   batch, num_tokens = segment_ids_BT.shape
   ends_BM = jnp.minimum(starts_M, num_tokens if lengths_B is None else lengths_B[:, None])
@@ -100,12 +110,12 @@ def chunk_weights(
 
   Args:
     slopes_H: [H] float; the weights take its dtype.
-    segment_ids_BT: [B, T] int32, canonical, of the whole row; None: one document.
+    segment_ids_BT: [B, T] int32, canonical ids of the whole row; None: one document.
     lengths_B: [B] int32; None: no padding.
-    start: first token of the first chunk. The chunks may reach beyond T only by tokens that `lengths` excludes.
+    start: index of the first chunk's first token. The chunks may exceed T only if `lengths_B` excludes those tokens.
     num_chunks: M.
     chunk: C.
-    scale: multiplies what outputs see, `intra` and `row`, not what enters the state.
+    scale: factor of `intra` and `row`, the weights in outputs; the weights in states are not scaled.
   """
   position_C = jnp.arange(chunk)
   intra_BMHCC = scale * causal_powers(slopes_H, chunk)[None, None]

@@ -1,4 +1,4 @@
-"""LA for NVIDIA's Hopper: `kernels_pallas.mosaic_gpu_kernel` behind the doors that implementations have."""
+"""The op on NVIDIA's Hopper: an `Implementation` that runs the kernel of `kernels_pallas.mosaic_gpu_kernel`."""
 
 import dataclasses
 from typing import Any
@@ -14,14 +14,14 @@ from kernels_pallas.primitive import Coefficients, Rows
 
 
 def refusal(q: Any, k: Any, v: Any) -> str | None:
-  """Why this kernel cannot serve operands of such shapes and dtypes on this process' GPU; None if it can."""
+  """Why this kernel cannot run such operands on this process' GPU, as an English clause; None if it can."""
   if not HAS_KERNEL:
     return f"it needs jax 0.11 or newer, and this is jax {jax.__version__}; 'triton' does not"
   if any(x.dtype != jnp.bfloat16 for x in (q, k, v)):
-    return "it has bfloat16 alone, since warpgroups have no exact product of float32; 'triton' has more"
+    return "it supports bfloat16 only, since warpgroups have no exact product of float32; 'triton' supports more"
   reason, capability = primitive.refusal(q, k, v), device.gpu().capability
   if reason is None and capability // 10 != 9:
-    reason = f"it has compute capability 9.0 (Hopper), and this GPU's is {capability / 10}; 'triton' has more"
+    reason = f"it needs compute capability 9.0 (Hopper), and this GPU's is {capability / 10}; 'triton' supports more"
   return reason
 
 
@@ -36,9 +36,9 @@ def attend(
   *,
   scale: float,
 ) -> tuple[jax.Array, jax.Array]:
-  """An implementation, as `kernels_pallas.api.Implementation` describes it.
+  """The op with the Mosaic GPU kernel, with the arguments and results of `kernels_pallas.api.Implementation`.
 
-  Its gradient keeps, besides the operands, the state that each part begins with.
+  For the backward pass it keeps the operands and the initial state of each part.
   """
   (batch, num_tokens, heads, key_width), value_width = q_BTHK.shape, v_BTGV.shape[-1]
   programs = batch * heads * (padded(value_width) // (choose_workers(key_width, value_width) * TILE))
@@ -50,7 +50,7 @@ def attend(
 
 @dataclasses.dataclass(frozen=True)
 class _Kernels:
-  """`kernels_pallas.primitive.Kernels` of this file."""
+  """`kernels_pallas.primitive.Kernels` with the Mosaic GPU lowering; `parts` says how a row is cut."""
 
   parts: Parts
 
@@ -71,7 +71,11 @@ class _Kernels:
 
 
 def _run(call: Call, given: dict[str, jax.Array], rows: Rows, batch: int) -> dict[str, jax.Array]:
-  """Runs the kernel on q, k and v, [B, T, heads, width] with any divisor of H heads, and states as `Call` has them."""
+  """Pads q, k and v, [B, T, heads, width], to `Call`'s sizes and runs the kernel. States are in `Call`'s tiles already.
+
+  Returns:
+    Name -> array of each result, see `Call.results`.
+  """
 
   def widen(x_BTHD: jax.Array) -> jax.Array:
     width = x_BTHD.shape[3]
@@ -79,7 +83,7 @@ def _run(call: Call, given: dict[str, jax.Array], rows: Rows, batch: int) -> dic
 
   given = {name: x if name == "states" else widen(x) for name, x in given.items()}
   given |= rows.operands(call.parts.tokens)
-  # The interpreter keeps kernels in order by an effect, which `by_platform`'s primitive has not.
+  # The interpreter orders kernels by a JAX effect, which `by_platform`'s primitive does not have.
   abstract = jax.sharding.get_abstract_mesh().abstract_device
   if jax.default_backend() == "cpu" and (abstract is None or abstract.platform != "gpu"):
     return call.interpreted(given)

@@ -1,11 +1,13 @@
-"""LA as a Pallas kernel with the Mosaic GPU lowering.
+"""LA (see `kernels_pallas.primitive`) as a Pallas kernel with the Mosaic GPU lowering.
 
-A program has one row, head, part and block of the value width. One warpgroup brings chunks of q, k and v into shared
-memory, some steps ahead. The others, the workers, have 64 columns of the values each: they walk over the chunks with
-these columns of the state in registers. Besides operands and outputs nothing goes through memory but one state a part.
+A program handles one row, one head, one part and one block of value columns. One warpgroup copies chunks of q, k and v
+into shared memory, _STAGES chunks ahead. The other warpgroups, the workers, handle 64 value columns each: a worker
+walks over the chunks and keeps its columns of the state in registers. Besides operands and outputs, only one state per
+part goes through global memory.
 
-Products read their operands in shared memory: k transposed against q and straight against v, and what is put there in
-bfloat16, scores, weighted values and the state. Beyond the row, copies bring zeros and are dropped.
+Matrix products read their operands from shared memory: q, k and v (the products transpose k as needed), and bfloat16
+copies of the scores, the weighted values and the state. Copies from beyond the end of the row give zeros; copies to
+there are dropped.
 """
 
 import dataclasses
@@ -22,36 +24,37 @@ from kernels_pallas.parts import Parts
 from kernels_pallas.primitive import Coefficients
 
 HAS_KERNEL = jax.__version_info__ >= (0, 11)
-# Its names come and go with jax's versions, and some classes look abstract to mypy: hence Any.
+# Any, because the module's names differ between versions of jax, and mypy takes some of its classes for abstract.
 plgpu: Any = importlib.import_module("jax.experimental.pallas.mosaic_gpu") if HAS_KERNEL else None
 
-TILE = 64  # rows of a warpgroup's product; elements of bfloat16 in a swizzled line of shared memory
-CHUNK = TILE
-_ROWS = 8  # of a tile as it lies in shared memory: tokens are copied in such groups
-_STAGES = 2  # chunks in shared memory: copies take longer than products, so that more would not help
+TILE = 64  # rows of a warpgroup's matrix product; also bfloat16 elements in a swizzled line of shared memory
+CHUNK = TILE  # tokens
+_ROWS = 8  # rows of a tile in shared memory's layout; tokens are copied in groups of 8
+_STAGES = 2  # chunks in shared memory at a time; more would not help, since copies take longer than products
 
 
 def choose_workers(key_width: int, value_width: int) -> int:
-  """Two where there are columns for them, and room for both in shared memory; else one."""
+  """Number of workers of a program: two if there are value columns and shared memory for both, else one."""
   return 2 if padded(value_width) % (2 * TILE) == 0 and key_width <= 2 * TILE else 1
 
 
 def padded(width: int) -> int:
+  """The width rounded up to a multiple of TILE."""
   return -(-width // TILE) * TILE
 
 
 @dataclasses.dataclass(frozen=True)
 class Call:
-  """The call of the kernel, for what is known when it is traced.
+  """The kernel call with its static arguments.
 
   Attributes:
-    parts: of a row.
+    parts: how a row is cut into parts and chunks.
     tokens: T.
     heads: H.
-    key_width, value_width: multiples of 64.
-    coefficients: of LA.
-    reverse: whether it runs from the last token to the first.
-    states_only: whether its result is what each part adds to the state.
+    key_width, value_width: K and V, padded to multiples of 64.
+    coefficients: coefficients of LA.
+    reverse: whether LA runs from the last token to the first.
+    states_only: whether the only result is what each part adds to the state.
   """
 
   parts: Parts
@@ -73,20 +76,21 @@ class Call:
 
   @property
   def tiles(self) -> int:
-    """Of the key width."""
+    """Number of tiles of the key width."""
     return self.key_width // TILE
 
   def split_state(self, state: jax.Array) -> jax.Array:
-    """[..., K, V] as [..., V tiles, K tiles, 64, 64], since the interpreter wants no slices in an index."""
+    """[..., K, V] -> [..., V tiles, K tiles, 64, 64], because the interpreter supports no slices in an index."""
     *leading, key_width, value_width = state.shape
     pad = *((0, 0),) * len(leading), (0, self.key_width - key_width), (0, self.value_width - value_width)
     return jnp.moveaxis(jnp.pad(state, pad).reshape(*leading, self.tiles, TILE, -1, TILE), -2, -4)
 
   def join_state(self, state: jax.Array) -> jax.Array:
-    """The inverse of `split_state`, but for the padding."""
+    """The inverse of `split_state`, except that padding is kept."""
     return jnp.moveaxis(state, -4, -2).reshape(*state.shape[:-4], self.key_width, self.value_width)
 
   def results(self, batch: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes and dtypes of the results: "output" and "final", or "added" if `states_only`; states are tiled."""
     state = self.heads, self.value_width // TILE, self.tiles, TILE, TILE
     if self.states_only:
       return {"added": jax.ShapeDtypeStruct((batch, self.parts.num_parts - 1, *state), jnp.float32)}
@@ -97,7 +101,7 @@ class Call:
     }
 
   def scratch(self, has_firsts: bool) -> dict[str, Any]:
-    """Shared memory and barriers."""
+    """Shared memory and barriers of a program."""
 
     def matrix(*shape: int, dtype=jnp.bfloat16):
       line = plgpu.TilingTransform((_ROWS, 128 // jnp.dtype(dtype).itemsize))
@@ -120,7 +124,9 @@ class Call:
 
   def __call__(self, given: dict[str, jax.Array], *, interpret: Any) -> dict[str, jax.Array]:
     if interpret is True:
-      raise NotImplementedError("The Mosaic GPU kernel was traced for a GPU: for a cpu, trace it where there is none.")
+      raise NotImplementedError(
+        "The Mosaic GPU kernel was traced for a GPU and cannot run on a cpu: trace it in a process without a GPU."
+      )
     batch, names, block = given["k"].shape[0], tuple(given), self.workers * TILE
     results = self.results(batch)
 
@@ -131,24 +137,24 @@ class Call:
       linear_attention,
       out_type=list(results.values()),
       scratch_types=self.scratch("firsts" in given),
-      # The last axis runs fastest. Neighbours read the same rows of k and v, so that caches serve them.
+      # The last axis runs fastest. Programs that run together read the same rows of k and v, which caches then serve.
       grid=(batch, self.parts.num_parts - self.states_only, self.heads, self.value_width // block),
       grid_names=("row", "part", "head", "block"),
       num_threads=self.workers + 1,
       thread_name="warpgroup",
-      # Layouts are given, not inferred, which takes minutes and may fail.
+      # Lane semantics, where layouts are stated in the kernel: inferring them takes minutes and may fail.
       compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane),
       interpret=interpret,
     )
     return dict(zip(results, run(*given.values()), strict=True))
 
   def interpreted(self, given: dict[str, jax.Array], **params) -> dict[str, jax.Array]:
-    """For a CPU."""
+    """Runs the kernel in the interpreter, on a CPU."""
     return self(given, interpret=plgpu.InterpretGPUParams(**params))
 
 
 class _Place(NamedTuple):
-  """Which program this is."""
+  """Indices of a program in the grid."""
 
   call: Call
   row: jax.Array
@@ -157,7 +163,10 @@ class _Place(NamedTuple):
   block: jax.Array
 
   def start(self, step: jax.Array) -> jax.Array:
-    """The first token of a chunk. Of all parts the one that runs last adds to no other, hence the shift."""
+    """Index of the first token of the chunk that is processed at a step.
+
+    With `states_only`, the part that runs last is left out; if LA is reversed, that is part 0, so parts shift by one.
+    """
     parts, reverse = self.call.parts, self.call.reverse
     part = self.part + 1 if self.call.states_only and reverse else self.part
     return (part * parts.num_chunks + (parts.num_chunks - 1 - step if reverse else step)) * CHUNK
@@ -167,16 +176,16 @@ class _Place(NamedTuple):
 
 
 def _kernel(call: Call, memory: dict[str, Any], scratch: dict[str, Any]) -> None:
-  """One part of one head of one row, one block of the value width.
+  """Processes one part of one head of one row, for one block of value columns.
 
   Args:
-    call: what to do.
-    memory: references to operands and results.
-    scratch: references to shared memory and barriers.
+    call: static arguments.
+    memory: name -> reference to an operand or result in global memory.
+    scratch: name -> reference to shared memory or barriers, see `Call.scratch`.
   """
   place = _Place(call, *map(jax.lax.axis_index, ("row", "part", "head", "block")))
   warpgroup = jax.lax.axis_index("warpgroup")
-  # Three warpgroups share 504 registers a thread, of which copies take few.
+  # Three warpgroups share 504 registers per thread position (40 + 2 * 232), and copying needs few of them.
   few, many = (40, 232) if call.workers == 2 else (None, None)
 
   @pl.when(warpgroup < call.workers)
@@ -193,7 +202,7 @@ def _kernel(call: Call, memory: dict[str, Any], scratch: dict[str, Any]) -> None
 
 
 def _fill(place: _Place, memory: dict[str, Any], scratch: dict[str, Any]) -> None:
-  """Brings chunk after chunk into shared memory, where workers have emptied it."""
+  """The copying warpgroup: copies chunk after chunk into shared memory, into slots that the workers have emptied."""
   call, num_chunks = place.call, place.call.parts.num_chunks
 
   def step(i, _):
@@ -220,7 +229,7 @@ def _fill(place: _Place, memory: dict[str, Any], scratch: dict[str, Any]) -> Non
 
 
 def _compute(place: _Place, memory: dict[str, Any], scratch: dict[str, Any], worker: jax.Array) -> None:
-  """One worker's share: its columns of the output and of the state."""
+  """A worker: computes its 64 columns of the output and of the state."""
   call, (intra, inter, into), matrix = place.call, place.call.coefficients, plgpu.Layout.WGMMA
   ragged = "lengths" in memory or call.parts.tokens != call.tokens
   length = memory["lengths"][place.row] if "lengths" in memory else jnp.int32(call.tokens)
@@ -240,7 +249,8 @@ def _compute(place: _Place, memory: dict[str, Any], scratch: dict[str, Any], wor
 
   def step(i, states):
     i = i.astype(jnp.int32)
-    # As if it changed, or else the compiler keeps dozens of addresses in registers from chunk to chunk.
+    # Hides from the compiler that the worker's index is constant, or else it keeps dozens of addresses in registers
+    # across chunks.
     here = jax.lax.optimization_barrier(worker)
     own = {name: scratch[name].at[here] for name in ("weighted", "scores", "weights", "output") if name in scratch}
     slot, start = jax.lax.rem(i, jnp.int32(_STAGES)), place.start(i)
@@ -255,7 +265,8 @@ def _compute(place: _Place, memory: dict[str, Any], scratch: dict[str, Any], wor
     if ragged:
       end_C = jnp.where(position_C < count, end_C, 0.0)
     if "firsts" in memory:
-      # The states before and after the chunk belong to the documents of the last valid tokens until there.
+      # The state before (after) the chunk belongs to the document of the last valid token before the chunk's start
+      # (end).
       firsts, before = scratch["firsts"].at[slot], jnp.maximum(start - 1, 0)
       first_after = jnp.where(count > 0, firsts[jnp.maximum(count - 1, 0)], 0)
       first_C = plgpu.load(firsts, layout=matrix.reduce(1))
@@ -309,7 +320,7 @@ def _compute(place: _Place, memory: dict[str, Any], scratch: dict[str, Any], wor
     states = jax.lax.fori_loop(0, call.parts.num_chunks, step, (zeros,) * call.tiles)
     save(memory["added"].at[place.row, place.part, place.head, value_tile])
     return
-  # In shared memory, or else the compiler keeps them in registers from chunk to chunk and has to spill others.
+  # The weights go to shared memory, or else the compiler keeps them in registers across chunks and has to spill others.
   distance_CC = column_CC - row_CC if call.reverse else row_CC - column_CC
   scratch["weights"].at[worker][...] = jnp.where(distance_CC >= 0, intra * powers(distance_CC), 0.0)
   initial = memory["states"].at[place.row, place.part, place.head, value_tile]
@@ -322,7 +333,7 @@ def _compute(place: _Place, memory: dict[str, Any], scratch: dict[str, Any], wor
 
 
 def _product(x, y) -> jax.Array:
-  """The product of two matrices in shared memory."""
+  """The product of two matrices in shared memory, as a float32 array in registers."""
 
   def multiply(sum_ref):
     plgpu.wgmma(sum_ref, x, y)
@@ -332,7 +343,7 @@ def _product(x, y) -> jax.Array:
 
 
 def _clean(place: _Place, cleaned, worker: jax.Array, k_tiles: list[Any], v, count: jax.Array, row_CC) -> None:
-  """Zeros for the padding of k and v, which may be NaN: its products are NaN too, whatever their weight."""
+  """Sets the padding of k and v to zero. It may hold NaN, whose products are NaN whatever their weight."""
 
   def keep(ref):
     ref[...] = jnp.where(row_CC < count, ref[...], jnp.zeros((), jnp.bfloat16))
@@ -340,7 +351,7 @@ def _clean(place: _Place, cleaned, worker: jax.Array, k_tiles: list[Any], v, cou
   @pl.when(count < CHUNK)
   def _():
     keep(v)
-    for n, tile in enumerate(k_tiles):  # which the workers share
+    for n, tile in enumerate(k_tiles):  # the workers divide the tiles of k among themselves
       pl.when(worker == n % place.call.workers)(functools.partial(keep, tile))
     plgpu.commit_smem()
     plgpu.barrier_arrive(cleaned)

@@ -1,11 +1,10 @@
-"""LA as a Pallas kernel for TPUs, from v4 on.
+"""LA (see `kernels_pallas.primitive`) as a Pallas kernel for TPUs from v4 on.
 
-A program has one row and a few heads. It walks over the row's chunks in order, the last axis of the grid, with its
-states in VMEM from one chunk to the next, so that besides operands and outputs only the first and last state go through
-memory.
+Each program handles a few heads of one row. It walks over the row's chunks in order, along the last axis of the grid,
+and keeps its states in VMEM between chunks. Of the states, only the first and the last go through HBM.
 
-q, k and v are seen as [B, T, heads * width], which is what a projection makes: a piece has whole registers of 128
-lanes, two heads of width 64 say, and heads that share a key or value head read the same piece.
+q, k and v are passed as [B, T, heads * width], the layout of a projection's output. Each block fills whole registers of
+128 lanes, with two heads of width 64 for example. Query heads that share a key or value head read the same block.
 """
 
 import dataclasses
@@ -22,8 +21,8 @@ from kernels_pallas.parts import Parts
 from kernels_pallas.primitive import Coefficients, Rows
 
 _LANES = 128
-_CHUNK = 128  # the edge of a matrix unit, a multiple of it on newer generations
-_SUBLANES = 16  # of a register of bfloat16
+_CHUNK = 128  # tokens; the edge of a TPU's matrix unit, or half of it on newer generations
+_SUBLANES = 16  # rows of a bfloat16 register
 
 
 def attend(
@@ -37,7 +36,7 @@ def attend(
   *,
   scale: float,
 ) -> tuple[jax.Array, jax.Array]:
-  """An implementation, as `kernels_pallas.api.Implementation` describes it."""
+  """The op with TPU kernels, with the arguments and results of `kernels_pallas.api.Implementation`."""
   num_tokens = q_BTHK.shape[1]
   chunk = min(_CHUNK, -(-num_tokens // _SUBLANES) * _SUBLANES)
   parts = Parts(1, -(-num_tokens // chunk), chunk)
@@ -48,7 +47,12 @@ def attend(
 
 @dataclasses.dataclass(frozen=True)
 class _Kernels:
-  """`kernels_pallas.primitive.Kernels` of this file: one part, since a TPU has no multiprocessors to fill."""
+  """`kernels_pallas.primitive.Kernels` on TPUs. A row is one part, since a TPU has no multiprocessors to fill.
+
+  Attributes:
+    parts: how a row is cut into chunks.
+    dtype: dtype in which matrix products take their operands.
+  """
 
   parts: Parts
   dtype: Any
@@ -63,7 +67,8 @@ class _Kernels:
     given |= {"state": state} | rows.operands(self.parts.tokens)
     if "firsts" in given:
       ends_M = self.parts.chunk * jnp.arange(1, self.parts.num_chunks + 1)
-      # Of the state after each chunk. What lies beyond the row is never the last valid token.
+      # "firsts_after": first token of the document to which the state after each chunk belongs. The padding of "firsts"
+      # is never used for it, since the last valid token lies inside the row.
       lengths_B = rows.lengths_B if rows.lengths_B is not None else jnp.full(batch, tokens)
       given["firsts_after"] = decay.state_documents(given["firsts"], lengths_B, ends_M)[:, None]
       given["firsts"] = given["firsts"][:, None]
@@ -78,7 +83,7 @@ class _Kernels:
 
 
 def _padded(width: int) -> int:
-  """Halves and quarters of a register, or whole ones."""
+  """The width padded to a quarter of a register's lanes, half of them, or whole registers: 32, 64 or 128 n."""
   return next((size for size in (32, 64) if width <= size), -(-width // _LANES) * _LANES)
 
 
@@ -87,7 +92,12 @@ def _widen(x_BTHD: jax.Array, width: int) -> jax.Array:
 
 
 def _heads_at_once(heads: int, operands: list[tuple[int, int]]) -> int:
-  """The least number of heads of which each operand, given by its heads and width, has whole registers."""
+  """The smallest number of heads per program for which each operand's block fills whole registers.
+
+  Args:
+    heads: H.
+    operands: (number of heads, padded width) of each operand.
+  """
 
   def fits(count: int) -> bool:
     def whole(groups: int, width: int) -> bool:
@@ -103,19 +113,19 @@ def _heads_at_once(heads: int, operands: list[tuple[int, int]]) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Call:
-  """The `pallas_call`, for what is known when it is traced.
+  """The `pallas_call` with its static arguments.
 
   Attributes:
-    kernels: whose it is.
+    kernels: dtype of the products, and how a row is cut into chunks.
     tokens: T.
     heads: H.
-    count: heads at once.
-    groups: name and number of heads of q, k, v and the output.
-    widths: of keys and values, padded.
-    coefficients: of LA.
-    reverse: whether it runs from the last token to the first.
-    dtype: of the output.
-    semantics: of the grid's axes: which may be shared between cores and which run in order.
+    count: number of heads per program.
+    groups: (name, number of heads) of q, k, v and the output.
+    widths: padded widths of keys and values.
+    coefficients: coefficients of LA.
+    reverse: whether LA runs from the last token to the first.
+    dtype: dtype of the output.
+    semantics: for each axis of the grid, whether TPU cores may share it ("parallel") or run it in order ("arbitrary").
   """
 
   kernels: _Kernels
@@ -146,6 +156,7 @@ class Call:
     return call(given)
 
   def results(self, batch: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes and dtypes of "output" [B, T, H * V], and "final" [B, H, K, V], the state at the end; widths padded."""
     return {
       "output": jax.ShapeDtypeStruct((batch, self.tokens, self.heads * self.widths[1]), self.dtype),
       "final": jax.ShapeDtypeStruct((batch, self.heads, *self.widths), jnp.float32),
@@ -156,10 +167,11 @@ class Call:
     return self.heads // dict(self.groups)[name]
 
   def chunk(self, step: jax.Array) -> jax.Array:
+    """Index of the chunk that is processed at a step of the grid's last axis."""
     return self.kernels.parts.num_chunks - 1 - step if self.reverse else step
 
   def _spec(self, name: str) -> pl.BlockSpec:
-    """The piece of an operand or result that the program (b, n, c) has: row, heads, chunk."""
+    """The block of an operand or result for the program (b, n, c): row, group of `count` heads, step over chunks."""
     chunk = self.kernels.parts.chunk
     if name in dict(self.groups):
       repeats = self.repeats(name)
@@ -178,13 +190,13 @@ class Call:
 
 
 def _kernel(given: dict[str, Any], results: dict[str, Any], states, *, call: Call) -> None:
-  """One chunk of a few heads of one row.
+  """Processes one chunk of `count` heads of one row.
 
   Args:
-    given: references to the operands that `_Kernels.attend` describes.
-    results: references to the results.
+    given: name -> reference to this program's block of an operand, as `_Kernels.attend` passes it.
+    results: name -> reference to this program's block of a result, see `Call.results`.
     states: reference to the states, [count, K, V] float32, in VMEM.
-    call: what to do.
+    call: static arguments.
   """
   dot = functools.partial(primitive.dot, dtype=call.kernels.dtype)
   row, step = pl.program_id(0), pl.program_id(2)
@@ -207,7 +219,7 @@ def _kernel(given: dict[str, Any], results: dict[str, Any], states, *, call: Cal
   sees_CC, ends_C1 = distance_CC >= 0, position_C1 < count
   begins_C1 = goes_on_11 = None
   if "firsts" in given:
-    # The states before and after the chunk belong to the documents of the last valid tokens until there.
+    # The state before (after) the chunk belongs to the document of the last valid token before the chunk's start (end).
     first_CC = jnp.broadcast_to(given["firsts"][...], (size, size))
     first_after, before = given["firsts_after"][0, chunk], jnp.maximum(start - 1, 0)
     of_row_CC = first_CC.T
@@ -220,7 +232,7 @@ def _kernel(given: dict[str, Any], results: dict[str, Any], states, *, call: Cal
     repeats, width = call.repeats(name), call.widths[name == "v"]
     at = index // repeats if call.count > repeats else 0
     x = given[name][:, at * width : (at + 1) * width]
-    # Beyond the row may lie anything, NaN too.
+    # Beyond the row's end the block may hold anything, even NaN.
     return jnp.where(position_C1 < count, x, jnp.zeros((), x.dtype)) if ragged else x
 
   for index in range(call.count):

@@ -1,8 +1,9 @@
-"""A row cut into parts that run side by side: where they begin, and which state each one begins with.
+"""Cuts a row into parts that run in parallel, and computes the initial state of each part.
 
-A part knows what it adds to the state without knowing the state before it. So: (1) each part from a zero state, states
-only; (2) `prefix`, one small product, gives each part its own initial state; (3) each part for good, all at once. It
-reads keys and values twice, and pays where there are fewer heads and rows than multiprocessors.
+What a part adds to the state does not depend on the state before it. Hence three steps: (1) all parts in parallel
+compute what they add to the state, starting from zero; (2) `prefix`, one small matrix product, gives each part its
+initial state; (3) all parts in parallel compute their outputs. Keys and values are read twice, which pays if there are
+fewer heads and rows than multiprocessors.
 """
 
 from typing import NamedTuple
@@ -12,14 +13,14 @@ import jax.numpy as jnp
 
 from kernels_pallas import decay
 
-# In units of the time of one chunk in step (3): a state's way in and out, and one chunk in step (1).
-_STATE_CHUNKS = 2
-_STATES_ONLY = 0.5
+# Estimated times in units of one chunk's time in step (3).
+_STATE_CHUNKS = 2  # loading and storing a state
+_STATES_ONLY = 0.5  # one chunk in step (1)
 _MAX_PARTS = 64
 
 
 class Parts(NamedTuple):
-  """`num_parts` parts of `num_chunks` chunks of `chunk` tokens; the last one may reach beyond the row."""
+  """A row cut into `num_parts` parts of `num_chunks` chunks of `chunk` tokens; the last part may exceed the row."""
 
   num_parts: int
   num_chunks: int
@@ -27,23 +28,24 @@ class Parts(NamedTuple):
 
   @property
   def tokens(self) -> int:
+    """Number of tokens of all parts, at least that of the row."""
     return self.num_parts * self.num_chunks * self.chunk
 
 
 def cut(num_tokens: int, chunk: int, count: int) -> Parts:
-  """At most `count` equal parts, none of which begins beyond the row."""
+  """Cuts a row into at most `count` parts of equal length, none of which begins beyond the row."""
   total = -(-num_tokens // chunk)
   num_chunks = -(-total // count)
   return Parts(-(-total // num_chunks), num_chunks, chunk)
 
 
 def choose_count(programs: int, num_chunks: int, at_once: int) -> int:
-  """The number of parts that takes the least time, were programs to run in waves and each chunk to take as long.
+  """The number of parts with the least estimated time. The model: programs run in waves, all chunks take equally long.
 
   Args:
-    programs: how many there are without parts, rows times heads times blocks of the value width.
-    num_chunks: what each of them has to do then.
-    at_once: how many the device runs at once.
+    programs: number of programs if a row is one part: rows times heads times blocks of the value width.
+    num_chunks: number of chunks of a row.
+    at_once: number of programs that the device runs at once.
   """
 
   def time(count: int) -> float:
@@ -56,13 +58,17 @@ def choose_count(programs: int, num_chunks: int, at_once: int) -> int:
 def boundaries(
   parts: Parts, num_tokens: int, segment_ids_BT: jax.Array | None, lengths_B: jax.Array | None
 ) -> tuple[jax.Array, jax.Array | None]:
-  """What `carry_weights` asks about the P + 1 boundaries between parts, both ends of the row among them.
+  """Arguments of `carry_weights` for the P + 1 boundaries of the parts, both ends of the row included.
 
   Args:
     parts: how the row is cut.
     num_tokens: T.
     segment_ids_BT: [B, T] int32, canonical; None: one document.
     lengths_B: [B] int32; None: no padding.
+
+  Returns:
+    The number of valid tokens before each boundary, [B or 1, P + 1], and the document of the state there, [B, P + 1]
+    or None.
   """
   at_P = parts.num_chunks * parts.chunk * jnp.arange(parts.num_parts + 1)
   valid_BP = jnp.atleast_2d(jnp.minimum(at_P, num_tokens if lengths_B is None else lengths_B[:, None]))
@@ -70,16 +76,16 @@ def boundaries(
 
 
 def carry_weights(slopes_H: jax.Array, valid_BP: jax.Array, documents_BP: jax.Array | None) -> jax.Array:
-  """What is left at a boundary of a state at an earlier one.
+  """The factor by which a state at one boundary has decayed when it reaches a later boundary.
 
   Args:
     slopes_H: [H] float, at least 0; the weights take its dtype.
-    valid_BP: [B or 1, P] int, how many valid tokens lie before each boundary.
-    documents_BP: [B, P] int, the document of the state there; None: one document.
+    valid_BP: [B or 1, P] int, number of valid tokens before each boundary.
+    documents_BP: [B, P] int, document of the state at each boundary; None: one document.
 
   Returns:
-    [B or 1, H, P, P]: gamma to the number of valid tokens between boundaries r <= p at [p, r], 0 where a document
-    begins in between and above the diagonal.
+    Weights [B or 1, H, P, P]. Entry [p, r] is gamma^n for n valid tokens between boundaries r <= p; it is 0 for r > p,
+    and if a document begins between them.
   """
   weights_BHPP = jnp.moveaxis(decay.powers(slopes_H, valid_BP[:, :, None] - valid_BP[:, None, :]), 0, 1)
   connected_BPP = jnp.tril(jnp.ones((1, *weights_BHPP.shape[2:]), bool))
@@ -91,16 +97,16 @@ def carry_weights(slopes_H: jax.Array, valid_BP: jax.Array, documents_BP: jax.Ar
 def prefix(
   state_BHKV: jax.Array, added_BPHKV: jax.Array, weights_BHPP: jax.Array, *, reverse: bool = False
 ) -> jax.Array:
-  """The state that each part begins with, in the direction in which it runs.
+  """The initial state of each part, which is the state at the part's end if `reverse`.
 
   Args:
-    state_BHKV: what the first part to run begins with.
-    added_BPHKV: [B, P - 1, H, K, V], what each part but the last to run adds, from a zero state.
-    weights_BHPP: of `carry_weights`.
+    state_BHKV: initial state of the first part to run.
+    added_BPHKV: [B, P - 1, H, K, V], what each part but the last to run adds to a zero state.
+    weights_BHPP: result of `carry_weights` for all P + 1 boundaries.
     reverse: whether parts run from the last token to the first.
 
   Returns:
-    [B, P, H, K, V], in the order of the tokens.
+    The states [B, P, H, K, V], in the order of the tokens.
   """
   if reverse:
     states_BPHKV = jnp.concatenate([added_BPHKV, state_BHKV[:, None]], axis=1)
@@ -109,5 +115,5 @@ def prefix(
     states_BPHKV = jnp.concatenate([state_BHKV[:, None], added_BPHKV], axis=1)
     weights_BHPP = weights_BHPP[:, :, :-1, :-1]
   weights_BHPP = jnp.broadcast_to(weights_BHPP, (state_BHKV.shape[0], *weights_BHPP.shape[1:]))
-  # Accelerators multiply float32 with fewer bits unless told otherwise.
+  # By default, accelerators multiply float32 at lower precision.
   return jnp.einsum("bhpr,brhkv->bphkv", weights_BHPP, states_BPHKV, precision=jax.lax.Precision.HIGHEST)

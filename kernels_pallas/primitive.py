@@ -1,13 +1,14 @@
-"""Forward and backward pass of the op out of one primitive, LA, which kernels implement.
+"""Forward and backward pass of the op, both built from one primitive, LA, which the kernels implement.
 
-LA(q, k, v; S) with the coefficients (intra, inter, into) is, for the token a of a chunk that begins with the state S,
+LA(q, k, v; S) with the coefficients (intra, inter, into) runs over chunks of n tokens. For token a of a chunk that
+begins with the state S,
 
   o_a = intra * sum_{b<=a} gamma^(a-b) (q_a . k_b) v_b + inter * gamma^(a+1) q_a S
   S  <- gamma^n S + into * sum_b gamma^(n-1-b) k_b v_b^T
 
-over all chunks of n tokens; reversed it runs from the last chunk to the first, b >= a, and the weights gamma^(a+1) and
-gamma^(n-1-b) change places: the exact transpose. Padding and seams between documents cut the same weights in both
-directions. Then, with s the scale, S0 the initial state and dS_T the final one's cotangent,
+LA_rev, the reversed LA, runs from the last chunk to the first, sums over b >= a, and swaps the weights gamma^(a+1) and
+gamma^(n-1-b): it is the exact transpose of LA. Padding and document boundaries zero the same weights in both
+directions. With s the scale, S0 the initial state, do the output's cotangent and dS_T the final state's,
 
   o       = LA(q, k, v; S0),         coefficients (s, s, 1)
   dq      = LA(do, v, k; S0^T),      coefficients (s, s, 1)
@@ -29,7 +30,13 @@ _MAX_WIDTH = 256
 
 
 class Coefficients(NamedTuple):
-  """Factors of LA's three terms: pairs of one chunk, what outputs see of the state, what enters the state."""
+  """Factors of the three terms of LA.
+
+  Attributes:
+    intra: factor of the sum over pairs of tokens in a chunk.
+    inter: factor of the state's share in the output.
+    into: factor of the tokens' share in the state.
+  """
 
   intra: float
   inter: float
@@ -37,16 +44,16 @@ class Coefficients(NamedTuple):
 
 
 class Rows(NamedTuple):
-  """What all calls of one op share, as `kernels_pallas.api.Implementation` has it."""
+  """The arguments that all calls of LA in one op share; `kernels_pallas.api.Implementation` describes them."""
 
   slopes_H: jax.Array
   segment_ids_BT: jax.Array | None
   lengths_B: jax.Array | None
 
   def operands(self, padded_tokens: int) -> dict[str, jax.Array]:
-    """What kernels are given of them: "slopes", and where there are any "lengths" and "firsts".
+    """The kernels' operands: "slopes", "lengths" unless lengths are None, "firsts" unless segment ids are None.
 
-    "firsts" [B, padded_tokens] int32 is the token that each token's document begins with.
+    "firsts", [B, padded_tokens] int32, is the index of the first token of each token's document.
     """
     operands = {"slopes": self.slopes_H}
     if self.lengths_B is not None:
@@ -58,27 +65,30 @@ class Rows(NamedTuple):
 
 
 def refusal(q: Any, k: Any, v: Any) -> str | None:
-  """Why no kernel can serve operands of such shapes and dtypes; None if some can."""
+  """Why no kernel supports operands of these shapes and dtypes, as an English clause; None if some kernel does."""
   if jnp.float64 in (q.dtype, k.dtype, v.dtype):
-    return "it has no float64"
+    return "it does not support float64"
   if max(q.shape[-1], v.shape[-1]) > _MAX_WIDTH:
-    return f"it has widths up to {_MAX_WIDTH}"
+    return f"it supports widths up to {_MAX_WIDTH}"
   return None
 
 
 def compute_dtype(*operands: Any) -> jnp.dtype:
-  """Of products: bfloat16 where all operands are. float16 has not the range for states, hence float32 for it."""
+  """Dtype in which matrix products take their operands: bfloat16 if all operands of the op have it, else float32.
+
+  float16 operands are cast to float32, because states may exceed float16's range.
+  """
   return jnp.dtype(jnp.bfloat16 if all(x.dtype == jnp.bfloat16 for x in operands) else jnp.float32)
 
 
 def dot(x: jax.Array, y: jax.Array, axes: tuple[int, int], dtype: jnp.dtype, exact: Any = None) -> jax.Array:
-  """The sum over one axis of each, in float32. float32 means float32, whatever jax_default_matmul_precision says.
+  """The product of two matrices, in float32. float32 operands are never rounded, unlike with jax's default precision.
 
   Args:
     x, y: matrices.
-    axes: of x and of y.
-    dtype: both are cast to it.
-    exact: the precision that is float32's; None: HIGHEST.
+    axes: the axis of x and the axis of y that are summed over.
+    dtype: dtype to which both matrices are cast first.
+    exact: precision argument of `dot_general` that gives exact float32 products; None means HIGHEST.
   """
   precision = (exact or jax.lax.Precision.HIGHEST) if dtype == jnp.float32 else jax.lax.Precision.DEFAULT
   dimensions = (((axes[0],), (axes[1],)), ((), ()))
@@ -87,10 +97,15 @@ def dot(x: jax.Array, y: jax.Array, axes: tuple[int, int], dtype: jnp.dtype, exa
 
 
 class Kernels(Protocol):
-  """One way to run LA, with all that was decided about shapes in it. Compared by value: it is a static argument."""
+  """One implementation of LA, with the choices made for given shapes.
+
+  Instances are static arguments of `attend`, so they must be hashable and compare by value.
+  """
 
   @property
-  def parts(self) -> Parts: ...
+  def parts(self) -> Parts:
+    """How a row is cut into parts and chunks."""
+    ...
 
   def attend(
     self,
@@ -104,20 +119,31 @@ class Kernels(Protocol):
     reverse: bool,
     dtype: jnp.dtype,
   ) -> tuple[jax.Array, jax.Array]:
-    """LA of each part from its own state: the output [B, T, H, V] in `dtype`, and the state at the end of the row.
+    """Runs LA on each part, from the part's own initial state.
 
-    q may have fewer heads than H, as k and v.
+    q, k and v may each have any number of heads that divides H; states_BPHKV is float32.
+
+    Returns:
+      The output [B, T, H, V] in `dtype`, and the state [B, H, K, V] float32 at the end of the row (at its beginning if
+      `reverse`).
     """
     ...
 
   def states(self, k_BTGK: jax.Array, v_BTGV: jax.Array, rows: Rows, into: float, *, reverse: bool) -> jax.Array:
-    """[B, P - 1, H, K, V] float32: what each part adds to the state, but for the one that runs last."""
+    """Runs LA's second equation on each part, starting from a zero state, without computing outputs.
+
+    Returns:
+      What each part but the last to run adds to the state, [B, P - 1, H, K, V] float32, in the order of the tokens.
+    """
     ...
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def attend(kernels: Kernels, scale: float, q_BTHK, k_BTGK, v_BTGV, state_BHKV, rows: Rows):
-  """The op: output, final state, and for the gradient the states that the parts begin with, which take no gradient."""
+  """The op. Returns the output, the final state, and the initial states of the parts, [B, P, H, K, V] float32.
+
+  The third result is for the backward pass only; its cotangent is ignored.
+  """
   states_BPHKV = _part_states(kernels, k_BTGK, v_BTGV, state_BHKV, rows, 1.0, reverse=False)
   coefficients = Coefficients(scale, scale, 1.0)
   output_BTHV, after_BHKV = kernels.attend(
@@ -127,7 +153,7 @@ def attend(kernels: Kernels, scale: float, q_BTHK, k_BTGK, v_BTGV, state_BHKV, r
 
 
 def _attend_fwd(kernels, scale, q_BTHK, k_BTGK, v_BTGV, state_BHKV, rows):
-  # Calls `attend` and not its body, so that a gradient can be differentiated in turn.
+  # Calls `attend`, not its body, so that the gradient can itself be differentiated.
   results = attend(kernels, scale, q_BTHK, k_BTGK, v_BTGV, state_BHKV, rows)
   return results, (q_BTHK, k_BTGK, v_BTGV, results[2], rows)
 
@@ -143,7 +169,13 @@ attend.defvjp(_attend_fwd, _attend_bwd)
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _gradients(kernels: Kernels, scale: float, q_BTHK, k_BTGK, v_BTGV, states_BPHKV, d_output_BTHV, d_state_BHKV, rows):
-  """The gradients of q, k, v and the initial state."""
+  """The gradients of q, k, v and the initial state, by the equations at the top of this file.
+
+  Args:
+    kernels, scale, q_BTHK, k_BTGK, v_BTGV, rows: as in `attend`.
+    states_BPHKV: initial states of the parts, the third result of `attend`.
+    d_output_BTHV, d_state_BHKV: cotangents of the output and the final state.
+  """
   forward, backward = Coefficients(scale, scale, 1.0), Coefficients(scale, 1.0, scale)
   transposed = functools.partial(jnp.swapaxes, axis1=3, axis2=4)
   ends_BPHKV = _part_states(kernels, q_BTHK, d_output_BTHV, d_state_BHKV, rows, scale, reverse=True)
@@ -164,7 +196,10 @@ def _gradients_fwd(kernels, scale, *arguments):
 
 
 def _gradients_bwd(kernels, scale, arguments, cotangents):
-  """Second derivatives are rare: those of `chunked_xla` serve, with zeros for the states that follow from the rest."""
+  """Second derivatives are rare, so they are taken through `chunked_xla`.
+
+  The gradient goes to the initial state, states_BPHKV[:, 0]; that of the other states is 0, as they follow from it.
+  """
   del kernels
   *operands, states_BPHKV, d_output_BTHV, d_state_BHKV, rows = arguments
 
@@ -186,7 +221,7 @@ _gradients.defvjp(_gradients_fwd, _gradients_bwd)
 
 
 def _part_states(kernels: Kernels, k_BTGK, v_BTGV, state_BHKV, rows: Rows, into: float, *, reverse: bool):
-  """[B, P, H, K, V]: the state that each part begins with."""
+  """The initial state of each part, [B, P, H, K, V]."""
   parts, num_tokens = kernels.parts, k_BTGK.shape[1]
   if parts.num_parts == 1:
     return state_BHKV[:, None]
@@ -197,7 +232,7 @@ def _part_states(kernels: Kernels, k_BTGK, v_BTGV, state_BHKV, rows: Rows, into:
 
 
 def _sum_groups(x_BTHD: jax.Array, groups: int) -> jax.Array:
-  """The sum over the heads of each group, in float32."""
+  """[B, T, H, D] -> [B, T, groups, D] in the same dtype: the sum, in float32, over the heads of each group."""
   if x_BTHD.shape[2] == groups:
     return x_BTHD
   x_BTGRD = x_BTHD.reshape(*x_BTHD.shape[:2], groups, -1, x_BTHD.shape[3])

@@ -1,6 +1,7 @@
-"""The op written twice as plainly as possible: the quadratic form and the token recurrence.
+"""The op written as plainly as possible, twice: as a quadratic form and as a recurrence over tokens.
 
-Both are truths to test against and differentiate by autodiff. Arguments are those of `kernels_pallas.api.Prepared`.
+Tests compare all other implementations with these two, whose gradients come from autodiff. The arguments are those of
+`kernels_pallas.api.Implementation`.
 """
 
 import jax
@@ -10,7 +11,7 @@ from kernels_pallas import decay
 
 
 def _per_head(x_BTGD: jax.Array, num_heads: int, dtype: jnp.dtype) -> jax.Array:
-  """Head h reads group h // (H / G)."""
+  """Repeats G heads to H = num_heads: query head h reads head h // (H / G). Casts to `dtype`."""
   return jnp.repeat(x_BTGD.astype(dtype), num_heads // x_BTGD.shape[2], axis=2)
 
 
@@ -49,7 +50,7 @@ def quadratic(
   output_BTHV = jnp.einsum("bhij,bjhv->bihv", scores_BHTT, v_BTHV)
   output_BTHV += jnp.einsum("bhi,bihk,bhkv->bihv", carried_BHT, q_BTHK, initial_state_BHKV)
 
-  last_B = jnp.maximum(lengths_B - 1, 0)  # of an empty row: token 0, whose document the initial state belongs to
+  last_B = jnp.maximum(lengths_B - 1, 0)  # 0 for an empty row: the initial state belongs to token 0's document
   last_document_B = jnp.take_along_axis(segment_ids_BT, last_B[:, None], axis=1)
   token_HBT = decay.powers(slopes_H, last_B[:, None] - positions_T) * (segment_ids_BT == last_document_B)
   carry_HB = decay.powers(slopes_H, lengths_B) * (last_document_B[:, 0] == 0)
@@ -67,7 +68,7 @@ def step(
   *,
   scale: float,
 ) -> tuple[jax.Array, jax.Array]:
-  """One token: S <- gamma S + k v^T; o = scale * q S. Returns (o [B, H, V] in v's dtype, S)."""
+  """One token: S <- gamma S + k v^T, o = scale * q S. Returns o [B, H, V] in v's dtype, and S [B, H, K, V]."""
   q_BTHK, num_heads, dtype = q_BHK[:, None].astype(slopes_H.dtype), q_BHK.shape[1], slopes_H.dtype
   k_BHK = _per_head(k_BGK[:, None], num_heads, dtype)[:, 0]
   v_BHV = _per_head(v_BGV[:, None], num_heads, dtype)[:, 0]
@@ -88,7 +89,7 @@ def recurrent(
   *,
   scale: float,
 ) -> tuple[jax.Array, jax.Array]:
-  """`step` over all tokens with `jax.lax.scan`: what decoding does. Same result as `quadratic`."""
+  """`step` over all tokens with `jax.lax.scan`, as in decoding. Same results as `quadratic`, up to rounding."""
   batch, num_tokens = q_BTHK.shape[:2]
   valid_BT = jnp.ones((batch, num_tokens), bool)
   if lengths_B is not None:

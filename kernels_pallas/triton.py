@@ -1,10 +1,10 @@
-"""LA as a Pallas kernel with the Triton lowering, for NVIDIA GPUs from Ampere on.
+"""LA (see `kernels_pallas.primitive`) as a Pallas kernel with the Triton lowering, for NVIDIA GPUs from Ampere on.
 
-A program has one row, head, part and block of the value width. It walks over the part's chunks with its block of the
-state in registers; besides operands and outputs nothing goes through memory but one state a part.
+A program handles one row, one head, one part and one block of value columns. It walks over the part's chunks and keeps
+its block of the state in registers. Besides operands and outputs, only one state per part goes through global memory.
 
-q, k and v are read as they lie, [B, T, H, D]: heads that share a key or value head read the same rows. Widths that are
-no power of two, and rows that end inside a chunk, are masked where they are loaded and stored.
+q, k and v are read in their layout [B, T, H, D], and query heads that share a key or value head read the same rows.
+Loads and stores are masked for widths that are no power of two and for rows that end inside a chunk.
 """
 
 import dataclasses
@@ -22,19 +22,19 @@ from kernels_pallas import parts as parts_lib
 from kernels_pallas.parts import Parts
 from kernels_pallas.primitive import Coefficients, Rows
 
-_MIN_WIDTH = 16  # of a tensor core's operands
-_WARPS_AT_ONCE = 8  # on a multiprocessor, at the number of registers that our programs take
+_MIN_WIDTH = 16  # least width of a tensor core's operands
+_WARPS_AT_ONCE = 8  # warps that fit on a multiprocessor, given the number of registers that our programs use
 
 
 class Form(NamedTuple):
-  """How a program is cut and compiled.
+  """Sizes of a program's pieces, and compiler parameters.
 
   Attributes:
-    chunk: tokens of a chunk.
-    key_tile: the key width is cut into tiles: smaller ones need fewer registers at a time.
-    block: of the value width, one program's share.
-    num_warps: of a program.
-    num_stages: of the loop over chunks, how many are under way at once.
+    chunk: number of tokens of a chunk.
+    key_tile: width of the tiles into which keys are cut; smaller tiles need fewer registers at a time.
+    block: number of value columns that one program handles.
+    num_warps: number of warps of a program.
+    num_stages: number of chunks in flight at once in the loop over chunks (software pipelining).
   """
 
   chunk: int
@@ -44,9 +44,9 @@ class Form(NamedTuple):
   num_stages: int
 
 
-# (capabilities, bytes of an element, widths up to) -> form: the first that fits. None of them spills a register, as
-# `benchmarks/kernel_registers.py` shows, but for the last. Before Hopper, and in float32, operands of a product are in
-# registers, hence the smaller pieces.
+# (compute capabilities times ten, bytes of an element, largest width, form): the first row that fits is used. Only the
+# last one spills registers (`benchmarks/kernel_registers.py`). Before Hopper, and in float32, operands of a matrix
+# product are in registers, hence the smaller pieces.
 FORMS = (
   (range(90, 120), 2, 128, Form(64, 64, 64, 4, 2)),
   (range(90, 120), 2, 256, Form(64, 64, 32, 8, 2)),
@@ -59,16 +59,16 @@ FORMS = (
 
 
 def choose_form(capability: int, dtype: jnp.dtype, width: int) -> Form:
-  """The form for the wider one of keys and values, since the two change places in the backward pass."""
+  """The first form of FORMS that fits. `width` is the larger of K and V, which change places in the backward pass."""
   fits = lambda row: capability in row[0] and dtype.itemsize == row[1] and width <= row[2]  # noqa: E731
   return next(row[3] for row in FORMS if fits(row))
 
 
 def refusal(q: Any, k: Any, v: Any) -> str | None:
-  """Why these kernels cannot serve operands of such shapes and dtypes on this process' GPU; None if they can."""
+  """Why these kernels cannot run such operands on this process' GPU, as an English clause; None if they can."""
   reason, capability = primitive.refusal(q, k, v), device.gpu().capability
   if reason is None and capability < 80:
-    reason = f"it has compute capabilities from 8.0 (Ampere) on, and this GPU's is {capability / 10}"
+    reason = f"it needs compute capability 8.0 (Ampere) or newer, and this GPU's is {capability / 10}"
   return reason
 
 
@@ -83,9 +83,9 @@ def attend(
   *,
   scale: float,
 ) -> tuple[jax.Array, jax.Array]:
-  """An implementation, as `kernels_pallas.api.Implementation` describes it.
+  """The op with Triton kernels, with the arguments and results of `kernels_pallas.api.Implementation`.
 
-  Its gradient keeps, besides the operands, the state that each part begins with.
+  For the backward pass it keeps the operands and the initial state of each part.
   """
   (batch, num_tokens, heads, key_width), value_width = q_BTHK.shape, v_BTGV.shape[-1]
   gpu = device.gpu()
@@ -101,7 +101,13 @@ def attend(
 
 @dataclasses.dataclass(frozen=True)
 class _Kernels:
-  """`kernels_pallas.primitive.Kernels` of this file."""
+  """`kernels_pallas.primitive.Kernels` with the Triton lowering.
+
+  Attributes:
+    parts: how a row is cut into parts and chunks.
+    form: sizes of a program's pieces.
+    dtype: dtype in which matrix products take their operands.
+  """
 
   parts: Parts
   form: Form
@@ -125,12 +131,23 @@ class _Kernels:
 
 
 def _padded(width: int) -> int:
+  """The width rounded up to a power of two, at least _MIN_WIDTH."""
   return max(_MIN_WIDTH, 1 << (width - 1).bit_length())
 
 
 @dataclasses.dataclass(frozen=True)
 class _Task:
-  """What one call of the kernel is, as far as it is known when it is traced."""
+  """Static arguments of a kernel call.
+
+  Attributes:
+    kernels: the kernels' form, and how a row is cut.
+    tokens: T.
+    heads: H.
+    key_width, value_width: K and V, not padded.
+    coefficients: coefficients of LA.
+    reverse: whether LA runs from the last token to the first.
+    states_only: whether the only result is what each part adds to the state.
+  """
 
   kernels: _Kernels
   tokens: int
@@ -147,28 +164,28 @@ class _Task:
 
   @property
   def key_tiles(self) -> list[tuple[Any, int | None]]:
-    """Slices of the padded key width, each with the limit below which its indices are inside; None: all are."""
+    """Slices of the padded key width, each with the number of its columns inside the width; None: all of them."""
     size = min(self.kernels.form.key_tile, _padded(self.key_width))
     starts = range(0, _padded(self.key_width), size)
     return [(pl.ds(x, size), None if x + size <= self.key_width else self.key_width - x) for x in starts]
 
 
 def _kernel(given: dict[str, Any], results: dict[str, Any], *, task: _Task, native: bool) -> None:
-  """One part of one head of one row, one block of the value width.
+  """Processes one part of one head of one row, for one block of value columns.
 
   Args:
-    given: references to the operands that `_call` describes.
-    results: references to the results.
-    task: what to do.
-    native: whether this is compiled for a GPU, not interpreted.
+    given: name -> reference to this program's block of an operand that `_call` describes.
+    results: name -> reference to this program's block of a result.
+    task: static arguments.
+    native: whether the kernel is compiled for a GPU; False if it is interpreted.
   """
   parts, coefficients = task.kernels.parts, task.coefficients
-  # Three products of TF32 are as exact as float32, and what Triton makes of true float32 products spills kilobytes.
+  # A sum of three TF32 products is as exact as a float32 product, for which Triton's code spills kilobytes.
   exact = jax.lax.DotAlgorithmPreset.TF32_TF32_F32_X3 if native else None
   dot = functools.partial(primitive.dot, dtype=task.kernels.dtype, exact=exact)
   part = pl.program_id(2)
   if task.states_only and task.reverse:
-    part += 1  # of all parts the first one runs last, and no one waits for its state
+    part += 1  # part 0 runs last when reversed, and no other part needs its state
   ragged = "lengths" in given or parts.tokens != task.tokens
   length = given["lengths"][...] if "lengths" in given else task.tokens
   value_limit = None if task.value_width % task.block == 0 else task.value_width - pl.program_id(0) * task.block
@@ -185,10 +202,11 @@ def _kernel(given: dict[str, Any], results: dict[str, Any], *, task: _Task, nati
     start = (part * parts.num_chunks + (parts.num_chunks - 1 - i if task.reverse else i)) * parts.chunk
     tokens = pl.ds(start, parts.chunk)
     count = jnp.clip(length - start, 0, parts.chunk) if ragged else jnp.int32(parts.chunk)
-    # What `end_C` weighs beyond the row is 0.
+    # Beyond the row, end_C may be any finite number: everything it multiplies is loaded as 0.
     begin_C, end_C, carry = from_start_C, powers(count - 1 - position_C), powers(count)
     if "firsts" in given:
-      # The states before and after the chunk belong to the documents of the last valid tokens until there.
+      # The state before (after) the chunk belongs to the document of the last valid token before the chunk's start
+      # (end).
       before = jnp.maximum(start - 1, 0)
       first_after = given["firsts"][jnp.maximum(jnp.minimum(start + parts.chunk, length) - 1, 0)]
       first_C = given["firsts"][tokens]
@@ -213,8 +231,8 @@ def _kernel(given: dict[str, Any], results: dict[str, Any], *, task: _Task, nati
       output_CV = dot(scores_CC, v_CV, (1, 0)) + (coefficients.inter * read_C)[:, None] * carried_CV
       inside_row = task.tokens - start if parts.tokens != task.tokens else None
       _store(results["output"].at[tokens, :], output_CV, [inside_row, value_limit])
-    # v is weighted, not k: a transposed operand that was computed, not loaded, is what Triton gets wrong on Hopper
-    # (flash-linear-attention, pull request 826).
+    # The weights multiply v, not k: on Hopper, Triton computes wrong products if a transposed operand was computed
+    # rather than loaded (flash-linear-attention, pull request 826).
     weighted_CV = (coefficients.into * write_C)[:, None] * v_CV.astype(jnp.float32)
     return tuple(carry * state + dot(x, weighted_CV, (0, 0)) for x, state in zip(k, states, strict=True))
 
@@ -233,7 +251,16 @@ def _kernel(given: dict[str, Any], results: dict[str, Any], *, task: _Task, nati
 
 
 def _inside(shape: tuple[int, ...], limits: list[Any], mask: jax.Array | None = None) -> jax.Array | None:
-  """True where each index is below its axis' limit; a limit of None, and a mask of None, mean that all are inside."""
+  """Combines a mask with the limits of the axes: True where each index is below its axis' limit.
+
+  Args:
+    shape: shape of the block.
+    limits: upper limit of the indices of each leading axis; None: no limit.
+    mask: mask to combine with; None: all True.
+
+  Returns:
+    The mask, bool of the given shape; None if all elements are inside.
+  """
   for axis, limit in enumerate(limits):
     if limit is not None:
       inside = jax.lax.broadcasted_iota(jnp.int32, shape, axis) < limit
@@ -242,7 +269,7 @@ def _inside(shape: tuple[int, ...], limits: list[Any], mask: jax.Array | None = 
 
 
 def _load(ref, limits: list[Any]) -> jax.Array:
-  """What lies beyond the limits counts as 0, also where it is NaN."""
+  """Loads a block; elements beyond the limits become 0, even if memory holds NaN there."""
   mask = _inside(ref.shape, limits)
   return plgpu.load(ref) if mask is None else plgpu.load(ref, mask=mask, other=0)
 
@@ -255,11 +282,14 @@ def _call(task: _Task, given: dict[str, jax.Array], rows: Rows, results: dict[st
   """Runs the kernel.
 
   Args:
-    task: what to run.
-    given: q, k and v, [B, T, heads, width] with any divisor of H heads, and "states" [B, P, H, K, V]; k and v alone for
-      `states_only`.
+    task: static arguments.
+    given: "q", "k" and "v", [B, T, heads, width], where the number of heads divides H, and "states" [B, P, H, K, V];
+      only "k" and "v" if `states_only`.
     rows: slopes, segment ids and lengths.
     results: shapes and dtypes of "output" [B, T, H, V] and "final" [B, H, K, V], or of "added" [B, P - 1, H, K, V].
+
+  Returns:
+    Name -> array of each result.
   """
   given = given | rows.operands(task.kernels.parts.tokens)
   return by_platform.run("cuda", _Call(task, tuple(results.items())), given, results)
@@ -267,7 +297,7 @@ def _call(task: _Task, given: dict[str, jax.Array], rows: Rows, results: dict[st
 
 @dataclasses.dataclass(frozen=True)
 class _Call:
-  """The `pallas_call`."""
+  """The `pallas_call` with its static arguments: the task, and the shapes and dtypes of its results by name."""
 
   task: _Task
   results: tuple[tuple[str, jax.ShapeDtypeStruct], ...]
@@ -276,7 +306,7 @@ class _Call:
     task, form, parts = self.task, self.task.kernels.form, self.task.kernels.parts
     call = pl.pallas_call(
       functools.partial(_kernel, task=task, native=not interpret),
-      # Neighbours read the same rows of k and v, so that caches serve them.
+      # Programs that run together read the same rows of k and v, which caches then serve.
       grid=(-(-task.value_width // task.block), task.heads, parts.num_parts - task.states_only, given["k"].shape[0]),
       in_specs=[{name: _spec(task, name, x) for name, x in given.items()}],
       out_specs={name: _spec(task, name, x) for name, x in self.results},
@@ -289,7 +319,7 @@ class _Call:
 
 
 def _spec(task: _Task, name: str, x: Any) -> pl.BlockSpec:
-  """The piece of an operand or result that the program (n, h, p, b) has: block, head, part, row."""
+  """The block of an operand or result for the program (n, h, p, b): value block, head, part, row."""
   parts, key_width, block = task.kernels.parts, _padded(task.key_width), task.block
   if name in ("q", "k", "v", "output"):
     repeats, is_value = task.heads // x.shape[2], name in ("v", "output")

@@ -1,7 +1,7 @@
-"""The attention of `modeling_supra.py`, and what it is made of: norms, RoPE, feature maps, the linear attention itself.
+"""The attention layer of `modeling_supra.py` and its parts: norms, RoPE, feature maps, and linear attention.
 
-Shape suffixes: B batch, T time, C time within a chunk, S slots of a cache, D width, N heads of some kind, H query
-heads, G key/value heads, K key width, V value width.
+Shape suffixes: B batch, T tokens, C tokens within a chunk, S slots of a cache, D hidden width, N heads (query or
+key/value), H query heads, G key/value heads, K key width, V value width.
 """
 
 from __future__ import annotations
@@ -15,17 +15,21 @@ from torch import Tensor, nn
 
 from .configuration_supra import SupraConfig
 
-CHUNK = 128  # tokens that meet each other as in softmax attention; what lies before them comes as a state
+CHUNK = 128  # tokens per chunk: linear attention is quadratic within a chunk, a state carries the earlier tokens
 GROUP_NORM_EPS = 1e-5
-PADDING = torch.iinfo(torch.int64).max  # the position of a slot that nothing may see
+PADDING = torch.iinfo(torch.int64).max  # position of a cache slot that holds padding, which no real token may see
 
 
 def at_least_float32(x: Tensor) -> Tensor:
+  """Casts x up to float32; wider types are unchanged."""
   return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 class SupraNorm(nn.Module):
-  """RMSNorm or LayerNorm over the last axis, in float32."""
+  """RMSNorm or LayerNorm over the last axis, computed in float32; the output has the input's dtype.
+
+  `config.norm` is `rms_norm`, `layer_norm` (gain and bias) or `layer_norm_gain` (no bias).
+  """
 
   def __init__(self, config: SupraConfig, width: int):
     super().__init__()
@@ -42,7 +46,7 @@ class SupraNorm(nn.Module):
 
 
 def head_slopes(config: SupraConfig) -> list[float]:
-  """s_h >= 0 of the decays exp(-s_h), one a head: those of lightning attention, of RetNet, or none."""
+  """Slopes s_h >= 0 of the decays exp(-s_h), one for each head: lightning attention's, RetNet's, or 0 for no decay."""
   heads, decay, start = config.num_heads, config.supra["decay"], config.supra["decay_start"]
   if decay == "none":
     return [0.0] * heads
@@ -58,7 +62,12 @@ def head_slopes(config: SupraConfig) -> list[float]:
 
 
 def rope_frequencies(rope: dict[str, Any], width: int) -> Tensor:
-  """Angles a position, float64 [K/2]."""
+  """Angle per position of each pair of features, in radians, float64 [K/2].
+
+  Args:
+    rope: the field `rope` of the config.
+    width: K.
+  """
   frequency = rope["base"] ** (-torch.arange(0, width, 2, dtype=torch.float64) / width)
   slow = frequency / rope["factor"]
   if rope["scaling"] == "none":
@@ -75,7 +84,7 @@ def rope_frequencies(rope: dict[str, Any], width: int) -> Tensor:
 
 
 def yarn_keep(rope: dict[str, Any], width: int) -> Tensor:
-  """How much of each frequency YaRN keeps."""
+  """Share of each frequency that YaRN (arXiv 2309.00071) leaves unscaled, in [0, 1], float64 [K/2]."""
 
   def pair(turns: float) -> float:
     return width * math.log(rope["original_max_positions"] / (turns * 2 * math.pi)) / (2 * math.log(rope["base"]))
@@ -89,15 +98,18 @@ def yarn_keep(rope: dict[str, Any], width: int) -> Tensor:
 
 
 def rope_table(rope: dict[str, Any], width: int, position: Tensor) -> tuple[Tensor, Tensor]:
-  """(cos, sin), float32 [..., K/2]. Angles are made in float64: in float32 they are off by 0.03 at a million."""
-  where = torch.device("cpu") if position.device.type == "mps" else position.device  # it has no float64
+  """(cos, sin) of RoPE's angles at int64 positions [...], times YaRN's attention_factor, float32 [..., K/2].
+
+  Angles are computed in float64: in float32, they would be off by 0.03 radians at position 1,000,000.
+  """
+  where = torch.device("cpu") if position.device.type == "mps" else position.device  # mps has no float64
   angle = position.to(where, torch.float64)[..., None] * rope_frequencies(rope, width).to(where)
   cos, sin = ((rope["attention_factor"] * x).to(position.device, torch.float32) for x in (angle.cos(), angle.sin()))
   return cos, sin
 
 
 def apply_rope(x_BTNK: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
-  """Turns pairs of features of each head, (2i, 2i + 1) or (i, i + K/2)."""
+  """Rotates pairs of features of each head: (2i, 2i + 1) if `interleaved`, else (i, i + K/2)."""
   x = at_least_float32(x_BTNK)
   first, second = (x[..., ::2], x[..., 1::2]) if interleaved else x.chunk(2, -1)
   turned = (first * cos - second * sin, second * cos + first * sin)
@@ -105,14 +117,14 @@ def apply_rope(x_BTNK: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> T
 
 
 class DenseFeatureMap(nn.Linear):
-  """The W x + b of phi(x) = relu(W x + b) over all heads together; a plain linear layer, so that LoRA can wrap it."""
+  """W x + b of the feature map phi(x) = relu(W x + b), one W over all heads; a linear layer, so LoRA can wrap it."""
 
   def __init__(self, heads: int, width: int):
     super().__init__(heads * width, heads * width)
 
 
 class PerHeadFeatureMap(nn.Module):
-  """The W x + b of phi(x) = relu(W x + b) with `maps` matrices, each shared by as many neighbouring heads."""
+  """W x + b of the feature map phi(x) = relu(W x + b), with `maps` matrices W, each shared by N / maps neighbours."""
 
   def __init__(self, maps: int, width: int):
     super().__init__()
@@ -127,10 +139,18 @@ class PerHeadFeatureMap(nn.Module):
 def linear_attention(
   q_BHTK: Tensor, k_BHTK: Tensor, v_BHTV: Tensor, slopes_H: Tensor, real_BT: Tensor, state_BHKV: Tensor
 ) -> tuple[Tensor, Tensor]:
-  """(o, state after the last token), o_i = sum over j <= i of exp(-slope (i - j)) (q_i . k_j) v_j, in float32.
+  """Linear attention with decay, o_i = sum over j <= i of exp(-slope (i - j)) (q_i . k_j) v_j (arXiv 2405.06640).
 
-  Tokens that are not real are passed over, wherever they stand: their k has to be 0, and no time goes by. A single
-  token is a step of the RNN; a text no longer than a chunk is the quadratic form.
+  The same code serves a whole text, chunk by chunk, and a single token, which is one step of the RNN.
+
+  Args:
+    q_BHTK, k_BHTK, v_BHTV: queries, keys and values after the feature map, float32. k must be 0 at padding.
+    slopes_H: slopes of the decays, at least 0.
+    real_BT: bool, False at padding, which may be anywhere. Padding does not count in i - j.
+    state_BHKV: state before the first token, the decayed sum of k_j v_j^T over all earlier tokens.
+
+  Returns:
+    The output o [B, H, T, V], and the state after the last token.
   """
   slopes, outs = slopes_H[:, None], []
   for q, k, v, real in zip(*(x.split(CHUNK, -2) for x in (q_BHTK, k_BHTK, v_BHTV, real_BT[..., None])), strict=True):
@@ -145,27 +165,39 @@ def linear_attention(
 
 
 class Sight(NamedTuple):
-  """What softmax attention sees: so many tokens back, itself included (None: all), and so many of a text's first."""
+  """Which keys a query of softmax attention sees.
+
+  Attributes:
+    window: number of last tokens, the query's own included; None means all tokens.
+    sinks: number of first tokens of the text that are seen in addition.
+  """
 
   window: int | None
   sinks: int
 
   def near(self, slot: Tensor, position: Tensor) -> Tensor:
-    """Whether what is there is seen from there, if it comes before; with a window only."""
+    """Whether a query at `position` sees the key at position `slot`, if slot <= position. Needs a window.
+
+    Args:
+      slot, position: int64 tensors of positions, which broadcast.
+    """
     return (slot > position - self.window) | (slot < self.sinks)
 
   def slots(self, slot_BS: Tensor, position_B: Tensor) -> Tensor:
-    """Those that some row sees from there on, int64."""
+    """Indices of the slots that any query from `position_B` on sees, in at least one row; int64."""
     return (self.near(slot_BS, position_B[:, None]) & (slot_BS < PADDING)).any(0).nonzero()[:, 0]
 
   def columns(self, first: int, stop: int, device: torch.device) -> Tensor:
-    """Alike for a text that begins here and has no padding: the sinks and what stands from first to stop, int64."""
+    """Indices of the sinks and of slots first..stop-1, int64. `slots` for a text without padding or earlier calls."""
     sinks = torch.arange(min(self.sinks, first), device=device)
     return torch.cat([sinks, torch.arange(first, stop, device=device)])
 
 
 def sink_reach(config: SupraConfig) -> int | None:
-  """The furthest that sinks seem to be, however far they are: no further than the teacher ever saw; None: no such."""
+  """Largest distance at which q is rotated against the sinks: clamped to the teacher's trained context.
+
+  Never less than 2 * window + sinks, up to which the sinks may still be inside the window. None: not clamped.
+  """
   seen = [tokens for tokens in (config.max_positions, config.sliding_window) if tokens is not None]
   if not seen or not config.supra.get("sinks", 0):
     return None
@@ -173,7 +205,7 @@ def sink_reach(config: SupraConfig) -> int | None:
 
 
 def sights(config: SupraConfig) -> dict[str, Sight]:
-  """Of the model's mixers that have softmax attention."""
+  """Name of each mixer of the model that has softmax attention -> its Sight."""
   both = {
     "softmax": Sight(config.sliding_window, 0),
     "supra_window": Sight(config.supra["window"], config.supra.get("sinks", 0)),
@@ -182,17 +214,17 @@ def sights(config: SupraConfig) -> dict[str, Sight]:
 
 
 class Tokens(NamedTuple):
-  """Where the tokens of one call stand; the same for all layers.
+  """Positions of the tokens of one call, shared by all layers.
 
   Attributes:
-    real_BT: bool, false for padding.
-    position_BT: int64, how many real tokens came before.
-    slots: by mixer, int64 [B, S], the position of each key, those of earlier calls included; beyond all others for
-      padding.
-    rotation: (cos, sin) of RoPE, float32 [B, T, 1, K/2]; None where it does not go by position.
-    far_rotation: alike, for q where it meets a window's sinks; None where that is the same.
-    slopes_H: of the decays.
-    unpadded: the text begins here and has no padding, so that columns are positions.
+    real_BT: bool, False for padding.
+    position_BT: int64, number of real tokens of the row before each token.
+    slots: mixer -> position of each key, int64 [B, S], keys of earlier calls included; PADDING for padding.
+    rotation: (cos, sin) of RoPE, float32 [B, T, 1, K/2]; None if the model has no RoPE over positions.
+    far_rotation: (cos, sin) with which q is rotated against a window's sinks, at distances clamped to `sink_reach`;
+      None if no distance is clamped.
+    slopes_H: slopes of the decays, float32.
+    unpadded: whether the text begins in this call and has no padding, so that column t holds position t.
   """
 
   real_BT: Tensor
@@ -205,7 +237,11 @@ class Tokens(NamedTuple):
 
 
 class SupraAttention(nn.Module):
-  """Softmax attention, SUPRA's linear one, or that and beside it softmax attention over the last tokens."""
+  """Attention of one layer, of the kind that `config.mixers[layer]` names.
+
+  `softmax` is softmax attention; `supra` is SUPRA's linear attention (arXiv 2405.06640); `supra_window` is the sum of
+  linear attention and of softmax attention over the last `window` and the text's first `sinks` tokens.
+  """
 
   def __init__(self, config: SupraConfig, layer: int):
     super().__init__()
@@ -236,6 +272,17 @@ class SupraAttention(nn.Module):
   def forward(
     self, x_BTD: Tensor, tokens: Tokens, held: tuple[Tensor, ...] | None
   ) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Mixes the tokens of one call.
+
+    Args:
+      x_BTD: input of the layer, already normalised.
+      tokens: positions of the tokens.
+      held: what this layer returned for the earlier tokens; None for the first call.
+
+    Returns:
+      The output [B, T, D], and what the layer remembers: its state (S,), its keys and values (k, v), or (S, k, v), with
+      S [B, H, K, V], k [B, G, S, K] and v [B, G, S, V].
+    """
     c = self.config
     q, k, v = (proj(x_BTD) for proj in (self.q_proj, self.k_proj, self.v_proj))
     if c.qk_norm == "all_heads":
@@ -260,11 +307,12 @@ class SupraAttention(nn.Module):
     return sum((self.linear_o_proj(x) for x in second), self.o_proj(first)), kept
 
   def _turned(self, q: Tensor, k: Tensor, v: Tensor, tokens: Tokens, softmax: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Q and k [B, N, T, K] after RoPE, and v; 0 where there is padding."""
-    if softmax or self.config.rope["kind"] != "by_head":  # where q and k of a head turn alike, nothing changes
+    """Q, k and v as [B, N, T, width], q and k rotated by RoPE; k and v are 0 at padding."""
+    # In linear attention, RoPE by head would rotate q and k of a head by the same angle, which changes no q . k.
+    if softmax or self.config.rope["kind"] != "by_head":
       q, k = self._rotate(q, tokens.rotation), self._rotate(k, tokens.rotation)
     padding = ~tokens.real_BT[..., None, None]
-    # Selected, not multiplied: padding may hold what is not finite.
+    # Replaces the values rather than multiplying them by 0: padding may hold NaN, and 0 * NaN is NaN.
     k, v = k.masked_fill(padding, 0), v.masked_fill(padding, 0)
     return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
@@ -278,7 +326,7 @@ class SupraAttention(nn.Module):
     k_map = self.feature_map if self.feature_map_kv is None else self.feature_map_kv
     q, k = self._phi(self.feature_map, q_BTHK), self._phi(k_map, k_BTGK)
     if self.config.supra["qk_norm"]:
-      # Its gains of k are one a query head, so that k leaves with as many heads as q.
+      # k's norm has gains for every query head, so k is repeated to as many heads as q has.
       k = k.repeat_interleave(q.shape[2] // k.shape[2], 2)
       q, k = self.q_feature_norm(q.flatten(2)).view_as(q), self.k_feature_norm(k.flatten(2)).view_as(q)
     return q, k
@@ -303,7 +351,8 @@ class SupraAttention(nn.Module):
     slot_BS, outs = tokens.slots[self.mixer], []
     scale, repeated = q.shape[-1] ** -0.5, [x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v)]
     if far_q is not None:
-      # Each key lies in the half that its query is in, and the other half is 0.
+      # One attention call with q and far_q side by side: a sink's key fills the half of far_q, any other key that of q.
+      # The other half of each key is 0.
       sink = (slot_BS < sight.sinks)[:, None, :, None]
       q, keys = torch.cat([q, far_q], -1), repeated[0]
       repeated[0] = torch.cat([keys.masked_fill(sink, 0), keys.masked_fill(~sink, 0)], -1)
@@ -315,13 +364,13 @@ class SupraAttention(nn.Module):
       if sight.window is not None and tokens.unpadded:
         kept = sight.columns(max(start - sight.window + 1, 0), slots.shape[1], slots.device)
         slots, seen = slots[:, kept], [x[:, :, kept] for x in seen]
-      elif sight.window is not None and not torch.compiler.is_compiling():  # where no shape may depend on data
+      elif sight.window is not None and not torch.compiler.is_compiling():  # compiled shapes cannot depend on data
         kept = sight.slots(slots, position[:, 0])
         slots, seen = slots[:, kept], [x[:, :, kept] for x in seen]
       query, key = position[:, :, None], slots[:, None]
       mask_BTS = key <= query
       if sight.window is not None:
         mask_BTS &= sight.near(key, query)
-      mask_BTS |= ~real[:, :, None]  # padding sees everything: a softmax over nothing would be NaN
+      mask_BTS |= ~real[:, :, None]  # padding queries see all keys: a softmax over no keys would be NaN
       outs.append(F.scaled_dot_product_attention(q[:, :, own], *seen, attn_mask=mask_BTS[:, None], scale=scale))
     return torch.cat(outs, 2), (k, v)

@@ -1,4 +1,4 @@
-"""What a SUPRA model for transformers is: the fields of supra_jax's ModelConfig, under the same names."""
+"""Config of a SUPRA model (arXiv 2405.06640) for transformers: the fields of supra_jax's ModelConfig, same names."""
 
 from __future__ import annotations
 
@@ -52,10 +52,9 @@ _DEFAULTS: dict[str, Any] = {
 
 
 class SupraConfig(PretrainedConfig):
-  """A Llama-shaped model whose layers each have softmax attention, SUPRA's linear one, or both (`mixers`).
+  """Config of a Llama-like model. `mixers` says which attention each layer has: softmax, SUPRA's linear one, or both.
 
-  Without arguments it is Mistral-7B, all of whose layers are SUPRA's. `supra_jax/model/config.py` says what each
-  field means.
+  The defaults are Mistral-7B with linear attention in all layers. `supra_jax/model/config.py` describes each field.
   """
 
   model_type = "supra"
@@ -68,17 +67,17 @@ class SupraConfig(PretrainedConfig):
 
   def __init__(self, **values: Any):
     own = {name: values.pop(name, default) for name, default in _DEFAULTS.items()}
-    # Releases of transformers differ in which of these the base class has.
+    # Whether the base class sets these two depends on the release of transformers.
     own |= {name: values.pop(name) for name in ("eos_token_id", "pad_token_id") if values.get(name) is not None}
     self.pad_token_id = None
     super().__init__(**values)
-    # Afterwards: the base class of some releases sets ids and tie_word_embeddings itself.
+    # Set after super().__init__, because the base class of some releases sets token ids and tie_word_embeddings itself.
     for name, value in own.items():
       setattr(self, name, value)
 
   @property
   def eos_token_id(self) -> int | list[int] | None:
-    """`eos_token_ids` as transformers spells them; None where there is none."""
+    """`eos_token_ids` in transformers' form: a single id, a list of several, or None for no id."""
     return self.eos_token_ids if len(self.eos_token_ids) > 1 else next(iter(self.eos_token_ids), None)
 
   @eos_token_id.setter
@@ -86,7 +85,7 @@ class SupraConfig(PretrainedConfig):
     self.eos_token_ids = [] if value is None else [value] if isinstance(value, int) else list(value)
 
   def to_dict(self) -> dict[str, Any]:
-    """All values; with eos_token_id, which `generate` looks for where there is no generation_config.json."""
+    """All values and eos_token_id, which `generate` uses if there is no generation_config.json."""
     return super().to_dict() | {"eos_token_id": self.eos_token_id}
 
   @property

@@ -1,12 +1,13 @@
-"""SUPRA (arXiv 2405.06640) in plain torch: parallel over a text, and an RNN from token to token.
+"""SUPRA (arXiv 2405.06640) in plain torch: parallel over the tokens of a text, and an RNN when it generates.
 
   model = AutoModelForCausalLM.from_pretrained(DIRECTORY, trust_remote_code=True)
 
-supra_jax wrote this file, and the two beside it, next to the weights; they need torch and transformers alone. Layers
-are SUPRA's, which remember one matrix a head and, with a window, its keys and values and the first ones; or softmax
-attention, which remembers all keys and values.
+supra_jax wrote this file, attention_supra.py and configuration_supra.py next to the weights. They need only torch and
+transformers. A layer has SUPRA's linear attention, whose cache is one matrix per head; or linear attention and a window
+of softmax attention, whose cache is this matrix and the keys and values of the window and of the text's first tokens;
+or softmax attention, whose cache is all keys and values.
 
-Shape suffixes: B batch, T time, S slots of a cache, D width.
+Shape suffixes: B batch, T tokens, S slots of a cache, D hidden width.
 """
 
 from __future__ import annotations
@@ -39,21 +40,21 @@ from .attention_supra import (
 from .configuration_supra import SupraConfig
 
 logger = logging.get_logger(__name__)
-# Releases of transformers differ in what they call it.
+# Name of the cache in the outputs, which differs between releases of transformers.
 CACHE_NAME = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
 
 
 class SupraCache(Cache):
-  """All that the model remembers of what it has read.
+  """Everything that the model remembers of the tokens it has read.
 
   Attributes:
-    columns: how many tokens a row it has read, padding included.
-    seen_B: how many of them were real; there is none before the first call.
-    slots: by mixer, the positions [B, S] of the keys that its layers remember.
-    tensors: for each layer its state (S,), its keys and values (k, v), or (S, k, v).
+    columns: number of tokens read in each row, padding included.
+    seen_B: int64, number of real tokens read in each row; not set before the first call.
+    slots: mixer -> positions of the keys that its layers remember, int64 [B, S].
+    tensors: layer -> the linear layer's state (S,), the softmax layer's keys and values (k, v), or both (S, k, v).
   """
 
-  is_croppable = False  # an RNN cannot unread
+  is_croppable = False  # the last tokens cannot be removed from a recurrent state
   seen_B: Tensor
 
   def __init__(self) -> None:
@@ -67,7 +68,7 @@ class SupraCache(Cache):
 
   @property
   def is_linear(self) -> list[bool]:
-    """`generate` asks whether `get_seq_length` can be relied on: false says yes."""
+    """Tells `generate` that `get_seq_length` is reliable, which it takes [False] to mean."""
     return [False]
 
   def get_seq_length(self, layer_idx: int = 0) -> int:
@@ -106,7 +107,7 @@ class SupraMLP(nn.Module):
 
 
 class SupraBlock(GradientCheckpointingLayer):
-  """`x + attention(norm x)`, then `x + MLP(norm x)`; changes nothing that it is given, so that it may run twice."""
+  """`x + attention(norm x)`, then `x + MLP(norm x)`. Changes no input, so that gradient checkpointing can rerun it."""
 
   def __init__(self, config: SupraConfig, layer: int):
     super().__init__()
@@ -122,7 +123,7 @@ class SupraBlock(GradientCheckpointingLayer):
 
 
 class SupraPreTrainedModel(PreTrainedModel):
-  """How new weights are drawn, and what transformers may do with the model."""
+  """Initialisation of new weights, and the features of transformers that the model supports."""
 
   config_class = SupraConfig
   base_model_prefix = "model"
@@ -145,7 +146,7 @@ class SupraPreTrainedModel(PreTrainedModel):
 
 
 class SupraModel(SupraPreTrainedModel):
-  """All but the unembedding."""
+  """The model without the unembedding: token ids -> hidden states after the last norm."""
 
   def __init__(self, config: SupraConfig):
     super().__init__(config)
@@ -166,19 +167,23 @@ class SupraModel(SupraPreTrainedModel):
     output_hidden_states: bool | None = None,
     position_ids: Tensor | None = None,
   ) -> BaseModelOutputWithPast:
-    """Reads tokens, going on from the cache.
+    """Reads tokens that follow those in the cache.
 
     Args:
-      input_ids: int64 [B, T].
-      attention_mask: 0 for padding, on either side or between; of these tokens [B, T], or of all that were ever read.
-      cache: what an earlier call returned; it is changed. `past_key_values` is its older name.
-      inputs_embeds: [B, T, D], in place of the ids.
-      use_cache: return one.
-      output_hidden_states: return the embeddings and what each layer makes of them.
-      position_ids: may say what follows from attention_mask and cache, and nothing else.
+      input_ids: token ids, int64 [B, T].
+      attention_mask: 0 for padding, which may be on either side or in between; [B, T] for these tokens, or
+        [B, tokens read before + T] for all.
+      cache: SupraCache that an earlier call returned; it is updated in place. `past_key_values` is its older name.
+      inputs_embeds: embeddings [B, T, D] to use instead of `input_ids`.
+      use_cache: whether to return a cache if none is given.
+      output_hidden_states: whether to return the embeddings and the output of each layer, [B, T, D] each.
+      position_ids: positions [B, T] or [1, T]. They are only checked: positions follow from attention_mask and cache.
+
+    Returns:
+      The hidden states [B, T, D] after the last norm, and the cache.
 
     Raises:
-      ValueError: the cache is not ours, or shapes or positions do not fit.
+      ValueError: the cache is not a SupraCache, or shapes or positions do not fit.
     """
     x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
     x = self.post_embed_norm(x)
@@ -209,6 +214,7 @@ class SupraModel(SupraPreTrainedModel):
     )
 
   def _place(self, x_BTD: Tensor, attention_mask: Tensor | None, cache: SupraCache | None) -> Tokens:
+    """Positions of the tokens of this call, which are also added to the cache's."""
     batch, time = x_BTD.shape[:2]
     read = 0 if cache is None else cache.columns
     if attention_mask is not None and attention_mask.shape not in ((batch, time), (batch, read + time)):
@@ -235,6 +241,7 @@ class SupraModel(SupraPreTrainedModel):
     return Tokens(real, position, slots, rotation, far, slopes, read == 0 and attention_mask is None)
 
   def _check_positions(self, position_ids: Tensor, tokens: Tokens) -> None:
+    """Raises ValueError unless `position_ids` of all real tokens are those that `tokens` has."""
     wanted = tokens.position_BT
     if position_ids.shape not in (wanted.shape, wanted[:1].shape) or bool(
       (tokens.real_BT & (position_ids.to(wanted.device) != wanted)).any()
@@ -245,7 +252,7 @@ class SupraModel(SupraPreTrainedModel):
       )
 
   def _forget(self, cache: SupraCache) -> None:
-    """Drops the slots that no row's next token can see."""
+    """Drops the slots that no later token can see in any row."""
     for mixer, sight in sights(self.config).items():
       if sight.window is None:
         continue
@@ -257,12 +264,12 @@ class SupraModel(SupraPreTrainedModel):
 
 
 class SupraForCausalLM(SupraPreTrainedModel, GenerationMixin):
-  """The language model. `generate` passes its state from token to token."""
+  """The language model: token ids -> logits. Within `generate`, a SupraCache carries its state from token to token."""
 
   def __init__(self, config: SupraConfig):
     super().__init__(config)
     self.model = SupraModel(config)
-    # Tied, there is none: the embedding serves.
+    # With tied embeddings there is no unembedding: `forward` uses the embedding.
     self.lm_head = None if config.tie_embeddings else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
     self.post_init()
 
@@ -287,7 +294,17 @@ class SupraForCausalLM(SupraPreTrainedModel, GenerationMixin):
     return_dict: bool | None = None,
     **kwargs: Any,
   ) -> CausalLMOutputWithPast:
-    """Logits float32 [B, T, vocabulary], of the last `logits_to_keep` tokens if that is not 0; see `SupraModel`."""
+    """Computes logits, and the loss if labels are given. Arguments not listed are those of `SupraModel.forward`.
+
+    Args:
+      labels: token ids, int64 [B, T], -100 where no loss is taken; transformers' loss function shifts them.
+      logits_to_keep: number of last tokens to compute logits for, or an int64 tensor of token indices; 0 means all.
+      return_dict: False returns a tuple.
+      **kwargs: position_ids, and arguments of the loss function.
+
+    Returns:
+      The logits, float32 [B, T, vocabulary] for the kept tokens, with loss, hidden states and cache.
+    """
     read = self.model(
       input_ids,
       attention_mask,
@@ -296,7 +313,7 @@ class SupraForCausalLM(SupraPreTrainedModel, GenerationMixin):
       inputs_embeds,
       use_cache,
       output_hidden_states,
-      kwargs.pop("position_ids", None),  # not an argument: `generate` would pass it
+      kwargs.pop("position_ids", None),  # no named argument, because `generate` would then pass it
     )
     kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
     y = read.last_hidden_state[:, kept]

@@ -177,7 +177,7 @@ def test_which_class(changes, wanted):
 def test_layers_that_differ_are_refused(different, said, format, tmp_path):
   """Both formats say once for all layers what linear attention is."""
   config = tiny().replace(layers=different)
-  with pytest.raises(ConversionError, match=f"Layers with {said}: the format says it once for all layers"):
+  with pytest.raises(ConversionError, match=f"Layers with {said}: the format stores it once for all layers"):
     {"transformers": hf_export.export, "openlm": export_openlm}[format](config)
 
 

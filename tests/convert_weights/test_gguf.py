@@ -212,7 +212,7 @@ def test_other_architecture(tmp_path):
 def test_an_adapter_is_no_model(tmp_path):
   array = np.zeros((4, 8), np.float32)
   path = write_one_tensor(tmp_path / "m.gguf", "llama", "blk.0.attn_q.weight.lora_a", array, kind="adapter")
-  refuse(path, tmp_path, "general.type='adapter': wanted a model (merge an adapter into its own)")
+  refuse(path, tmp_path, "general.type='adapter': wanted a model (merge an adapter into its base model)")
 
 
 @pytest.mark.parametrize("keep", [0, 3, 4, 20, 100, 1000, 3000, -1, -5000])
@@ -262,7 +262,7 @@ def test_directory_with_one_gguf(tmp_path):
   write_gguf(tmp_path / "model" / "a.gguf")
   assert converted(tmp_path / "model", tmp_path).config.num_heads == HEADS
   write_gguf(tmp_path / "model" / "b.gguf")
-  with pytest.raises(ConversionError, match=r"give the file that is meant\.\nGGUF models \(2\):\n  a\.gguf\n  b\.gguf"):
+  with pytest.raises(ConversionError, match=r"give one of its files\.\nGGUF models \(2\):\n  a\.gguf\n  b\.gguf"):
     convert(tmp_path / "model", tmp_path / "other")
 
 

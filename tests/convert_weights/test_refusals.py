@@ -266,7 +266,7 @@ def test_both_one_file_and_an_index(source, tmp_path):
 
 def test_no_weights(source, tmp_path):
   (source / "model.safetensors").rename(source / "other.safetensors")
-  refuse(source, tmp_path, "it holds other.safetensors. Give the file that is meant")
+  refuse(source, tmp_path, "it holds other.safetensors. Give one of these files")
   (source / "other.safetensors").unlink()
   refuse(source, tmp_path, "wanted model.safetensors or pytorch_model.bin")
 

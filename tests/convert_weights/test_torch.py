@@ -118,7 +118,7 @@ class _Opens:
 
 def test_code_is_not_run(torch, state, tmp_path):
   torch.save(state | {"extra": _Opens(tmp_path / "run")}, tmp_path / "a.pt")
-  refuse(tmp_path / "a.pt", "wants more than tensors, which could run code.\nnames (1):\n  io open")
+  refuse(tmp_path / "a.pt", "needs more than tensors, and could run code.\nnames (1):\n  io open")
   assert not (tmp_path / "run").exists()
   (tmp_path / "b.pt").write_bytes(pickle.dumps(_Opens(tmp_path / "run")))  # and no archive around it
   refuse(tmp_path / "b.pt", "not of the form that torch.save writes")
@@ -139,8 +139,8 @@ def test_what_is_no_state_dict(torch, tmp_path):
     ([torch.zeros(2)], "holds no state dict"),
     ({}, "holds no state dict"),
     ({"state_dict": 3}, "holds no state dict"),
-    ({"a": torch.zeros(2), "b": {"c": torch.zeros(2)}}, "no tensors (1):\n  b"),
-    ({1: torch.zeros(2)}, "no tensors (1):\n  1"),
+    ({"a": torch.zeros(2), "b": {"c": torch.zeros(2)}}, "other entries (1):\n  b"),
+    ({1: torch.zeros(2)}, "other entries (1):\n  1"),
   ):
     torch.save(value, path)
     refuse(path, fragment)
@@ -213,7 +213,7 @@ def test_a_pickle_that_asks_for_time(torch, tmp_path, width, depth):
   torch.save({"a": torch.zeros(1)}, tmp_path / "a.pt")
   code = b"\x80\x02})" + b"".join(b"q%c0" % i + b"(" + width * (b"h%c" % i) + b"t" for i in range(depth)) + b"Ns."
   rewrite(tmp_path / "a.pt", lambda records: records.update({"a/data.pkl": code}))
-  refuse(tmp_path / "a.pt", "objects within objects that would take hours")
+  refuse(tmp_path / "a.pt", "repeats objects within objects; loading it would take hours")
 
 
 def test_every_cut_and_many_flipped_bytes_are_handled(torch, tmp_path):

@@ -113,7 +113,7 @@ def test_many_heads_are_not_cut():
   [
     (dict(), None),
     (dict(width=257), "widths up to 256"),
-    (dict(dtype=jnp.float32), "bfloat16 alone.*'triton'"),
+    (dict(dtype=jnp.float32), "bfloat16 only.*'triton'"),
     (dict(capability=80), "9.0 .Hopper., and this GPU's is 8.0; 'triton'"),
     (dict(capability=100), "9.0 .Hopper., and this GPU's is 10.0; 'triton'"),
   ],

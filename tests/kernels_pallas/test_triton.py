@@ -171,7 +171,7 @@ def test_auto_reads_its_table(monkeypatch):
 
 
 @pytest.mark.parametrize(
-  "what, message", [(dict(width=257), "widths up to 256"), (dict(capability=75), r"from 8.0 \(Ampere\) on.* is 7.5")]
+  "what, message", [(dict(width=257), "widths up to 256"), (dict(capability=75), r"8.0 \(Ampere\) or newer.* is 7.5")]
 )
 def test_a_name_that_cannot_serve_is_refused(monkeypatch, what, message):
   monkeypatch.setattr(device, "gpu", lambda: device.Gpu(what.get("capability", 90), 132))
