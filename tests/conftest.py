@@ -10,7 +10,7 @@ import pytest
 
 # Nearly all of the time of these tests is compilation, and most of that is MLIR's, which XLA's older emitters for CPUs
 # do without. Releases after 0.10 have no others, and refuse the flag; so both are tested.
-if jax.__version_info__ < (0, 11):
+if jax.__version_info__ < (0, 11) and "fusion_emitters" not in os.environ.get("XLA_FLAGS", ""):
   os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_use_fusion_emitters=false".strip()
 
 
@@ -39,7 +39,9 @@ def pytest_unconfigure(config):
 
 
 # Accelerators multiply float32 with fewer bits unless told otherwise; here float32 means float32.
+# In processes that tests start too, which so find each other's programs in the cache.
 jax.config.update("jax_default_matmul_precision", "highest")
+os.environ["JAX_DEFAULT_MATMUL_PRECISION"] = "highest"
 
 
 def _random_params(config, seed=0):

@@ -27,6 +27,7 @@ pytest.importorskip("gcsfs")
 pytest.importorskip("gcp_storage_emulator")
 from tests.support import gcs
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 GS = f"gs://{gcs.BUCKET}"
 
 

@@ -6,7 +6,6 @@ import functools
 import importlib.util
 import itertools
 import json
-import os
 import subprocess
 import sys
 from pydoc_data.topics import topics
@@ -87,8 +86,8 @@ def test_greedy_text_is_that_of_transformers(teacher, torch_model, prompt):
 
 def test_the_teacher_predicts_english(teacher, text_ids):
   # A transposed matrix or a missed permutation gives 6 and more.
-  nll, count = text_nll(teacher, text_ids[:2048], sequence_length=1024)
-  assert count == 2046 and nll < 3.2
+  nll, count = text_nll(teacher, text_ids[:1024], sequence_length=512)
+  assert count == 1022 and nll < 3.2
 
 
 def test_the_chunked_scan_is_as_exact_as_the_token_recurrence(teacher, text_ids):
@@ -127,8 +126,7 @@ def test_the_demo_leaves_what_it_promises(tmp_path):
   command = [sys.executable, "-m", "supra_jax.bin.demo", f"--workdir={tmp_path / 'demo'}", "--max_new_tokens=5"]
   config = {"num_steps": 2, "evaluate_every": 0, "data.heldout_rows": 1, "data.sequence_length": 128}
   command += [f"--{recipe}.{key}={value}" for recipe in ("config", "random_config") for key, value in config.items()]
-  environment = os.environ | runs.cache_environment(tmp_path / "programs")  # twice the same
-  run = functools.partial(subprocess.run, command, cwd=runs.ROOT, env=environment, capture_output=True, text=True)
+  run = functools.partial(subprocess.run, command, cwd=runs.ROOT, capture_output=True, text=True)
   first = run(check=True)
   assert "Converting" in first.stdout
   made = {path.name for path in (tmp_path / "demo").iterdir()}

@@ -66,9 +66,8 @@ def one_device(configured, tmp_path_factory) -> dict[int, float]:
 RUNS: Mapping[str, tuple[int, dict]] = {
   "two processes": (2, {}),
   "four processes": (4, {"mesh": "data:2,fsdp:2"}),
-  "data": (0, {"mesh": "data:8"}),
-  "fsdp": (0, {"mesh": "fsdp:8", "microbatches": 2}),
-  "cube": (0, {"mesh": CUBE}),
+  "fsdp": (0, {"mesh": "fsdp:8"}),
+  "cube": (0, {"mesh": CUBE, "microbatches": 2}),
   "context": (0, {"mesh": "fsdp:2,context:4", "microbatches": 2}),
   "bfloat16": (0, {"mesh": CUBE, "dtype": "bfloat16"}),
   "goes on": (0, {"mesh": CUBE, "microbatches": 2}),
