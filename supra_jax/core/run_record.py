@@ -75,7 +75,7 @@ def _commit(source: Path) -> tuple[str | None, bool | None]:
   Args:
     source: the directory that holds the packages `supra_jax` and `kernels_pallas`.
   """
-  # An installed copy may lie in the checkout of another project that does not track it: its commit means nothing.
+  # A copy installed inside another project's checkout is not tracked there, and that project's commit means nothing.
   if _git(source, "ls-files", "--error-unmatch", "supra_jax/__init__.py") is None:
     return None, None
   commit = _git(source, "rev-parse", "HEAD")
