@@ -137,7 +137,7 @@ def pieces_from(files: list[InputFile], text_key: str, at: Place) -> Iterator[tu
 
 
 def worker_count(workers: int | None, files: list[InputFile]) -> int:
-  """Number of worker processes: `workers`; None: one per core, but 0 for a single core or an input below SMALL_INPUT."""
+  """Number of worker processes: `workers`; None: one per core, or 0 for a single core or an input below SMALL_INPUT."""
   if workers is not None:
     return workers
   cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
