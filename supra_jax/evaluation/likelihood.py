@@ -40,7 +40,9 @@ def evaluate(
     ValueError: as `text_nll`, a file cannot be read, or the model has no tokenizer.
   """
   if lm.tokenizer is None:
-    raise ValueError("This checkpoint has no tokenizer to read text with: use `text_nll` with token ids.")
+    raise ValueError(
+      "This checkpoint has no tokenizer to read text with: use supra_jax.evaluation.likelihood.text_nll with token ids."
+    )
   documents = (lm.tokenizer.encode(document, bos=False) for document in read_documents(text, text_key))
   tokens = list(itertools.islice(itertools.chain.from_iterable(documents), max_tokens or None))
   return text_nll(lm, tokens, sequence_length=sequence_length)

@@ -135,7 +135,9 @@ class LM:
         first piece.
     """
     if self.tokenizer is None:
-      raise ValueError("This checkpoint has no tokenizer: use inference.decode.generate_tokens with token ids.")
+      raise ValueError(
+        "This checkpoint has no tokenizer: use supra_jax.inference.decode.generate_tokens with token ids."
+      )
     prompt_ids = self.tokenizer.encode(prompt)
     if not prompt_ids:
       start = [self.config.bos_token_id, *self.config.eos_token_ids]
