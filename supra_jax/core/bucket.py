@@ -43,7 +43,7 @@ def _look(bucket: str) -> None:
   except ValueError:
     raise
   except FileNotFoundError as error:
-    raise ValueError(f"gs://{bucket} is not there, or not for you to read.") from error
+    raise ValueError(f"gs://{bucket} does not exist, or you may not read it.") from error
   except Exception as error:  # gcsfs, aiohttp and google-auth each raise types of their own
     raise ValueError(f"gs://{bucket} cannot be reached: {_said(error)}") from error
 

@@ -43,7 +43,7 @@ def load_tokenizer(directory: str | os.PathLike[str]) -> tuple[Tokenizer, ModelC
     config = ModelConfig.from_json(path.read_text())
   except ValueError as error:
     raise ValueError(
-      f"{path} is no config of a supra_jax model. Convert a model of others first: python -m "
+      f"{path} is not the config of a supra_jax model. Convert the model first: python -m "
       f"convert_weights.hf_to_orbax --source={directory} --output=DIR; then give DIR. ({error})"
     ) from error
   files = {path.name: path.read_bytes() for path in place(directory).glob("tokenizer*") if path.is_file()}
@@ -175,8 +175,8 @@ def encode_in_order(
       yield label, future.result()
   except BrokenProcessPool as error:
     raise ChildProcessError(
-      "A process that packs ended early, for want of memory perhaps; or the calling script lacks "
-      "`if __name__ == '__main__':`. The same command again goes on; try fewer workers."
+      "A worker process ended early, perhaps for lack of memory, or because the calling script lacks "
+      "`if __name__ == '__main__':`. Run the same command again to resume; try fewer workers."
     ) from error
   finally:
     pool.shutdown(cancel_futures=True)

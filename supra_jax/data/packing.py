@@ -223,7 +223,10 @@ def _already_there(output: AnyPath, arguments: Mapping[str, Any]) -> Prepared:
     now = {file.path: file.size for file in find_files(arguments["input"])}
     differ += _differences({path: size for path, size, _ in made["files"]}, now)
   if differ:
-    raise ValueError(f"{output} is of other text or arguments; remove it or choose another output. {'; '.join(differ)}")
+    raise ValueError(
+      f"{output} was packed from other text or with other arguments; remove it or choose another output. "
+      f"{'; '.join(differ)}"
+    )
   # An earlier job was killed after it renamed the directory and before it removed the journal.
   (output / JOURNAL_FILE).unlink(missing_ok=True)
   heldout = load_info(output / "heldout") if arguments["heldout_every"] else None
@@ -271,7 +274,7 @@ class _Job:
       paths = list(partial.iterdir())
       strangers = sorted({path.name.removesuffix(TEMPORARY) for path in paths} - _OURS)
       if strangers:
-        raise ValueError(f"{partial} holds {', '.join(strangers)}, which is not of this program; remove it.")
+        raise ValueError(f"{partial} holds {', '.join(strangers)}, which this program did not write; remove it.")
       # Without a journal no file of rows is complete, so nothing is lost; the arguments may have changed since.
       for path in paths:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -347,7 +350,8 @@ class _Job:
     differ = _differences(state["arguments"], self._arguments)
     if differ:
       raise ValueError(
-        f"{self._partial} is half-finished, of other arguments; remove it to start over. {'; '.join(differ)}"
+        f"{self._partial} is half-finished and was begun with other arguments; remove it to start over. "
+        f"{'; '.join(differ)}"
       )
     number, done, digest = (*state["at"], "")[:3]  # older journals have no digest
     changed = _differences(_described(state["files"]), _described(self._files))

@@ -290,4 +290,4 @@ def _check_column(schema: Any, text_key: str, path: str) -> None:
   kind = schema.field(text_key).type
   text = kind.value_type if types.is_dictionary(kind) else kind
   if not (types.is_string(text) or types.is_large_string(text) or types.is_string_view(text)):
-    raise ValueError(f"{path}: the column {text_key!r} holds {kind}, no text, from row 0 on.")
+    raise ValueError(f"{path}: the column {text_key!r} holds {kind}, not text, from row 0 on.")

@@ -122,8 +122,8 @@ class Tokenizer:
       text.encode("utf-8")
     except UnicodeEncodeError as error:
       raise ValueError(
-        f"The text has half a surrogate pair, {text[error.start]!r}, as its character {error.start}, and so no UTF-8: "
-        "was it read as another encoding?"
+        f"The text has half a surrogate pair, {text[error.start]!r}, as its character {error.start}, which UTF-8 "
+        "cannot encode: was the text read with the wrong encoding?"
       ) from error
     ids = self._backend.encode(text)
     if self._bos_by_default if bos is None else bos:

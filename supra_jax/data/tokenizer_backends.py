@@ -77,7 +77,9 @@ class JsonBackend:
     whole = self._tokenizer.encode("a", add_special_tokens=True).ids
     starts = [i for i in range(len(whole)) if plain and whole[i : i + len(plain)] == plain]
     if not starts:
-      raise ValueError(f"tokenizer.json encodes 'a' as {plain}, and as {whole} with what it adds to a text.")
+      raise ValueError(
+        f"tokenizer.json encodes 'a' as {plain}, but as {whole} with special tokens, which lacks those ids."
+      )
     return whole[: starts[0]]
 
   def encode(self, text: str) -> list[int]:

@@ -102,7 +102,7 @@ def attention_error(
     if config.layers[first : first + length] != teacher.config.layers[first : first + length]
   ]
   if not errors:
-    raise ValueError(f"No layer to transfer attention to: mixers are {config.mixers}.")
+    raise ValueError(f"No layer to transfer attention to: all layers have the teacher's mixers, {config.mixers}.")
   return jnp.concatenate(errors).mean(0)
 
 
