@@ -55,12 +55,11 @@ class Row:
     fault: name of the fault.
     processes: number of processes of the run.
     times: number of times that the fault was injected.
-    saves_hit: number of those times at which a training state was being written.
+    saves_hit: number of times at which a training state was being written.
     resumes: number of starts from a training state.
     steps_lost: number of steps that had to be repeated.
     mismatches: number of failed checks; `notes` describes each.
-    seconds: longest time from the fault, or from the start with the fault, until the run has ended, saved or reported
-      it; None where that is not measured.
+    seconds: longest time from the fault, or from the start with it, to the run's reaction; None where not measured.
     notes: failed checks, and other observations.
   """
 
@@ -81,7 +80,6 @@ class Row:
       self.notes.append(wrong)
 
   def took(self, seconds: float) -> None:
-    """Records a time; the longest is kept."""
     self.seconds = max(self.seconds or 0, seconds)
 
 
@@ -101,16 +99,13 @@ class Soak:
     self._number = 0
 
   def config(self, processes: int = 1, **changes) -> TrainConfig:
-    """The config of a run, with as many steps as STEPS has for the number of processes."""
     values = {"num_steps": STEPS.get(processes, STEPS[2]), "batch_size": BATCH, "save_every": 10, "keep_checkpoints": 3}
     return runs.make_config(self.model, "pydoc:topics", **(values | changes))
 
   def start(self, workdir: Path, config: TrainConfig, processes: int = 1) -> runs.Run:
-    """Starts a run, with a cache of compiled programs that all runs share."""
     return runs.Run(config, workdir, processes=processes, cache=self.directory / "programs")
 
   def new(self, name: str) -> Path:
-    """Path of a new workdir, numbered."""
     self._number += 1
     return self.directory / f"{self._number:03}_{name}"
 
@@ -122,18 +117,10 @@ class Soak:
     return workdir
 
   def copy(self, name: str) -> Path:
-    """Copies the workdir of the run without a fault to a new one."""
     return shutil.copytree(self.whole(), self.new(name))
 
   def compare(self, row: Row, workdir: Path, processes: int = 1, *, all_losses: bool = True) -> None:
-    """Compares a finished run with the one without a fault; mismatches are added to `row`.
-
-    Args:
-      row: row of the table.
-      workdir: workdir of the finished run.
-      processes: number of processes of both runs.
-      all_losses: whether the run has to have a loss of every step.
-    """
+    """Compares a finished run with the one without a fault, and adds mismatches to `row`."""
     got, want = runs.losses(workdir), runs.losses(self.whole(processes))
     differ = [step for step in got if got[step] != want[step]]
     row.check(not differ, f"losses differ at steps {differ[:5]}")
@@ -143,7 +130,6 @@ class Soak:
     self.check_positions(row, workdir)
 
   def check_positions(self, row: Row, workdir: Path) -> None:
-    """Checks that the data position of each training state is BATCH rows per step."""
     for step, position in runs.positions(workdir).items():
       row.check(position == step * BATCH, f"after step {step} the data is at row {position}")
 
@@ -262,12 +248,7 @@ def damage(soak: Soak, name: str) -> Row:
 def refuse(soak: Soak, fault: str, hurt: Callable[[Path], None], named: str, **changes) -> Row:
   """Breaks a run for good: a start should print a one-line error, exit with status 1, and leave all states alone.
 
-  Args:
-    soak: makes the runs.
-    fault: name of the fault.
-    hurt: injects the fault into a workdir.
-    named: regex that has to match the error.
-    **changes: fields of the config to change.
+  `hurt` injects the fault into a workdir, or `changes` change the config; the regex `named` has to match the error.
   """
   row, workdir = Row(fault), soak.copy("refused")
   # Without its last state the run has steps left to do.
