@@ -55,7 +55,7 @@ class Shape(NamedTuple):
   width: int
 
   def floor(self, mode: str, itemsize: int) -> tuple[float, float]:
-    """Least work of the op, (bytes, FLOPs): each operand and result moved once; products in chunks of 64, and states.
+    """Least work of the op: (bytes to move each operand and result once, FLOPs in chunks of 64 tokens).
 
     Args:
       mode: one of MODES.
@@ -171,7 +171,7 @@ class _Open(torch.nn.Module):
 
 
 def minimax_module(heads: int, width: int, block_size: int) -> MiniMaxLightningAttention:
-  """Makes MiniMax's attention module, with its projections, activation, norm and gate replaced by identities."""
+  """Makes MiniMax's attention module with an open gate, and identities as projections, activation and norm."""
   config = MiniMaxConfig(
     hidden_size=heads * width,
     head_dim=width,

@@ -5,7 +5,6 @@ First make a model directory with random parameters in Python, with GPT-NeoX's t
     import jax, jax.numpy as jnp
     from supra_jax.model import presets
     from supra_jax.storage import model_directory as checkpoint
-    from supra_jax.model import config
     from supra_jax.model import transformer
     model = presets.open_lm_1b("supra")
     init = transformer.Transformer(model).init

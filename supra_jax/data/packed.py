@@ -44,7 +44,7 @@ _PROBE = (
 
 
 class TextEncoder(Protocol):
-  """The part of the interface of `data.tokenizer.Tokenizer` that packing needs."""
+  """Interface of a tokenizer that packing needs; `data.tokenizer.Tokenizer` implements it."""
 
   @property
   def eos_ids(self) -> Sequence[int]: ...

@@ -49,7 +49,7 @@ def evaluate(
 
 
 def text_nll(lm: LM, tokens: Sequence[int], *, sequence_length: int = 1024, batch_size: int = 1) -> tuple[float, int]:
-  """Mean negative log-likelihood of a text, cut into pieces that the model reads from a fresh state each.
+  """Mean negative log-likelihood of a text in pieces, each of which the model reads from a fresh state.
 
   Args:
     lm: the model.

@@ -1,8 +1,8 @@
 """Distances between a model's layers and its teacher's: of attention outputs on the same input, or of residual streams.
 
 Both distances are relative: at each token the squared error is divided by the teacher's squared activation, as in
-calibration, since the norm of the next block rescales each token alike. Otherwise a few tokens, whose activations are a
-thousand times those of the others, would dominate the sum.
+calibration, since the norm that follows scales every token to the same size. Otherwise a few tokens, whose activations
+are a thousand times those of the others, would dominate the sum.
 """
 
 from __future__ import annotations

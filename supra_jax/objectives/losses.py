@@ -158,7 +158,7 @@ def _target_weights(batch: Mapping[str, jax.Array]) -> jax.Array:
 
 
 def count_targets(batch: Mapping[str, jax.Array]) -> jax.Array:
-  """Sum of the weights of all targets of a batch [..., T + 1], at least 1; needs no forward pass."""
+  """Weighted number of targets of a batch [..., T + 1], to divide losses by: a float32 scalar, at least 1."""
   return jnp.maximum(_target_weights(batch).sum(), 1.0)
 
 
