@@ -1,9 +1,9 @@
-"""What each choice in calibration is worth: held-out loss before any training.
+"""Ablates the choices in calibration: held-out loss of a calibrated model before any training.
 
     python -m benchmarks.calibration_choices --teacher=DIR --data=DIR --workdir=DIR [--choice=default --choice=bias]
 
-`--data` is what `supra_jax.bin.prepare_data` packed, with held-out text; a seed is an order of its rows, and a draw of
-phi. A killed benchmark goes on where it was. Prints a table and writes JSON.
+`--data` is a directory that `supra_jax.bin.prepare_data` packed, with held-out text. A seed determines the order of its
+rows and the draw of phi. A killed benchmark resumes. Prints a table and writes JSON.
 """
 
 from __future__ import annotations
@@ -38,19 +38,20 @@ from supra_jax.model.transformer import Transformer
 from supra_jax.objectives.heldout import mean_nll
 from supra_jax.storage.model_directory import ModelCheckpoint, load_model
 
-ROWS = 4
+ROWS = 4  # rows of a batch of calibration
 
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-  """What differs from the default.
+  """Settings of a calibration.
 
   Attributes:
-    tokens: to calibrate on, over those of the default.
-    ridge, mlp: as `calibrate` takes them.
-    bias: solve for a bias on attention's output too.
-    random: phi is drawn; else it is relu(x).
-    mixer: as `linearize` takes it.
+    tokens: number of tokens to calibrate on, as a multiple of --calibration_tokens.
+    ridge: ridge penalty, see `linearization.calibrate.calibrate`.
+    mlp: whether to solve for the MLPs' last projections too.
+    bias: whether to solve for a bias of attention's output projection too.
+    random: whether phi is drawn at random; False: phi(x) = relu(x).
+    mixer: config of the new mixer; None means that of the start.
   """
 
   tokens: float = 1.0
@@ -80,7 +81,7 @@ CHOICES = {
 
 
 def nll_of(choice: Choice, seed: int, teacher: ModelCheckpoint, data: Path) -> float:
-  """Linearises and calibrates in memory: nats a token of held-out text."""
+  """Linearises and calibrates in memory, and returns the held-out loss in nats per token."""
   made = linearize(teacher.params, teacher.config, Random(seed) if choice.random else Identity(), mixer=choice.mixer)
   params, config = made.params, made.config
   if choice.bias:
@@ -102,12 +103,13 @@ def nll_of(choice: Choice, seed: int, teacher: ModelCheckpoint, data: Path) -> f
 
 
 def heldout_nll(params: Mapping[str, Any], config: ModelConfig, data: Path) -> float:
+  """Held-out loss of a model in nats per token."""
   heldout = heldout_batches(data / "heldout", batch_size=2, max_rows=_HELDOUT_ROWS.value)
   return mean_nll(Transformer(config), params, heldout)
 
 
 def table(found: dict[str, dict[str, float]]) -> str:
-  """Means over seeds, and how far each seed's loss is from the default's with the same seed."""
+  """Formats mean losses over seeds, and the range of differences from the default choice with the same seed."""
   lines = ["| choice | nats a token | beside the default | seeds |", "| --- | --- | --- | --- |"]
   for name, losses in found.items():
     apart = [nll - found["default"][seed] for seed, nll in losses.items() if seed in found.get("default", {})]
@@ -141,11 +143,11 @@ def main() -> None:
 
 if __name__ == "__main__":
   _TEACHER = flags.DEFINE_string("teacher", None, "Model directory of the transformer.", required=True)
-  _DATA = flags.DEFINE_string("data", None, "Packed text: train and heldout.", required=True)
-  _WORKDIR = flags.DEFINE_string("workdir", None, "Where results lie; a second call goes on.", required=True)
-  _CHOICES = flags.DEFINE_multi_enum("choice", [], list(CHOICES), "Which; default: all.")
-  _SEEDS = flags.DEFINE_list("seeds", ["0", "1", "2"], "Of the text's order, and of phi.")
-  _TOKENS = flags.DEFINE_integer("calibration_tokens", 8192, "Of the default.", lower_bound=1)
-  _HELDOUT_ROWS = flags.DEFINE_integer("heldout_rows", 12, "To evaluate on.", lower_bound=1)
-  _OUTPUT = flags.DEFINE_string("output", "benchmarks/results/calibration_choices.json", "Where JSON goes.")
+  _DATA = flags.DEFINE_string("data", None, "Packed text, with its parts train and heldout.", required=True)
+  _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of results; a benchmark resumes.", required=True)
+  _CHOICES = flags.DEFINE_multi_enum("choice", [], list(CHOICES), "Choice to measure; repeatable. Default: all.")
+  _SEEDS = flags.DEFINE_list("seeds", ["0", "1", "2"], "Seeds of the order of the text's rows and of phi.")
+  _TOKENS = flags.DEFINE_integer("calibration_tokens", 8192, "Tokens that the default choice reads.", lower_bound=1)
+  _HELDOUT_ROWS = flags.DEFINE_integer("heldout_rows", 12, "Held-out rows to evaluate on.", lower_bound=1)
+  _OUTPUT = flags.DEFINE_string("output", "benchmarks/results/calibration_choices.json", "JSON file to write.")
   run(main)

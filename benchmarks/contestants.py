@@ -1,18 +1,18 @@
-"""Attention as other people run it, and as we do, behind one shape: what `benchmarks/linear_attention.py` times.
+"""Implementations of attention, ours and others', behind one interface, for `benchmarks/linear_attention.py` to time.
 
 - `chunked_xla`, `triton`, `mosaic_gpu`: `kernels_pallas.linear_attention`, [B, T, H, D] in and out.
-- `MiniMax`: the lightning attention of transformers, the same op. It is the real `MiniMaxLightningAttention` module;
-  its projections, activation and norm are replaced by identities, so that what is left is its loop over blocks, the
-  split of the packed q, k, v before it, and one product with a gate of 1 after it. Of several block sizes the fastest
-  counts, chosen anew for each cell.
-- `fla naive`: flash-linear-attention's chunked form in plain torch, of several chunk sizes the fastest.
-- `fla simple_gla`, `fla retention`, `fla lightning`: its Triton kernels, the same op; the last two with decays of
-  their own.
-- `lightning-attn`: the Triton kernels of the package of that name.
-- `SDPA`: torch's causal scaled_dot_product_attention on contiguous [B, H, T, D], what the op replaces.
+- `MiniMax`: the lightning attention of transformers, the same op. The real `MiniMaxLightningAttention` module with its
+  projections, activation and norm replaced by identities: what remains is its loop over blocks, the split of the packed
+  q, k, v before the loop, and a product with a gate of 1 after it. The fastest of several block sizes counts, chosen
+  for each cell.
+- `fla naive`: flash-linear-attention's chunked form in plain torch; the fastest of several chunk sizes counts.
+- `fla simple_gla`, `fla retention`, `fla lightning`: Triton kernels of flash-linear-attention, the same op; the last
+  two have decays of their own.
+- `lightning-attn`: the Triton kernels of the package lightning-attn.
+- `SDPA`: torch's causal scaled_dot_product_attention on contiguous [B, H, T, D], the op that linear attention replaces.
 
-Those without grouped heads get keys and values repeated beforehand, untimed. On a CPU all compute in float32, on a GPU
-in bfloat16.
+Implementations without grouped heads get keys and values that were repeated beforehand, untimed. All compute in float32
+on a CPU, and in bfloat16 on a GPU.
 """
 
 from __future__ import annotations
@@ -32,13 +32,21 @@ from transformers.models.minimax.modeling_minimax import MiniMaxLightningAttenti
 from kernels_pallas import linear_attention, mosaic_gpu
 
 MODES = ("forward", "forward+backward")
-# Starts a run; a second call waits for all that were started.
+# (start, wait): start() dispatches a call and returns its result, wait(result) blocks until all calls are done.
 Run = tuple[Callable[[], Any], Callable[[Any], None]]
 Runs = dict[str, Run]
 
 
 class Shape(NamedTuple):
-  """Rows, tokens, query heads, key/value heads, width of a head."""
+  """Shape of the operands.
+
+  Attributes:
+    batch: number of rows, B.
+    tokens: tokens of a row, T.
+    heads: number of query heads, H.
+    groups: number of key/value heads, G.
+    width: width of a head, D.
+  """
 
   batch: int
   tokens: int
@@ -47,17 +55,22 @@ class Shape(NamedTuple):
   width: int
 
   def floor(self, mode: str, itemsize: int) -> tuple[float, float]:
-    """(bytes, FLOPs) that the op cannot do without: each operand and result once; chunks of 64, and states."""
+    """Least work of the op: (bytes to move each operand and result once, FLOPs in chunks of 64 tokens).
+
+    Args:
+      mode: one of MODES.
+      itemsize: bytes of a number.
+    """
     rows = self.batch * self.tokens
     q, k = rows * self.heads * self.width, rows * self.groups * self.width
     moved = {"forward": 2 * q + 2 * k, "forward+backward": 5 * q + 6 * k}[mode] * itemsize
-    # Half of a chunk's pairs of tokens, twice; the state read and written.
+    # FLOPs per token and head: q k^T and its product with v over half of a chunk's pairs; the state read and written.
     each = 2 * self.width * (64 + 2 * self.width)
     return moved, rows * self.heads * each * {"forward": 1, "forward+backward": 4}[mode]
 
 
 class Inputs(NamedTuple):
-  """q, k, v and the output's cotangent, float32 [B, T, heads, D], and slopes [H]."""
+  """Operands: q, k, v and the cotangent of the output, float32 [B, T, heads, D], and decay slopes [H]."""
 
   q: np.ndarray
   k: np.ndarray
@@ -67,13 +80,13 @@ class Inputs(NamedTuple):
 
 
 class Contestant(NamedTuple):
-  """Who runs where.
+  """An implementation that is timed.
 
   Attributes:
-    devices: "cpu", "gpu".
-    module: that has to be installed.
-    make: (inputs, setting) -> its runs.
-    settings: of which the fastest counts.
+    devices: where it runs, of "cpu" and "gpu".
+    module: name of the Python module that has to be installed.
+    make: (inputs, setting) -> {mode: Run}.
+    settings: block or chunk sizes, of which the fastest counts; None: no choice.
   """
 
   devices: tuple[str, ...]
@@ -82,11 +95,12 @@ class Contestant(NamedTuple):
   settings: tuple[Any, ...] = (None,)
 
   def enters(self, device: str) -> bool:
+    """Whether it runs on `device`, "cpu" or "gpu", with the modules that are installed here."""
     return device in self.devices and importlib.util.find_spec(self.module) is not None
 
 
 def make_inputs(shape: Shape) -> Inputs:
-  """Random; relu features, as SUPRA's are."""
+  """Draws random operands; q and k go through relu, as SUPRA's features do."""
   rng = np.random.default_rng(0)
   wide, narrow = ((shape.batch, shape.tokens, heads, shape.width) for heads in (shape.heads, shape.groups))
   q, k, v, cotangent = (rng.standard_normal(size, np.float32) for size in (wide, narrow, narrow, wide))
@@ -119,7 +133,12 @@ def _ours(implementation: str, inputs: Inputs, setting: None) -> Runs:
 
 
 def _torch(call: Callable[..., torch.Tensor], *arrays: np.ndarray) -> Runs:
-  """Runs of `call` on all arrays but the last, its output's cotangent."""
+  """Makes the runs of a torch function.
+
+  Args:
+    call: the function.
+    *arrays: its operands and, last, the cotangent of its output.
+  """
   device, dtype = ("cuda", torch.bfloat16) if is_gpu() else ("cpu", torch.float32)
   *leaves, cotangent = (torch.from_numpy(np.ascontiguousarray(x)).to(device, dtype) for x in arrays)
   leaves = [leaf.requires_grad_() for leaf in leaves]
@@ -145,13 +164,14 @@ def _repeated(inputs: Inputs) -> tuple[np.ndarray, ...]:
 
 
 class _Open(torch.nn.Module):
-  """An output gate that is open: sigmoid(inf) = 1."""
+  """In place of the output gate: returns inf, so that the gate is sigmoid(inf) = 1."""
 
   def forward(self, hidden: torch.Tensor) -> torch.Tensor:
     return torch.full((), torch.inf)
 
 
 def minimax_module(heads: int, width: int, block_size: int) -> MiniMaxLightningAttention:
+  """Makes MiniMax's attention module with an open gate, and identities as projections, activation and norm."""
   config = MiniMaxConfig(
     hidden_size=heads * width,
     head_dim=width,

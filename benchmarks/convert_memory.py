@@ -1,9 +1,9 @@
-"""Memory and time of a conversion, beside those of copying the same files.
+"""Measures memory and time of a conversion, and compares its time with that of copying the same files.
 
     python -m benchmarks.convert_memory --workdir=DIR [--layers=32] [--rounds=3]
 
-Writes a random checkpoint of Mistral-7B's shapes (14.5 GB with 32 layers), and takes three times its size of the disk.
-Files are out of the page cache before each measurement, and on the disk at the end of it.
+Writes a random checkpoint with Mistral-7B's shapes (14.5 GB with 32 layers), and needs three times its size on disk.
+Before each measurement the files are dropped from the page cache; the time includes syncing the output to disk.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ MISTRAL_7B = {
 
 
 def forget(directory: Path) -> None:
-  """Puts the files of a directory onto the disk and out of memory."""
+  """Syncs the files of a directory to disk, and drops them from the page cache."""
   for path in directory.rglob("*"):
     if path.is_file():
       handle = os.open(path, os.O_RDONLY)
@@ -40,7 +40,11 @@ def forget(directory: Path) -> None:
 
 
 def measure(command: list[str], source: Path, output: Path) -> tuple[float, float]:
-  """Seconds until what a command writes is on the disk, and the GB of memory that it had at most."""
+  """Runs a command that reads `source` and writes `output`, then removes `output`.
+
+  Returns:
+    (seconds until the output is on the disk, peak resident memory of the command in GB).
+  """
   forget(source)
   began = time.monotonic()
   process = subprocess.Popen(command)
@@ -65,7 +69,7 @@ def main() -> None:
     machine = {"cpu": cpu_name(), "cores": os.cpu_count(), "python": platform.python_version()}
     result = {**machine, "source_gb": round(size / 1e9, 2), "rounds": []}
     for _ in range(_ROUNDS.value):
-      # cp's own peak is below that of this process, which the system counts until cp is there.
+      # The peak of cp is meaningless: until exec, the system counts the memory of this process.
       copy_seconds, _ = measure(copy, source, output)
       seconds, peak = measure(convert, source, output)
       times = {"copy_seconds": copy_seconds, "seconds": seconds, "ratio": seconds / copy_seconds, "peak_gb": peak}
@@ -78,7 +82,7 @@ def main() -> None:
 
 if __name__ == "__main__":
   _WORKDIR = flags.DEFINE_string("workdir", None, "Directory to make, and to remove at the end.", required=True)
-  _LAYERS = flags.DEFINE_integer("layers", 32, "Of the model: 4 have 2.3 GB.", lower_bound=1)
-  _ROUNDS = flags.DEFINE_integer("rounds", 3, "How often each is measured, in turn.", lower_bound=1)
-  _OUTPUT = flags.DEFINE_string("output", "benchmarks/results/convert_memory.json", "Where the numbers go.")
+  _LAYERS = flags.DEFINE_integer("layers", 32, "Layers of the model: 4 layers are 2.3 GB.", lower_bound=1)
+  _ROUNDS = flags.DEFINE_integer("rounds", 3, "Measurements of copy and conversion, in turn.", lower_bound=1)
+  _OUTPUT = flags.DEFINE_string("output", "benchmarks/results/convert_memory.json", "JSON file to write.")
   run(main)

@@ -1,9 +1,9 @@
-"""What long runs meet, done to a small one on purpose: it should go on as if nothing had happened.
+"""Injects the faults of long runs into a small one: kills, damaged states, full disks, NaN. A run should recover.
 
     python -m benchmarks.faults --workdir=DIR [--kills=50] [--processes=1,2] [--output=FILE.json]
 
-Every run is the real binary. Runs that were hurt are compared with one that was not: losses and the exported model bit
-for bit, and the position in the data of every training state. Exits 1 if anything differs.
+Every run is the real program. Runs with a fault are compared with one without: losses and the exported model bit for
+bit, and the position in the data of every training state. Exits with status 1 if anything differs.
 `tests/training/test_faults.py` is the short form.
 """
 
@@ -36,31 +36,31 @@ from supra_jax.training.config import TrainConfig
 from supra_jax.training.metrics import read_metrics
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory for all runs; must not exist.", required=True)
-_KILLS = flags.DEFINE_integer("kills", 50, "SIGKILLs, for each number of processes.", lower_bound=0)
-_PROCESSES = flags.DEFINE_list("processes", ["1", "2"], "Numbers of processes.")
-_SEED = flags.DEFINE_integer("seed", 0, "Of the moments of kills.")
-_OUTPUT = flags.DEFINE_string("output", "benchmarks/results/faults.json", "Where the table goes.")
+_KILLS = flags.DEFINE_integer("kills", 50, "SIGKILLs to send for each number in --processes.", lower_bound=0)
+_PROCESSES = flags.DEFINE_list("processes", ["1", "2"], "Numbers of processes that a run is tried with.")
+_SEED = flags.DEFINE_integer("seed", 0, "Seeds the random times of kills.")
+_OUTPUT = flags.DEFINE_string("output", "benchmarks/results/faults.json", "JSON file to write the table to.")
 
 BATCH = 8
-# Several processes on few cores spend their time waiting for each other.
+# Fewer steps for several processes, which spend their time waiting for each other on few cores.
 STEPS = {1: 1000, 2: 200}
 DISK_BYTES = 16 * 2**20
 
 
 @dataclasses.dataclass
 class Row:
-  """A line of the table.
+  """A row of the table: a fault and how runs recovered from it.
 
   Attributes:
-    fault: what was done.
-    processes: to how many.
-    times: how often.
-    saves_hit: how many of them while a training state was being written.
-    resumes: starts from a training state.
-    steps_lost: that had to be done again.
-    mismatches: what was not as it should be; each is described in `notes`.
-    seconds: from the fault, or the start with it, until all is saved or said; the longest, and None where nothing is.
-    notes: what was wrong, or else seen.
+    fault: name of the fault.
+    processes: number of processes of the run.
+    times: number of times that the fault was injected.
+    saves_hit: number of times at which a training state was being written.
+    resumes: number of starts from a training state.
+    steps_lost: number of steps that had to be repeated.
+    mismatches: number of failed checks; `notes` describes each.
+    seconds: longest time from the fault, or from the start with it, to the run's reaction; None where not measured.
+    notes: failed checks, and other observations.
   """
 
   fault: str
@@ -74,6 +74,7 @@ class Row:
   notes: list[str] = dataclasses.field(default_factory=list)
 
   def check(self, right: bool, wrong: str) -> None:
+    """Counts a mismatch and notes `wrong`, unless `right`."""
     if not right:
       self.mismatches += 1
       self.notes.append(wrong)
@@ -83,11 +84,12 @@ class Row:
 
 
 class Soak:
-  """Where runs live, and the ones that nothing happens to.
+  """Makes runs with and without faults, and compares them.
 
   Attributes:
-    directory: of all.
-    random: of moments.
+    directory: directory of all runs.
+    random: random number generator of the times of faults.
+    model: model directory that the runs start from.
   """
 
   def __init__(self, directory: Path, seed: int):
@@ -108,7 +110,7 @@ class Soak:
     return self.directory / f"{self._number:03}_{name}"
 
   def whole(self, processes: int = 1) -> Path:
-    """A run without a fault."""
+    """Workdir of the run without a fault, which is run the first time."""
     workdir = self.directory / f"whole_{processes}"
     if not workdir.exists():
       self.start(workdir, self.config(processes), processes).finish(3600)
@@ -118,7 +120,7 @@ class Soak:
     return shutil.copytree(self.whole(), self.new(name))
 
   def compare(self, row: Row, workdir: Path, processes: int = 1, *, all_losses: bool = True) -> None:
-    """Holds a finished run against the one without a fault."""
+    """Compares a finished run with the one without a fault, and adds mismatches to `row`."""
     got, want = runs.losses(workdir), runs.losses(self.whole(processes))
     differ = [step for step in got if got[step] != want[step]]
     row.check(not differ, f"losses differ at steps {differ[:5]}")
@@ -137,7 +139,7 @@ def _partial(workdir: Path) -> list[Path]:
 
 
 def _ended(run: runs.Run, row: Row, workdir: Path) -> bool:
-  """Whether a run has come to its end, well or not."""
+  """Whether any process of a run has ended; if so, waits for all and checks that they succeeded."""
   if all(process.poll() is None for process in run.processes):
     return False
   row.check(run.wait(60) == [0] * len(run.processes), f"{workdir.name} ended: {run.said[-500:]}")
@@ -145,16 +147,16 @@ def _ended(run: runs.Run, row: Row, workdir: Path) -> bool:
 
 
 def _until_it_trains(run: runs.Run, workdir: Path) -> None:
-  """Waits for the first step that this start does, or the run's end."""
+  """Waits for the first training step after a start, or for the end of the run."""
   events = workdir / "tensorboard"
   seen, restored = len(list(events.glob("*"))), max(runs.positions(workdir), default=0)
-  # Each start has a file of events, made once records of steps that were lost are taken out.
+  # Each start makes a file of events, after it has removed the records of lost steps.
   run.until(lambda: len(list(events.glob("*"))) > seen)
   run.until(lambda: max(runs.losses(workdir), default=0) > restored or "Held-out" in run.said)
 
 
 def kill(soak: Soak, processes: int, wanted: int) -> Row:
-  """SIGKILL at random moments, a third of them while a save is on its way; runs are begun until all are spent."""
+  """Sends SIGKILL at random times, a third of them during a save; starts runs until `wanted` signals are sent."""
   row = Row("kill -9", processes, times=0)
   workdir = soak.new("kill")
   while row.times < wanted:
@@ -169,7 +171,7 @@ def kill(soak: Soak, processes: int, wanted: int) -> Row:
         break
       time.sleep(0.001)
     if not ended:
-      # Of several processes, now and then only one: the others have to notice.
+      # With several processes, in 30 % of the cases kills only one: the others have to notice.
       which = () if processes == 1 or soak.random.random() < 0.7 else (soak.random.randrange(processes),)
       began = time.monotonic()
       run.send(signal.SIGKILL, *which)
@@ -189,7 +191,7 @@ def kill(soak: Soak, processes: int, wanted: int) -> Row:
 
 
 def terminate(soak: Soak, processes: int, which: tuple[int, ...]) -> Row:
-  """SIGTERM to some processes, or to all."""
+  """Sends SIGTERM to the processes of a run that `which` lists, or to all if it is empty."""
   row = Row(f"SIGTERM to {'all' if not which else 'one'}" if processes > 1 else "SIGTERM", processes)
   workdir, config = soak.new("sigterm"), soak.config(processes)
   run = soak.start(workdir, config, processes)
@@ -210,7 +212,7 @@ def terminate(soak: Soak, processes: int, which: tuple[int, ...]) -> Row:
 
 
 def flip(path: Path, places: int = 1) -> None:
-  """Changes one bit in each of so many places, evenly spread."""
+  """Flips one bit of a file in each of `places` bytes, evenly spread."""
   contents = bytearray(path.read_bytes())
   for place in range(1, places + 1):
     contents[len(contents) * place // (places + 1)] ^= 1
@@ -230,7 +232,7 @@ DAMAGES: dict[str, Callable[[Path], None]] = {
 
 
 def damage(soak: Soak, name: str) -> Row:
-  """The newest training state is damaged: the one before serves."""
+  """Damages the newest training state: a run should resume from the one before."""
   row, workdir = Row(f"newest state: {name}", resumes=1), soak.copy("damaged")
   newest = max(runs.positions(workdir))
   DAMAGES[name](workdir / "training" / str(newest))
@@ -244,9 +246,12 @@ def damage(soak: Soak, name: str) -> Row:
 
 
 def refuse(soak: Soak, fault: str, hurt: Callable[[Path], None], named: str, **changes) -> Row:
-  """What a run cannot go on with is an error of one line, exit status 1, and nothing is touched."""
+  """Breaks a run for good: a start should print a one-line error, exit with status 1, and leave all states alone.
+
+  `hurt` injects the fault into a workdir, or `changes` change the config; the regex `named` has to match the error.
+  """
   row, workdir = Row(fault), soak.copy("refused")
-  # There is something left to do.
+  # Without its last state the run has steps left to do.
   shutil.rmtree(workdir / "training" / str(max(runs.positions(workdir))))
   hurt(workdir)
   before = sorted(path.name for path in (workdir / "training").iterdir())
@@ -263,7 +268,7 @@ def refuse(soak: Soak, fault: str, hurt: Callable[[Path], None], named: str, **c
 
 
 def full_disk(soak: Soak, *, freed: bool) -> Row:
-  """A small disk that something else fills up, for a while or for good."""
+  """Fills the disk of a run, a small tmpfs: for a while if `freed`, else to the end."""
   row = Row(f"disk full {'for a while' if freed else 'to the end'}")
   disk = soak.new("disk")
   disk.mkdir()
@@ -303,7 +308,7 @@ def full_disk(soak: Soak, *, freed: bool) -> Row:
 
 
 def nan(soak: Soak, *, everywhere: bool) -> Row:
-  """A token whose embedding is NaN: a rare one is skipped, one in every batch ends the run."""
+  """Sets a token's embedding to NaN: batches with a rare token are skipped; a token in every batch ends the run."""
   row = Row("NaN in every batch" if everywhere else "NaN in a few batches")
   rows = PackedDataset(soak.whole() / "data/train")
   counts = np.zeros(tiny.VOCAB, int)
@@ -332,7 +337,7 @@ def nan(soak: Soak, *, everywhere: bool) -> Row:
 
 
 def faults(soak: Soak, processes: list[int]):
-  """Yields a row a fault."""
+  """Injects all faults, and yields a row of the table for each."""
   for count in processes:
     yield kill(soak, count, _KILLS.value)
     for which in [()] if count == 1 else [(count - 1,), ()]:

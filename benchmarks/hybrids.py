@@ -1,9 +1,10 @@
-"""What softmax layers that stay, or a window of softmax beside the linear attention, add and cost; before any training.
+"""Measures hybrids before any training: kept softmax layers, or a softmax window beside linear attention.
 
     python -m benchmarks.hybrids --teacher=DIR --data=DIR --workdir=DIR [--calibration_tokens=8192]
 
-`--data` is what `supra_jax.bin.prepare_data` packed, with held-out text. Each model is linearised once; a killed
-benchmark goes on where it was. Prints a table and writes JSON.
+Reports held-out loss, size of the state and speed of decoding. `--data` is a directory that
+`supra_jax.bin.prepare_data` packed, with held-out text. Each model is linearised once; a killed benchmark resumes.
+Prints a table and writes JSON.
 """
 
 from __future__ import annotations
@@ -36,9 +37,9 @@ from supra_jax.model.transformer import Transformer
 from supra_jax.objectives.heldout import mean_nll
 from supra_jax.storage.model_directory import load_model_without_params
 
-KEPT = 4
-DECODED, ROUNDS = 64, 3
-# How each begins, and the mixer where it is not the start's own.
+KEPT = 4  # number of softmax layers that stay
+DECODED, ROUNDS = 64, 3  # tokens decoded in a round, and timed rounds
+# Name of a model -> (start, config of the mixer; None: the start's own).
 MODELS: dict[str, tuple[Start, MixerConfig | None]] = {
   "supra": (Calibrated(), None),
   f"{KEPT} softmax layers, evenly spaced": (Calibrated(), None),
@@ -54,7 +55,10 @@ MODELS: dict[str, tuple[Start, MixerConfig | None]] = {
 
 
 def measure(lm: supra_jax.LM, heldout: Path) -> dict[str, Any]:
-  """Held-out loss and bytes of state; and the config, to time the decoding of all models one right after the other."""
+  """Measures held-out loss in nats per token and bytes of state.
+
+  The result has the model's config too, so that `main` can time the decoding of all models right after one another.
+  """
   batches = heldout_batches(heldout, batch_size=2, max_rows=_HELDOUT_ROWS.value)
   nll = mean_nll(lm.model, lm.params, batches)
   state = {str(length): state_bytes(lm.config, length) for length in (2048, 32768)}
@@ -63,7 +67,7 @@ def measure(lm: supra_jax.LM, heldout: Path) -> dict[str, Any]:
 
 
 def decoding_speed(config: ModelConfig) -> float:
-  """Tokens a second of decoding one sequence, the best of several; weights do not matter."""
+  """Tokens per second of decoding one sequence with random weights, the best of ROUNDS."""
   model, seconds = Transformer(config), []
   params = model.init(jax.random.key(0), least_tokens(), method="logits")["params"]
   for _ in range(1 + ROUNDS):  # the first compiles
@@ -74,6 +78,7 @@ def decoding_speed(config: ModelConfig) -> float:
 
 
 def one(name: str, start: Start, mixer: MixerConfig | None, workdir: Path) -> dict[str, Any]:
+  """Linearises and measures a model of MODELS, unless an earlier call did."""
   directory = workdir / name.replace(" ", "_").replace(",", "")
   done = directory.with_suffix(".json")
   if done.exists():
@@ -95,6 +100,7 @@ def one(name: str, start: Start, mixer: MixerConfig | None, workdir: Path) -> di
 
 
 def table(found: dict[str, dict[str, Any]]) -> str:
+  """Formats the results of all models as a Markdown table."""
   lines = [
     "| model | nats a token | state at 2k and 32k tokens, MiB | tokens/s decoding |",
     "| --- | --- | --- | --- |",
@@ -121,10 +127,12 @@ def main() -> None:
 
 if __name__ == "__main__":
   _TEACHER = flags.DEFINE_string("teacher", None, "Model directory of the transformer.", required=True)
-  _DATA = flags.DEFINE_string("data", None, "Packed text: train and heldout.", required=True)
-  _WORKDIR = flags.DEFINE_string("workdir", None, "Where models lie; a second call goes on.", required=True)
-  _MODELS = flags.DEFINE_multi_enum("model", [], list(MODELS), "Which; default: all.")
-  _TOKENS = flags.DEFINE_integer("calibration_tokens", 8192, "To calibrate on.", lower_bound=1)
-  _HELDOUT_ROWS = flags.DEFINE_integer("heldout_rows", 12, "To evaluate on.", lower_bound=1)
-  _OUTPUT = flags.DEFINE_string("output", "benchmarks/results/hybrids.json", "Where JSON goes.")
+  _DATA = flags.DEFINE_string("data", None, "Packed text, with its parts train and heldout.", required=True)
+  _WORKDIR = flags.DEFINE_string(
+    "workdir", None, "Directory of models and results; a benchmark resumes.", required=True
+  )
+  _MODELS = flags.DEFINE_multi_enum("model", [], list(MODELS), "Model to measure; repeatable. Default: all.")
+  _TOKENS = flags.DEFINE_integer("calibration_tokens", 8192, "Tokens to calibrate on.", lower_bound=1)
+  _HELDOUT_ROWS = flags.DEFINE_integer("heldout_rows", 12, "Held-out rows to evaluate on.", lower_bound=1)
+  _OUTPUT = flags.DEFINE_string("output", "benchmarks/results/hybrids.json", "JSON file to write.")
   run(main)

@@ -1,12 +1,13 @@
-"""What the GPU kernels become for a GPU that is not here: registers, spills and shared memory.
+"""Compiles the GPU kernels for GPUs that are not here, and reports registers, spills and shared memory.
 
     pip install --no-deps jax-cuda12-plugin==JAX jax-cuda12-pjrt==JAX nvidia-cuda-nvcc-cu12    # JAX: jax's version
     python -m benchmarks.kernel_registers [--gpus=h100,a100,a6000] [--markdown=FILE]
 
-XLA compiles forward and gradient ahead of time, with segments, lengths and several parts, which takes the most
-registers; `ptxas -v` then counts them in the PTX that XLA leaves. A row is one form; its numbers are the largest of its
-kernels. A form that needs more shared memory than the GPU has fails to compile. XLA of jax 0.12 leaves no PTX: there a
-row of `triton` only says whether anything spills, but `mosaic_gpu` (for an H100, jax >= 0.11) has its own ptxas report.
+XLA compiles forward and gradient ahead of time, with segments, lengths and several parts, which needs the most
+registers; `ptxas -v` then counts registers in the PTX that XLA dumps. A row of the table is one form, with the largest
+numbers of its kernels. A form that needs more shared memory than the GPU has fails to compile. XLA of jax 0.12 dumps no
+PTX: with it, a row of `triton` only says whether any kernel spills. `mosaic_gpu` (for an H100, jax >= 0.11) has a ptxas
+report of its own.
 """
 
 from __future__ import annotations
@@ -27,14 +28,14 @@ _CUDA = Path(next(iter(_TOOLS.submodule_search_locations or [""]))) if _TOOLS el
 if _CUDA is None or importlib.util.find_spec("jax_plugins.xla_cuda12") is None:
   sys.exit(__doc__)
 _NO_PTX = importlib.metadata.version("jax") >= "0.11"
-# Read when jax is imported. The plugin compiles for GPUs that are described to it, without one.
+# Set before jax is imported, which reads them. The plugin compiles for a described GPU, without one in this machine.
 os.environ |= {
   "JAX_PLATFORMS": "cpu",
   "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",
   "TF_CPP_MIN_LOG_LEVEL": "3",
   "XLA_FLAGS": f"--xla_gpu_cuda_data_dir={_CUDA} --xla_dump_to={_DUMP}"
   + " --xla_gpu_fail_ptx_compilation_on_register_spilling=true" * _NO_PTX,
-  # Of the Mosaic GPU kernels.
+  # Make Mosaic GPU dump the ptxas reports of its kernels.
   "MOSAIC_GPU_DUMP_PTXAS": "1",
   "MOSAIC_GPU_DUMP_TO": _DUMP,
   "PATH": f"{_CUDA / 'bin'}{os.pathsep}{os.environ['PATH']}",
@@ -48,8 +49,8 @@ from jax.sharding import AbstractDevice, AbstractMesh, AxisType, NamedSharding, 
 
 from kernels_pallas import device, linear_attention, mosaic_gpu, triton  # noqa: E402
 
-# name -> jax's name of a GPU of this generation, capability, multiprocessors, kilobytes of shared memory of a
-# multiprocessor and of a block, threads of a multiprocessor.
+# Name -> (name that jax gives a GPU of this generation, compute capability times 10, multiprocessors, kilobytes of
+# shared memory per multiprocessor, kilobytes of shared memory per block, threads per multiprocessor).
 GPUS = {
   "h100": ("NVIDIA H100", 90, 132, 228, 227, 2048),
   "a100": ("NVIDIA A100", 80, 108, 164, 163, 2048),
@@ -58,12 +59,12 @@ GPUS = {
   "a6000": ("NVIDIA A10", 86, 84, 100, 99, 1536),
 }
 
-_GPUS = flags.DEFINE_list("gpus", ["h100", "a100", "a6000"], "Of " + ", ".join(GPUS))
-_MARKDOWN = flags.DEFINE_string("markdown", "", "Also writes the table here.")
+_GPUS = flags.DEFINE_list("gpus", ["h100", "a100", "a6000"], "GPUs to compile for, of " + ", ".join(GPUS))
+_MARKDOWN = flags.DEFINE_string("markdown", "", "File to write the table to, besides printing it.")
 
 
 def _describe(gpu: str) -> str:
-  """The target as XLA's GpuTargetConfigProto, with what the compiler asks about."""
+  """Describes a GPU as XLA's GpuTargetConfigProto, in text format, with the properties that the compiler reads."""
   name, capability, cores, shared_core, shared_block, threads = GPUS[gpu]
   return f"""
     gpu_device_info {{
@@ -95,10 +96,10 @@ def _program(implementation: str, dtype, width: int):
 
 
 def compile_for(gpu: str, implementation: str, dtype, width: int) -> None:
-  """Compiles forward and gradient; leaves PTX and launches in the dump directory."""
+  """Compiles forward and gradient; XLA dumps PTX and launch parameters into the dump directory."""
   name, capability, cores, *_ = GPUS[gpu]
   device.gpu = lambda: device.Gpu(capability, cores)
-  # Both spellings of the same: jax 0.10 and 0.12 want one each.
+  # The topology is given twice, since jax 0.10 and jax 0.12 read it from different arguments.
   topology = topologies.get_topology_desc(
     "1x1x1", platform="cuda", target_config=_describe(gpu), topology="1x1x1"
   ).devices[:1]
@@ -126,14 +127,14 @@ def _spills(gpu: str, dtype, width: int) -> str:
 
 
 def _reported(report: str) -> tuple[int, int]:
-  """(registers, spilled bytes) in what ptxas says of a kernel."""
+  """Parses ptxas's report of a kernel: (registers, spilled bytes)."""
   registers, spilled = re.search(r"Used (\d+) registers", report), re.search(r"(\d+) bytes spill stores", report)
   assert registers and spilled, report
   return int(registers[1]), int(spilled[1])
 
 
 def _triton_kernels(gpu: str) -> list[tuple[int, int, int]]:
-  """Of each kernel: registers, spilled bytes, kilobytes of shared memory."""
+  """Returns (registers, spilled bytes, kilobytes of shared memory) of each kernel in the dump directory."""
   capability = GPUS[gpu][1]
   architecture = f"sm_{capability}" + "a" * (capability in (90, 100, 120))
   shared = {}
@@ -150,7 +151,7 @@ def _triton_kernels(gpu: str) -> list[tuple[int, int, int]]:
 
 
 def rows(gpu: str) -> Iterator[tuple]:
-  """The cells of each row of the table."""
+  """Yields the cells of each row of the table for a GPU."""
   for dtype in (jnp.bfloat16, jnp.float32):
     for width in (32, 64, 128, 256):
       form = ", ".join(map(str, triton.choose_form(GPUS[gpu][1], jnp.dtype(dtype), width)))

@@ -1,18 +1,18 @@
-"""The op beside other people's attention: wall-clock time, forward and forward + backward.
+"""Times the linear attention op and other people's attention: wall-clock time, forward and forward + backward.
 
     python -m benchmarks.linear_attention [--shapes=BxTxHxGxD,...] [--peers=false] [--budget=2] [--output=DIR]
 
-Who runs is in `benchmarks/contestants.py`; of them those that are installed and serve the device enter, all on the same
-random inputs. On a CPU they compute in float32 with the same number of threads, on a GPU in bfloat16.
+`benchmarks/contestants.py` lists the contestants; those that are installed and run on the device take part, all on the
+same random inputs. On a CPU they compute in float32 with the same number of threads, on a GPU in bfloat16.
 
-Outputs are compared before anything is timed. Forward + backward gives the output and the gradients of q, k and v for a
-given cotangent of the output. The contestants of a cell take turns; the table shows medians of wall-clock time, so
-nothing else should be running. On a GPU one turn is as many calls as take 20 milliseconds, and is waited for at its
-end. A cell is given up ("-") where one run is expected to take longer than four times the budget, judging by half the
-length.
+Outputs are compared before anything is timed. Forward + backward computes the output, and the gradients of q, k and v
+for a given cotangent of the output. The contestants of a cell take turns; the table shows medians of wall-clock time,
+so nothing else should run on the machine. On a GPU a turn is as many calls as take 20 milliseconds, with one
+synchronisation at the end. A cell is skipped ("-") where a call is expected to take longer than four times the budget,
+extrapolated from half the length.
 
-"of the copy" and "of the product" hold the bytes and FLOPs that the op cannot do without (`Shape.floor`) against a copy
-of a large array and a large matrix product, both measured in the same run.
+The columns "of the copy" and "of the product" divide the least time for the bytes and FLOPs of the op (`Shape.floor`),
+at the speeds of a copy of a large array and of a large matrix product measured in the same run, by the time of the op.
 
 Writes linear_attention_<device>.json and a plot beside it.
 """
@@ -44,29 +44,30 @@ import matplotlib.pyplot as plt
 from supra_jax.core.plain_json import to_json
 
 _SHAPES = flags.DEFINE_list("shapes", [], "BxTxHxGxD: rows, tokens, heads, key/value heads, width. Default: by device.")
-_PEERS = flags.DEFINE_bool("peers", True, "Whether others than ours run.")
-_BUDGET = flags.DEFINE_float("budget", 2.0, "Timed seconds for a contestant and cell, beyond three turns.")
+_PEERS = flags.DEFINE_bool("peers", True, "Whether to time other people's implementations too.")
+_BUDGET = flags.DEFINE_float("budget", 2.0, "Seconds to time a contestant in a cell for; at least three turns.")
 _OUTPUT = flags.DEFINE_string("output", "benchmarks/results", "Directory of the JSON and the plot.")
 
 LENGTHS = (512, 1024, 2048, 4096, 8192, 16384)
 SHAPES = {
   "cpu": [Shape(1, tokens, heads, heads, width) for heads, width in ((9, 64), (8, 128)) for tokens in LENGTHS],
-  # Ours, those that pytorch/helion publishes for flash-linear-attention and itself, and a series of lengths.
+  # Heads of Llama-2-7B and Mistral-7B; shapes that pytorch/helion publishes for flash-linear-attention and itself; a
+  # series of lengths.
   "gpu": [
     *(Shape(batch, tokens, 32, groups, 128) for batch, tokens in ((8, 2048), (1, 32768)) for groups in (32, 8)),
     *(Shape(*x, 128) for x in ((1, 8192, 96, 96), (2, 16384, 16, 16), (4, 2048, 16, 16), (4, 4096, 64, 64))),
     *(Shape(1, tokens, 16, 16, 64) for tokens in LENGTHS),
   ],
 }
-OURS = {"cpu": ("chunked_xla",), "gpu": ("triton", "mosaic_gpu", "chunked_xla")}  # the first one is what ratios are of
+OURS = {"cpu": ("chunked_xla",), "gpu": ("triton", "mosaic_gpu", "chunked_xla")}  # ratios are to the first
 MIN_TURNS, MAX_TURNS = 3, 25
-GPU_TURN = 0.02
-# Contestants with decays of their own, and none.
+GPU_TURN = 0.02  # seconds of a turn on a GPU
+# Contestants whose outputs differ: those with decays of their own, and SDPA, which is another op.
 OTHER_RESULTS = ("fla retention", "fla lightning", "SDPA")
 
 
 def check_same_op(names: list[str], shape: Shape) -> None:
-  """Raises AssertionError where contestants do not compute the same."""
+  """Raises AssertionError if the outputs of contestants differ, other than those of OTHER_RESULTS."""
   inputs, wanted, tolerance = make_inputs(shape), None, 2e-2 if is_gpu() else 1e-4
   for name in names:
     if name in OTHER_RESULTS:
@@ -85,9 +86,14 @@ def check_same_op(names: list[str], shape: Shape) -> None:
 
 
 def turn(run: Run, calls: int = 1, *, settle: bool = True) -> tuple[float, float]:
-  """(wall, process) seconds of a call. The pause lets the worker threads of the other library go to sleep.
+  """Times a call: (wall-clock seconds, CPU seconds of the process), means over `calls`.
 
-  An untimed call before it lets caches and allocator settle after the other contestants' turns.
+  A pause before it lets the worker threads of the other library go to sleep.
+
+  Args:
+    run: the call.
+    calls: number of calls to time together.
+    settle: whether to make an untimed call first, so that caches and allocator settle after other contestants' turns.
   """
   start, wait = run
   time.sleep(0.005)
@@ -101,18 +107,18 @@ def turn(run: Run, calls: int = 1, *, settle: bool = True) -> tuple[float, float
 
 
 def best_setting(name: str, inputs: Inputs, mode: str):
-  """Of the contestant's settings the fastest one."""
+  """Returns the fastest setting of a contestant, for these inputs and this mode."""
   make, settings = CONTESTANTS[name].make, CONTESTANTS[name].settings
   times = {}
   for setting in settings if len(settings) > 1 else ():
     run = make(inputs, setting)[mode]
-    first = turn(run, settle=False)[0]  # all that the longest lengths can afford
+    first = turn(run, settle=False)[0]  # one call has to do where it takes over a second
     times[setting] = min(turn(run)[0] for _ in range(3)) if first < 1 else first
   return min(times, key=lambda setting: times[setting], default=settings[0])
 
 
 def time_cell(shape: Shape, mode: str, names: list[str]) -> dict[str, dict]:
-  """Medians of each contestant for one shape and mode."""
+  """Returns {contestant: median seconds, CPU seconds, and how they were measured} for one shape and mode."""
   inputs = make_inputs(shape)
   runs, cell, calls = {}, {}, {}
   for name in names:
@@ -136,7 +142,7 @@ def time_cell(shape: Shape, mode: str, names: list[str]) -> dict[str, dict]:
 
 
 def measure_ceilings() -> dict[str, float]:
-  """Bytes/s of a copy, and FLOP/s of a matrix product in the dtype of the contestants; the best of several."""
+  """Measures bytes/s of a copy and FLOP/s of a matrix product, in the dtype of the contestants; best of five."""
   size, dtype = (16384, jnp.bfloat16) if is_gpu() else (4096, jnp.float32)
   x = jnp.ones((size, size), dtype)
 
@@ -170,7 +176,7 @@ def _lines(shape: Shape, cells: dict[str, dict], ceilings: dict[str, float], ite
 
 
 def _plot(rows: list[dict], path: Path, title: str) -> None:
-  """A panel for each shape of which there are several lengths."""
+  """Plots time against length, with a panel for each shape that has several lengths."""
   series: dict[tuple, list[dict]] = {}
   for row in rows:
     batch, _, *rest = row["shape"]
@@ -241,7 +247,7 @@ def main(_) -> None:
     for shape in sorted(shape for shape in shapes if shape._replace(tokens=0) == series):
       cells = {}
       for mode in MODES:
-        # Others get four times as slow, or close to it, when the length doubles.
+        # Peers take up to four times as long when the length doubles.
         entrants = [name for name in names if name in OURS[kind] or 4 * last[mode][name] <= 4 * _BUDGET.value]
         cells[mode] = time_cell(shape, mode, entrants)
         last[mode] = {name: cells[mode][name]["seconds"] if name in cells[mode] else np.inf for name in names}

@@ -1,4 +1,4 @@
-"""The machine that a benchmark ran on."""
+"""Describes the machine that a benchmark runs on."""
 
 import os
 import platform
@@ -10,13 +10,13 @@ import jax
 
 
 def described() -> dict[str, Any]:
-  """What a result was measured on, for JSON."""
+  """Returns device, CPU cores, and versions of Python and jax, for the JSON of a result."""
   device = cpu_name() if jax.default_backend() == "cpu" else jax.devices()[0].device_kind
   return {"device": device, "cores": os.cpu_count(), "python": platform.python_version(), "jax": jax.__version__}
 
 
 def cpu_name() -> str:
-  """The CPU's name and, where the system tells them, family and model: rented CPUs often hide the rest."""
+  """Returns the CPU's name, with family and model if the system has them, since rented CPUs often hide their name."""
   try:
     info = Path("/proc/cpuinfo").read_text()
     name, family, model = (

@@ -1,10 +1,10 @@
-"""Zero-shot multiple-choice accuracy of a model, with the prompts and metrics of lm-evaluation-harness.
+"""Measures zero-shot multiple-choice accuracy of a model, with the prompts and metrics of lm-evaluation-harness.
 
     python -m benchmarks.multiple_choice --checkpoint=DIR --data=DIR [--samples=FILE.json] [--output=FILE.json]
 
-`--data` holds `TASK/SPLIT.jsonl` of the official sets (the functions below name the keys they read); `--samples` is a
-JSON object `{TASK: [row, ...]}` that restricts each task to those rows. `acc` takes the likeliest answer, `acc_norm`
-the one with the highest log-likelihood a character.
+`--data` holds `TASK/SPLIT.jsonl` of the official data sets; the functions below name the keys that they read.
+`--samples` is a JSON object `{TASK: [row, ...]}` that restricts each task to those rows. `acc` takes the likeliest
+answer, `acc_norm` the answer with the highest log-likelihood per character.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from supra_jax.bin.entry import run
 from supra_jax.core.plain_json import to_json
 from supra_jax.evaluation.likelihood import loglikelihoods
 
-_CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Model directory.", required=True)
-_DATA = flags.DEFINE_string("data", None, "Directory of TASK/SPLIT.jsonl.", required=True)
-_SAMPLES = flags.DEFINE_string("samples", None, "JSON object: task -> rows to evaluate. Default: all rows.")
-_OUTPUT = flags.DEFINE_string("output", None, "Where to write the table as JSON.")
+_CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Model directory to evaluate.", required=True)
+_DATA = flags.DEFINE_string("data", None, "Directory of the data sets, TASK/SPLIT.jsonl.", required=True)
+_SAMPLES = flags.DEFINE_string("samples", None, "JSON file {task: [row, ...]} of rows to evaluate. Default: all rows.")
+_OUTPUT = flags.DEFINE_string("output", None, "JSON file to write the table to.")
 
-Item = tuple[list[tuple[str, str]], int]  # (context, continuation) of each answer, and which is right
+Item = tuple[list[tuple[str, str]], int]  # ((context, continuation) of each answer, index of the right answer)
 
 
 def _hellaswag(row: dict) -> Item:
@@ -59,13 +59,13 @@ TASKS: dict[str, tuple[str, Callable[[dict], Item]]] = {
 
 
 def evaluate_task(lm: supra_jax.LM, items: list[Item]) -> dict[str, float | int]:
-  """Accuracies over the items, and the standard error of `acc`."""
+  """Returns the number of items `n`, the accuracies `acc` and `acc_norm`, and the standard error of `acc`."""
   assert lm.tokenizer is not None
   requests = []
   for answers, _ in items:
     for context, continuation in answers:
       context_ids = lm.tokenizer.encode(context)
-      # Encoded together, so that the seam is tokenised as in running text.
+      # Encoded together with its context, so that the seam is tokenised as in running text.
       requests.append((context_ids, lm.tokenizer.encode(context + continuation)[len(context_ids) :]))
   scores = iter(score for score, _ in loglikelihoods(lm, requests))
   right, right_norm = [], []

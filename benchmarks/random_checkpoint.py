@@ -1,4 +1,4 @@
-"""Random checkpoints of any size, written a tensor at a time; for benchmarks too."""
+"""Writes random Hugging Face checkpoints of any size, one tensor at a time; for tests and benchmarks."""
 
 from pathlib import Path
 
@@ -9,10 +9,16 @@ from supra_jax.core.plain_json import to_json
 
 
 def write(directory: Path, **config) -> Path:
-  """Makes a directory with a Llama or Mistral in bfloat16; the numbers are normal, and repeat.
+  """Makes a directory with a Llama or Mistral in bfloat16, config.json and model.safetensors, and no tokenizer.
+
+  The weights are 2^22 normal numbers with standard deviation 0.02, repeated.
+
+  Args:
+    directory: directory to make.
+    **config: keys of config.json.
 
   Returns:
-    The file with the weights.
+    Path of the file with the weights.
   """
   directory.mkdir()
   (directory / "config.json").write_text(to_json({"rms_norm_eps": 1e-5, "tie_word_embeddings": False} | config))

@@ -1,4 +1,4 @@
-"""Runs of the real binary, in one process or several, with as many devices as a test wants; for benchmarks too."""
+"""Starts `supra_jax.bin.train` in one process or several, with any number of fake devices; for tests and benchmarks."""
 
 from __future__ import annotations
 
@@ -23,7 +23,13 @@ ROOT = Path(__file__).parent.parent
 
 
 def make_config(start: Path, text: str | Path, **changes) -> TrainConfig:
-  """A run that takes seconds; `data` and `optimizer` may change in part."""
+  """Makes the config of a run that takes seconds.
+
+  Args:
+    start: model directory to start from.
+    text: text to pack, as `data.text.find_files` takes it.
+    **changes: fields to change; `data` and `optimizer` are dicts of their fields to change.
+  """
   values = {
     "init_checkpoint": str(start),
     "data": {"input": str(text), "sequence_length": 64, "heldout_every": 6, "heldout_rows": 8},
@@ -40,13 +46,13 @@ def make_config(start: Path, text: str | Path, **changes) -> TrainConfig:
 
 
 def losses(workdir: Path) -> dict[int, float]:
-  """Step -> loss, as far as it is written."""
+  """Returns {step: loss} of the losses written so far."""
   path = workdir / "metrics.jsonl"
   return {r["step"]: r["loss"] for r in read_metrics(path) if "loss" in r} if path.exists() else {}
 
 
 def positions(workdir: Path) -> dict[int, int]:
-  """Step -> rows read before it, of each training state on disk."""
+  """Returns {step: number of rows read up to that step} of the training states on disk."""
   return {
     int(path.parent.parent.name): json.loads(path.read_text())["global_next_index"]
     for path in (workdir / "training").glob("[0-9]*/position/metadata")
@@ -55,7 +61,7 @@ def positions(workdir: Path) -> dict[int, int]:
 
 
 def cache_environment(directory: Path) -> dict[str, str]:
-  """Environment of a process that keeps its compiled programs there, and finds those that others kept."""
+  """Environment variables that make a process read and write compiled programs in a directory."""
   return {"JAX_COMPILATION_CACHE_DIR": str(directory), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
 
 
@@ -65,10 +71,10 @@ def devices_environment(number: int) -> dict[str, str]:
 
 
 class Run:
-  """`supra_jax.bin.train` as it is typed, started; what it says is collected.
+  """A run of `supra_jax.bin.train` on its command line, whose output is collected.
 
   Attributes:
-    processes: of the run.
+    processes: the processes of the run.
   """
 
   def __init__(
@@ -81,15 +87,16 @@ class Run:
     cache: Path | None = None,
     recipe: Path | None = None,
   ):
-    """Starts it.
+    """Starts the run.
 
     Args:
-      config: written as a recipe.
-      workdir: of the run.
-      *flags: more of the command line.
-      processes, devices: how many, and how many fake ones each has.
-      cache: directory of compiled programs, which later runs need not compile.
-      recipe: where it is written; None is beside the workdir.
+      config: config of the run, which is written to a recipe.
+      workdir: directory of the run.
+      *flags: further flags.
+      processes: number of processes.
+      devices: number of fake CPU devices of each process.
+      cache: directory of compiled programs, shared with other runs.
+      recipe: file to write the recipe to; None means a file beside the workdir.
     """
     recipe = recipe or Path(f"{workdir}_recipe.py")
     recipe.parent.mkdir(parents=True, exist_ok=True)
@@ -118,7 +125,7 @@ class Run:
     ]
     for process in self.processes:
       lines: list[str] = []
-      # Read as it comes: a full pipe would stop the process.
+      # Read while the process runs, since a full pipe would stop it.
       reader = threading.Thread(target=lines.extend, args=(process.stdout,), daemon=True)
       reader.start()
       self._said.append(lines)
@@ -126,31 +133,31 @@ class Run:
 
   @property
   def said(self) -> str:
-    """What all processes printed so far."""
+    """All that the processes have printed so far."""
     return "".join("".join(lines) for lines in self._said)
 
   def until(self, happened: Callable[[], bool], seconds: float = 240) -> None:
-    """Waits until something happened; it has to while all processes live."""
+    """Waits until `happened()` is true; fails if a process ends first, or after `seconds`."""
     end = time.monotonic() + seconds
     while not happened():
       if any(process.poll() is not None for process in self.processes):
-        # What one of them did last may not have been read yet.
+        # The last output of the process may not have been read yet.
         time.sleep(1)
         assert happened(), self.said
       assert time.monotonic() < end, self.said
       time.sleep(0.01)
 
   def until_step(self, workdir: Path, step: int) -> None:
-    """Waits until the loss of a step is written."""
+    """Waits until the loss of step `step` is written."""
     self.until(lambda: max(losses(workdir), default=0) >= step)
 
   def send(self, number: signal.Signals, *which: int) -> None:
-    """Sends a signal to some of the processes; to all if none is named."""
+    """Sends a signal to the processes with the indices `which`, or to all if there are none."""
     for process in [self.processes[index] for index in which] if which else self.processes:
       process.send_signal(number)
 
   def wait(self, seconds: float = 300) -> list[int]:
-    """Waits for the end, kills what has none, and returns exit statuses."""
+    """Waits for the processes to end, kills those that have not after `seconds`, and returns the exit statuses."""
     end = time.monotonic() + seconds
     try:
       for process in self.processes:
@@ -163,18 +170,18 @@ class Run:
     return [process.returncode for process in self.processes]
 
   def finish(self, seconds: float = 300) -> str:
-    """Waits for a good end and returns what was said."""
+    """Waits for the processes, checks that all succeeded, and returns what they printed."""
     assert self.wait(seconds) == [0] * len(self.processes), self.said
     return self.said
 
 
 def importable() -> dict[str, str]:
-  """Environment of a process that finds this project's packages from any working directory."""
+  """Environment variables with which a process finds this project's packages from any working directory."""
   return os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])}
 
 
 def free_port() -> int:
-  """A port of this machine that nothing listens at."""
+  """Returns the number of a free TCP port."""
   with socket.socket() as probe:
     probe.bind(("localhost", 0))
     return probe.getsockname()[1]

@@ -1,9 +1,9 @@
-"""A small transformer of our own, for longer curves of `benchmarks.tokens_to_quality` than a real model allows a CPU.
+"""Trains a small transformer, for longer curves of `benchmarks.tokens_to_quality` than a CPU can measure on a real one.
 
     python -m benchmarks.small_teacher --input=TEXT --workdir=DIR [--num_steps=6000]
 
-A byte-level BPE of 2,048 tokens is made from the text, the text is packed with it (`DIR/data`), and a Llama of 1.3
-million parameters is trained on it from nothing (`DIR/run/checkpoint`). The same command goes on where it stopped.
+Trains a byte-level BPE tokenizer of 2,048 tokens on the text, packs the text with it (`DIR/data`), and trains a Llama
+of 1.3 million parameters from scratch (`DIR/run/checkpoint`). The same command resumes a killed benchmark.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from supra_jax.training.config import DataConfig, TrainConfig
 from supra_jax.training.loop import train
 from supra_jax.training.optimizer import OptimizerConfig
 
-LENGTH, ROWS = 128, 32
+LENGTH, ROWS = 128, 32  # tokens of a row, rows of a batch
 CONFIG = ModelConfig(
   vocab_size=2048,
   hidden_size=128,
@@ -43,7 +43,11 @@ CONFIG = ModelConfig(
 
 
 def make_tokenizer(pattern: str, megabytes: int = 20) -> bytes:
-  """A tokenizer.json of the first megabytes of a text, files taking turns."""
+  """Trains a tokenizer on the first `megabytes` million characters of a text, reading its files in turn.
+
+  Returns:
+    Contents of a tokenizer.json.
+  """
   texts, characters = [], 0
   for text in documents_in_turns(pattern):
     texts.append(text)
@@ -83,7 +87,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-  _INPUT = flags.DEFINE_string("input", None, "Text, as prepare_data takes it.", required=True)
-  _WORKDIR = flags.DEFINE_string("workdir", None, "Where everything goes.", required=True)
-  _NUM_STEPS = flags.DEFINE_integer("num_steps", 6000, f"Of {ROWS} rows of {LENGTH} tokens.", lower_bound=1)
+  _INPUT = flags.DEFINE_string("input", None, "Text to train on, as prepare_data takes it.", required=True)
+  _WORKDIR = flags.DEFINE_string("workdir", None, "Directory that everything is written to.", required=True)
+  _NUM_STEPS = flags.DEFINE_integer("num_steps", 6000, f"Steps of {ROWS} rows of {LENGTH} tokens.", lower_bound=1)
   run(main)

@@ -1,12 +1,12 @@
-"""How many tokens, and how many seconds, a linearised model needs for its quality: one curve a way to begin.
+"""Measures held-out loss of linearised models against tokens and seconds of training: one curve per start.
 
     python -m benchmarks.tokens_to_quality --teacher=DIR --data=DIR --workdir=DIR [--methods=random,calibrated_32k] \
       [--seeds=0,1,2] [--num_steps=60] [--batch_size=2]
 
-`--data` is what `supra_jax.bin.prepare_data` packed, with held-out text. Every run uses `supra_jax.training.loop`
-with AdamW on a cosine of its own length; a killed benchmark goes on where it was. Tokens that the teacher reads too, in
-calibration and where it is distilled from, are counted twice. Writes a table, JSON and two plots, against tokens and
-seconds.
+`--data` is a directory that `supra_jax.bin.prepare_data` packed, with held-out text. Every run is trained by
+`supra_jax.training.loop` with AdamW and a cosine schedule of its own length. A killed benchmark resumes. Tokens that
+the teacher reads too, in calibration and distillation, count twice. Writes a table, JSON, and two plots, against tokens
+and against seconds.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ from supra_jax.training.setup import heldout_nll
 
 @dataclasses.dataclass(frozen=True)
 class Method:
-  """A way to begin, and to go on.
+  """A way to linearise and to uptrain.
 
   Attributes:
-    start: how the layers begin; calibration's text and seed are filled in.
-    learning_rate: of the uptraining.
-    share: of the benchmark's steps that it takes.
-    stages: of the `TrainConfig`; those that a teacher is for have it.
-    end_learning_rate: where the cosine ends; the learning rate itself makes it constant.
+    start: start of the layers; text and seed of a calibration are filled in later.
+    learning_rate: peak learning rate of the uptraining.
+    share: number of steps as a fraction of --num_steps.
+    stages: fields of the `TrainConfig` to change; `distill_from` is filled in for those that need a teacher.
+    end_learning_rate: learning rate at the end of the cosine; equal to `learning_rate` it makes the rate constant.
   """
 
   start: Start
@@ -56,12 +56,12 @@ class Method:
 
 SLOW: dict[str, Any] = {"new_weights_rate": 0.1}
 METHODS = {
-  # The paper's.
+  # The paper's start.
   "random": Method(Random(), 1e-3),
   "random_3e-4": Method(Random(), 3e-4),
   "random_2e-3": Method(Random(), 2e-3),
   "identity": Method(Identity(), 1e-3),
-  # In a tenth of the tokens.
+  # Calibrated starts, the first few with about a tenth of the tokens.
   "calibrated_512": Method(Calibrated(tokens=512), 1e-4, share=0.1),
   "calibrated_2k": Method(Calibrated(tokens=2048), 1e-4, share=0.1),
   "calibrated_4k": Method(Calibrated(tokens=4096), 1e-4, share=0.09),
@@ -71,8 +71,8 @@ METHODS = {
   "calibrated_32k_3e-4": Method(Calibrated(tokens=32768), 3e-4),
   "calibrated_32k_3e-5": Method(Calibrated(tokens=32768), 3e-5),
   "calibrated_131k": Method(Calibrated(tokens=131072), 1e-4),
-  # Softmax over the last tokens and the first ones stays; what is new learns at a tenth of the rate, at all of it, or
-  # never.
+  # Softmax over the last and the first tokens stays; the new weights train at a tenth of the learning rate, at the full
+  # rate, or not at all.
   "window": Method(Window(), 1e-4, share=0.1, stages=SLOW),
   "window_half": Method(Window(), 1e-4, share=0.5, stages=SLOW),
   "window_3e-5": Method(Window(), 3e-5, share=0.1, stages=SLOW),
@@ -96,7 +96,7 @@ METHODS = {
 
 
 def read_by_teacher(config: TrainConfig, trained: int) -> int:
-  """Of the tokens that a run has trained on, those that the teacher read too."""
+  """Number of tokens that the teacher has read in a run that has trained on `trained` tokens."""
   if not config.distill_from:
     return 0
   if config.distill_weight or config.distill_hidden:
@@ -105,7 +105,11 @@ def read_by_teacher(config: TrainConfig, trained: int) -> int:
 
 
 def one_run(name: str, seed: int, config: TrainConfig, workdir: Path) -> dict[str, Any]:
-  """Linearises and uptrains once: seconds, and [tokens, seconds, held-out loss] of each evaluation."""
+  """Linearises and uptrains once, unless an earlier call did.
+
+  Returns:
+    The fields of `experiments.demo.Run` as a dict, with points [tokens, seconds, held-out loss], and the seed.
+  """
   method, directory = METHODS[name], workdir / f"{name}-{seed}"
   result = directory / "result.json"
   if result.exists():
@@ -140,7 +144,7 @@ def one_run(name: str, seed: int, config: TrainConfig, workdir: Path) -> dict[st
 
 
 def table(methods: dict[str, list[dict[str, Any]]]) -> str:
-  """Mean held-out losses of all seeds, and their range, before training, in the middle and at the end."""
+  """Formats held-out losses before training, in the middle and at the end: means over seeds, and ranges."""
   lines = ["| start | tokens before | loss before | half of the steps | all steps |", "| --- | --- | --- | --- | --- |"]
   for name, runs in methods.items():
     count = len(runs[0]["points"])
@@ -153,7 +157,7 @@ def table(methods: dict[str, list[dict[str, Any]]]) -> str:
 
 
 def in_a_tenth(methods: dict[str, list[dict[str, Any]]], slow: str) -> str:
-  """What `slow` has after each number of tokens, and the best that any other has after at most a tenth of them."""
+  """Compares the loss of method `slow` after N tokens with the best loss of any other method after at most N / 10."""
 
   def means(name: str) -> list[tuple[float, float]]:
     curves = [run["points"] for run in methods[name]]
@@ -169,7 +173,10 @@ def in_a_tenth(methods: dict[str, list[dict[str, Any]]], slow: str) -> str:
 
 
 def by_seconds(runs: list[dict[str, Any]]) -> list[list[tuple[float, float]]]:
-  """(seconds, loss) of each run, at the seconds of the quickest: what ran beside them is all that seeds differ in."""
+  """Returns the points (seconds, loss) of each run, with the seconds of the fastest run.
+
+  Runs with other seeds do the same work, so that differences in seconds come from other load on the machine.
+  """
   quickest = [min(point[1] for point in at) for at in zip(*(run["points"] for run in runs), strict=True)]
   return [[(s, point[2]) for s, point in zip(quickest, run["points"], strict=True)] for run in runs]
 
@@ -224,14 +231,16 @@ def main() -> None:
 
 if __name__ == "__main__":
   _TEACHER = flags.DEFINE_string("teacher", None, "Model directory of the transformer.", required=True)
-  _DATA = flags.DEFINE_string("data", None, "Packed text: train and heldout.", required=True)
-  _WORKDIR = flags.DEFINE_string("workdir", None, "Where runs lie; a second call goes on.", required=True)
-  _METHODS = flags.DEFINE_list("methods", ["random", "calibrated_32k"], f"Of {', '.join(METHODS)}.")
-  _SEEDS = flags.DEFINE_list("seeds", ["0", "1", "2"], "Of phi, and of the order of the text.")
-  _NUM_STEPS = flags.DEFINE_integer("num_steps", 60, "Of each run.", lower_bound=1)
-  _RATE_SCALE = flags.DEFINE_float("rate_scale", 1.0, "Of the methods' learning rates, which are SmolLM2's.")
-  _BATCH_SIZE = flags.DEFINE_integer("batch_size", 2, "Rows a step.", lower_bound=1)
-  _HELDOUT_ROWS = flags.DEFINE_integer("heldout_rows", 24, "To evaluate on.", lower_bound=1)
-  _DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of the computation.")
-  _OUTPUT = flags.DEFINE_string("output", "benchmarks/results/tokens_to_quality", "JSON and plots, without the suffix.")
+  _DATA = flags.DEFINE_string("data", None, "Packed text, with its parts train and heldout.", required=True)
+  _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the runs; a benchmark resumes.", required=True)
+  _METHODS = flags.DEFINE_list("methods", ["random", "calibrated_32k"], f"Methods to run, of {', '.join(METHODS)}.")
+  _SEEDS = flags.DEFINE_list("seeds", ["0", "1", "2"], "Seeds of phi and of the order of the text.")
+  _NUM_STEPS = flags.DEFINE_integer("num_steps", 60, "Steps of a run of the full length.", lower_bound=1)
+  _RATE_SCALE = flags.DEFINE_float(
+    "rate_scale", 1.0, "Multiplier of the peak learning rates, which were chosen for SmolLM2."
+  )
+  _BATCH_SIZE = flags.DEFINE_integer("batch_size", 2, "Rows of a batch.", lower_bound=1)
+  _HELDOUT_ROWS = flags.DEFINE_integer("heldout_rows", 24, "Held-out rows to evaluate on.", lower_bound=1)
+  _DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Dtype of the computation.")
+  _OUTPUT = flags.DEFINE_string("output", "benchmarks/results/tokens_to_quality", "JSON and plots to write, no suffix.")
   run(main)

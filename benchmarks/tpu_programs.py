@@ -1,12 +1,12 @@
-"""Compiles the TPU kernels to machine code for TPUs that are not here.
+"""Compiles the TPU kernels to machine code for TPUs that are not here, and reports the memory that they need.
 
     pip install libtpu
     python -m benchmarks.tpu_programs [--topologies=v4:2x2x1,v5e:2x2,v5p:2x2x1,v6e:2x2,tpu7x:2x2x1] [--markdown=FILE]
 
-A row is one device and shape: forward and gradient with segments and lengths, bfloat16 and float32, compiled ahead of
-time by libtpu, for operands [B, T, heads * width] as projections make them. "Temporaries" is what the program needs
-beyond operands and results, by the compiler's own analysis; a kernel that needs more on-chip memory than there is fails
-to compile.
+A row of the table is one device and shape: forward and gradient with segments and lengths, in bfloat16 and float32,
+compiled ahead of time by libtpu, for operands [B, T, heads * width] as projections produce them. "Temporaries" are the
+bytes that the program needs beyond operands and results, by the compiler's own analysis. A kernel that needs more
+on-chip memory than the TPU has fails to compile.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-# Read when jax is imported: no TPU is to be looked for.
+# Set before jax is imported, which reads them: libtpu must not search for a TPU.
 os.environ |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1"}
 
 import jax
@@ -25,10 +25,12 @@ from jax.sharding import AbstractDevice, AbstractMesh, AxisType, Mesh, NamedShar
 
 from kernels_pallas import linear_attention
 
-_TOPOLOGIES = flags.DEFINE_list("topologies", ["v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1"], "Names.")
-_MARKDOWN = flags.DEFINE_string("markdown", "", "Also writes the table here.")
+_TOPOLOGIES = flags.DEFINE_list(
+  "topologies", ["v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1"], "TPU topologies to compile for."
+)
+_MARKDOWN = flags.DEFINE_string("markdown", "", "File to write the table to, besides printing it.")
 
-# (batch, tokens, heads, groups, width): aligned and not, heads that go together in ones, twos and all.
+# (batch, tokens, heads, groups, width): aligned and unaligned sizes; one to eight heads per key/value head.
 SHAPES = (
   (1, 2048, 8, 8, 128),
   (1, 2000, 9, 3, 64),
@@ -40,7 +42,13 @@ SHAPES = (
 
 
 def compile_for(topology: str, dtype, shape: tuple[int, ...]):
-  """The compiled program of forward and gradient."""
+  """Compiles forward and gradient for the first device of a topology.
+
+  Args:
+    topology: name of the topology.
+    dtype: dtype of q, k, v and the output.
+    shape: (batch, tokens, heads, groups, width).
+  """
   devices = topologies.get_topology_desc(topology_name=topology, platform="tpu").devices[:1]
   sharding = NamedSharding(Mesh(devices, ("x",)), PartitionSpec())
   batch, tokens, heads, groups, width = shape

@@ -1,30 +1,32 @@
-"""A whole optimizer step beside torch's: the RNN here, the softmax transformer of the same shape there.
+"""Times a whole optimizer step: our RNN, and torch's softmax transformer of the same shape.
 
     python -m benchmarks.train_step [--tokens=512,2048,8192] [--remat=none,none,matmuls] [--peers=torch,torch.compile]
 
 A step is forward, cross-entropy over the whole vocabulary, backward, clipping and AdamW, on one row of T tokens.
-Weights are random, as time does not depend on them. Contestants:
+Weights are random, since the time does not depend on them. Contestants:
 
 - `supra_jax`: `TrainStep`, all layers SUPRA, stacked and scanned, as `supra_jax.bin.train` runs it.
-- `torch`: transformers' LlamaForCausalLM, what is linearised, with scaled_dot_product_attention. Of fused and foreach
-  AdamW the faster one counts, and of the loss from all logits at once and torch's chunked linear_cross_entropy.
-- `torch.compile`: the same with model and loss compiled; all logits at once, since compilation stops at the other.
+- `torch`: transformers' LlamaForCausalLM, the kind of model that is linearised, with scaled_dot_product_attention. The
+  faster of fused and foreach AdamW counts, and the faster of two losses: from all logits at once, or torch's chunked
+  linear_cross_entropy.
+- `torch.compile`: the same with model and loss compiled, and all logits at once, since compilation stops at
+  linear_cross_entropy.
 
-On a CPU all compute in float32, on a GPU in bfloat16 from float32 master weights. `--remat` is `Transformer`'s, one for
-all lengths or one a length: the least that fits is the fastest. With `none` torch keeps everything, with `block` it
-recomputes whole layers, with `matmuls` all but products and attention.
+All compute in float32 on a CPU, and in bfloat16 from float32 master weights on a GPU. `--remat` is that of
+`Transformer`, one for all lengths or one per length: the least rematerialisation that fits is the fastest. With `none`
+torch keeps all activations, with `block` it recomputes whole layers, with `matmuls` all but products and attention.
 
 Each contestant and length has a process of its own, one after another, with the same number of threads and the same
-allocator: huge pages, and what is freed stays with the process, which spares both the page faults of a step's large
-temporaries. It warms up, then measures itself: the median of wall-clock time, and its peak memory, resident or the
-GPU's. Nothing else should be running. Of a process that fails, for want of memory say, the table has a "-" and the JSON
-its last words.
+settings of the allocator: huge pages, and freed memory stays with the process, which saves both libraries the page
+faults of a step's large temporaries. A process warms up, then measures the median of wall-clock time and its peak
+memory, resident or of the GPU. Nothing else should run on the machine. For a process that fails, for lack of memory
+say, the table has a "-" and the JSON the end of its stderr.
 
-On a GPU, 7B-wide layers, as many as fit beside their optimizer state:
+On a GPU, layers as wide as those of a 7B model, as many as fit beside their optimizer state:
 
     python -m benchmarks.train_step --preset=mistral_7b --layers=-1 --remat=block --tokens=2048
 
-MFU is then by each contestant's own FLOPs (`supra_jax.model.costs`), of these layers and the vocabulary: nothing is
+MFU then counts each contestant's own FLOPs (`supra_jax.model.costs`) of these layers and the vocabulary: nothing is
 extrapolated to the whole model. This mode has not been run on a GPU yet.
 
 Writes train_step_<device>.json and a plot beside it.
@@ -58,31 +60,33 @@ from supra_jax.model.costs import PEAK_FLOPS, mfu, train_flops_per_token
 from supra_jax.model.presets import PRESETS
 from supra_jax.model.registry import layer
 
-_TOKENS = flags.DEFINE_list("tokens", ["512", "2048", "8192"], "Lengths T.")
-_PRESET = flags.DEFINE_enum("preset", "smollm2_135m", list(PRESETS), "Shape of the model.")
+_TOKENS = flags.DEFINE_list("tokens", ["512", "2048", "8192"], "Lengths T of the row, in tokens.")
+_PRESET = flags.DEFINE_enum("preset", "smollm2_135m", list(PRESETS), "Preset of the model's shape.")
 _LAYERS = flags.DEFINE_integer(
-  "layers", 0, "How many. 0: the preset's; -1: as many as fit into the GPU.", lower_bound=-1
+  "layers", 0, "Number of layers. 0: as the preset; -1: as many as fit into the GPU.", lower_bound=-1
 )
 _REMAT = flags.DEFINE_list("remat", ["none", "none", "matmuls"], "none, matmuls or block, for all lengths or each.")
 _PEERS = flags.DEFINE_list("peers", ["torch", "torch.compile"], "Contestants beside supra_jax; --peers= for none.")
-_BUDGET = flags.DEFINE_float("budget", 60.0, "Timed seconds for a contestant and length, beyond three steps.")
+_BUDGET = flags.DEFINE_float("budget", 60.0, "Seconds to time a contestant at a length for; at least three steps.")
 _OUTPUT = flags.DEFINE_string("output", "benchmarks/results", "Directory of the JSON and the plot.")
 _WORKER = flags.DEFINE_string("worker", "", "The contestant that this process runs; set by the benchmark itself.")
 
 WARMUP_STEPS, MIN_STEPS, MAX_STEPS = 2, 3, 25
-MEMORY_SHARE = 0.9  # of a GPU that layers are planned for: its allocator cannot use all pieces
-# glibc's; other C libraries pass over it. One arena, since others than the first cannot keep large pieces.
+MEMORY_SHARE = 0.9  # share of a GPU's memory to fill with layers, since the allocator loses some to fragmentation
+# Options of glibc's malloc; other C libraries ignore them. One arena, since only the first keeps large blocks.
 TUNABLES = {"arena_max": 1, "hugetlb": 1, "mmap_max": 0, "trim_threshold": 10**12}
 LEARNING_RATE, BETAS, WEIGHT_DECAY, CLIP_NORM = 3e-5, (0.9, 0.95), 0.1, 1.0
-# Takes a step and returns its loss. Beside it, what there is to say about it, and its peak of GPU memory.
+# (takes a step and returns its loss, facts for the table and JSON, returns the peak of GPU memory in bytes or None).
 Contestant = tuple[Callable[[], float], dict[str, Any], Callable[[], int | None]]
 
 
 def threads() -> int:
+  """Number of threads of each contestant: the CPUs that this process may use."""
   return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def our_step(config: ModelConfig, tokens: int, remat: str) -> Contestant:
+  """Makes a training step of supra_jax, with random weights and tokens."""
   import jax
   import numpy as np
 
@@ -137,6 +141,7 @@ def our_step(config: ModelConfig, tokens: int, remat: str) -> Contestant:
 
 
 def torch_step(config: ModelConfig, tokens: int, remat: str, *, compiled: bool = False) -> Contestant:
+  """Makes a training step of transformers' Llama with the shape of `config`, with random weights and tokens."""
   import torch
   import torch.nn.functional as F
   import transformers
@@ -195,7 +200,7 @@ def torch_step(config: ModelConfig, tokens: int, remat: str, *, compiled: bool =
     settle()
 
   compute_loss = losses[best_loss := _fastest(try_loss, losses)]
-  # On a GPU fused it is: two sets of moments might not fit.
+  # Only fused on a GPU, where the moments of two optimizers might not fit.
   best_adamw = _fastest(try_adamw, ["fused"] if gpu else ["fused", "foreach"])
   optimizers.clear()
   optimizer = adamw(best_adamw)
@@ -223,7 +228,7 @@ def torch_step(config: ModelConfig, tokens: int, remat: str, *, compiled: bool =
 
 
 def _keeping_products(torch: Any) -> Any:
-  """What torch's checkpoint asks for: of a layer it keeps the results of products and of attention."""
+  """`context_fn` of torch's checkpoint that keeps the results of a layer's products and attention."""
   aten = torch.ops.aten
   names = ("flash_attention_for_cpu", "flash_attention", "efficient_attention", "cudnn_attention")
   attentions = [getattr(aten, f"_scaled_dot_product_{name}").default for name in names]
@@ -242,7 +247,7 @@ def _with_layers(config: ModelConfig, layers: int) -> ModelConfig:
 
 
 def _fastest(run: Callable[[str], None], names: Iterable[str]) -> str:
-  """The name whose third run, when all is warm, takes the least time."""
+  """Returns the name whose third run, after two that warm up, takes the least time."""
   names, times = list(names), {}
   for _ in range(3 if len(names) > 1 else 0):
     for name in names:
@@ -253,7 +258,16 @@ def _fastest(run: Callable[[str], None], names: Iterable[str]) -> str:
 
 
 def measure(name: str, tokens: int, remat: str) -> dict[str, Any]:
-  """What a contestant's process says of itself."""
+  """Runs and measures a contestant in this process.
+
+  Args:
+    name: a key of CONTESTANTS.
+    tokens: T.
+    remat: what the backward pass recomputes.
+
+  Returns:
+    The row of the report, for JSON.
+  """
   config = PRESETS[_PRESET.value]("supra")
   began = time.perf_counter()
   config = _with_layers(config, _LAYERS.value) if _LAYERS.value > 0 else config
@@ -278,14 +292,14 @@ def measure(name: str, tokens: int, remat: str) -> dict[str, Any]:
 
 def _peak_resident_bytes() -> int:
   try:
-    # What getrusage says may be the parent's peak.
+    # Not getrusage, which may return the peak of the parent process.
     return 1024 * int(re.search(r"VmHWM:\s*(\d+)", Path("/proc/self/status").read_text())[1])
   except OSError:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def run_process(name: str, tokens: int, remat: str, layers: int) -> dict[str, Any]:
-  """`measure` in a process of its own."""
+  """Calls `measure` in a process of its own; {"failed": ...} if the process fails."""
   given = {"worker": name, "tokens": tokens, "remat": remat, "layers": layers}
   command = [sys.executable, "-m", "benchmarks.train_step", *sys.argv[1:], *(f"--{k}={v}" for k, v in given.items())]
   tunables = ":".join(f"glibc.malloc.{name}={value}" for name, value in TUNABLES.items())

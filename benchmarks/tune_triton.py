@@ -1,13 +1,13 @@
-"""Searches the forms of the Triton kernels, `kernels_pallas.triton.FORMS`, on the GPU that is here.
+"""Searches for the fastest block sizes (forms) of the Triton kernels on this GPU, for `kernels_pallas.triton.FORMS`.
 
     python -m benchmarks.tune_triton [--shapes=8x2048x32x128,1x32768x32x128] [--dtypes=bfloat16,float32] [--budget=0.2]
 
-For each shape, B x T x heads x width, and dtype, every form that compiles runs forward + backward; the table has the
-fastest ones, with medians of wall-clock time, and beside them the form that the library has now. A form with other
-results than `chunked_xla` is told, and left out: compilers have been wrong at some block sizes. Put the first row of a
+For each shape, B x T x heads x width, and dtype, every form that compiles runs forward + backward. The table has the
+fastest forms, with medians of wall-clock time, and the form that the library uses now. A form whose results differ from
+those of `chunked_xla` is reported and left out: compilers have been wrong at some block sizes. Put the first row of a
 table into FORMS if it wins by more than the spread.
 
-On a machine without a GPU kernels are interpreted, which says nothing about time but shows that the search works:
+On a machine without a GPU the kernels are interpreted, which shows that the search works and tells nothing about time:
 `--shapes=1x64x1x16`.
 """
 
@@ -25,10 +25,12 @@ from absl import app, flags
 
 from kernels_pallas import device, linear_attention, triton
 
-_SHAPES = flags.DEFINE_list("shapes", ["8x2048x32x128", "1x32768x32x128", "8x2048x32x64", "4x2048x16x256"], "BxTxHxD.")
-_DTYPES = flags.DEFINE_list("dtypes", ["bfloat16"], "Of q, k and v.")
-_BUDGET = flags.DEFINE_float("budget", 0.2, "Timed seconds a form, beyond five runs.")
-_SHOWN = flags.DEFINE_integer("shown", 5, "Rows of a table.")
+_SHAPES = flags.DEFINE_list(
+  "shapes", ["8x2048x32x128", "1x32768x32x128", "8x2048x32x64", "4x2048x16x256"], "BxTxHxD: rows, tokens, heads, width."
+)
+_DTYPES = flags.DEFINE_list("dtypes", ["bfloat16"], "Dtypes of q, k and v.")
+_BUDGET = flags.DEFINE_float("budget", 0.2, "Seconds to time a form for; at least five runs.")
+_SHOWN = flags.DEFINE_integer("shown", 5, "Fastest forms to show in a table.")
 
 CHUNKS, TILES, BLOCKS, WARPS, STAGES = (16, 32, 64, 128), (16, 32, 64, 128), (32, 64, 128), (4, 8), (1, 2, 3)
 MIN_RUNS, MAX_RUNS = 5, 200
@@ -36,14 +38,14 @@ TOLERANCE = {"bfloat16": 2e-2, "float32": 1e-4}
 
 
 def forms(width: int) -> Iterator[triton.Form]:
-  """All that are no larger than the operands."""
+  """Yields all forms whose tiles and blocks are no larger than the width of a head."""
   for form in itertools.starmap(triton.Form, itertools.product(CHUNKS, TILES, BLOCKS, WARPS, STAGES)):
     if form.key_tile <= max(width, TILES[0]) and form.block <= max(width, BLOCKS[0]):
       yield form
 
 
 def make_step(shape: tuple[int, ...], dtype: str, implementation: str):
-  """() -> output and gradients, compiled anew for whatever `choose_form` says now."""
+  """Makes a function of no arguments that returns output and gradients, compiled with the current `choose_form`."""
   batch, tokens, heads, width = shape
   rng = np.random.default_rng(0)
   q, k, v, d_output = (jnp.asarray(rng.standard_normal((batch, tokens, heads, width)), dtype) for _ in range(4))
@@ -61,6 +63,7 @@ def make_step(shape: tuple[int, ...], dtype: str, implementation: str):
 
 
 def median_seconds(step) -> float:
+  """Median wall-clock time of a step."""
   times: list[float] = []
   while len(times) < MIN_RUNS or (len(times) < MAX_RUNS and sum(times) < _BUDGET.value):
     began = time.perf_counter()
@@ -70,12 +73,14 @@ def median_seconds(step) -> float:
 
 
 def is_close(results, expected, tolerance: float) -> bool:
+  """Whether no array differs from the expected one by more than `tolerance` times its largest value."""
   pairs = zip(jax.tree.leaves(results), jax.tree.leaves(expected), strict=True)
   difference = [jnp.max(jnp.abs(x.astype(jnp.float32) - y)) / jnp.max(jnp.abs(y)) for x, y in pairs]
   return all(float(x) <= tolerance for x in difference)
 
 
 def search(shape: tuple[int, ...], dtype: str) -> None:
+  """Times all forms for a shape (B, T, heads, width) and prints the table."""
   known = triton.choose_form(device.gpu().capability, jnp.dtype(dtype), shape[3])
   expected = jax.tree.map(lambda x: x.astype(jnp.float32), make_step(shape, dtype, "chunked_xla")())
   times: dict[triton.Form, float] = {}

@@ -1,9 +1,10 @@
-"""The demo: SmolLM2-135M-Instruct becomes an RNN twice, in ten minutes on two CPU cores.
+"""The demo: makes SmolLM2-135M-Instruct an RNN from two starts, in ten minutes on two CPU cores.
 
     make demo
 
-This is the recipe of the one with a window; configs/demo_random.py is that from the paper's start. The schedules are
-their own: the paper's 1000 steps of warmup would move nothing in so few tokens. See BUILD_NOTES.md.
+This is the recipe of the run with a window of softmax attention; configs/demo_random.py is that of the run from the
+paper's start. Neither has the paper's schedule, whose 1000 steps of warmup would be longer than the run. See
+BUILD_NOTES.md.
 """
 
 import ml_collections

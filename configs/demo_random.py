@@ -1,6 +1,6 @@
-"""The demo's run from the paper's start: configs/demo.py, with the learning rate that was best for random phi.
+"""The demo's run from the paper's start: configs/demo.py, with the learning rate that was best for a random phi.
 
-Its steps are somewhat shorter than those with a window, so that it has more of them.
+A step without a window is somewhat faster, so that this run has more steps in about the same time.
 """
 
 import ml_collections

@@ -1,4 +1,4 @@
-"""Llama-2-7B uptrained as an RNN: 20 billion tokens, as in the paper, or 100.
+"""Uptrains Llama-2-7B as an RNN on 20 billion tokens, as the paper does, or on 100 billion.
 
     python -m convert_weights.hf_to_orbax --source=DIR --output=models/llama2_7b
     python -m supra_jax.bin.linearize --method=random --checkpoint=models/llama2_7b \\
@@ -7,21 +7,23 @@
       --tokenizer=models/llama2_7b --heldout_every=10000 --output=data/refinedweb_llama2
     python -m supra_jax.bin.train --config=configs/llama2_7b_supra.py --workdir=runs/llama2_7b
 
-For 100 billion tokens add --config.num_steps=47684. The paper's recipe (section 7): AdamW (0.9, 0.95), 3e-5 to 1e-5 on
-a cosine after 1000 steps of warmup, 2M tokens a step, rows of 2048, bfloat16 over float32 master weights.
+For 100 billion tokens add --config.num_steps=47684. The paper's recipe (section 7): AdamW with betas (0.9, 0.95),
+cosine decay from 3e-5 to 1e-5 after 1000 steps of warmup, 2M tokens per step, rows of 2048 tokens, bfloat16 computation
+over float32 master weights.
 
-Planned for 8 GPUs of 80 GB, before anything is downloaded:
+This plan for 8 GPUs of 80 GB needs no weights and no GPUs:
 
     python -m supra_jax.bin.plan --config=configs/llama2_7b_supra.py --mesh=fsdp:4,tensor:2 --device_memory=80GB
 
-7.28 B parameters, 0.54 B of them new; 97.1 PFLOP a step. A device holds 3.64 GB of parameters and 7.28 GB of optimizer
-state. Its peak is 34.6 GB compiled for CPU devices, 26.8 GB for H100s. There fsdp:4,tensor:2 moves 1033 GB of bfloat16
-in gathers and 966 in sums of activations, 466 GB of float32 gradients; fsdp:8 with --config.microbatches=16, which has
-as many rows a device, 483 GB and 466 GB, and a peak of 29.3 GB. Hence no `tensor` by default: the feature map mixes all
-heads, which have to be gathered for it.
+The model has 7.28 B parameters, 0.54 B of them new; a step takes 97.1 PFLOP. A device holds 3.64 GB of parameters and
+7.28 GB of optimizer state. Peak memory of a device is 34.6 GB compiled for CPU devices and 26.8 GB compiled for H100s.
+Compiled for H100s, a step with fsdp:4,tensor:2 gathers 1033 GB of bfloat16, sums 966 GB of activations over devices,
+and scatters 466 GB of float32 gradients. With fsdp:8 and --config.microbatches=16, which has as many rows per device,
+a step gathers 483 GB and scatters 466 GB, and the peak is 29.3 GB. Hence no `tensor` by default: the feature map mixes
+all heads, and `tensor` has to gather them for it.
 
-To expect: the paper has 4300 tokens/s for an H100 at 7B, so that 20 billion tokens take 8 of them 6.7 days. Accuracies
-from the authors' repository:
+Expected results: the paper reports 4300 tokens/s for an H100 at 7B, so that 20 billion tokens take 8 H100s 6.7 days.
+Accuracies from the authors' repository, in percent:
 
                HellaSwag  PIQA  WinoGrande  ARC-E  ARC-C  MMLU
     Llama-2-7B      76.0  79.1        69.1   76.3   46.3  45.9

@@ -1,4 +1,4 @@
-"""Mistral-7B uptrained as an RNN, the paper's main model: 20 billion tokens, or 100.
+"""Uptrains Mistral-7B, the paper's main model, as an RNN on 20 billion tokens, or on 100 billion.
 
     python -m convert_weights.hf_to_orbax --source=DIR --output=models/mistral_7b
     python -m supra_jax.bin.linearize --method=random --checkpoint=models/mistral_7b \\
@@ -7,19 +7,21 @@
       --tokenizer=models/mistral_7b --heldout_every=10000 --output=data/refinedweb_mistral
     python -m supra_jax.bin.train --config=configs/mistral_7b_supra.py --workdir=runs/mistral_7b
 
-For 100 billion tokens add --config.num_steps=47684. The paper's recipe (section 7): AdamW (0.9, 0.95), 3e-5 to 1e-5 on
-a cosine after 1000 steps of warmup, 2M tokens a step, rows of 2048, bfloat16 over float32 master weights.
+For 100 billion tokens add --config.num_steps=47684. The paper's recipe (section 7): AdamW with betas (0.9, 0.95),
+cosine decay from 3e-5 to 1e-5 after 1000 steps of warmup, 2M tokens per step, rows of 2048 tokens, bfloat16 computation
+over float32 master weights.
 
-Planned for 8 GPUs of 80 GB, before anything is downloaded:
+This plan for 8 GPUs of 80 GB needs no weights and no GPUs:
 
     python -m supra_jax.bin.plan --config=configs/mistral_7b_supra.py --mesh=fsdp:8 --device_memory=80GB
 
-7.81 B parameters, 0.57 B of them new; 97.1 PFLOP a step. A device holds 3.91 GB of parameters and 7.82 GB of optimizer
-state. Its peak is 39.7 GB compiled for CPU devices, 31.1 GB for H100s, where a step gathers 483 GB of bfloat16 weights
-and scatters 500 GB of float32 gradients. On 128 devices --config.microbatches=1 keeps the 8 rows a device.
+The model has 7.81 B parameters, 0.57 B of them new; a step takes 97.1 PFLOP. A device holds 3.91 GB of parameters and
+7.82 GB of optimizer state. Peak memory of a device is 39.7 GB compiled for CPU devices and 31.1 GB compiled for H100s,
+where a step gathers 483 GB of bfloat16 weights and scatters 500 GB of float32 gradients. On 128 devices,
+--config.microbatches=1 keeps 8 rows per device.
 
-To expect: the paper has 4300 tokens/s for an H100 at 7B, so that 20 billion tokens take 8 of them 6.7 days; its 128
-took 100 billion in 1.5 days. Accuracies from the authors' repository:
+Expected results: the paper reports 4300 tokens/s for an H100 at 7B, so that 20 billion tokens take 8 H100s 6.7 days;
+the paper's 128 H100s took 1.5 days for 100 billion. Accuracies from the authors' repository, in percent:
 
                HellaSwag  PIQA  WinoGrande  ARC-E  ARC-C  MMLU
     Mistral-7B      81.0  82.1        74.0   80.9   53.8  62.4

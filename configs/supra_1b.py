@@ -1,11 +1,10 @@
-"""A SUPRA model of 1B parameters from scratch, on 100 billion tokens: the paper's other size, OpenLM's 1B.
+"""Trains a SUPRA model of 1B parameters from scratch on 100 billion tokens: OpenLM's 1B, the paper's other size.
 
-Parameters are random. Make them in Python, with GPT-NeoX's tokenizer.json:
+First make a model directory with random parameters in Python, with GPT-NeoX's tokenizer.json:
 
     import jax, jax.numpy as jnp
     from supra_jax.model import presets
     from supra_jax.storage import model_directory as checkpoint
-    from supra_jax.model import config
     from supra_jax.model import transformer
     model = presets.open_lm_1b("supra")
     init = transformer.Transformer(model).init
@@ -18,19 +17,20 @@ Parameters are random. Make them in Python, with GPT-NeoX's tokenizer.json:
       --tokenizer=models/supra_1b_random --heldout_every=10000 --output=data/refinedweb_neox
     python -m supra_jax.bin.train --config=configs/supra_1b.py --workdir=runs/supra_1b
 
-The paper's recipe for 1B and from scratch (section 7): AdamW (0.9, 0.95), 3e-4 to 1e-5 on a cosine after 1000 steps of
-warmup, 2M tokens a step, rows of 2048, bfloat16 over float32 master weights. The same values uptrain a 1B transformer:
-name its linearised checkpoint with --config.init_checkpoint, and --config.num_steps=4769 for 10 billion tokens.
+The paper's recipe for 1B parameters and from scratch (section 7): AdamW with betas (0.9, 0.95), cosine decay from 3e-4
+to 1e-5 after 1000 steps of warmup, 2M tokens per step, rows of 2048 tokens, bfloat16 computation over float32 master
+weights. The same values uptrain a 1B transformer: set --config.init_checkpoint to the linearised model directory, and
+--config.num_steps=4769 for 10 billion tokens.
 
-Planned for 8 GPUs of 80 GB, before anything is downloaded:
+This plan for 8 GPUs of 80 GB needs no weights and no GPUs:
 
     python -m supra_jax.bin.plan --config=configs/supra_1b.py --mesh=fsdp:8 --device_memory=80GB
 
-1.54 B parameters; 19.5 PFLOP a step. A device holds 0.77 GB of parameters and 1.54 GB of optimizer state. Its peak is
-20.9 GB compiled for CPU devices, 13.1 GB for H100s, where a step gathers 46 GB of bfloat16 weights and scatters 49 GB
-of float32 gradients.
+The model has 1.54 B parameters; a step takes 19.5 PFLOP. A device holds 0.77 GB of parameters and 1.54 GB of optimizer
+state. Peak memory of a device is 20.9 GB compiled for CPU devices and 13.1 GB compiled for H100s, where a step gathers
+46 GB of bfloat16 weights and scatters 49 GB of float32 gradients.
 
-To expect: the paper's table 3 compares such runs; nobody has run this one here yet.
+Expected results: table 3 of the paper compares such runs. This recipe has not been run yet.
 """
 
 import ml_collections

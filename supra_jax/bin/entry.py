@@ -1,4 +1,4 @@
-"""How every binary starts: quiet libraries, and errors that are for people."""
+"""Entry point of every program: quiet libraries, and one-line error messages."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ from absl import app, flags, logging
 
 from supra_jax.bin.options import find_base, unknown_option
 
-DTYPES = ("float32", "bfloat16", "float16")  # that a model can be run in
-# Clients of buckets, whose errors are of the network and not of this program.
+DTYPES = ("float32", "bfloat16", "float16")  # dtypes that a model can run in
+# Packages that access buckets; their exceptions are network errors, not defects of this program.
 _CLIENTS = ("aiohttp", "gcsfs", "google")
 
 
 def run(main: Callable[[], None]) -> None:
-  """Parses flags and calls `main`.
+  """Parses the flags and calls `main`.
 
-  Bad input (ValueError, OSError) ends the program with its message on stderr and exit status 1; any other exception is
-  a defect and keeps its traceback.
+  Bad input (ValueError, OSError) ends the program with the exception's message on stderr and exit status 1. Any other
+  exception is a defect of the program and keeps its traceback.
   """
 
   def absl_main(argv: list[str]) -> None:
     if argv[1:]:
       raise app.UsageError(f"Unknown arguments: {' '.join(argv[1:])}")
     if not flags.FLAGS["verbosity"].present:
-      logging.set_verbosity(logging.ERROR)  # jax and orbax say much that is no news to a user
-      # They log the traceback of an error in each thread and task that it passes through, and raise it too.
+      logging.set_verbosity(logging.ERROR)  # jax and orbax log much that users need not know
+      # Orbax and the bucket clients log an error's traceback in each thread and task, and raise the error as well.
       logging.get_absl_logger().addFilter(lambda record: "orbax" not in record.pathname)
       for name in ("asyncio", "gcsfs"):
         python_logging.getLogger(name).setLevel("CRITICAL")
@@ -50,7 +50,8 @@ def _parse_flags(argv: list[str]) -> list[str]:
   try:
     return app.parse_flags_with_usage(argv)
   except (AttributeError, KeyError, TypeError, ValueError, OSError) as error:
-    # How ml_collections refuses an override or a config file; it wraps a KeyError, which quotes its message.
+    # ml_collections rejects overrides and config files with these. It may wrap a KeyError, whose str() adds quotes:
+    # unwrap to the innermost message.
     cause: object = error
     while isinstance(cause, BaseException) and not isinstance(cause, OSError) and cause.args:
       cause = cause.args[0]

@@ -1,4 +1,4 @@
-"""Loss and perplexity of a model on text: `python -m supra_jax.bin.evaluate --checkpoint=DIR --input=GLOB`."""
+"""Evaluates a model on text, loss and perplexity: `python -m supra_jax.bin.evaluate --checkpoint=DIR --input=GLOB`."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from supra_jax.objectives.heldout import perplexity
 
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Model directory to evaluate.", required=True)
 _INPUT = flags.DEFINE_string(
-  "input", None, "Text to evaluate on: .txt, .jsonl[.gz|.zst] or .parquet files, or pydoc:topics.", required=True
+  "input", None, "Text to evaluate on: glob of .txt, .jsonl[.gz|.zst] or .parquet, or pydoc:topics.", required=True
 )
-_TEXT_KEY = flags.DEFINE_string("text_key", "text", "Key of a JSON line, or column, that holds the text.")
+_TEXT_KEY = flags.DEFINE_string("text_key", "text", "JSON key, or parquet column, that holds the text.")
 _LENGTH = flags.DEFINE_integer(
-  "sequence_length", 1024, "Tokens of a piece of the text; the model reads each piece afresh.", lower_bound=2
+  "sequence_length", 1024, "Tokens of a piece of the text; the model reads each from a fresh state.", lower_bound=2
 )
-flags.DEFINE_alias("window", "sequence_length")  # its name of before
+flags.DEFINE_alias("window", "sequence_length")  # the flag's earlier name
 _MAX_TOKENS = flags.DEFINE_integer("max_tokens", 0, "Tokens of the text to read; 0 means all.", lower_bound=0)
-_DTYPE = flags.DEFINE_enum("dtype", None, DTYPES, "Dtype of the computation. Default: as stored.")
+_DTYPE = flags.DEFINE_enum("dtype", None, DTYPES, "Dtype of parameters and computation. Default: as stored.")
 
 
 def main() -> None:

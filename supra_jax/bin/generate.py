@@ -1,4 +1,4 @@
-"""Streams text from a model: `python -m supra_jax.bin.generate --checkpoint=DIR --prompt=TEXT`."""
+"""Generates text with a model and streams it: `python -m supra_jax.bin.generate --checkpoint=DIR --prompt=TEXT`."""
 
 from __future__ import annotations
 
@@ -10,17 +10,21 @@ from absl import flags
 import supra_jax
 from supra_jax.bin.entry import DTYPES, run
 
-_CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Model directory.", required=True)
-_PROMPT = flags.DEFINE_string("prompt", None, "Text to go on from.", required=True)
-_MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 100, "At most so many.", lower_bound=0)
-_OWN = "Default: the checkpoint's generation_config.json."
+_CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Model directory to generate with.", required=True)
+_PROMPT = flags.DEFINE_string("prompt", None, "Text to continue.", required=True)
+_MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 100, "Tokens to generate at most.", lower_bound=0)
+_OWN = "Default: as generation_config.json in the model directory says;"
 _TEMPERATURE = flags.DEFINE_float(
-  "temperature", None, f"0 takes the likeliest token each time. {_OWN} Else 0.", lower_bound=0
+  "temperature", None, f"Divides the logits; 0 takes the likeliest token each time. {_OWN} else 0.", lower_bound=0
 )
-_TOP_K = flags.DEFINE_integer("top_k", None, f"Draw from the k likeliest tokens; 0 means all. {_OWN}", lower_bound=0)
-_TOP_P = flags.DEFINE_float("top_p", None, f"Draw from the likeliest tokens that reach this probability. {_OWN}")
-_SEED = flags.DEFINE_integer("seed", 0, "Of the draws.")
-_DTYPE = flags.DEFINE_enum("dtype", None, DTYPES, "Of the computation. Default: as stored.")
+_TOP_K = flags.DEFINE_integer(
+  "top_k", None, f"Draw from the k likeliest tokens; 0 means all. {_OWN} else 0.", lower_bound=0
+)
+_TOP_P = flags.DEFINE_float(
+  "top_p", None, f"Draw from the fewest likeliest tokens whose probabilities add up to this. {_OWN} else 1."
+)
+_SEED = flags.DEFINE_integer("seed", 0, "Seeds the draws of tokens.")
+_DTYPE = flags.DEFINE_enum("dtype", None, DTYPES, "Dtype of parameters and computation. Default: as stored.")
 
 
 def main() -> None:

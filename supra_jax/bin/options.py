@@ -1,4 +1,4 @@
-"""Recipes on the command line: where they find each other, and what to say of an option that a recipe does not have."""
+"""Recipes on the command line: makes their imports work, and explains options that a recipe does not have."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 
 def find_base(argv: list[str]) -> None:
-  """Makes `from configs import base` work in the recipes named by --*config=DIR/configs/FILE.py, wherever DIR is."""
+  """Adds DIR to sys.path for each --*config=DIR/configs/FILE.py, so that recipes can do `from configs import base`."""
   for argument in argv:
     name, _, path = argument.partition("=")
     if name.endswith("config") and path.endswith(".py") and Path(path).resolve().parent.name == "configs":
@@ -20,7 +20,7 @@ def find_base(argv: list[str]) -> None:
 
 
 def unknown_option(argv: list[str]) -> str | None:
-  """A sentence about the first --config.KEY=VALUE whose key the recipe lacks; None where there is none."""
+  """Returns an error message for the first --config.KEY=VALUE whose key the recipe lacks; None if it has all keys."""
   given = dict(argument.lstrip("-").split("=", 1) for argument in argv if "=" in argument)
   for option in given:
     name, _, path = option.partition(".")
@@ -28,7 +28,7 @@ def unknown_option(argv: list[str]) -> str | None:
       continue
     try:
       node: Any = flags.FLAGS[name].parser.parse(given[name])
-    except Exception:  # a recipe that does not run is another error, which is said already
+    except Exception:  # the recipe itself fails; the caller reports that error
       return None
     for key in path.split("."):
       if not isinstance(node, ConfigDict):

@@ -1,4 +1,4 @@
-"""What a run takes, without weights: `python -m supra_jax.bin.plan --config=configs/FILE.py --mesh=fsdp:8`."""
+"""Plans memory and FLOPs of a run, without weights: `python -m supra_jax.bin.plan --config=FILE.py --mesh=fsdp:8`."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from supra_jax.bin.entry import run
 from supra_jax.training.config import TrainConfig
 from supra_jax.training.plan import CPU_NOTE, parse_bytes, plan, planned_mesh, planned_model, planned_teacher, render
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "Recipe to plan, a file of configs/.", lock_config=True)
+_CONFIG = config_flags.DEFINE_config_file("config", None, "Recipe to plan, such as configs/FILE.py.", lock_config=True)
 _MESH = flags.DEFINE_string(
-  "mesh", "", "Mesh to plan for, such as fsdp:4,tensor:2; its devices need not be here. Default: the recipe's."
+  "mesh", "", "Mesh to plan for, such as fsdp:4,tensor:2; needs no such devices here. Default: that of the recipe."
 )
 _MODEL = flags.DEFINE_string(
   "model",
   "",
-  "Preset of model and teacher, such as mistral_7b. Default: the checkpoint that the recipe names, or its preset.",
+  "Preset for model and teacher, such as mistral_7b. Default: the checkpoint that the recipe names, or its preset.",
 )
 _DEVICE_MEMORY = flags.DEFINE_string(
-  "device_memory", "", "Memory of a device, such as 80GB: says whether the step fits."
+  "device_memory", "", "Memory of a device, such as 80GB; the plan then says whether a step fits."
 )
 flags.mark_flag_as_required("config")
 

@@ -1,4 +1,4 @@
-"""Packs text to train on: `python -m supra_jax.bin.prepare_data --input=GLOB --tokenizer=DIR --output=DIR`."""
+"""Packs text into rows: `python -m supra_jax.bin.prepare_data --input=GLOB --tokenizer=DIR --output=DIR`."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from supra_jax.data.encoding import load_tokenizer
 from supra_jax.data.packed import Documents
 from supra_jax.data.packing import prepare
 
-_INPUT = flags.DEFINE_string("input", None, "Text: .txt, .jsonl[.gz|.zst], .parquet; pydoc:topics.", required=True)
-_TOKENIZER = flags.DEFINE_string("tokenizer", None, "Model directory, or its config.json and tokenizer.", required=True)
+_INPUT = flags.DEFINE_string("input", None, "Glob of .txt, .jsonl[.gz|.zst], .parquet; pydoc:topics.", required=True)
+_TOKENIZER = flags.DEFINE_string("tokenizer", None, "Directory of a model's tokenizer and config.json.", required=True)
 _OUTPUT = flags.DEFINE_string("output", None, "Directory to make, with the parts `train` and `heldout`.", required=True)
-_LENGTH = flags.DEFINE_integer("sequence_length", 2048, "Tokens a row.", lower_bound=1)
-_TEXT_KEY = flags.DEFINE_string("text_key", "text", "Key of a JSON line, or column, that holds the text.")
+_LENGTH = flags.DEFINE_integer("sequence_length", 2048, "Tokens per row.", lower_bound=1)
+_TEXT_KEY = flags.DEFINE_string("text_key", "text", "JSON key, or parquet column, that holds the text.")
 _DOCUMENTS = flags.DEFINE_enum(
-  "documents", "join", ["join", "separate"], "Documents of a row: one text, or each read from a fresh state."
+  "documents", "join", ["join", "separate"], "join: a row is one text. separate: state is reset between documents."
 )
 _BOS = flags.DEFINE_bool("bos", False, "Start each document with the begin-of-text id.")
-_HELDOUT = flags.DEFINE_integer("heldout_every", 0, "Hold out every N-th document; 0 means none.", lower_bound=0)
+_HELDOUT = flags.DEFINE_integer("heldout_every", 0, "Hold out every N-th document; 0 holds none out.", lower_bound=0)
 _ON_BAD = flags.DEFINE_enum(
   "on_bad_document", "stop", ["stop", "skip"], "At a line or row that holds no text: stop, or skip and count it."
 )
-_WORKERS = flags.DEFINE_integer("workers", None, "Processes that encode; 0: none. Default: one a core.", lower_bound=0)
+_WORKERS = flags.DEFINE_integer("workers", None, "Worker processes; 0: none. Default: one per core.", lower_bound=0)
 
 
 def main() -> None:

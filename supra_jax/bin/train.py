@@ -13,13 +13,13 @@ from ml_collections import config_flags
 from supra_jax.bin.entry import run
 from supra_jax.training.loop import Preempted, TrainConfig, train
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "Recipe of the run, a file of configs/.", lock_config=True)
+_CONFIG = config_flags.DEFINE_config_file("config", None, "Recipe of the run, as configs/FILE.py.", lock_config=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run, local or gs://; a run resumes.", required=True)
 _PROFILE_STEPS = flags.DEFINE_integer("profile_steps", 0, "Steps to trace into WORKDIR/profile.", lower_bound=0)
-_DISTRIBUTED = flags.DEFINE_bool("distributed", False, "This is one of several processes, as the cluster or flags say.")
-_COORDINATOR = flags.DEFINE_string("coordinator_address", None, "HOST:PORT of process 0, with --distributed.")
-_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many processes, with --distributed.", lower_bound=1)
-_PROCESS_ID = flags.DEFINE_integer("process_id", None, "This process, from 0, with --distributed.", lower_bound=0)
+_DISTRIBUTED = flags.DEFINE_bool("distributed", False, "Run as one of several processes (jax.distributed.initialize).")
+_COORDINATOR = flags.DEFINE_string("coordinator_address", None, "With --distributed: HOST:PORT of process 0.")
+_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "With --distributed: number of processes.", lower_bound=1)
+_PROCESS_ID = flags.DEFINE_integer("process_id", None, "With --distributed: index of this process.", lower_bound=0)
 flags.mark_flag_as_required("config")
 
 
@@ -39,7 +39,7 @@ def main() -> None:
   except Exception as error:
     if jax.process_count() == 1:
       raise
-    # The others wait for this one in a collective, and an ordinary exit would wait for them in turn.
+    # Not an ordinary exit, which would wait for the other processes, while they wait for this one in a collective.
     said = f"error: {error}\n" if isinstance(error, ValueError | OSError) else traceback.format_exc()
     sys.stderr.write(f"Process {jax.process_index()}: {said}")
     sys.stderr.flush()

@@ -1,7 +1,8 @@
-"""Google Cloud Storage, whose directories are names: they cannot be renamed or locked, nor files there appended to.
+"""Google Cloud Storage: listing, moving, removing, and copying files between a bucket and this machine's disk.
 
-Models and run states go there through Orbax. What needs a real disk is made on this machine's and copied: packed rows,
-and the files that a run adds lines to.
+A directory in a bucket is only a prefix of file names: it cannot be renamed or locked, and files cannot be appended to.
+Orbax writes models and run states to a bucket itself. Packed rows, and the log files that a run appends to, need a real
+disk: they are written to a local one and copied to the bucket.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
   from etils import epath
 
 SCHEME = "gs"
-# Seconds between two copies of what a run adds lines to.
+# Least time in seconds between two copies of the files that a run appends to.
 COPY_SECONDS = 60.0
 
 
@@ -29,8 +30,8 @@ def _storage() -> Any:
     import gcsfs  # noqa: F401
   except ImportError as error:
     raise ValueError(f"{error}: paths that begin with gs:// need `pip install 'supra_jax[gcs]'`.") from error
-  # Tensorstore and other machines write there too, so that a listing that is kept goes out of date. The same arguments
-  # as in etils.epath give its instance.
+  # No cached listings: tensorstore and other machines write to the bucket too. fsspec caches file systems by their
+  # arguments; etils.epath passes these, so both use one instance.
   fsspec.config.conf.setdefault("gcs", {})["use_listings_cache"] = False
   return fsspec.filesystem("gcs", finalize_on_close=True)
 
@@ -42,13 +43,13 @@ def _look(bucket: str) -> None:
   except ValueError:
     raise
   except FileNotFoundError as error:
-    raise ValueError(f"gs://{bucket} is not there, or not for you to read.") from error
-  except Exception as error:  # of whatever its client and those below it raise
+    raise ValueError(f"gs://{bucket} does not exist, or you may not read it.") from error
+  except Exception as error:  # gcsfs, aiohttp and google-auth each raise types of their own
     raise ValueError(f"gs://{bucket} cannot be reached: {_said(error)}") from error
 
 
 def in_bucket(bucket: str, name: str) -> epath.Path:
-  """The path gs://bucket/name.
+  """Returns the path gs://BUCKET/NAME, after a look whether the bucket can be read.
 
   Raises:
     ValueError: gcsfs is not installed, or the bucket cannot be reached.
@@ -60,7 +61,7 @@ def in_bucket(bucket: str, name: str) -> epath.Path:
 
 
 def sizes(directory: epath.Path) -> dict[str, int]:
-  """File name -> bytes, of the files of a directory."""
+  """Returns {file name: size in bytes} of the files directly in a directory; {} if there is no such directory."""
   with _errors(directory), contextlib.suppress(FileNotFoundError):
     found = _storage().ls(str(directory), detail=True)
     return {entry["name"].rpartition("/")[2]: entry["size"] for entry in found if entry["type"] == "file"}
@@ -68,7 +69,7 @@ def sizes(directory: epath.Path) -> dict[str, int]:
 
 
 def checksums(directory: epath.Path) -> dict[str, str]:
-  """Relative path -> CRC-32C of every file below, as the storage has it of what it keeps."""
+  """Returns {relative path: "crc32c ..."} of all files below a directory, as the storage computes them."""
   with _errors(directory):
     found = _storage().find(str(directory), detail=True)
   prefix = str(directory).removeprefix(f"{SCHEME}://") + "/"
@@ -76,39 +77,46 @@ def checksums(directory: epath.Path) -> dict[str, str]:
 
 
 def move(directory: epath.Path, target: epath.Path) -> None:
-  """Copies the files of a directory to another place, and removes them here."""
+  """Moves the files of a directory to the directory `target`."""
   with _errors(directory):
-    # Not `mv`, which asks for the directories too, as if they were files.
+    # Not `mv` of gcsfs, which also requests the directories, as if they were files.
     for name in checksums(directory):
       _storage().cp_file(str(directory / name), str(target / name))
     directory.rmtree()
 
 
 def remove(directory: epath.Path) -> None:
-  """Removes what is there, if anything."""
+  """Removes a directory, which need not exist."""
   with _errors(directory), contextlib.suppress(FileNotFoundError):
     directory.rmtree()
 
 
 def upload(file: Path, target: epath.Path) -> None:
+  """Copies a local file to a path in a bucket."""
   with _errors(target):
     _storage().put_file(str(file), str(target))
 
 
 def download(path: epath.Path, file: Path) -> None:
+  """Copies a file of a bucket to a local path."""
   with _errors(path):
     _storage().get_file(str(path), str(file))
 
 
 class Copies:
-  """Files on this machine that are copied into a bucket as they change.
+  """Copies the files of a local directory into a bucket as they change.
 
   Attributes:
-    directory: of this machine, where they are written.
+    directory: the local directory that the files are written to.
   """
 
   def __init__(self, directory: Path, target: epath.Path | None):
-    """Copies what changes from now on; nothing without a target."""
+    """Takes the files that are in `directory` now for already copied.
+
+    Args:
+      directory: the local directory to copy from.
+      target: the directory in the bucket; None: `copy` does nothing.
+    """
     self.directory, self._target = directory, target
     self._copied = self._found() if target is not None else {}
     self._at = time.monotonic()
@@ -118,10 +126,13 @@ class Copies:
     return {path: (stat.st_size, stat.st_mtime_ns) for path, stat in stats.items()}
 
   def copy(self, *, seconds: float = 0.0) -> None:
-    """Copies what has changed, unless the last time was within so many seconds.
+    """Copies the files that have changed since the last copy.
+
+    Args:
+      seconds: does nothing if the last copy was less than this many seconds ago.
 
     Raises:
-      OSError: it could not be copied.
+      OSError: a file could not be copied.
     """
     if self._target is None or time.monotonic() - self._at < seconds:
       return
@@ -134,9 +145,11 @@ class Copies:
 
 @contextlib.contextmanager
 def copies(target: Path | epath.Path, names: tuple[str, ...]) -> Iterator[Copies]:
-  """Yields Copies into a directory of a bucket, with those of the names that it holds; copies all in the end.
+  """Yields a `Copies` from a temporary local directory into `target`; copies all changed files at the end.
 
-  A local directory is its own: nothing is copied.
+  Args:
+    target: a directory in a bucket. If it is local, files are written to `target` itself and nothing is copied.
+    names: names of files that are downloaded from `target` first, where they exist.
   """
   if isinstance(target, Path):
     yield Copies(target, None)
@@ -154,7 +167,7 @@ def copies(target: Path | epath.Path, names: tuple[str, ...]) -> Iterator[Copies
 
 
 def cache_directory() -> Path:
-  """Where this machine keeps what it has copied."""
+  """Makes and returns the local directory for downloads, `$XDG_CACHE_HOME/supra_jax` or `~/.cache/supra_jax`."""
   cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "supra_jax"
   cache.mkdir(parents=True, exist_ok=True)
   return cache
@@ -166,7 +179,7 @@ def _errors(where: epath.Path) -> Iterator[None]:
     yield
   except OSError:
     raise
-  except Exception as error:  # of whatever its client and those below it raise
+  except Exception as error:  # gcsfs, aiohttp and google-auth each raise types of their own
     raise OSError(f"{where}: {_said(error)}") from error
 
 

@@ -1,4 +1,4 @@
-"""What several processes do together."""
+"""Synchronisation of the processes of a multi-process run."""
 
 from __future__ import annotations
 
@@ -7,6 +7,6 @@ from jax.experimental import multihost_utils
 
 
 def together(what: str) -> None:
-  """Waits until all processes have come here."""
+  """Barrier: waits until all processes have called it with the same name `what`; a single process does not wait."""
   if jax.process_count() > 1:
     multihost_utils.sync_global_devices(what)

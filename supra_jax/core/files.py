@@ -1,7 +1,7 @@
-"""Paths, local or in a bucket, and files and directories that are there whole or not at all, whatever ends the process.
+"""Paths, local or in a bucket, and atomic writes: a file or directory is there whole or not at all, even after a kill.
 
-A disk renames a finished directory into place. A bucket, and some network disks, cannot: there a directory holds a file
-UNFINISHED while it is written, and the file that says what is in it is the last to come.
+On a disk, a finished directory is renamed into place. Buckets and some network disks cannot rename directories: there
+the directory holds a file UNFINISHED while it is written, and the file that describes its contents is written last.
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ AnyPath: TypeAlias = "Path | epath.Path"
 TEMPORARY = ".tmp"
 UNFINISHED = "unfinished"
 
-# pathlib makes one slash of two. Windows has drives of one letter.
+# One slash is enough, since pathlib turns `gs://` into `gs:/`. Two letters at least: `C:/` is a Windows drive.
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/+(?:([^/]+)/*(.*))?")
-# How mounted buckets and network disks say that they have no such call.
+# Errors of mounted buckets and network disks that do not implement a call.
 _NO_SUCH_CALL = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EPERM}
-# How they say that they do not rename a directory with files; gcsfuse says that these are too many.
+# Errors of those that cannot rename a directory with files in it; EMFILE is gcsfuse's.
 _NO_RENAME = _NO_SUCH_CALL | {errno.EMFILE, errno.EIO, errno.EXDEV}
 
 
 def local(path: str | os.PathLike[str]) -> Path:
-  """A path of this machine's file systems.
+  """Returns a local path.
 
   Raises:
-    ValueError: it is a URL.
+    ValueError: `path` is a URL.
   """
   given = os.fspath(path)
   if (url := _URL.fullmatch(given)) is not None:
@@ -53,10 +53,10 @@ def local(path: str | os.PathLike[str]) -> Path:
 
 
 def place(path: str | os.PathLike[str]) -> AnyPath:
-  """A local path, or one in a bucket, gs://BUCKET/NAME.
+  """Returns a local path as a `pathlib.Path`, and gs://BUCKET/NAME as an `etils.epath.Path`.
 
   Raises:
-    ValueError: it is another URL; or gcsfs is not installed, or the bucket cannot be reached.
+    ValueError: `path` is another URL; or gcsfs is not installed, or the bucket cannot be reached.
   """
   given = os.fspath(path)
   url = _URL.fullmatch(given)
@@ -73,9 +73,9 @@ def place(path: str | os.PathLike[str]) -> AnyPath:
 
 
 def absolute(path: str | os.PathLike[str]) -> AnyPath:
-  """`place`, from the root of the file system where it is local."""
+  """Returns `place(path)`, made absolute if it is local."""
   found = place(path)
-  return found.absolute() if isinstance(found, Path) else found  # etils makes gs:// a local path
+  return found.absolute() if isinstance(found, Path) else found  # etils' absolute() turns gs:// into a local path
 
 
 def _spelled(url: re.Match[str]) -> str:
@@ -83,21 +83,29 @@ def _spelled(url: re.Match[str]) -> str:
 
 
 def occupied(path: AnyPath) -> bool:
-  """Whether there is something at a path that a new directory would replace; what a killed process left is nothing."""
+  """Whether a path holds something that a new directory must not replace.
+
+  An empty directory does not count, nor one that a killed process left UNFINISHED.
+  """
   if not path.exists():
     return False
   return not path.is_dir() or (any(path.iterdir()) and not (path / UNFINISHED).exists())
 
 
 def check_free(path: str | os.PathLike[str]) -> None:
-  """Raises FileExistsError, or what `place` raises, where `new_directory` would: before there is work to lose."""
+  """Checks before the work is done that `new_directory(path)` can make the directory after it.
+
+  Raises:
+    FileExistsError: `path` exists and is not an empty directory.
+    ValueError: as `place`.
+  """
   if occupied(place(path)):
     raise FileExistsError(f"{path} already exists. Remove it or choose another output directory.")
 
 
 @contextlib.contextmanager
 def into_place(path: Path) -> Iterator[Path]:
-  """Yields a temporary sibling that becomes `path` when the block succeeds, and not before it is on the disk."""
+  """Yields a temporary sibling of the file `path`; when the block succeeds, syncs and renames it to `path`."""
   temporary = path.with_name(path.name + TEMPORARY)
   yield temporary
   _sync(temporary)
@@ -107,10 +115,10 @@ def into_place(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def locked(directory: Path) -> Iterator[None]:
-  """Makes a directory if need be, and keeps other processes from writing into it.
+  """Makes a directory if it does not exist, and holds an exclusive lock (flock) on it while the block runs.
 
   Raises:
-    ValueError: another process writes into it.
+    ValueError: another process holds the lock.
   """
   directory.mkdir(parents=True, exist_ok=True)
   handle = os.open(directory, os.O_RDONLY)
@@ -128,18 +136,18 @@ def locked(directory: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def new_directory(path: str | os.PathLike[str], *, last: str = "config.json") -> Iterator[AnyPath]:
-  """Yields `temporary_directory(path)`, which becomes `path` when the block succeeds, and not before it is on the disk.
+  """Yields `temporary_directory(path)`; when the block succeeds, syncs it to disk and renames it to `path`.
 
-  It is removed if the block fails. What a killed process has left of one is removed first. In a bucket the block
-  writes into `path` itself.
+  If the block fails, the temporary directory is removed. Files that a killed process left in it are removed before
+  the block starts. In a bucket the block writes into `path` itself.
 
   Args:
-    path: the directory.
-    last: the file without which nobody takes the directory for whole; in a bucket the block has to write it last.
+    path: the directory to make, local or in a bucket.
+    last: name of the file without which readers reject the directory; in a bucket the block has to write it last.
 
   Raises:
     FileExistsError: `path` exists and is not an empty directory.
-    ValueError: another process makes the same directory.
+    ValueError: another process is making the same directory; or as `place`.
   """
   check_free(path)
   final = absolute(path)
@@ -180,13 +188,13 @@ def _renamed(final: Path, last: str) -> Iterator[Path]:
 
 
 def temporary_directory(path: str | os.PathLike[str]) -> AnyPath:
-  """What `new_directory` yields for a path."""
+  """Returns the directory that `new_directory(path)` yields: `PATH.partial-directory`, or `path` itself in a bucket."""
   final = absolute(path)
   return final.with_name(f"{final.name}.partial-directory") if isinstance(final, Path) else final
 
 
 def rename_directory(directory: Path, target: Path, *, last: str) -> None:
-  """Renames a directory; where the disk has no such call, moves its files, `last` as the last."""
+  """Renames a directory; where the file system cannot, moves its files one by one, the file named `last` at the end."""
   try:
     os.rename(directory, target)
   except OSError as error:
@@ -196,7 +204,7 @@ def rename_directory(directory: Path, target: Path, *, last: str) -> None:
 
 
 def move_files(directory: Path, target: Path, *, last: str) -> None:
-  """Moves the files of a directory into another, which holds UNFINISHED until all are there; goes on with a move."""
+  """Moves all files of a directory into `target`, which holds UNFINISHED meanwhile; resumes a move that was killed."""
   target.mkdir(exist_ok=True)
   (target / UNFINISHED).touch()
   files = [path for path in sorted(directory.rglob("*")) if path.is_file()]
@@ -209,7 +217,7 @@ def move_files(directory: Path, target: Path, *, last: str) -> None:
 
 
 def renames_directories(parent: Path) -> bool:
-  """Whether the disk of a directory renames directories that are not empty."""
+  """Whether the file system of `parent` can rename a directory with files in it; makes `parent` if need be."""
   parent.mkdir(parents=True, exist_ok=True)
   probe = parent / f"probe-{os.getpid()}"
   probe.mkdir(exist_ok=True)
@@ -228,11 +236,11 @@ def renames_directories(parent: Path) -> bool:
 
 
 def remove_directory(directory: AnyPath, *, first: str | None = None) -> None:
-  """Removes a directory into which threads of a failed write may still write, and which they would make anew.
+  """Removes a directory, again for up to 6 seconds while threads of a failed write recreate it.
 
   Args:
-    directory: need not exist.
-    first: a file in it that goes before all others: the one without which nobody takes it for whole.
+    directory: the directory, which need not exist.
+    first: name of the file that is removed before all others: the one without which readers reject the directory.
   """
   if first is not None and directory.exists():
     (directory / first).unlink(missing_ok=True)
@@ -247,7 +255,7 @@ def remove_directory(directory: AnyPath, *, first: str | None = None) -> None:
 
 
 def sync_below(directory: Path) -> None:
-  """Waits until all files below a directory are on the disk."""
+  """Syncs (fsync) a directory, and all files and directories below it, to disk."""
   for parent, _, names in os.walk(directory):
     for name in names:
       _sync(Path(parent, name))
@@ -255,13 +263,13 @@ def sync_below(directory: Path) -> None:
 
 
 def syncs_directories(directory: Path) -> bool:
-  """Whether the disk of a directory can tell when its names are on it."""
+  """Whether the file system of a directory implements fsync of directories; makes the directory if need be."""
   directory.mkdir(parents=True, exist_ok=True)
   return _sync(directory)
 
 
 def _sync(path: Path) -> bool:
-  """Waits until a file's contents, or a directory's names, are on the disk; False where it cannot tell."""
+  """Syncs a file's contents, or a directory's entries, to disk; returns False where the file system has no fsync."""
   handle = os.open(path, os.O_RDONLY)
   try:
     os.fsync(handle)

@@ -1,4 +1,4 @@
-"""JSON that every reader takes: Python's own writer spells NaN and infinities in words that JSON does not have."""
+"""Standard JSON, without the `NaN` and `Infinity` that Python's own writer emits and other parsers reject."""
 
 from __future__ import annotations
 
@@ -9,11 +9,14 @@ from typing import Any
 
 
 def to_json(value: Any, **how: Any) -> str:
-  """`json.dumps`, where NaN and infinities become null, and scalars of numpy and jax plain numbers.
+  """Calls `json.dumps`, with NaN and infinities as null, and numpy and jax scalars as plain numbers.
 
   Args:
-    value: to be written.
-    **how: what `json.dumps` takes besides.
+    value: nested mappings, lists, tuples and scalars.
+    **how: further arguments of `json.dumps`.
+
+  Raises:
+    TypeError: a value has a type that JSON does not have.
   """
   return json.dumps(_plain(value), allow_nan=False, **how)
 

@@ -1,4 +1,4 @@
-"""How far a long job is: a bar on a terminal, and a line now and then in a log file."""
+"""Progress of a long job: a tqdm bar on a terminal, a line every 30 seconds in a log file."""
 
 from __future__ import annotations
 
@@ -11,13 +11,17 @@ from typing import Any, Self, TextIO
 
 from tqdm import tqdm
 
-SECONDS = 30.0  # between two lines where there is no terminal
+SECONDS = 30.0  # least time between two lines where there is no terminal
 
 
 class Progress:
-  """How much is done and how much time is left: a bar on a terminal, else a line every `seconds`, and the last one.
+  """Shows how much is done and the time left: a bar on a terminal, else a line every `seconds` and one at the end.
 
-  A line is `describe`, the values of the last `advance_to`, and the time left: "step 3/9, loss 2.0, 00:10 left".
+  A line has `describe`, the latest values given to `advance_to`, and the time left: "step 3/9, loss 2.0, 00:10 left".
+
+  Attributes:
+    total: amount of work, in any unit.
+    done: amount done so far, in the same unit.
   """
 
   def __init__(
@@ -32,17 +36,18 @@ class Progress:
     enabled: bool = True,
     **bar: Any,
   ):
-    """Begins.
+    """Starts the clock, and shows the bar on a terminal.
 
     Args:
-      total: how much there is to do.
-      describe: how a line begins: a format string of `done`, `total` and `share` (done / total).
-      forms: value name -> how it is shown, in this order. Other values are not shown, nor is an empty text.
-      first: how much was done before.
-      seconds: time between two lines where there is no terminal.
-      stream: where to print; None is stderr.
-      enabled: whether to print anything.
-      **bar: further arguments of tqdm.
+      total: amount of work, in any unit.
+      describe: format string of the start of a line, with the fields `done`, `total` and `share` (done / total).
+      forms: value name -> function that formats the value, in the order in which values are shown. Other values are
+        not shown, nor is a value whose function returns an empty string.
+      first: amount that was done before the start; it does not count for the speed.
+      seconds: least time in seconds between two lines where there is no terminal.
+      stream: file to print to; None means stderr.
+      enabled: False prints nothing.
+      **bar: further arguments of `tqdm.tqdm`.
     """
     self._stream = stream or sys.stderr
     self._describe, self._forms, self._seconds, self._enabled = describe, forms or {}, seconds, enabled
@@ -56,20 +61,20 @@ class Progress:
 
   @property
   def elapsed(self) -> float:
-    """Seconds since this was made; never 0."""
+    """Seconds since this object was made, at least 1e-9 so that callers can divide by it."""
     return max(time.monotonic() - self._made, 1e-9)
 
   def advance(self, more: int) -> None:
-    """Says that so much more is done; from any thread."""
+    """Adds `more` to the amount done; thread-safe."""
     with self._lock:
       self.advance_to(self.done + more)
 
   def advance_to(self, done: int, /, **values: Any) -> None:
-    """Says how much is done; from any thread.
+    """Sets the amount done, and prints a line if one is due; thread-safe.
 
     Args:
-      done: how much.
-      **values: by the names in `forms`. One that is absent or None is shown as it was last.
+      done: amount done so far.
+      **values: values to show, by their names in `forms`. A value that is absent or None keeps its last text.
     """
     with self._lock:
       self._texts |= {name: form(values[name]) for name, form in self._forms.items() if values.get(name) is not None}
@@ -81,7 +86,7 @@ class Progress:
         self._say()
 
   def begin(self, total: int) -> None:
-    """Begins another round, at the time when the last one ended."""
+    """Starts another round of `total`, timed from the last `advance_to` of the round before."""
     self.total, self.done, self._first, self._began = total, 0, 0, self._moved
     self._said_at = None
     if self._bar is not None:
@@ -90,13 +95,14 @@ class Progress:
       self._bar.start_t = self._bar.last_print_t = ended
 
   def message(self, text: str) -> None:
-    """Prints a line without breaking the bar."""
+    """Prints a line of text above the bar."""
     if self._bar is not None:
       tqdm.write(text, file=self._stream)
     else:
       self._print(text)
 
   def close(self) -> None:
+    """Closes the bar; where there is no terminal, prints the last line."""
     if self._bar is not None:
       self._bar.close()
     elif self.done not in (self._first, self._said_at):
@@ -126,6 +132,6 @@ class Progress:
 
 
 def of_bytes(name: str, total: int, *, enabled: bool) -> Progress:
-  """Progress of a job of so many bytes."""
+  """Makes a `Progress` over `total` bytes, labelled `name`."""
   describe = f"{name.replace('{', '{{').replace('}', '}}')}, {{share:.0%}} of {tqdm.format_sizeof(total, 'B', 1024)}"
   return Progress(total, describe, enabled=enabled, desc=name, unit="B", unit_scale=True, unit_divisor=1024)

@@ -1,4 +1,4 @@
-"""What a run was started with: a line of `runs.jsonl` for each start, so that its numbers can be had again."""
+"""Record of each start of a run in `runs.jsonl`: command, config, versions and devices, to reproduce its numbers."""
 
 from __future__ import annotations
 
@@ -27,16 +27,18 @@ _SOURCE = Path(__file__).resolve().parent.parent
 def write_run_record(workdir: str | os.PathLike[str], config: Mapping[str, Any]) -> None:
   """Appends one JSON object to `workdir/runs.jsonl`.
 
-  It has time (UTC), command, config, python, packages (versions), commit and modified (of the source, null unless it is
-  a git checkout), platform, device_kind, devices, processes and flags (XLA's, from the environment). Call it in one
-  process, where jax already knows of the others.
+  The object has the keys time (UTC), command, config, python, packages (versions), commit and modified (git commit of
+  the source, and whether the source differs from it; null outside a git checkout), platform, device_kind, devices,
+  processes and flags (the environment variables FLAGS). In a run of several processes, call it in one of them, after
+  `jax.distributed.initialize`.
 
   Args:
-    workdir: of the run; created if it does not exist.
-    config: plain values, as `dataclasses.asdict` leaves them.
+    workdir: directory of the run, a local path; made if it does not exist.
+    config: config of the run as plain values, such as `dataclasses.asdict` returns.
 
   Raises:
-    TypeError: a value of the config is none that JSON has.
+    TypeError: a value of the config has a type that JSON does not have.
+    ValueError: `workdir` is a URL.
   """
   commit, modified = _commit(_SOURCE)
   record = {
@@ -68,22 +70,22 @@ def _version(name: str) -> str | None:
 
 
 def _commit(source: Path) -> tuple[str | None, bool | None]:
-  """(commit, whether the packages differ from it) of a checkout; (None, None) where `source` is none.
+  """Returns (git commit, whether the packages differ from it), or (None, None) outside a checkout of this project.
 
   Args:
-    source: the directory that holds the packages.
+    source: the directory that holds the packages `supra_jax` and `kernels_pallas`.
   """
-  # An installed copy may lie inside some other project's checkout, whose commit says nothing: is it tracked there?
+  # A copy installed inside another project's checkout is not tracked there, and that project's commit means nothing.
   if _git(source, "ls-files", "--error-unmatch", "supra_jax/__init__.py") is None:
     return None, None
   commit = _git(source, "rev-parse", "HEAD")
-  # Only the packages: a workdir inside the checkout changes nothing about the run.
+  # Only the packages count: a workdir inside the checkout does not change the program.
   status = _git(source, "status", "--porcelain", "--", "supra_jax", "kernels_pallas")
   return commit, None if status is None else bool(status)
 
 
 def _git(source: Path, *arguments: str) -> str | None:
-  """What git prints; None where it fails, is not there, or hangs on a slow disk."""
+  """Returns git's stdout; None if git fails, is not installed, or takes over 30 seconds (on a slow disk)."""
   try:
     done = subprocess.run(["git", "-C", source, *arguments], capture_output=True, text=True, timeout=30)
   except (OSError, subprocess.TimeoutExpired):

@@ -1,6 +1,6 @@
-"""Reads config dataclasses from plain values, and checks them against what their fields say.
+"""Builds config dataclasses from plain values, and checks values against the limits in the fields' type hints.
 
-A field states its own limits, and `check` in `__post_init__` holds it to them:
+A field states its limits in its type hint, and the dataclass calls `check` in `__post_init__`:
 
   rank: Annotated[int, AtLeast(0)] = 0
   share: Annotated[float, AtLeast(0), AtMost(1), "a share of the loss"] = 1.0
@@ -65,15 +65,15 @@ POSITIVE = Above(0)
 def check(config: Any, path: str = "") -> None:
   """Checks the fields of a config dataclass that are typed as a Literal or have limits.
 
-  A number with limits has to be finite, and whole where its type is int. A field typed `X | None` may be None. Every
-  item of a field typed `tuple[X, ...]` is checked.
+  A number with limits has to be finite, and an integer where its type is int. A field typed `X | None` may be None.
+  Every item of a field typed `tuple[X, ...]` is checked.
 
   Args:
-    config: a dataclass.
-    path: what its user calls it, such as "optimizer" where a field is `optimizer.kind` in recipes. Empty: nothing.
+    config: an instance of a dataclass.
+    path: prefix of field names in errors: "optimizer" where a recipe calls the field `optimizer.kind`. Empty: none.
 
   Raises:
-    ValueError: a field holds what it must not, as in "optimizer.kind='sgd': wanted one of 'adamw', 'adafactor'."
+    ValueError: a field is outside its limits, as in "optimizer.kind='sgd': wanted one of 'adamw', 'adafactor'."
   """
   cls: Any = type(config)
   for name, hint in _hints(cls).items():
@@ -87,7 +87,7 @@ def _hints(cls: Any) -> Mapping[str, Any]:
 
 
 def _unmet(hint: Any, value: Any) -> str | None:
-  """What is to be said of a value that is not what a type hint wants; None where it is."""
+  """Returns the end of an error message, "=VALUE: wanted ...", if a value breaks its type hint's limits; else None."""
   origin, args = typing.get_origin(hint), typing.get_args(hint)
   if origin in (typing.Union, types.UnionType):
     return None if value is None else _unmet(next(a for a in args if a is not type(None)), value)
@@ -103,7 +103,7 @@ def _unmet(hint: Any, value: Any) -> str | None:
   fits = isinstance(value, number) and not isinstance(value, bool) and math.isfinite(value)
   if fits and all(limit.holds(value) for limit in limits):
     return None
-  # "a positive whole number", "a finite number, 0 or more"
+  # Reads "a positive whole number", or "a finite number, 0 or more".
   positive = "positive " if POSITIVE in limits else ""
   wanted = [
     f"a {positive}{'whole' if kind is int else 'finite'} number",
@@ -123,15 +123,15 @@ def check_keys(values: Any, known: Set[str], required: Set[str], path: str) -> N
 
 
 def from_mapping(cls: type, values: Any, path: str) -> Any:
-  """Builds a config dataclass, nested ones included, from plain values.
+  """Builds a config dataclass, and the dataclasses nested in it, from plain values.
 
   Args:
     cls: a dataclass.
-    values: a mapping, e.g. parsed JSON or a ConfigDict.
-    path: what the values are called in errors.
+    values: field name -> value, e.g. parsed JSON or a ConfigDict.
+    path: name of `values` in error messages.
 
   Raises:
-    ValueError: a key is unknown or missing, or a value has the wrong type, by name.
+    ValueError: a key is unknown or missing, or a value has the wrong type; the message names the key.
   """
   fields, hints = dataclasses.fields(cls), typing.get_type_hints(cls)
   check_keys(values, {f.name for f in fields}, {f.name for f in fields if f.default is dataclasses.MISSING}, path)

@@ -1,12 +1,12 @@
-"""Where arrays live: the mesh, which axis of a parameter is cut along which axis of the mesh, and constraints inside.
+"""The device mesh: its axes, which array dimensions they shard, sharding constraints, and batches onto a mesh.
 
-Mesh axes, outermost first:
-  data    replicas of the parameters, each with rows of its own
-  fsdp    rows of its own too, and a shard of every parameter (fully sharded data parallelism)
-  context the same rows and parameters, and some of the tokens of each row
-  tensor  heads, ffn and vocabulary (Megatron)
+Mesh axes, outermost first, and what they shard:
+  data    the rows of a batch; parameters are replicated
+  fsdp    the rows of a batch and every parameter (fully sharded data parallelism)
+  context the tokens of each row; parameters are replicated
+  tensor  heads, ffn and vocabulary (tensor parallelism, as in Megatron)
 
-All programs run under `jax.set_mesh(make_mesh(...))`, on one device too. Outside a mesh constraints do nothing.
+All programs run under `jax.set_mesh(make_mesh(...))`, on a single device too. Outside a mesh, constraints do nothing.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ AXES = ("data", "fsdp", "context", "tensor")
 BATCH_AXES = ("data", "fsdp")
 TIME_AXIS = "context"
 
-# What a dimension holds -> the mesh axes that cut it.
+# Name of an array dimension -> the mesh axes that shard it; None: not sharded.
 DIMENSIONS: dict[str | None, str | tuple[str, ...] | None] = {
   "batch": BATCH_AXES,
   "time": TIME_AXIS,
@@ -37,10 +37,10 @@ DIMENSIONS: dict[str | None, str | tuple[str, ...] | None] = {
 
 
 def mesh_sizes(text: str) -> dict[str, int]:
-  """`fsdp:4,tensor:2` -> {"fsdp": 4, "tensor": 2}.
+  """Parses sizes of mesh axes: `fsdp:4,tensor:2` -> {"fsdp": 4, "tensor": 2}.
 
   Raises:
-    ValueError: an axis is unknown, named twice or no positive number.
+    ValueError: an axis is unknown or named twice, or its size is not a positive integer.
   """
   sizes: dict[str, int] = {}
   for part in text.split(","):
@@ -52,10 +52,14 @@ def mesh_sizes(text: str) -> dict[str, int]:
 
 
 def parse_mesh(text: str, devices: int) -> dict[str, int]:
-  """`fsdp:4,tensor:2` -> {"data": 1, "fsdp": 4, "context": 1, "tensor": 2}; an empty text puts all devices on `fsdp`.
+  """Completes sizes of mesh axes: `fsdp:4,tensor:2` -> {"data": 1, "fsdp": 4, "context": 1, "tensor": 2}.
+
+  Args:
+    text: sizes as `mesh_sizes` parses them; empty puts all devices on `fsdp`.
+    devices: number of devices.
 
   Raises:
-    ValueError: as `mesh_sizes`, or the product is not the number of devices.
+    ValueError: as `mesh_sizes`, or the product of the sizes is not `devices`.
   """
   sizes = mesh_sizes(text or f"fsdp:{devices}")
   if math.prod(sizes.values()) != devices:
@@ -64,14 +68,22 @@ def parse_mesh(text: str, devices: int) -> dict[str, int]:
 
 
 def make_mesh(text: str = "", devices: Sequence[jax.Device] | None = None) -> Mesh:
-  """The mesh that `parse_mesh` describes, over all devices of all processes."""
+  """Makes the mesh whose sizes `parse_mesh(text)` returns.
+
+  Args:
+    text: sizes of axes; empty puts all devices on `fsdp`.
+    devices: the devices of the mesh; None means all devices of all processes.
+
+  Raises:
+    ValueError: as `parse_mesh`.
+  """
   devices = jax.devices() if devices is None else devices
   sizes = parse_mesh(text, len(devices))
   return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 
 
 def check_heads(num_heads: int, num_kv_heads: int, mesh: Mesh) -> None:
-  """Raises ValueError where `tensor` would cut a head in two."""
+  """Raises ValueError if the mesh axis `tensor` does not divide the number of heads and of key/value heads."""
   size = mesh.shape["tensor"]
   if num_heads % size or num_kv_heads % size:
     raise ValueError(
@@ -80,7 +92,7 @@ def check_heads(num_heads: int, num_kv_heads: int, mesh: Mesh) -> None:
 
 
 def dimensions_spec(*dimensions: str | None) -> PartitionSpec:
-  """The spec of an array whose dimensions hold these, by name in DIMENSIONS."""
+  """Returns the PartitionSpec of an array, given the name in DIMENSIONS of each of its dimensions."""
   return PartitionSpec(*(DIMENSIONS[name] for name in dimensions))
 
 
@@ -89,12 +101,17 @@ def _alone(mesh: jax.sharding.AbstractMesh) -> bool:
 
 
 def constrain(x: jax.Array, *dimensions: str | None) -> jax.Array:
-  """X, cut along the mesh as its dimensions say; x itself where there is one device."""
+  """Constrains the sharding of `x` inside a program; returns `x` unchanged on one device or outside a mesh.
+
+  Args:
+    x: an array.
+    *dimensions: the name in DIMENSIONS of each dimension of `x`; None: not sharded.
+  """
   mesh = jax.sharding.get_abstract_mesh()
   if _alone(mesh):
     return x
   spec = dimensions_spec(*dimensions)
-  if mesh.manual_axes:  # inside `sum_over_tokens`, where each part of a batch is alone with its tokens
+  if mesh.manual_axes:  # inside `sum_over_tokens`, where an array holds only the rows and tokens of one device
     spec = PartitionSpec(
       *(None if name in ("batch", "time") else axes for name, axes in zip(dimensions, spec, strict=True))
     )
@@ -102,12 +119,16 @@ def constrain(x: jax.Array, *dimensions: str | None) -> jax.Array:
 
 
 def sum_over_tokens(function: Callable[..., tuple[Any, Any]]) -> Callable[..., tuple[Any, Any]]:
-  """`function`, run on each device's own tokens of a batch, its sums added up over the devices at the end.
+  """Runs `function` on each device's own tokens of a batch, and adds its sums over the devices once, at the end.
 
-  Left to itself, the compiler adds up over the devices wherever a sum over tokens is made: in a loop at every turn.
+  Without it XLA reduces over the devices at every sum over tokens: inside a loop, in each iteration.
 
   Args:
-    function: (whole, *arrays [rows, time, ...]) -> (sums over the tokens, arrays [rows, time, ...]), all of them trees.
+    function: (whole, *arrays [rows, time, ...]) -> (sums over the tokens, arrays [rows, time, ...]). All are pytrees;
+      `whole` is replicated.
+
+  Returns:
+    A function with the signature of `function`; `function` itself where the mesh shards neither rows nor tokens.
   """
   if current_batch_shards() == current_time_shards() == 1:
     return function
@@ -129,12 +150,12 @@ def sum_over_tokens(function: Callable[..., tuple[Any, Any]]) -> Callable[..., t
 
 
 def per_device(function: Callable[..., Any], in_dimensions: Any, out_dimensions: Any) -> Callable[..., Any]:
-  """`function` run by each device on its own shard; `function` itself where there is one.
+  """Runs `function` on each device's own shards (`jax.shard_map`); returns `function` itself on one device.
 
   Args:
-    function: of positional arrays, any of which may be None.
-    in_dimensions: for each argument, the names of its dimensions.
-    out_dimensions: the same for each result.
+    function: takes positional arrays, any of which may be None.
+    in_dimensions: for each argument, the names in DIMENSIONS of its dimensions.
+    out_dimensions: for each result, the names in DIMENSIONS of its dimensions.
   """
   mesh = jax.sharding.get_abstract_mesh()
   if _alone(mesh):
@@ -156,34 +177,40 @@ def per_device(function: Callable[..., Any], in_dimensions: Any, out_dimensions:
 
 
 def batch_shards(mesh: Mesh) -> int:
-  """How many parts the rows of a batch are cut into."""
+  """Number of shards of the rows of a batch: size of `data` times size of `fsdp`."""
   return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
 def current_batch_shards() -> int:
-  """`batch_shards` of the mesh that is set; 1 outside a mesh."""
+  """`batch_shards` of the current mesh; 1 outside a mesh."""
   mesh = jax.sharding.get_abstract_mesh()
   return 1 if mesh.empty else mesh.shape["data"] * mesh.shape["fsdp"]
 
 
 def current_time_shards() -> int:
-  """How many parts of each row's tokens there are on the mesh that is set; 1 outside a mesh."""
+  """Number of shards of the tokens of a row on the current mesh; 1 outside a mesh."""
   mesh = jax.sharding.get_abstract_mesh()
   return 1 if mesh.empty else mesh.shape[TIME_AXIS]
 
 
 def least_tokens() -> jax.Array:
-  """Zeros, int32 [B, T], the fewest that the mesh that is set can cut: for shapes of parameters, which want some."""
+  """Smallest token batch that the current mesh divides, zeros int32 [B, T]; used to trace parameter shapes."""
   return jnp.zeros((current_batch_shards(), current_time_shards()), jnp.int32)
 
 
 def batch_sharding(mesh: Mesh, *, leading: int = 0) -> NamedSharding:
-  """Of arrays [*leading axes, rows, ...]."""
+  """Sharding of arrays whose rows come after `leading` other axes: [*leading, rows, ...]."""
   return NamedSharding(mesh, PartitionSpec(*([None] * leading), DIMENSIONS["batch"]))
 
 
 def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh, microbatches: int = 1) -> dict[str, jax.Array]:
-  """A process's rows [R, ...] of a batch -> arrays [microbatches, rows, ...] over all processes."""
+  """Assembles global arrays [microbatches, rows, ...] from the rows that each process has read.
+
+  Args:
+    batch: name -> array [R, ...], the rows of this process; R is a multiple of `microbatches`.
+    mesh: the device mesh.
+    microbatches: number of equal parts that the batch is cut into.
+  """
   sharding, (_, count) = batch_sharding(mesh, leading=1), process_shard(mesh)
 
   def put(local):
@@ -195,10 +222,12 @@ def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh, microbatches: int = 1
 
 
 def process_shard(mesh: Mesh) -> tuple[int, int]:
-  """(index, count): which part of each batch this process reads. Processes that share rows have the same index.
+  """Returns (index, count): this process reads part `index` of the `count` equal parts of each batch.
+
+  Processes whose devices hold the same rows have the same index.
 
   Raises:
-    ValueError: processes share rows in part, so that no even cut gives each what its devices need.
+    ValueError: the rows of two processes overlap without being the same, so that no equal parts serve all devices.
   """
   shards = batch_shards(mesh)
   held: dict[int, set[int]] = {}

@@ -1,4 +1,4 @@
-"""Text to tokens on all cores, in order, in bounded memory; and how far it is."""
+"""Encodes text to tokens on all cores, in order and in bounded memory, and shows the progress."""
 
 from __future__ import annotations
 
@@ -24,23 +24,26 @@ from supra_jax.data.text import InputFile, Piece, parse, read_pieces
 from supra_jax.data.tokenizer import Tokenizer
 from supra_jax.model.config import ModelConfig
 
-# Of files so small in all, packing in one process is done before others have started.
+# Below this total size in bytes, packing in one process is done before worker processes have started.
 SMALL_INPUT = 2**21
 
 
 def load_tokenizer(directory: str | os.PathLike[str]) -> tuple[Tokenizer, ModelConfig]:
-  """The tokenizer and the config of a model directory, or of one that holds nothing else.
+  """Reads the tokenizer and the config of a model; `directory` needs no other files than these.
+
+  Args:
+    directory: a model directory, or one with only its config.json and tokenizer files; local or gs://.
 
   Raises:
-    ValueError: the config is not one of ours, or there is no tokenizer.
-    OSError: there is no config.
+    ValueError: config.json is not that of a supra_jax model, or there is no tokenizer.
+    OSError: there is no config.json.
   """
   path = place(directory) / "config.json"
   try:
     config = ModelConfig.from_json(path.read_text())
   except ValueError as error:
     raise ValueError(
-      f"{path} is no config of a supra_jax model. Convert a model of others first: python -m "
+      f"{path} is not the config of a supra_jax model. Convert the model first: python -m "
       f"convert_weights.hf_to_orbax --source={directory} --output=DIR; then give DIR. ({error})"
     ) from error
   files = {path.name: path.read_bytes() for path in place(directory).glob("tokenizer*") if path.is_file()}
@@ -50,10 +53,12 @@ def load_tokenizer(directory: str | os.PathLike[str]) -> tuple[Tokenizer, ModelC
 
 
 class Encoded(NamedTuple):
-  """Documents as tokens: ids [n] one after the other, and lengths [documents], 0 for one that gave no token.
+  """Documents as tokens.
 
   Attributes:
-    bad: what was wrong with each item that was passed over.
+    ids: integers [n], the tokens of all documents, one document after the other.
+    lengths: int64 [documents], tokens of each document; 0 for a document without a token.
+    bad: an error message for each item that was skipped.
   """
 
   ids: np.ndarray
@@ -63,7 +68,16 @@ class Encoded(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Encoder:
-  """A piece of text to tokens; all that a worker knows."""
+  """Encodes a piece of a file; pickled and sent to each worker process once.
+
+  Attributes:
+    tokenizer: encodes a text.
+    text_key: key of a JSON line, or column of a parquet file, that holds the text.
+    bos: start each document with the begin-of-text id.
+    vocab_size: number of rows of the embedding; all ids have to be below it.
+    dtype: numpy dtype of the ids.
+    skip_bad: skip items that hold no text, and report them in `Encoded.bad`; False raises ValueError.
+  """
 
   tokenizer: TextEncoder
   text_key: str
@@ -92,19 +106,27 @@ class Encoder:
     return document.astype(self.dtype)
 
 
-# In the input: number of a file, of its items that are done, and their `digest_of`.
+# A position in the input: (index of a file, number of its items that are done, `digest_of` those items).
 Place = tuple[int, int, str]
 
 
 def digest_of(items: Iterable[bytes | None], before: str = "") -> str:
-  """A digest of items and of those before them, however they are cut into pieces."""
+  """Continues a digest by more items; the result does not depend on how items are grouped into calls.
+
+  Args:
+    items: lines, rows or files, as `Piece.items` has them.
+    before: digest of the items before these; empty at the start.
+
+  Returns:
+    A hexadecimal sha256.
+  """
   for item in items:
     before = hashlib.sha256(before.encode() + (b"" if item is None else b":" + item)).hexdigest()
   return before
 
 
 def pieces_from(files: list[InputFile], text_key: str, at: Place) -> Iterator[tuple[tuple[Place, int], Piece]]:
-  """Yields ((place after it, bytes read up to there), piece), from a place on."""
+  """Yields ((position after the piece, bytes of input read so far), piece), from the position `at` on."""
   before = sum(file.size for file in files[: at[0]])
   for number, file in enumerate(files[at[0] :], start=at[0]):
     done, digest = at[1:] if number == at[0] else (0, "")
@@ -115,6 +137,7 @@ def pieces_from(files: list[InputFile], text_key: str, at: Place) -> Iterator[tu
 
 
 def worker_count(workers: int | None, files: list[InputFile]) -> int:
+  """Number of worker processes: `workers`; None: one per core, or 0 for a single core or an input below SMALL_INPUT."""
   if workers is not None:
     return workers
   cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -124,12 +147,21 @@ def worker_count(workers: int | None, files: list[InputFile]) -> int:
 def encode_in_order(
   pieces: Iterable[tuple[Any, Piece]], encode: Callable[[Piece], Encoded], workers: int
 ) -> Iterator[tuple[Any, Encoded]]:
-  """Yields (label, encoded piece) in the order of the pieces; few are under way at once, so memory is bounded."""
+  """Yields (label, encoded piece) in the order of the pieces; holds at most 2 pieces per worker in memory.
+
+  Args:
+    pieces: (label, piece); a label may be anything.
+    encode: encodes a piece; pickled for the workers.
+    workers: number of worker processes; 0 encodes in this process.
+
+  Raises:
+    ChildProcessError: a worker process ended early.
+  """
   if not workers:
     for label, piece in pieces:
       yield label, encode(piece)
     return
-  # Spawned, since a fork of a process with threads, as one with jax has, may never come to life.
+  # Spawned, since jax starts threads, and a fork of a process with threads may deadlock.
   context = multiprocessing.get_context("spawn")
   pool = ProcessPoolExecutor(workers, context, _start_worker, (encode,))
   waiting: collections.deque[tuple[Any, Any]] = collections.deque()
@@ -143,8 +175,8 @@ def encode_in_order(
       yield label, future.result()
   except BrokenProcessPool as error:
     raise ChildProcessError(
-      "A process that packs ended early, for want of memory perhaps; or the calling script lacks "
-      "`if __name__ == '__main__':`. The same command again goes on; try fewer workers."
+      "A worker process ended early, perhaps for lack of memory, or because the calling script lacks "
+      "`if __name__ == '__main__':`. Run the same command again to resume; try fewer workers."
     ) from error
   finally:
     pool.shutdown(cancel_futures=True)
@@ -156,13 +188,13 @@ _encode: Callable[[Piece], Encoded]
 def _start_worker(encode: Callable[[Piece], Encoded]) -> None:
   global _encode
   _encode = encode
-  # Ctrl-C reaches all processes; the parent alone answers it.
+  # Ctrl-C signals all processes; only the parent handles it.
   signal.signal(signal.SIGINT, signal.SIG_IGN)
   threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
 def _end_with_parent() -> None:
-  """A parent that is killed tells nobody; without this its workers would wait for ever."""
+  """Ends this worker when its parent ends, since the workers of a killed parent would wait forever."""
   parent = multiprocessing.parent_process()
   if parent is not None:
     parent.join()
@@ -174,12 +206,12 @@ def _work(piece: Piece) -> Encoded:
 
 
 def packing_progress(total: int, first: int = 0, *, seconds: float = SECONDS) -> Progress:
-  """Progress of packing in bytes of the input, with the values `tokens` and `tokens_per_second`.
+  """Makes a `Progress` of packing in bytes of the input, which also shows `tokens` and `tokens_per_second`.
 
   Args:
-    total: bytes of the whole input.
-    first: bytes that were packed before.
-    seconds: see `Progress`.
+    total: size of the whole input in bytes.
+    first: bytes that an earlier call packed.
+    seconds: least time in seconds between two lines where there is no terminal.
   """
   forms = {
     "tokens": lambda value: f"{tqdm.format_sizeof(value)} tokens",

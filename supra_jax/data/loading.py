@@ -1,6 +1,6 @@
-"""Packed rows to batches, through grain: mixed by weight, shuffled, cut for processes, resumable.
+"""Batches of packed rows, through grain: mixed by weight, shuffled, sharded over processes, resumable.
 
-One function, `_order`, says which row of which source comes when; loading and naming both ask it.
+`_order` alone determines which row of which source comes when, both for loading rows and for naming them.
 """
 
 from __future__ import annotations
@@ -18,21 +18,35 @@ import numpy as np
 
 from supra_jax.data.packed import META_FILE, load_info, local_files
 
-# A packed directory and its share of the rows that are drawn, to within a hundredth. Weights need not add up to 1.
+# (packed directory, weight): its share of the rows drawn, to within 1 %. Weights need not add up to 1.
 Source = tuple[str, float]
 Batch = dict[str, np.ndarray]
-# What a loader is: batches, get_state and set_state. Named here so that others need not import grain.
+# A loader: an iterator of batches with get_state and set_state. An alias, so that other modules need not import grain.
 Batches: TypeAlias = grain.DatasetIterator
 
-# What rows of one batch must have in common: field of PackedInfo -> what its user calls it.
+# Fields of PackedInfo that all sources have to agree on -> name of the field in recipes.
 _SHARED = {name: name for name in ("sequence_length", "join", "bos", "vocab_size", "tokenizer_sha256")}
 _SHARED["join"] = "documents"
 
 
 class PackedDataset:
-  """The rows of a packed directory, by number: {"tokens": int32 [T + 1]}, and "segment_ids" where stored."""
+  """A sequence of the rows of a packed directory: {"tokens": int32 [T + 1]}, and "segment_ids" alike where stored.
+
+  Attributes:
+    info: contents of the directory's meta.json.
+  """
 
   def __init__(self, path: str | os.PathLike[str]):
+    """Opens the files of rows; copies them to this machine's cache first if `path` is in a bucket.
+
+    Args:
+      path: a packed directory, local or gs://.
+
+    Raises:
+      FileNotFoundError: meta.json or a file of rows is missing.
+      ValueError: meta.json or a file of rows is damaged.
+      OSError: a file cannot be copied from a bucket.
+    """
     self.info = load_info(path)
     self._files = [str(file) for file in local_files(path, self.info)]
     self._ends = list(itertools.accumulate(shard.rows for shard in self.info.shards))
@@ -57,13 +71,13 @@ class PackedDataset:
 
 
 def parse_sources(text: str) -> tuple[Source, ...]:
-  """Reads sources as they are written on a command line: `data/a/train:0.7,data/b/train:0.3`.
+  """Parses sources as recipes and flags spell them: `data/a/train:0.7,data/b/train:0.3`.
 
-  A path without a weight has the weight 1. What follows its last colon is a weight if it is a number, and of the path
-  otherwise; a path that ends in a colon and a number needs its weight written out. No path has a comma.
+  A path without a weight has the weight 1. The text after a path's last colon is its weight if it is a number, and a
+  part of the path otherwise; a path that itself ends in a colon and a number needs a weight. A path cannot hold commas.
 
   Raises:
-    ValueError: a part is empty.
+    ValueError: a path or a weight is empty.
   """
   sources = []
   for part in text.split(","):
@@ -87,24 +101,26 @@ def make_loader(
   shard_count: int = 1,
   prefetch: int = 4,
 ) -> Batches:
-  """An endless iterator of batches; its state, {"global_next_index": N}, is the same in all shards.
+  """Makes an endless, resumable iterator of batches; its state, {"global_next_index": N}, counts the rows drawn so far.
 
-  Each source is shuffled as a whole, anew each time round. The shards of one step make up the same global batch
-  whatever their number, and a state may be set in a loader with another shard_count: what comes then are the rows that
-  had not come.
+  Each source is shuffled as a whole, in another order in each epoch. The global batches do not depend on shard_count,
+  and neither does the state: set in a loader with another shard_count, it continues with the rows not drawn yet.
 
   Args:
     sources: packed directories and their weights.
     batch_size: rows in a global batch; a shard yields batch_size / shard_count of them.
-    seed: of the order, below 2**32.
-    shard_index, shard_count: which part of each batch to yield; one a process.
-    prefetch: batches that are read ahead, by as many threads; 0 reads when asked.
+    seed: seeds the shuffle of each source; at least 0 and below 2**32.
+    shard_index: index of the part of each batch to yield, from 0; one per process.
+    shard_count: number of parts of each batch.
+    prefetch: number of batches that are read ahead, by as many threads; 0 reads a batch when it is asked for.
 
   Returns:
     An iterator of {"tokens": int32 [batch_size / shard_count, T + 1]}, and "segment_ids" alike where stored.
 
   Raises:
-    FileNotFoundError, ValueError: a source is missing or damaged, or sources do not fit each other.
+    FileNotFoundError: a source, or a file of one, is missing.
+    ValueError: a source is damaged, sources do not fit each other or hold fewer rows than a batch, or an argument is
+      out of range.
   """
   _check_shard(batch_size, shard_index, shard_count)
   datasets = _open(sources)
@@ -123,14 +139,16 @@ def make_loader(
 
 
 def rows_of_batch(sources: Sequence[Source], *, batch_size: int, seed: int, step: int) -> list[str]:
-  """The names of the rows of a global batch, `data/a, row 123`, so that a bad one can be looked at.
+  """Names the rows of a global batch, as in `data/a, row 123`, so that a user can look at the rows of a bad batch.
 
   Args:
-    sources, batch_size, seed: as `make_loader` had them, from the start of the run.
-    step: number of the batch, from 0.
+    sources: the `sources` that `make_loader` was called with, the same from the start of the run.
+    batch_size: its `batch_size`.
+    seed: its `seed`.
+    step: index of the batch, from 0.
 
   Returns:
-    batch_size names; shard i of n has the i-th, (i+n)-th, ...
+    batch_size names; shard i of n yields names i, i + n, i + 2n, ...
   """
   order = _order(sources, _open(sources), seed)
   places = [order[index] for index in range(step * batch_size, (step + 1) * batch_size)]
@@ -140,17 +158,22 @@ def rows_of_batch(sources: Sequence[Source], *, batch_size: int, seed: int, step
 def heldout_batches(
   path: str | os.PathLike[str], *, batch_size: int, max_rows: int = 0, shard_index: int = 0, shard_count: int = 1
 ) -> Iterator[Batch]:
-  """Yields the rows of a packed directory once, in order; shard i has the i-th block of each global batch.
+  """Yields the rows of a packed directory once, in order; shard i yields the i-th block of each global batch.
 
   Args:
-    path: a packed directory.
+    path: a packed directory, local or gs://.
     batch_size: rows in a global batch.
-    max_rows: at most so many rows, the first; 0 means all.
-    shard_index, shard_count: which part of each batch to yield; one a process.
+    max_rows: reads only this many rows from the start; 0 means all.
+    shard_index: index of the part of each batch to yield, from 0; one per process.
+    shard_count: number of parts of each batch.
 
   Yields:
     {"tokens": int32 [batch_size / shard_count, T + 1]}, "segment_ids" alike where stored, and "row_weights" float32
     [batch_size / shard_count]: 1, or 0 for the copies of the last row that fill up the last batch.
+
+  Raises:
+    FileNotFoundError: the directory, or a file of it, is missing.
+    ValueError: a file is damaged, or batch_size is not a multiple of shard_count.
   """
   _check_shard(batch_size, shard_index, shard_count)
   dataset = PackedDataset(path)
@@ -185,10 +208,10 @@ def _open(sources: Sequence[Source]) -> list[PackedDataset]:
 
 
 def _order(sources: Sequence[Source], datasets: Sequence[PackedDataset], seed: int) -> grain.MapDataset:
-  """Endless (number of the source, number of the row in it), in the order in which rows are drawn."""
+  """Returns an endless dataset of (index of a source, index of a row in it), in the order in which rows are drawn."""
 
   def endless(number: int, rows: int) -> grain.MapDataset:
-    # Seeds differ, or sources of one length would be drawn in one order.
+    # A seed per source, since sources of the same length would be shuffled alike otherwise.
     shuffled = grain.MapDataset.range(rows).shuffle(seed=(seed + number) % 2**32)
     return shuffled.repeat().map(lambda row: (number, int(row)))
 

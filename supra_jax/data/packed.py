@@ -1,8 +1,9 @@
-"""What a packed directory is: rows of tokens in ArrayRecord files, and a meta.json that says all there is to know.
+"""Packed directories: rows of tokens in ArrayRecord files, and a meta.json that describes them.
 
 DIR/meta.json                  the PackedInfo
-DIR/rows-00000.array_record    one record a row: [1 or 2, sequence_length + 1] little-endian integers, tokens first
-DIR/rows-00001.array_record    the rows after those
+DIR/rows-00000.array_record    the first rows; a record is a row, [1 or 2, T + 1] little-endian integers: tokens and,
+                               with documents=separate, segment ids
+DIR/rows-00001.array_record    the next rows
 """
 
 from __future__ import annotations
@@ -23,15 +24,16 @@ from supra_jax.core.files import TEMPORARY, AnyPath, into_place, place
 from supra_jax.core.plain_json import to_json
 from supra_jax.core.schema import AtLeast, check, from_mapping
 
-# How documents lie in rows: `join` runs them together; `separate` numbers those of a row, so that a model begins each
-# afresh. Recipes and flags call it `documents`; in meta.json, where `documents` is a count, its key is `join`.
+# How documents share a row. `join`: one after another, as a single text. `separate`: also stores segment ids, the
+# number of each token's document in the row, so that a model resets its state between documents. Recipes and flags call
+# this option `documents`; in meta.json, where `documents` is a count, its key is `join`.
 Documents = Literal["join", "separate"]
 Dtype = Literal["<u2", "<i4"]
 
 META_FILE = "meta.json"
 FORMAT_VERSION = 2
 
-# What tokenizers disagree on: digits, runs of blanks, case, contractions, accents, scripts, emoji, code.
+# Text that tokenizers encode differently: digits, runs of spaces, case, contractions, accents, scripts, emoji, code.
 _PROBE = (
   "The quick brown fox jumps over the lazy dog; it's 7 o'clock, isn't it? Supercalifragilisticexpialidocious.",
   "3.14159 1000000 2405.06640 1,234,567 0x1F 50% $9.99\n\n7. Seventh\n\n\n8. Eighth",
@@ -42,7 +44,7 @@ _PROBE = (
 
 
 class TextEncoder(Protocol):
-  """What packing needs of a tokenizer; `supra_jax.data.tokenizer.Tokenizer` has it."""
+  """Interface of a tokenizer that packing needs; `data.tokenizer.Tokenizer` implements it."""
 
   @property
   def eos_ids(self) -> Sequence[int]: ...
@@ -55,7 +57,14 @@ class TextEncoder(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Shard:
-  """A file of rows: its name, how many rows and bytes it has, and the sha256 of those bytes."""
+  """A file of rows.
+
+  Attributes:
+    file: name of the file.
+    rows: number of rows.
+    bytes: size of the file in bytes.
+    sha256: hexadecimal digest of the file.
+  """
 
   file: str
   rows: int
@@ -65,21 +74,21 @@ class Shard:
 
 @dataclasses.dataclass(frozen=True)
 class PackedInfo:
-  """What a packed directory holds; the fields are the keys of its meta.json.
+  """Description of a packed directory; the fields are the keys of its meta.json.
 
   Attributes:
     sequence_length: T; a row has T + 1 tokens, the last of which is the first of the next row.
     rows: number of rows.
-    tokens: rows * T, the number of targets.
-    dropped_tokens: number of tokens at the end that did not fill a row.
-    documents: number of documents read that were not empty.
-    join: how documents lie in rows, see `Documents`.
-    bos: each document starts with the tokenizer's begin-of-text id.
-    vocab_size: every id is below it.
-    dtype: how a number is stored, `<u2` or `<i4`.
+    tokens: rows * T, the number of positions with a next token to predict.
+    dropped_tokens: number of tokens at the end of the text that did not fill a row.
+    documents: number of documents that were read and not empty.
+    join: how documents share a row, see `Documents`.
+    bos: whether each document starts with the tokenizer's begin-of-text id.
+    vocab_size: number of rows of the embedding; all ids are below it.
+    dtype: numpy dtype of the stored integers, `<u2` or `<i4`.
     tokenizer_sha256: `tokenizer_fingerprint` of the tokenizer.
-    shards: the files, in order of their rows.
-    format_version: version of this layout.
+    shards: the files of rows, in order.
+    format_version: version of the layout of the directory.
   """
 
   sequence_length: Annotated[int, AtLeast(1)]
@@ -104,19 +113,19 @@ class PackedInfo:
 
   @property
   def leaves(self) -> tuple[str, ...]:
-    """Names of the arrays of a row, in the order in which they are stored."""
+    """Names of the arrays of a row, in the order in which a record stores them."""
     return leaves_of(self.join)
 
 
 def leaves_of(documents: Documents) -> tuple[str, ...]:
-  """Names of the arrays [T + 1] that make up a row."""
+  """Names of the arrays [T + 1] of a row, given how documents share it."""
   return ("tokens", "segment_ids") if documents == "separate" else ("tokens",)
 
 
 def tokenizer_fingerprint(tokenizer: TextEncoder) -> str:
-  """The sha256 of how a tokenizer encodes a fixed probe, and of its special ids.
+  """Returns a sha256 of the ids that a tokenizer gives a fixed probe text, and of its begin- and end-of-text ids.
 
-  Of behaviour and not of files, since one tokenizer comes as tokenizer.json, tokenizer.model or inside a GGUF.
+  A fingerprint of behaviour, not of files: the same tokenizer may come as tokenizer.json, tokenizer.model or in a GGUF.
   """
   encoded = [tokenizer.encode(text, bos=False) for text in _PROBE]
   said = to_json([[list(map(int, ids)) for ids in encoded], list(tokenizer.eos_ids), tokenizer.bos_id])
@@ -124,11 +133,14 @@ def tokenizer_fingerprint(tokenizer: TextEncoder) -> str:
 
 
 def load_info(path: str | os.PathLike[str]) -> PackedInfo:
-  """Reads the meta.json of a packed directory, and looks whether its files are whole by their sizes.
+  """Reads the meta.json of a packed directory, and checks that all files of rows are there and have the right size.
+
+  Args:
+    path: a packed directory, local or gs://.
 
   Raises:
     FileNotFoundError: meta.json or a file of rows is missing.
-    ValueError: it is not what `packing.prepare` writes, or a file of rows has another size.
+    ValueError: meta.json was not written by `packing.prepare`, or a file of rows has another size.
   """
   directory = place(path)
   meta = directory / META_FILE
@@ -161,16 +173,22 @@ def load_info(path: str | os.PathLike[str]) -> PackedInfo:
 
 
 def local_files(path: str | os.PathLike[str], info: PackedInfo) -> list[Path]:
-  """The files of rows, which can be read on local disks only: those of a bucket are copied to this machine's cache.
+  """Returns local paths of the files of rows; copies those of a bucket to this machine's cache first.
+
+  ArrayRecord reads local files only.
+
+  Args:
+    path: the packed directory, local or gs://.
+    info: the directory's `load_info`.
 
   Raises:
-    ValueError: a file of a bucket is not what was written.
-    OSError: it cannot be copied.
+    ValueError: a copy from a bucket has another sha256 than the file that was written.
+    OSError: a file cannot be copied.
   """
   directory = place(path)
   if isinstance(directory, Path):
     return [directory / shard.file for shard in info.shards]
-  # Named after their contents, so that what is there is right, whoever put it there.
+  # The cache names files by their sha256, so that a cached file is right whichever run copied it.
   cache = bucket.cache_directory()
   files = [cache / f"{shard.sha256}.array_record" for shard in info.shards]
   for shard, file in zip(info.shards, files, strict=True):
@@ -187,7 +205,7 @@ def local_files(path: str | os.PathLike[str], info: PackedInfo) -> list[Path]:
 
 
 def _sizes(directory: AnyPath) -> dict[str, int]:
-  """File name -> bytes."""
+  """Returns {file name: size in bytes} of the files of a directory."""
   if not isinstance(directory, Path):
     return bucket.sizes(directory)
   return {path.name: path.stat().st_size for path in directory.iterdir() if path.is_file()}
@@ -202,10 +220,19 @@ def check_packed(
   documents: Documents | None = None,
   bos: bool | None = None,
 ) -> PackedInfo:
-  """Returns the info of a packed directory if it is what is wanted; None asks for nothing.
+  """Returns the `load_info` of a packed directory, after a check that a run can use it; None skips a check.
+
+  Args:
+    path: a packed directory, local or gs://.
+    sequence_length: T that the run wants.
+    vocab_size: number of rows of the model's embedding; the directory's has to be no larger.
+    tokenizer: the model's tokenizer, compared by `tokenizer_fingerprint`.
+    documents: how documents are to share a row.
+    bos: whether documents are to start with the begin-of-text id.
 
   Raises:
-    ValueError: it was packed otherwise; names the directory and all that differs.
+    FileNotFoundError: as `load_info`.
+    ValueError: the directory was packed otherwise; the message names all differences. Or as `load_info`.
   """
   info = load_info(path)
   differs = []
@@ -225,10 +252,11 @@ def check_packed(
 
 
 def verify(path: str | os.PathLike[str]) -> PackedInfo:
-  """Reads every file of rows and holds it against its digest.
+  """Checks the sha256 of all files of rows, and returns the directory's `load_info`.
 
   Raises:
-    ValueError: files differ from what was written; names them all.
+    FileNotFoundError: as `load_info`.
+    ValueError: files differ from what was written; the message names all of them. Or as `load_info`.
   """
   info = load_info(path)
   wrong = [shard.file for shard in info.shards if _sha256(place(path) / shard.file) != shard.sha256]
@@ -243,22 +271,22 @@ def _sha256(path: AnyPath) -> str:
 
 
 class RowsWriter:
-  """Tokens on their way into the files of a packed directory.
+  """Cuts documents into rows and writes a packed directory.
 
   Attributes:
-    documents: number of those added.
-    shards: the files written.
+    documents: number of documents added so far.
+    shards: the files written so far.
   """
 
   def __init__(self, directory: Path, *, sequence_length: int, documents: Documents, dtype: Dtype, shard_bytes: int):
-    """Begins.
+    """Writes nothing yet.
 
     Args:
-      directory: where the files go; it exists when the first is written.
-      sequence_length: T.
-      documents: how they lie in rows.
-      dtype: how a number is stored.
-      shard_bytes: a file of rows holds about so many bytes before compression.
+      directory: local directory of the files; it has to exist when the first file is written.
+      sequence_length: T; a row has T + 1 tokens.
+      documents: how documents share a row.
+      dtype: numpy dtype of the stored integers.
+      shard_bytes: approximate size of a file of rows in bytes, before compression.
     """
     self._directory, self._length, self._how, self._dtype = directory, sequence_length, documents, dtype
     record = len(leaves_of(documents)) * (sequence_length + 1) * np.dtype(dtype).itemsize
@@ -270,13 +298,18 @@ class RowsWriter:
 
   @property
   def pending(self) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens [n] that are in no file yet, after the last one that is; and whether each is the first of a document."""
-    # Joined here and not in `add`, which would copy them each time.
+    """The tokens [n] that are in no file yet, and bool [n]: whether each is the first of its document."""
+    # Concatenated here and not in `add`, which would copy all of them for each piece.
     self._ids, self._starts = [np.concatenate(self._ids)], [np.concatenate(self._starts)]
     return self._ids[0], self._starts[0]
 
   def add(self, ids: np.ndarray, lengths: np.ndarray) -> None:
-    """Adds documents: ids [n] one after the other, and lengths [documents]; those of length 0 are passed over."""
+    """Adds documents, to be written by `write_full` and `finish`.
+
+    Args:
+      ids: integers [n], the tokens of all documents, one document after the other.
+      lengths: integers [documents], tokens of each document; documents of length 0 are not counted.
+    """
     lengths = lengths[lengths > 0]
     starts = np.zeros(len(ids), bool)
     starts[np.cumsum(lengths) - lengths] = True
@@ -284,22 +317,27 @@ class RowsWriter:
     self.documents += len(lengths)
 
   def restore(self, documents: int, shards: Sequence[Shard], ids: np.ndarray, starts: np.ndarray) -> None:
-    """Takes up what another writer had in `documents`, `shards` and `pending`."""
+    """Continues where another writer stopped; takes its `documents`, `shards` and `pending` (ids, starts)."""
     self.documents, self.shards = documents, list(shards)
     self._append(ids, starts)
 
   def write_full(self) -> bool:
-    """Writes the files that are full; says whether there were any."""
+    """Writes the files that have all their rows; returns whether there were any."""
     before = len(self.shards)
     while self._full_rows >= self._rows_per_shard:
       self._write(self._rows_per_shard)
     return len(self.shards) > before
 
   def finish(self, *, bos: bool, vocab_size: int, tokenizer_sha256: str) -> PackedInfo:
-    """Writes the rows that are left, and meta.json.
+    """Writes the remaining rows and meta.json, and drops the tokens that do not fill a row.
+
+    Args:
+      bos: whether each document starts with the begin-of-text id.
+      vocab_size: number of rows of the embedding.
+      tokenizer_sha256: `tokenizer_fingerprint` of the tokenizer.
 
     Raises:
-      ValueError: there are no rows at all.
+      ValueError: the tokens do not fill a single row.
     """
     self.write_full()
     if self._full_rows:

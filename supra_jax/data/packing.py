@@ -1,11 +1,11 @@
-"""Text to packed rows, on all cores. What is cut off goes on from its last finished file and ends with the same bytes.
+"""Packs text into rows, on all cores. A killed job resumes after its last finished file and ends with the same bytes.
 
 OUTPUT/source.json    the arguments and the input files
-OUTPUT/train/         a packed directory, see `supra_jax.data.packed`
-OUTPUT/heldout/       another, of every `heldout_every`-th document; absent where none are held out
+OUTPUT/train/         a packed directory, see `data.packed`
+OUTPUT/heldout/       another packed directory, of every `heldout_every`-th document; absent if heldout_every is 0
 
-Until it is whole it is called OUTPUT.partial; journal.npz there says what the finished files of rows hold. An OUTPUT
-in a bucket is made in this machine's cache and copied there.
+While it is being written, the directory is called OUTPUT.partial; its journal.npz records the position in the input
+that the finished files of rows reach. An OUTPUT in a bucket is made in this machine's cache and then copied.
 """
 
 from __future__ import annotations
@@ -74,13 +74,14 @@ _OURS = {"train", "heldout", SOURCE_FILE, JOURNAL_FILE}
 
 @dataclasses.dataclass(frozen=True)
 class Prepared:
-  """What `prepare` leaves.
+  """Result of `prepare`.
 
   Attributes:
-    train, heldout: the two parts.
-    tokens_per_second: how many were packed; None where all was there before.
-    bad: how many lines and rows were skipped since they hold no text.
-    bad_first: what was wrong with the first of them.
+    train: description of OUTPUT/train.
+    heldout: description of OUTPUT/heldout; None if nothing is held out.
+    tokens_per_second: speed of packing; None if all had been packed before.
+    bad: number of lines and rows that were skipped because they hold no text.
+    bad_first: error messages of the first few of those.
   """
 
   train: PackedInfo
@@ -105,33 +106,33 @@ def prepare(
   workers: int | None = None,
   shard_bytes: int = SHARD_BYTES,
 ) -> Prepared:
-  """Packs text into rows of sequence_length + 1 tokens, unless that is done; goes on where an earlier call was cut off.
+  """Packs text into rows of sequence_length + 1 tokens; resumes a call that was killed, and keeps finished output.
 
-  Each document is followed by the first of the tokenizer's end-of-text ids; documents that give no token are passed
-  over. Rows overlap by one token, so every token of a part but its very first is a target once. The bytes written
-  depend on nothing but the text, the tokenizer and the arguments; `workers` is no such argument.
+  Each document is followed by the first of the tokenizer's end-of-text ids; documents without a token are skipped.
+  Rows overlap by one token, so that each token of a part but its very first comes once as the next token. The bytes
+  written depend only on the text, the tokenizer and the arguments, except `workers`.
 
-  With workers, a script that calls this needs `if __name__ == "__main__":` around what it does.
+  With workers, a script that calls this has to be guarded by `if __name__ == "__main__":`, since they are spawned.
 
   Args:
-    input: files, as `text.find_files` takes them.
-    tokenizer: what encodes them; pickled for the workers.
-    output: the directory to make.
-    vocab_size: rows of the embedding that will read the ids.
+    input: glob of files, or `pydoc:topics`, as `text.find_files` takes it.
+    tokenizer: encodes the documents; pickled for the workers.
+    output: the directory to make, local or gs://.
+    vocab_size: number of rows of the embedding that will read the ids.
     sequence_length: T.
     text_key: the key of JSON lines, or the column of parquet files, that holds the text.
-    documents: `separate` stores, beside each token, the number of its document in the row, from 1.
+    documents: how documents share a row; `separate` also stores the number of each token's document in the row, from 1.
     bos: start each document with the begin-of-text id.
-    heldout_every: every N-th document is held out; 0 holds none out.
-    skip_bad: lines and rows that hold no text are skipped and counted; False raises at the first.
-    workers: processes that encode; 0 does it in this one. None is one a core, or 0 where the input is small.
-    shard_bytes: a file of rows holds about so many bytes before compression.
+    heldout_every: hold out every N-th document; 0 holds none out.
+    skip_bad: skip and count lines and rows that hold no text; False raises ValueError at the first.
+    workers: number of processes that encode; 0 encodes in this process. None: one per core, or 0 if the input is small.
+    shard_bytes: approximate size of a file of rows in bytes, before compression.
 
   Raises:
-    FileExistsError: `output` holds something else.
+    FileExistsError: `output` holds something other than packed text.
     FileNotFoundError: no file matches `input`.
-    ValueError: bad input, by file and line; too little of it; a tokenizer that does not fit; other arguments than those
-      that `output`, or its half-finished OUTPUT.partial, was made with; or another text than that of `output`.
+    ValueError: an item of the input cannot be read, by file and line; the input is too small; the tokenizer does not
+      fit; `output` or OUTPUT.partial was made with other arguments; or `output` was made of another text.
   """
   if sequence_length < 1 or documents not in ("join", "separate"):
     raise ValueError(
@@ -170,7 +171,7 @@ def prepare(
 
 
 def _copy(directory: Path, target: AnyPath) -> None:
-  """Copies what was packed to a bucket, what tells of files after those, and SOURCE_FILE last."""
+  """Copies packed text to a bucket: files of rows first, then each meta.json, SOURCE_FILE last."""
 
   def turn(path: Path) -> tuple[bool, bool, Path]:
     return path.name == SOURCE_FILE, path.name == META_FILE, path
@@ -183,10 +184,10 @@ def _copy(directory: Path, target: AnyPath) -> None:
 def _pack(
   output: Path, tokenizer: TextEncoder, arguments: Mapping[str, Any], skip_bad: bool, workers: int | None
 ) -> Prepared:
-  """`prepare` on a disk."""
+  """`prepare` for a local output."""
   partial = output.with_name(f"{output.name}.partial")
   if (output / UNFINISHED).exists():
-    # The disk does not rename directories, and a job was cut off between its last files.
+    # The disk cannot rename directories, and an earlier job was killed while it moved the files one by one.
     move_files(partial, output, last=SOURCE_FILE)
   if occupied(output):
     return _already_there(output, arguments)
@@ -217,13 +218,16 @@ def _already_there(output: AnyPath, arguments: Mapping[str, Any]) -> Prepared:
     raise FileExistsError(f"{output} holds something that is no packed text. Remove it or choose another output.")
   made = json.loads((output / SOURCE_FILE).read_text())
   differ = _differences(made["arguments"], arguments)
-  # The text may be gone, or copied to another place and time; but text of another size is another text.
+  # Compares sizes only: the files may have been deleted, or copied and so changed their times.
   with contextlib.suppress(FileNotFoundError):
     now = {file.path: file.size for file in find_files(arguments["input"])}
     differ += _differences({path: size for path, size, _ in made["files"]}, now)
   if differ:
-    raise ValueError(f"{output} is of other text or arguments; remove it or choose another output. {'; '.join(differ)}")
-  # Left where a run was cut off between its last two steps.
+    raise ValueError(
+      f"{output} was packed from other text or with other arguments; remove it or choose another output. "
+      f"{'; '.join(differ)}"
+    )
+  # An earlier job was killed after it renamed the directory and before it removed the journal.
   (output / JOURNAL_FILE).unlink(missing_ok=True)
   heldout = load_info(output / "heldout") if arguments["heldout_every"] else None
   bad = made.get("skipped", NOTHING_BAD)
@@ -237,12 +241,13 @@ def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]
 
 
 class _Job:
-  """A half-finished output.
+  """An output while it is being packed, new or resumed from its journal.
 
   Attributes:
-    dtype: how tokens are stored.
-    at, bytes_read: how much of the input its rows and pending tokens hold.
-    bad: how many items of that were skipped, and what was wrong with the first.
+    dtype: numpy dtype of the stored integers.
+    at: position in the input up to which documents were taken.
+    bytes_read: bytes of the input up to `at`.
+    bad: number of items skipped so far (`count`), and error messages of the first of them (`first`).
   """
 
   def __init__(self, partial: Path, arguments: Mapping[str, Any], files: list[InputFile]):
@@ -269,15 +274,21 @@ class _Job:
       paths = list(partial.iterdir())
       strangers = sorted({path.name.removesuffix(TEMPORARY) for path in paths} - _OURS)
       if strangers:
-        raise ValueError(f"{partial} holds {', '.join(strangers)}, which is not of this program; remove it.")
-      # Without a journal no file of rows was finished for good, so nothing is lost; arguments may be others now.
+        raise ValueError(f"{partial} holds {', '.join(strangers)}, which this program did not write; remove it.")
+      # Without a journal no file of rows is complete, so nothing is lost; the arguments may have changed since.
       for path in paths:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     for name in names:
       (partial / name).mkdir(exist_ok=True)
 
   def take(self, encoded: Encoded, at: Place, bytes_read: int) -> None:
-    """Adds the documents of a piece, and writes the rows that fill a file."""
+    """Adds the documents of a piece to train and heldout; writes the files that are full, and then the journal.
+
+    Args:
+      encoded: the documents.
+      at: position in the input after the piece.
+      bytes_read: bytes of the input up to `at`.
+    """
     numbers = self._documents + 1 + np.arange(len(encoded.lengths))
     every = self._arguments["heldout_every"]
     heldout = numbers % every == 0 if every else np.zeros(len(numbers), bool)
@@ -292,7 +303,7 @@ class _Job:
       self._save()
 
   def finish(self) -> dict[Part, PackedInfo]:
-    """Writes what is left, and what there is to know of it."""
+    """Writes the remaining rows, each part's meta.json, and SOURCE_FILE."""
     arguments = self._arguments
     for name, part in self._parts.items():
       try:
@@ -300,7 +311,7 @@ class _Job:
           bos=arguments["bos"], vocab_size=arguments["vocab_size"], tokenizer_sha256=arguments["tokenizer_sha256"]
         )
       except ValueError as error:
-        # Nothing that could go on: these arguments make no output of this text.
+        # Removed, since this text and these arguments fail each time: there is nothing to resume.
         shutil.rmtree(self._partial)
         raise ValueError(
           f"The {name} part of {arguments['input']}, heldout_every={arguments['heldout_every']}: {error}"
@@ -329,7 +340,7 @@ class _Job:
       np.savez(file, allow_pickle=False, **arrays)
 
   def _resume(self, journal: Path) -> bool:
-    """Goes on where the journal ends; False, and a line that says why, where the text before that is another now."""
+    """Restores the state that the journal holds; returns False, and prints why, if the text before it has changed."""
     try:
       with np.load(journal) as saved:
         arrays = {name: saved[name] for name in saved.files}
@@ -339,7 +350,8 @@ class _Job:
     differ = _differences(state["arguments"], self._arguments)
     if differ:
       raise ValueError(
-        f"{self._partial} is half-finished, of other arguments; remove it to start over. {'; '.join(differ)}"
+        f"{self._partial} is half-finished and was begun with other arguments; remove it to start over. "
+        f"{'; '.join(differ)}"
       )
     number, done, digest = (*state["at"], "")[:3]  # older journals have no digest
     changed = _differences(_described(state["files"]), _described(self._files))
@@ -354,7 +366,12 @@ class _Job:
     return True
 
   def _begins_alike(self, files: Sequence[Sequence[Any]], at: Place) -> bool:
-    """Whether all that was read up to a place of files is still there: what comes after it may have changed."""
+    """Whether the input up to the position `at` is what it was; text after that position may have changed.
+
+    Args:
+      files: the input files when the journal was written, (path, size, time of change) each.
+      at: position that the journal ends at.
+    """
     number, done, digest = at
     if [tuple(file) for file in files[:number]] != self._files[:number]:
       return False

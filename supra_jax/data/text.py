@@ -1,7 +1,7 @@
-"""Documents out of files of text: .txt, .jsonl, .jsonl.gz, .jsonl.zst, .parquet and `pydoc:topics`.
+"""Reads documents from text files: .txt, .jsonl, .jsonl.gz, .jsonl.zst, .parquet and `pydoc:topics`.
 
-Reading has two halves, so that the dear one can be done by many processes: `read_pieces` takes bytes off the disk and
-cuts them into lines, `parse` turns those into texts.
+Reading has two halves, so that many processes can share the expensive one: `read_pieces` reads, decompresses and splits
+files into lines; `parse` turns lines into texts.
 """
 
 from __future__ import annotations
@@ -26,13 +26,19 @@ LINE_ENDINGS = (".jsonl", ".jsonl.gz", ".jsonl.zst")
 ENDINGS = (".txt", *LINE_ENDINGS, ".parquet")
 PIECE_BYTES = 2**18
 
-# A few rows at once, since a row of a parquet file may be a book.
+# Rows read at a time: few, since a row of a parquet file may hold a book.
 _PARQUET_ROWS = 64
 
 
 @dataclasses.dataclass(frozen=True)
 class InputFile:
-  """A file of documents: its path, its size in bytes, and when it was last changed, in nanoseconds."""
+  """A file of documents.
+
+  Attributes:
+    path: path of the file, or `pydoc:topics`.
+    size: size of the file in bytes.
+    changed: time of its last change, in nanoseconds since 1970.
+  """
 
   path: str
   size: int
@@ -41,13 +47,13 @@ class InputFile:
 
 @dataclasses.dataclass(frozen=True)
 class Piece:
-  """Consecutive items of a file, as raw as they come.
+  """Consecutive items of a file, unparsed.
 
   Attributes:
-    path: of the file.
-    first: the number of the first item; lines are numbered from 1, rows of parquet and topics from 0.
-    items: lines, rows, topics or one whole file, in UTF-8 if all is well; None is a null.
-    bytes_read: of the file, up to the end of this piece; nearly, where it is compressed.
+    path: path of the file.
+    first: number of the first item; lines are numbered from 1, rows of parquet and topics from 0.
+    items: lines, rows, topics or one whole file, as bytes that should be UTF-8; None is a parquet null.
+    bytes_read: bytes of the file up to the end of this piece; approximate for compressed files.
   """
 
   path: str
@@ -57,12 +63,12 @@ class Piece:
 
 
 def find_files(pattern: str) -> list[InputFile]:
-  """The files that a pattern stands for, in order of path.
+  """Returns the files that match a pattern, sorted by path.
 
   Args:
-    pattern: a glob of .txt files (a file is a document), .jsonl, .jsonl.gz and .jsonl.zst files (a line is one) and
-      .parquet files (a row is one), or `pydoc:topics`, the standard library's `pydoc_data.topics` (a topic is a
-      document; PSF licence).
+    pattern: a glob of .txt files (a document per file), .jsonl, .jsonl.gz and .jsonl.zst files (a document per line)
+      and .parquet files (a document per row); or `pydoc:topics`, the standard library's `pydoc_data.topics` (a document
+      per topic; PSF licence).
 
   Raises:
     FileNotFoundError: nothing matches.
@@ -81,11 +87,16 @@ def find_files(pattern: str) -> list[InputFile]:
 
 
 def read_pieces(path: str, text_key: str = "text", *, skip: int = 0) -> Iterator[Piece]:
-  """Yields a file in pieces of about PIECE_BYTES, without its first `skip` items.
+  """Yields the items of a file in pieces of about PIECE_BYTES.
+
+  Args:
+    path: path of a file that `find_files` returned.
+    text_key: the column of a parquet file that holds the text.
+    skip: number of items at the start to leave out.
 
   Raises:
-    ValueError: the file is damaged, or a parquet file without texts under `text_key`; names the file, and the row
-      before which a parquet file breaks off.
+    ValueError: the file is damaged, or is a parquet file without a text column `text_key`. The message names the file
+      and, of a damaged parquet file, the first row that cannot be read.
   """
   first_number = int(path.endswith(LINE_ENDINGS))
   items: list[bytes | None] = []
@@ -101,21 +112,21 @@ def read_pieces(path: str, text_key: str = "text", *, skip: int = 0) -> Iterator
 
 
 def parse(piece: Piece, text_key: str = "text", bad: list[str] | None = None) -> Iterator[tuple[str, str]]:
-  """Yields (where it is, text) of each document of a piece; blank lines of JSON are none.
+  """Yields (location, text) of each document of a piece; skips blank lines of .jsonl files.
 
   Args:
-    piece: of a file.
+    piece: a piece that `read_pieces` yielded.
     text_key: the key of a JSON line, or the column of a parquet file, that holds the text.
-    bad: where it is given, items that are no documents are passed over, and what is wrong with each is added to it.
+    bad: a list that gets an error message for each item without a valid text, which is skipped; None raises instead.
 
   Raises:
-    ValueError: an item is no document, and `bad` is None; names file and line or row.
+    ValueError: an item has no valid text, and `bad` is None; the message names the file and the line or row.
   """
   kind = "row" if piece.path.endswith(".parquet") else "line" if piece.path.endswith(LINE_ENDINGS) else ""
   for number, item in enumerate(piece.items, start=piece.first):
     where = f"{piece.path}, {kind} {number}" if kind else piece.path
     if item and kind != "row":
-      item = item.removeprefix(codecs.BOM_UTF8)  # which editors of Windows begin a file with
+      item = item.removeprefix(codecs.BOM_UTF8)  # some Windows editors start files with it
     if kind == "line" and not (item and item.strip()):
       continue
     try:
@@ -129,15 +140,15 @@ def parse(piece: Piece, text_key: str = "text", bad: list[str] | None = None) ->
 
 
 def read_documents(pattern: str, text_key: str = "text") -> Iterator[str]:
-  """Yields the documents of the files that match, in order of path and line.
+  """Yields the documents of all files that match a pattern, in order of path and line.
 
   Args:
-    pattern: as `find_files` takes it.
+    pattern: a glob, or `pydoc:topics`, as `find_files` takes it.
     text_key: the key of a JSON line, or the column of a parquet file, that holds the text.
 
   Raises:
     FileNotFoundError: nothing matches.
-    ValueError: a file, line or row cannot be read, by name and number.
+    ValueError: a file, line or row cannot be read; the message names it.
   """
   for file in find_files(pattern):
     yield from documents_of(file, text_key)
@@ -150,7 +161,7 @@ def documents_of(file: InputFile, text_key: str = "text") -> Iterator[str]:
 
 
 def documents_in_turns(pattern: str, text_key: str = "text") -> Iterator[str]:
-  """Yields the documents of `find_files(pattern)`, one of each file after the other, until all have ended."""
+  """Yields the documents of all files that match a pattern, taking one from each file in turn (round robin)."""
   readers = [documents_of(file, text_key) for file in find_files(pattern)]
   while readers:
     for reader in list(readers):
@@ -178,7 +189,7 @@ def _json_text(line: bytes | None, text_key: str, where: str) -> str:
   if not isinstance(text, str):
     raise ValueError(f"{where}: no text under {text_key!r}.")
   try:
-    # JSON can spell half a surrogate pair, which is no character and has no UTF-8.
+    # JSON can escape half a surrogate pair, which has no encoding in UTF-8.
     text.encode("utf-8")
   except UnicodeEncodeError as error:
     raise ValueError(f"{where}: no valid Unicode under {text_key!r}: {error}.") from error
@@ -234,7 +245,7 @@ def _lines(path: str) -> Iterator[tuple[bytes, int]]:
 
 
 def _decompress_zstd(file: IO[bytes]) -> Iterator[bytes]:
-  # Frame by frame, since zstandard's stream_reader takes a cut file for a whole one.
+  # Frame by frame, since zstandard's stream_reader does not notice that a file is cut short.
   frame = None
   while chunk := file.read(2**18):
     while chunk:
@@ -262,7 +273,7 @@ def _parquet_rows(path: str, text_key: str, skip: int) -> Iterator[tuple[bytes |
         column = batch.column(0)
         if pyarrow.types.is_dictionary(column.type):
           column = column.dictionary_decode()
-        # As bytes, so that who parses finds what is no UTF-8, by row.
+        # As bytes, so that `parse` finds invalid UTF-8 and can name its row.
         for item in column.cast(pyarrow.large_binary()).to_pylist():
           row += 1
           if row > skip:
@@ -279,4 +290,4 @@ def _check_column(schema: Any, text_key: str, path: str) -> None:
   kind = schema.field(text_key).type
   text = kind.value_type if types.is_dictionary(kind) else kind
   if not (types.is_string(text) or types.is_large_string(text) or types.is_string_view(text)):
-    raise ValueError(f"{path}: the column {text_key!r} holds {kind}, no text, from row 0 on.")
+    raise ValueError(f"{path}: the column {text_key!r} holds {kind}, not text, from row 0 on.")

@@ -1,12 +1,12 @@
-"""Text to token ids and back, over a tokenizer.json or a SentencePiece tokenizer.model.
+"""Encodes text to token ids and decodes ids to text, with a tokenizer.json or a SentencePiece tokenizer.model.
 
-Special tokens: one that is written out in a text (`<|im_end|>`, `</s>`) becomes its one id, as in transformers. The
-only id ever added is the one that begins a text; nothing is added at its end. Decoding drops special tokens unless
-asked to keep them.
+Special tokens: a special token spelled out in a text (`<|im_end|>`, `</s>`) becomes its single id, as in transformers.
+Encoding may add the begin-of-text id, and never an end-of-text id. Decoding drops special tokens unless told to keep
+them.
 
-Decoding joins the bytes of the tokens and reads them as UTF-8, U+FFFD for what is no UTF-8; a decoder that streams does
-the same work piece by piece. Where transformers decodes a text that the tokens spell in valid UTF-8, this is its text,
-without its optional clean-up of spaces.
+Decoding concatenates the bytes of the tokens and decodes them as UTF-8, with U+FFFD for invalid bytes; streaming does
+the same piece by piece. For tokens that spell valid UTF-8 the text equals that of transformers without
+clean_up_tokenization_spaces.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from supra_jax.model.config import ModelConfig
 
 
 class StreamDecoder:
-  """Decodes ids one at a time; what it has returned in all is `Tokenizer.decode` of all ids, after `flush`."""
+  """Decodes ids one at a time; the texts of all `push` calls and of `flush` add up to `Tokenizer.decode` of the ids."""
 
   def __init__(self, piece: Callable[[int], bytes], leading_spaces: int):
     self._piece = piece
@@ -28,7 +28,7 @@ class StreamDecoder:
     self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
 
   def push(self, token_id: int) -> str:
-    """Returns the text this id completes, empty while a character is still missing bytes."""
+    """Returns the text that this id completes; empty while a character still lacks bytes."""
     piece = self._piece(int(token_id))
     if self._leading_spaces and piece:
       kept = piece.lstrip(b" ")
@@ -38,19 +38,20 @@ class StreamDecoder:
     return self._utf8.decode(piece)
 
   def flush(self) -> str:
-    """Returns what is left of an unfinished character: one U+FFFD or nothing."""
+    """Returns U+FFFD if the last character is incomplete, else an empty string."""
     return self._utf8.decode(b"", final=True)
 
 
 class Tokenizer:
-  """The tokenizer of a checkpoint."""
+  """The tokenizer of a model: encodes, decodes, and knows the begin- and end-of-text ids."""
 
   def __init__(self, backend: Backend, config: ModelConfig, settings: Mapping[str, Any]):
     """Prefer `from_files`.
 
     Args:
       backend: the opened tokenizer file.
-      config: gives the ids that begin and end a text where the files do not, and the size of the embedding.
+      config: config of the model: size of the embedding, end-of-text ids, and the begin-of-text id if `settings` and
+        the tokenizer's own rules name none.
       settings: contents of tokenizer_config.json, or empty.
 
     Raises:
@@ -71,15 +72,15 @@ class Tokenizer:
 
   @classmethod
   def from_files(cls, files: Mapping[str, bytes], config: ModelConfig) -> Tokenizer | None:
-    """Opens the tokenizer of a checkpoint.
+    """Opens the tokenizer of a model directory.
 
     Args:
-      files: name -> contents: `tokenizer.json` or `tokenizer.model`, the first where both are there, and
-        `tokenizer_config.json` if there is one.
-      config: the model's.
+      files: file name -> contents of `tokenizer.json` or `tokenizer.model`, and of `tokenizer_config.json` if there is
+        one; `tokenizer.json` has priority.
+      config: config of the model.
 
     Returns:
-      The tokenizer; None where there is neither file.
+      The tokenizer; None if there is neither a `tokenizer.json` nor a `tokenizer.model`.
 
     Raises:
       ValueError: a file is corrupt, or asks for something that is not supported.
@@ -98,32 +99,31 @@ class Tokenizer:
 
   @property
   def bos_id(self) -> int | None:
-    """The id that begins a text."""
+    """The begin-of-text id; None if there is none."""
     return self._bos_id
 
   @property
   def eos_ids(self) -> tuple[int, ...]:
-    """The ids that end a text."""
+    """The end-of-text ids, any of which ends a generated text; may be empty."""
     return self._eos_ids
 
   def encode(self, text: str, *, bos: bool | None = None) -> list[int]:
-    """Text to ids.
+    """Encodes a text to ids.
 
     Args:
-      text: any text; special tokens written out in it become their ids.
-      bos: begin with `bos_id`. None does what the checkpoint's own tokenizer does. It is never put before a text that
-        begins with it already.
+      text: any text; special tokens spelled out in it become their ids.
+      bos: whether the ids start with `bos_id`, which is never added twice. None: as the tokenizer's own files say.
 
     Raises:
-      ValueError: `bos` is True and there is no `bos_id`; the text has a token the model has no embedding for, or half a
-        surrogate pair.
+      ValueError: `bos` is True and there is no `bos_id`; the text has a token without a row in the model's embedding,
+        or half a surrogate pair.
     """
     try:
       text.encode("utf-8")
     except UnicodeEncodeError as error:
       raise ValueError(
-        f"The text has half a surrogate pair, {text[error.start]!r}, as its character {error.start}, and so no UTF-8: "
-        "was it read as another encoding?"
+        f"The text has half a surrogate pair, {text[error.start]!r}, as its character {error.start}, which UTF-8 "
+        "cannot encode: was the text read with the wrong encoding?"
       ) from error
     ids = self._backend.encode(text)
     if self._bos_by_default if bos is None else bos:
@@ -137,13 +137,13 @@ class Tokenizer:
     return ids
 
   def decode(self, ids: Iterable[int], *, keep_special: bool = False, continues: bool = False) -> str:
-    """Ids to text.
+    """Decodes ids to text.
 
     Args:
-      ids: any ids; those the tokenizer does not know decode to nothing, as an embedding may have unused rows.
-      keep_special: write special tokens out.
-      continues: the ids follow others, so a space at their start belongs to the text. SentencePiece puts one before a
-        whole text, which decoding drops otherwise.
+      ids: any ids; ids that the tokenizer does not know decode to nothing, since an embedding may have unused rows.
+      keep_special: spell special tokens out; False drops them.
+      continues: the ids continue an earlier text, so that a space at their start is kept. False drops the space that
+        SentencePiece adds before a whole text.
 
     Raises:
       ValueError: an id is negative.
@@ -152,7 +152,7 @@ class Tokenizer:
     return "".join([*map(stream.push, ids), stream.flush()])
 
   def stream_decoder(self, *, keep_special: bool = False, continues: bool = False) -> StreamDecoder:
-    """A decoder for ids that come one at a time; takes what `decode` takes."""
+    """Makes a decoder for ids that come one at a time; for the arguments see `decode`."""
 
     def piece(token_id: int) -> bytes:
       return b"" if not keep_special and token_id in self._backend.special else self._piece(token_id)

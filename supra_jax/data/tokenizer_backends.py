@@ -1,4 +1,4 @@
-"""The two kinds of tokenizer files behind one interface: ids of a text without additions, and the bytes of an id."""
+"""Two kinds of tokenizer files behind one interface: text to ids without begin- or end-of-text, and an id to bytes."""
 
 from __future__ import annotations
 
@@ -13,20 +13,21 @@ import tokenizers
 from supra_jax.core.plain_json import to_json
 
 _SPACE = "▁"  # how SentencePiece writes a space
-# `normalizer_spec { add_dummy_prefix: false }`. Serialised messages that are joined are merged, so this works where the
-# sentencepiece package has no way to switch the prefix off.
+# `normalizer_spec { add_dummy_prefix: false }` as a serialised protobuf message. Appended to a serialised model it is
+# merged into it: the sentencepiece package has no option to switch the prefix off.
 NO_DUMMY_PREFIX = b"\x1a\x02\x18\x00"
 
 
 class Backend(Protocol):
-  """What either kind of tokenizer file comes down to.
+  """Interface of an opened tokenizer file.
 
   Attributes:
     vocab_size: one more than the largest id.
     special: id -> text of the special tokens.
-    prefix: the ids that its own rules put before every text.
-    bos_id, eos_id: what the file itself calls the begin and the end of a text.
-    leading_spaces: how many spaces at the start of a decoded text are of the tokenizer's own making.
+    prefix: the ids that the file's own rules put before every text.
+    bos_id: the begin-of-text id that the file names; None if it names none.
+    eos_id: the end-of-text id that the file names; None if it names none.
+    leading_spaces: number of spaces that the tokenizer adds before a text, so that decoding has to drop them.
   """
 
   vocab_size: int
@@ -49,6 +50,11 @@ class JsonBackend:
   """A tokenizer.json, read by the `tokenizers` package."""
 
   def __init__(self, contents: bytes):
+    """Opens the contents of a tokenizer.json.
+
+    Raises:
+      ValueError: the file cannot be read, or has a decoder that is not supported.
+    """
     description = json_object("tokenizer.json", contents)
     try:
       self._tokenizer = tokenizers.Tokenizer.from_str(contents.decode("utf-8"))
@@ -71,7 +77,9 @@ class JsonBackend:
     whole = self._tokenizer.encode("a", add_special_tokens=True).ids
     starts = [i for i in range(len(whole)) if plain and whole[i : i + len(plain)] == plain]
     if not starts:
-      raise ValueError(f"tokenizer.json encodes 'a' as {plain}, and as {whole} with what it adds to a text.")
+      raise ValueError(
+        f"tokenizer.json encodes 'a' as {plain}, but as {whole} with special tokens, which lacks those ids."
+      )
     return whole[: starts[0]]
 
   def encode(self, text: str) -> list[int]:
@@ -91,10 +99,10 @@ class JsonBackend:
 
 
 class _PieceDecoder:
-  """The decoder section of a tokenizer.json as a function of one token.
+  """The decoder section of a tokenizer.json, as a function from one token to its bytes.
 
   Raises:
-    ValueError: a step that is not a function of one token, or an unknown one.
+    ValueError: a step of the decoder is unknown, or depends on more than one token.
   """
 
   def __init__(self, section: Any):
@@ -138,6 +146,15 @@ class SentencePieceBackend:
   """A tokenizer.model, read by the `sentencepiece` package."""
 
   def __init__(self, contents: bytes, settings: Mapping[str, Any]):
+    """Opens a tokenizer.model.
+
+    Args:
+      contents: contents of the file.
+      settings: contents of tokenizer_config.json, or empty; only `legacy` is read.
+
+    Raises:
+      ValueError: the file cannot be read, or writes spaces as suffixes.
+    """
     self._model = _open_sentencepiece(contents)
     self._bare_model = _open_sentencepiece(contents + NO_DUMMY_PREFIX)
     model = self._model
@@ -147,13 +164,13 @@ class SentencePieceBackend:
     }
     self.bos_id = _id_or_none(model.bos_id())
     self.eos_id = _id_or_none(model.eos_id())
-    # Llama's tokenizer begins every text so, unless tokenizer_config.json says otherwise.
+    # Llama's tokenizer starts every text with the begin-of-text id, unless tokenizer_config.json says otherwise.
     self.prefix = [] if self.bos_id is None else [self.bos_id]
     pieces = model.encode("a", out_type=str)
     if pieces[-1].endswith(_SPACE):
       raise ValueError("tokenizer.model writes spaces as suffixes, which is not supported.")
     self.leading_spaces = int(pieces[0].startswith(_SPACE))
-    # transformers' `legacy` behaviour: a new prefix space after every special token.
+    # `legacy` in transformers: a prefix space is added after every special token, not only at the start of a text.
     self._always_prefix = settings.get("legacy") is True
     by_length = sorted(self.special.values(), key=len, reverse=True)
     self._special_pattern = re.compile("(" + "|".join(map(re.escape, by_length)) + ")") if by_length else None
@@ -199,7 +216,7 @@ def _id_or_none(token_id: int) -> int | None:
 
 
 def _byte_alphabet() -> dict[str, int]:
-  """GPT-2's alphabet: printable bytes stand for themselves, the others for code points from 256 on."""
+  """GPT-2's byte alphabet, {character: byte}: printable bytes are their own character, others are chr(256 + i)."""
   printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
   others = [byte for byte in range(256) if byte not in printable]
   return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
@@ -213,6 +230,7 @@ def _is_byte_piece(token: str) -> bool:
 
 
 def json_object(name: str, contents: bytes) -> dict[str, Any]:
+  """Parses the contents of the file `name`; raises ValueError unless they are a JSON object."""
   try:
     value = json.loads(contents)
   except ValueError as error:

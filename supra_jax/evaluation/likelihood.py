@@ -1,4 +1,4 @@
-"""How well a model predicts text: negative log-likelihood, perplexity, and the likelihood of given continuations."""
+"""Likelihood under a model: mean negative log-likelihood of a text, and log-likelihoods of given continuations."""
 
 from __future__ import annotations
 
@@ -16,48 +16,52 @@ from supra_jax.inference.lm import LM
 from supra_jax.model.finite import NotFiniteError, not_finite
 from supra_jax.objectives.heldout import loss_sums
 
-SCORED_TOKENS = 2048  # of a batch of continuations, padding included
+SCORED_TOKENS = 2048  # tokens of a batch of continuations, contexts and padding included
 
 
 def evaluate(
   lm: LM, text: str, *, text_key: str = "text", sequence_length: int = 1024, max_tokens: int = 0
 ) -> tuple[float, int]:
-  """`text_nll` of files.
+  """`text_nll` of the text in files.
 
   Args:
     lm: the model, with its tokenizer.
-    text: what `data.text.find_files` finds: .txt, .jsonl[.gz|.zst] or .parquet files, or pydoc:topics.
-    text_key: key of a JSON line, or column, that holds the text.
-    sequence_length: as `text_nll` takes it.
-    max_tokens: at most so many are read; 0 means all.
+    text: glob of .txt, .jsonl[.gz|.zst] or .parquet files, or `pydoc:topics`, as `data.text.find_files` takes it.
+    text_key: the key of a JSON line, or the column of a parquet file, that holds the text.
+    sequence_length: tokens of a piece, see `text_nll`.
+    max_tokens: number of tokens to read; 0 means all.
 
   Returns:
-    (nats a token, number of targets).
+    (mean negative log-likelihood in nats per token, number of targets).
 
   Raises:
-    ValueError: as `text_nll`, or the model has no tokenizer.
+    FileNotFoundError: no file matches.
+    NotFiniteError: as `text_nll`.
+    ValueError: as `text_nll`, a file cannot be read, or the model has no tokenizer.
   """
   if lm.tokenizer is None:
-    raise ValueError("This checkpoint has no tokenizer to read text with: use `text_nll` with token ids.")
+    raise ValueError(
+      "This checkpoint has no tokenizer to read text with: use supra_jax.evaluation.likelihood.text_nll with token ids."
+    )
   documents = (lm.tokenizer.encode(document, bos=False) for document in read_documents(text, text_key))
   tokens = list(itertools.islice(itertools.chain.from_iterable(documents), max_tokens or None))
   return text_nll(lm, tokens, sequence_length=sequence_length)
 
 
 def text_nll(lm: LM, tokens: Sequence[int], *, sequence_length: int = 1024, batch_size: int = 1) -> tuple[float, int]:
-  """Mean negative log-likelihood of a text, read in pieces that do not see each other.
+  """Mean negative log-likelihood of a text in pieces, each of which the model reads from a fresh state.
 
   Args:
     lm: the model.
-    tokens: the text's tokens; those that do not fill the last piece are left out.
-    sequence_length: tokens of a piece; each but its first is a target.
+    tokens: token ids of the text; an incomplete last piece is left out.
+    sequence_length: tokens of a piece; all but the first are targets.
     batch_size: number of pieces that the model reads at a time.
 
   Returns:
-    (nats a token, number of targets).
+    (mean negative log-likelihood in nats per token, number of targets).
 
   Raises:
-    NotFiniteError: logits are not finite; the message says where they first are.
+    NotFiniteError: logits are not finite; the message says at which token they first are not.
     ValueError: the text does not fill one piece.
   """
   count = len(tokens) // sequence_length
@@ -76,7 +80,7 @@ def text_nll(lm: LM, tokens: Sequence[int], *, sequence_length: int = 1024, batc
 
 @functools.partial(jax.jit, static_argnums=0)
 def _continuation_scores(model, params, tokens_BT, lengths_B, first_B):
-  """Sums of log-likelihood over positions [first, length) of each row, and whether each was the likeliest token."""
+  """Scores positions [first, length) of each row: sum of log-likelihoods [B], and whether all are the likeliest [B]."""
   logits, _ = model.apply({"params": params}, tokens_BT[:, :-1], lengths=lengths_B - 1, method="logits")
   targets = tokens_BT[:, 1:, None]
   chosen = jax.numpy.take_along_axis(logits, targets, axis=-1)[..., 0]
@@ -88,17 +92,19 @@ def _continuation_scores(model, params, tokens_BT, lengths_B, first_B):
 
 
 def loglikelihoods(lm: LM, requests: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[tuple[float, bool]]:
-  """Log-likelihood of continuations.
+  """Log-likelihoods of continuations, as lm-evaluation-harness's `loglikelihood` defines them.
 
   Args:
     lm: the model.
-    requests: (context, continuation) token ids, neither empty.
+    requests: pairs (context, continuation) of token ids, neither empty.
 
   Returns:
-    For each, in order: the sum of the continuation's log-likelihoods in nats, and whether it is the greedy one.
+    For each request, in order: the sum of the log-likelihoods of the continuation's tokens in nats, and whether greedy
+    decoding would produce the continuation.
 
   Raises:
-    NotFiniteError: logits are not finite; says of which request, and where they first are.
+    NotFiniteError: logits are not finite; the message names the request and the first such token.
+    ValueError: a context or a continuation is empty.
   """
   rows = [([*context, *continuation], len(context)) for context, continuation in requests]
   if any(not first or first == len(row) for row, first in rows):

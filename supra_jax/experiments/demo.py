@@ -1,4 +1,4 @@
-"""A teacher becomes an RNN twice, in about the same time: with a window of its softmax, and from the paper's start."""
+"""The demo: uptrains a teacher as an RNN from two starts, a softmax window and the paper's, in about the same time."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ NAMES = {"window": "a window", "random": "the paper's start"}
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-  """A run, and how it began.
+  """Result of linearising and uptraining once.
 
   Attributes:
-    calibration_seconds: before its first step; 0 without calibration.
-    tokens_per_second: of its steps.
-    points: (tokens trained on, seconds, held-out loss in nats a token) of each evaluation. The seconds are those of
-      calibration and steps; evaluations and compilation are left out.
+    calibration_seconds: time that calibration took, in seconds; 0 for starts without calibration.
+    tokens_per_second: speed of the training steps.
+    points: (tokens trained on, seconds, held-out loss in nats per token) of each evaluation. The seconds are those of
+      calibration and training steps, without evaluations and compilation.
   """
 
   calibration_seconds: float
@@ -42,10 +42,12 @@ class Run:
 
   @property
   def seconds(self) -> float:
+    """Seconds of calibration and all training steps."""
     return self.points[-1][1]
 
   @property
   def nll(self) -> float:
+    """Held-out loss at the end, in nats per token."""
     return self.points[-1][2]
 
 
@@ -57,18 +59,19 @@ def compare_starts(
   *,
   say: Callable[[str], None] = print,
 ) -> dict[str, Any]:
-  """Uptrains from both starts on the same text, and draws their losses against time into `starts.png`.
+  """Uptrains from both starts on the same text, and plots their held-out losses against time in `starts.png`.
 
-  The run with a window is `workdir` itself, the other lies in `workdir/random`. A second call finds what is done.
+  The run with a window has the workdir `workdir`, the other run `workdir/random`. Calling it again resumes.
 
   Args:
     teacher: model directory of the transformer.
-    window, random: the recipes, which may differ in the schedule.
-    workdir: where everything goes.
-    say: gets a line of progress at a time.
+    window: recipe of the run with a window.
+    random: recipe of the run from the paper's start; may differ in the schedule, and has the same data.
+    workdir: local directory that everything is written to.
+    say: called with each line of progress.
 
   Returns:
-    What happened, for JSON.
+    {"teacher_nll": the teacher's held-out loss in nats per token, "window": Run, "random": Run}, as plain values.
   """
   lm = load(teacher)
   ((text, _),), heldout = prepare_data(window.data, lm.tokenizer, lm.config.vocab_size, workdir / "data")
@@ -102,18 +105,19 @@ def run_from(
   linearized: Path | None = None,
   teacher_nll: float | None = None,
 ) -> Run:
-  """Linearises, once and timed, and uptrains.
+  """Linearises a teacher, unless an earlier call did, and uptrains the result.
 
   Args:
-    teacher, start: as `linearize_checkpoint` takes them.
-    config: of the uptraining; `init_checkpoint` is passed over.
-    workdir: of the run.
-    linearized: where the linearised model goes, or lies; None: into the workdir.
-    teacher_nll: as `train` takes it.
+    teacher: model directory of the transformer.
+    start: how the linearised layers start.
+    config: recipe of the uptraining; its `init_checkpoint` is ignored.
+    workdir: directory of the run.
+    linearized: model directory of the linearised model, reused if it is complete; None means `workdir/linearized`.
+    teacher_nll: held-out loss of the teacher in nats per token, drawn as a line in the plot of the run.
   """
   linearized = linearized or workdir / "linearized"
 
-  # Measured the first time, so that a second call has the same.
+  # Kept in a file, so that a second call reports the time of the first.
   measured = linearized.with_name(f"{linearized.name}_seconds.json")
   if not measured.exists():
     shutil.rmtree(linearized, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""A tiny model directory with a real tokenizer, and text to train it on; for benchmarks too."""
+"""A tiny model directory with a real tokenizer, and text to train it on; for tests, benchmarks and rehearsals."""
 
 from __future__ import annotations
 
@@ -22,7 +22,15 @@ END = "<|endoftext|>"
 
 
 def byte_bpe(texts: Iterable[str], vocab_size: int) -> bytes:
-  """A tokenizer.json: byte-level BPE of some texts, with an end-of-text token as id 0."""
+  """Trains a byte-level BPE tokenizer with an end-of-text token as id 0.
+
+  Args:
+    texts: the texts to train on.
+    vocab_size: number of tokens.
+
+  Returns:
+    Contents of a tokenizer.json.
+  """
   tokenizer = Tokenizer(models.BPE())
   tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
   tokenizer.decoder = decoders.ByteLevel()
@@ -36,30 +44,41 @@ def byte_bpe(texts: Iterable[str], vocab_size: int) -> bytes:
 
 @functools.cache
 def tokenizer_json() -> bytes:
+  """Contents of a tokenizer.json with VOCAB tokens, trained on the standard library's documentation."""
   return byte_bpe([topics[name] for name in sorted(topics)[:20]], VOCAB)
 
 
 def tiny_config(mixer: str | MixerConfig) -> config.ModelConfig:
+  """The preset `tiny` with the vocabulary of `tokenizer_json`, and one mixer in all layers."""
   return presets.tiny(mixer).replace(vocab_size=VOCAB, bos_token_id=None, eos_token_ids=(0,))
 
 
 def write_checkpoint(directory: Path, mixer: str | MixerConfig, seed: int = 0, **changes) -> Path:
-  """A randomly initialised model with a tokenizer."""
+  """Writes a model directory with random parameters and a tokenizer, and returns `directory`.
+
+  Args:
+    directory: directory to make.
+    mixer: name or config of the mixer of all layers.
+    seed: seeds the parameters.
+    **changes: fields of the ModelConfig to change.
+  """
   made = tiny_config(mixer).replace(**changes)
   init = jax.jit(lambda key: Transformer(made).init(key, jnp.zeros((1, 1), jnp.int32), method="logits"))
   params = jax.tree_util.tree_map_with_path(_away_from_zero, init(jax.random.key(seed))["params"])
   files = {"tokenizer.json": tokenizer_json()}
-  save_model(directory, config=made, params=params, tokenizer_files=files, source={"made_by": "tests"})
+  save_model(
+    directory, config=made, params=params, tokenizer_files=files, source={"made_by": "supra_jax.experiments.tiny"}
+  )
   return directory
 
 
 def _away_from_zero(path, leaf):
-  """Biases of phi above 0: were all features of a token 0, or nearly, GroupNorm would blow rounding up."""
+  """Makes biases of phi positive: if all features of a token were near 0, GroupNorm would amplify rounding errors."""
   is_phi = path[-2].key.startswith("feature_map") and path[-1].key == "bias"
   return jnp.abs(leaf) + 0.5 if is_phi else leaf
 
 
 def write_text(path: Path) -> Path:
-  """A few topics of the standard library's documentation, one JSON line each."""
+  """Writes a .jsonl file of 24 topics of the standard library's documentation, and returns its path."""
   path.write_text("".join(to_json({"text": topics[name]}) + "\n" for name in sorted(topics)[:24]))
   return path

@@ -1,4 +1,4 @@
-"""Text from a model: a chunked prefill hands its state to a compiled decode loop."""
+"""Token generation: a prefill in pieces, then a compiled decode loop that continues from its state."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from supra_jax.inference.sampling import Sampling, sample
 from supra_jax.model.finite import generated_not_finite, not_finite
 from supra_jax.model.transformer import DecodeState, Transformer
 
-PREFILL_TOKENS = 512  # a piece of the prompt; memory does not grow with the prompt beyond the state
-DECODE_TOKENS = 8  # a call of the decode loop: enough to hide the host, few enough to stream
+PREFILL_TOKENS = 512  # tokens of a piece of the prompt, so that activations do not grow with the prompt
+DECODE_TOKENS = 8  # steps per call of the decode loop: enough to hide the host's work, few enough to stream
 
 
 def round_up_length(n: int) -> int:
-  """The next length with at most three leading bits (1, 2, .., 8, 10, 12, 14, 16, 20, ...): at most a quarter more."""
+  """Rounds up to a number of three significant bits (1, 2, .., 8, 10, 12, 14, 16, 20, ...): adds at most a quarter."""
   step = 1 << max(n.bit_length() - 3, 0)
   return -(-n // step) * step
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=3)
 def _prefill(model: Transformer, params, tokens_BT, state: DecodeState, lengths_B) -> tuple[jax.Array, DecodeState]:
-  """Logits [B, V] of each row's last real token, and the state after it."""
+  """Returns the logits [B, V] after each row's last real token, and the state after it."""
   bound = model.bind({"params": params})
   hidden_BTD, state = bound(tokens_BT, state, lengths=lengths_B)
   last = jnp.take_along_axis(hidden_BTD, jnp.maximum(lengths_B - 1, 0)[:, None, None], axis=1)
@@ -34,15 +34,16 @@ def _prefill(model: Transformer, params, tokens_BT, state: DecodeState, lengths_
 
 
 def prefill(model: Transformer, params: Mapping[str, Any], tokens_BT: np.ndarray, state: DecodeState):
-  """Reads a prompt piece by piece.
+  """Reads a prompt in pieces of PREFILL_TOKENS.
 
   Args:
-    model, params: parameters with one subtree a layer.
-    tokens_BT: int32 [B, T], no padding, T >= 1.
-    state: to go on from; it is given away.
+    model: the model, not stacked.
+    params: its parameters, one subtree per layer.
+    tokens_BT: int32 [B, T] without padding, T >= 1.
+    state: the state to continue from, with room for T tokens; it is donated.
 
   Returns:
-    (logits float32 [B, vocabulary] after the last token, state).
+    (logits float32 [B, vocabulary] after the last token, state after it).
   """
   batch, time = tokens_BT.shape
   for start in range(0, time, PREFILL_TOKENS):
@@ -55,8 +56,11 @@ def prefill(model: Transformer, params: Mapping[str, Any], tokens_BT: np.ndarray
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=5)
 def _decode(model: Transformer, sampling: Sampling, steps: int, params, token_B, state: DecodeState, key):
-  """Reads `token`, draws the next, `steps` times over: ((tokens, whether logits were finite) [steps, B], last token,
-  state, key)."""
+  """Decodes `steps` tokens: each step reads the last token and draws the next. The state is donated.
+
+  Returns:
+    ((tokens int32 [steps, B], whether all logits were finite, bool [steps, B]), last token [B], state, key).
+  """
 
   def step(carry, _):
     token, state, key = carry
@@ -79,31 +83,33 @@ def generate_tokens(
   seed: int = 0,
   stop_ids: Collection[int] = (),
 ) -> Iterator[int]:
-  """Yields the tokens that follow a prompt.
+  """Yields the tokens that the model generates after a prompt.
 
   Args:
-    model, params: parameters with one subtree a layer.
-    prompt_ids: at least one token.
-    max_new_tokens: at most so many.
-    sampling: greedy unless told otherwise.
-    seed: of the sampling; which tokens are drawn does not depend on how the loop is cut.
-    stop_ids: a drawn token that is among them ends the text and is not yielded.
+    model: the model, not stacked.
+    params: its parameters, one subtree per layer.
+    prompt_ids: token ids of the prompt, at least one.
+    max_new_tokens: number of tokens after which generation ends.
+    sampling: how a token is drawn; greedy by default.
+    seed: seeds the draws, which do not depend on DECODE_TOKENS.
+    stop_ids: token ids that end the text; they are not yielded.
 
   Raises:
-    NotFiniteError: the logits that a token is drawn from are not finite; says after which token.
+    NotFiniteError: the logits of a token are not finite; the message says after which token.
+    ValueError: the prompt is empty.
   """
   if not prompt_ids:
     raise ValueError("The prompt is empty, and the model has no token that starts or ends a text: give at least one.")
   if max_new_tokens < 1:
     return
   key, draw = jax.random.split(jax.random.key(seed))
-  # DECODE_TOKENS of slack: the loop runs whole calls, and the last may draw tokens that nobody asked for.
+  # Room for DECODE_TOKENS more: every call runs all its steps, so that the last may draw more tokens than wanted.
   state = model.init_state(1, len(prompt_ids) + max_new_tokens + DECODE_TOKENS)
   logits, state = prefill(model, params, np.asarray([prompt_ids], np.int32), state)
   token_B = sample(logits, draw, sampling)
   ready, done, last = (token_B[None], jnp.isfinite(logits).all(-1)[None]), 0, prompt_ids[-1]
   while True:
-    # The next tokens are under way on the device while the host turns these into text.
+    # Dispatched first, so that the device computes the next tokens while the host turns these into text.
     following = None
     if max_new_tokens - done > len(ready[0]):
       following, token_B, state, key = _decode(model, sampling, DECODE_TOKENS, params, token_B, state, key)

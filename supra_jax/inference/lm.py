@@ -1,4 +1,4 @@
-"""The door for users: a model, its parameters and its tokenizer in one object."""
+"""`LM`, the interface for users: a model, its parameters and its tokenizer in one object."""
 
 from __future__ import annotations
 
@@ -26,11 +26,13 @@ def load(directory: str | os.PathLike[str], dtype: Any = None) -> LM:
   """Loads a model directory.
 
   Args:
-    directory: made by `convert_weights.hf_to_orbax`, `supra_jax.bin.linearize` or `supra_jax.bin.train`.
-    dtype: of the parameters and of the computation, e.g. `"bfloat16"`; None means as stored.
+    directory: model directory, local or gs://, that `convert_weights.hf_to_orbax`, `supra_jax.bin.linearize` or
+      `supra_jax.bin.train` wrote.
+    dtype: dtype of the parameters and of the computation, e.g. `"bfloat16"`; None keeps the stored dtype.
 
   Raises:
-    FileNotFoundError: the directory is no model, or a part of it is missing.
+    FileNotFoundError: `directory` is not a model directory, or a part of it is missing.
+    ValueError: its config.json does not describe a model, or its tokenizer cannot be read.
   """
   stored = checkpoint.load_model(directory, None if dtype is None else jnp.dtype(dtype))
   tokenizer = Tokenizer.from_files(stored.tokenizer_files, stored.config)
@@ -42,11 +44,11 @@ class LM:
   """A language model ready to use.
 
   Attributes:
-    config: what the model is.
-    params: nested dict of arrays, one subtree a layer.
-    tokenizer: None where the checkpoint has none.
-    generation: contents of the checkpoint's generation_config.json, which says how text is drawn unless told otherwise.
-    model: the Flax module; `model.apply({"params": params}, ...)` for all that is not here.
+    config: config of the model.
+    params: nested dict of arrays, one subtree per layer.
+    tokenizer: tokenizer of the model; None if it has none.
+    generation: contents of the model directory's generation_config.json, the default settings of sampling.
+    model: the Flax module; `model.apply({"params": params}, ...)` does what this class does not offer.
   """
 
   def __init__(
@@ -59,8 +61,10 @@ class LM:
     """Prefer `load`.
 
     Args:
-      config, params, tokenizer: see above.
-      generation: contents of the checkpoint's generation_config.json, which says how text is drawn.
+      config: config of the model.
+      params: nested dict of arrays, one subtree per layer. The dtype of the embedding is that of the computation.
+      tokenizer: tokenizer of the model; None if it has none.
+      generation: contents of a generation_config.json, the default settings of sampling; None means greedy.
     """
     self.config = config
     self.params = params
@@ -77,17 +81,18 @@ class LM:
     segment_ids: jax.typing.ArrayLike | None = None,
     padding: Padding = "right",
   ) -> tuple[jax.Array, DecodeState]:
-    """Logits of every position, and the state to go on from.
+    """Returns the logits of every position, and the state after the last token.
 
     Args:
       tokens: int [B, T], T >= 1. Padding may hold any value.
-      state: what an earlier call returned; None starts afresh. Key/value caches grow as they must, outside jit.
-      lengths: int [B], how many tokens of each row are real; None means all.
+      state: the state to continue from, which an earlier call returned; None starts a new text. Outside jit, key/value
+        caches grow as needed.
+      lengths: int [B], number of real tokens in each row; None means all.
       segment_ids: int [B, T], document ids; see `Transformer.__call__`.
-      padding: the side that the padding is on, "right" or "left".
+      padding: the side of the padding, "right" or "left".
 
     Returns:
-      (logits float32 [B, T, vocabulary], state). Logits of padding are of no use.
+      (logits float32 [B, T, vocabulary], state). Logits at padded positions are meaningless.
 
     Raises:
       ValueError: shapes do not fit each other, or a real token is not in the vocabulary.
@@ -100,7 +105,7 @@ class LM:
     return run(inputs.pop("tokens"), state, padding=padding, **inputs)
 
   def generate(self, prompt: str, **kwargs: Any) -> str:
-    """The text that follows `prompt`; takes what `stream` takes."""
+    """Generates the text that follows `prompt`; for the arguments see `stream`."""
     return "".join(self.stream(prompt, **kwargs))
 
   def stream(
@@ -113,26 +118,31 @@ class LM:
     top_p: float | None = None,
     seed: int = 0,
   ) -> Iterator[str]:
-    """The text that follows `prompt`, piece by piece, until an end-of-text token.
+    """Yields the text that follows `prompt` in pieces, until an end-of-text token.
+
+    temperature, top_k and top_p default to the settings in `generation`.
 
     Args:
-      prompt: may be empty where the model has a token that starts or ends a text.
-      max_new_tokens: at most so many.
-      temperature: 0 takes the likeliest token each time. None, here and below: as `generation` has it.
+      prompt: the text to continue; may be empty if the model has a begin- or end-of-text token.
+      max_new_tokens: number of tokens after which generation ends.
+      temperature: divides the logits; 0 takes the likeliest token each time.
       top_k: draws from the k likeliest tokens; 0 means all.
-      top_p: draws from the likeliest tokens that together reach this probability; 1 means all.
-      seed: of the draws.
+      top_p: draws from the fewest likeliest tokens whose probabilities add up to top_p; 1 means all.
+      seed: seeds the draws.
 
     Raises:
-      ValueError: the checkpoint has no tokenizer, or an argument is out of range; at once, before the first piece.
+      ValueError: the model has no tokenizer, or an argument is out of range; raised by the call itself, before the
+        first piece.
     """
     if self.tokenizer is None:
-      raise ValueError("This checkpoint has no tokenizer: use generate.generate_tokens with token ids.")
+      raise ValueError(
+        "This checkpoint has no tokenizer: use supra_jax.inference.decode.generate_tokens with token ids."
+      )
     prompt_ids = self.tokenizer.encode(prompt)
     if not prompt_ids:
       start = [self.config.bos_token_id, *self.config.eos_token_ids]
       prompt_ids = [i for i in start if i is not None][:1]
-    # Where no text comes before, a space that the tokenizer itself puts before a text is not of the text.
+    # Without a prompt the text starts here, and the decoder drops the space that SentencePiece adds before a text.
     decoder = self.tokenizer.stream_decoder(continues=bool(prompt))
     tokens = generate.generate_tokens(
       self.model,
@@ -164,7 +174,7 @@ class LM:
     if any(mixer_class(mixer).GROWS for mixer in self.config.mixers):
       held = np.zeros(batch, np.int64) if state is None else np.asarray(state.cached)
       state = _with_capacity(self.model, state, batch, int((held + count).max()))
-    # Compiled programs are kept by shape: rounding T up bounds their number, and padding changes nothing.
+    # jit compiles a program per shape: rounding T up keeps them few, and padding does not change the result.
     fill = generate.round_up_length(time) - time
     if fill and lengths is None:
       lengths = count
@@ -181,7 +191,7 @@ class LM:
 
 
 def _flushed(decoder: StreamDecoder) -> Iterator[str]:
-  yield decoder.flush()  # once all tokens are in
+  yield decoder.flush()  # a generator, so that flush runs after the last token
 
 
 @functools.partial(jax.jit, static_argnums=0, static_argnames="padding")
@@ -190,7 +200,7 @@ def _logits(model, params, tokens, state, **kwargs):
 
 
 def _with_capacity(model: Transformer, state: DecodeState | None, batch: int, wanted: int) -> DecodeState:
-  """A state whose caches hold `wanted` tokens: capacities are powers of two, so that few shapes are compiled."""
+  """Makes or grows a state to hold `wanted` tokens; capacities are powers of two, so that few shapes are compiled."""
   capacity = 1 << max(wanted - 1, 0).bit_length()
   if state is None:
     return model.init_state(batch, capacity)

@@ -1,4 +1,4 @@
-"""How the next token is drawn."""
+"""Sampling of the next token: temperature, top-k and top-p."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from supra_jax.core.schema import POSITIVE, AtLeast, AtMost, check
 
-# Of a generation_config.json: name -> the value that switches it off, beside null.
+# Settings of generation_config.json that are not supported -> the value that switches each off; null does too.
 _NOT_SUPPORTED = {
   "repetition_penalty": 1.0, "min_p": None, "typical_p": 1.0, "epsilon_cutoff": 0.0, "eta_cutoff": 0.0, "top_h": None,
   "no_repeat_ngram_size": 0, "num_beams": 1, "penalty_alpha": None,
@@ -21,12 +21,12 @@ _NOT_SUPPORTED = {
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-  """How the next token is drawn.
+  """Settings of sampling; the default is greedy.
 
   Attributes:
-    temperature: 0 takes the likeliest token.
-    top_k: only the k likeliest tokens; 0 means all.
-    top_p: only the likeliest tokens that together reach this probability; 1 means all.
+    temperature: divides the logits; 0 takes the likeliest token.
+    top_k: draws from the k likeliest tokens; 0 means all.
+    top_p: draws from the fewest likeliest tokens whose probabilities add up to top_p; 1 means all.
   """
 
   temperature: Annotated[float, AtLeast(0)] = 0.0
@@ -35,15 +35,15 @@ class Sampling:
 
   @classmethod
   def of_checkpoint(cls, generation: Mapping[str, Any], **given: float | None) -> Sampling:
-    """What a generation_config.json asks for: greedy, unless it says `do_sample`.
+    """Reads the settings of a generation_config.json; greedy unless it has `do_sample`.
 
     Args:
-      generation: its contents, or empty. Where it is silent transformers' defaults hold, the 50 likeliest tokens among
-        them. What it asks for besides and is not supported is named in a warning.
-      **given: values of fields, which go before it unless they are None.
+      generation: contents of generation_config.json, or empty. With `do_sample`, missing settings have the defaults of
+        transformers: temperature 1, top_k 50, top_p 1. Settings that are not supported are named in a warning.
+      **given: field -> value that replaces the one of `generation`; None keeps that.
 
     Raises:
-      ValueError: a value is out of range, or none at all.
+      ValueError: a value is out of range or has the wrong type.
     """
     ignored = [f"{name}={generation[name]}" for name, off in _NOT_SUPPORTED.items() if generation.get(name, off) != off]
     if ignored:
@@ -64,7 +64,16 @@ class Sampling:
 
 
 def sample(logits_BV: jax.Array, key: jax.Array, sampling: Sampling) -> jax.Array:
-  """Draws one token a row, int32 [B]."""
+  """Draws one token per row.
+
+  Args:
+    logits_BV: float [B, V].
+    key: key of the draw.
+    sampling: settings of the draw.
+
+  Returns:
+    int32 [B].
+  """
   if sampling.temperature == 0:
     return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
   logits = logits_BV / sampling.temperature

@@ -1,4 +1,4 @@
-"""How well a model predicts held-out text: nats a token, and perplexity."""
+"""Held-out loss of a model: negative log-likelihood in nats per token, and perplexity."""
 
 from __future__ import annotations
 
@@ -16,11 +16,21 @@ from supra_jax.objectives.losses import LossSums, language_model_loss
 
 @functools.partial(jax.jit, static_argnums=0)
 def loss_sums(model: Transformer, params, batch) -> LossSums:
+  """`objectives.losses.language_model_loss`, compiled; without teacher and z-loss."""
   return language_model_loss(model, params, batch)
 
 
 def mean_nll(model: Transformer, params: Mapping[str, Any], batches: Iterable[Mapping[str, np.ndarray]]) -> float:
-  """Mean negative log-likelihood of all targets of the batches, nats a token."""
+  """Mean negative log-likelihood of all targets of the batches, in nats per token.
+
+  Args:
+    model: the model.
+    params: its parameters.
+    batches: batches of packed rows, as `objectives.losses.language_model_loss` takes them.
+
+  Raises:
+    ValueError: no batch has a target.
+  """
   nll = weight = 0.0
   for batch in batches:
     sums = loss_sums(model, params, batch)
@@ -31,5 +41,5 @@ def mean_nll(model: Transformer, params: Mapping[str, Any], batches: Iterable[Ma
 
 
 def perplexity(nll: float) -> float:
-  """Exp of nats a token; infinite where float64 cannot hold it."""
+  """Perplexity exp(nll) of a loss in nats per token; infinite where float64 would overflow."""
   return math.exp(nll) if nll < 709 else math.inf

@@ -1,8 +1,8 @@
-"""How far a model's layers are from its teacher's: attention alone on the teacher's streams, or whole streams.
+"""Distances between a model's layers and its teacher's: of attention outputs on the same input, or of residual streams.
 
-Both are weighted as calibration is, by what the norm that follows makes of a token: an error is a share of the
-teacher's mean square there. A few tokens, whose activations are a thousand times the others', would else be all that
-counts.
+Both distances are relative: at each token the squared error is divided by the teacher's squared activation, as in
+calibration, since the norm that follows scales every token to the same size. Otherwise a few tokens, whose activations
+are a thousand times those of the others, would dominate the sum.
 """
 
 from __future__ import annotations
@@ -25,17 +25,32 @@ Streams = Mapping[str, Mapping[str, jax.Array]]
 def read_streams(
   model: Transformer, params: Mapping[str, Any], tokens_BT: jax.Array, segment_ids: jax.Array | None
 ) -> tuple[jax.Array, Streams]:
-  """(hidden [B, T, D] after the last norm, what the blocks fill STREAMS with: a run each, [layers, B, T, D])."""
+  """Runs a stacked model, and also returns the activations that each block stores in the collection STREAMS.
+
+  Args:
+    model: a stacked transformer.
+    params: its parameters.
+    tokens_BT: int32 [B, T].
+    segment_ids: int32 [B, T], document ids, or None.
+
+  Returns:
+    (hidden states [B, T, D] after the last norm, {run: {name: [layers, B, T, D]}}). A run is a scan over equal layers;
+    `model.transformer.Block` lists the names.
+  """
   (hidden_BTD, _), kept = model.apply({"params": params}, tokens_BT, segment_ids=segment_ids, mutable=[STREAMS])
   return hidden_BTD, kept[STREAMS]
 
 
 def streams_error(model: Transformer, streams: Streams, teacher: Transformer, theirs: Streams) -> jax.Array:
-  """Float32 [B, T]: the mean over layers of `|x - x_t|^2 / |x_t|^2`, x being what leaves a layer.
+  """Relative squared error of the residual stream: the mean over layers of `|x - x_t|^2 / |x_t|^2`, float32 [B, T].
+
+  x is the output of a layer of the model, x_t that of the teacher's layer. No gradient reaches the teacher.
 
   Args:
-    model, teacher: stacked, of equally many layers; their mixers may be others.
-    streams, theirs: as `read_streams` gives them.
+    model: a stacked transformer.
+    streams: its activations, as `read_streams` returns them.
+    teacher: a stacked transformer with the same number of layers; its mixers may differ.
+    theirs: activations of the teacher.
   """
   x_LBTD, x_teacher_LBTD = _join(model, streams, "leaves"), jax.lax.stop_gradient(_join(teacher, theirs, "leaves"))
   return _error(x_LBTD, x_teacher_LBTD, x_teacher_LBTD).mean(0)
@@ -49,15 +64,20 @@ def attention_error(
   tokens_BT: jax.Array,
   segment_ids: jax.Array | None = None,
 ) -> jax.Array:
-  """Float32 [B, T]: how far each layer's attention is from the teacher's, both reading the teacher's stream.
+  """Relative squared error of attention outputs on the teacher's residual stream, float32 [B, T].
 
-  The mean of `|attention(x_t) - a_t|^2 / |x_t + a_t|^2` over the layers whose mixer is not the teacher's, a_t being the
-  teacher's attention: the attention transfer of LoLCATs (Zhang et al. 2024, eq. 6), after the output projection. Each
-  layer reads the teacher's stream, so that no layer depends on another, and no MLP of the model is run.
+  The mean of `|attention(x_t) - a_t|^2 / |x_t + a_t|^2` over the layers whose mixer differs from the teacher's. x_t is
+  the input of the teacher's layer and a_t the output of its attention, after the output projection. This is the
+  attention transfer of LoLCATs (Zhang et al. 2024, eq. 6), moved behind the output projection. All layers read the
+  teacher's stream, so that no layer depends on another, and the model's MLPs are not run.
 
   Args:
-    model, params, teacher, teacher_params: stacked, of equally many layers.
-    tokens_BT, segment_ids: int32 [B, T].
+    model: a stacked transformer.
+    params: its parameters.
+    teacher: a stacked transformer with the same number of layers.
+    teacher_params: parameters of the teacher.
+    tokens_BT: int32 [B, T].
+    segment_ids: int32 [B, T], document ids, or None.
 
   Raises:
     ValueError: all of the model's layers have the teacher's mixers.
@@ -82,12 +102,12 @@ def attention_error(
     if config.layers[first : first + length] != teacher.config.layers[first : first + length]
   ]
   if not errors:
-    raise ValueError(f"No layer to transfer attention to: mixers are {config.mixers}.")
+    raise ValueError(f"No layer to transfer attention to: all layers have the teacher's mixers, {config.mixers}.")
   return jnp.concatenate(errors).mean(0)
 
 
 def _join(model: Transformer, streams: Streams, name: str) -> jax.Array:
-  """[layers, B, T, D] of all runs."""
+  """Concatenates an activation of all runs to [layers, B, T, D]."""
   parts = [streams[f"run_{first}"][name] for first, _ in runs(model.config.layers)]
   return parts[0] if len(parts) == 1 else jnp.concatenate(parts)
 

@@ -1,4 +1,4 @@
-"""Next-token cross-entropy, and distance from a teacher, that never hold [B, T, vocabulary]."""
+"""Next-token cross-entropy and KL divergence from a teacher, in chunks: [B, T, vocabulary] is never in memory."""
 
 from __future__ import annotations
 
@@ -17,17 +17,18 @@ from supra_jax.model.transformer import Transformer
 from supra_jax.objectives.layer_losses import Streams, attention_error, read_streams, streams_error
 
 Unembed = Callable[[Any, jax.Array], jax.Array]
-CHUNK_TOKENS = 512  # of one device
+CHUNK_TOKENS = 512  # tokens of a chunk on each device
 
 
 @flax.struct.dataclass
 class LossSums:
-  """Sums over the target tokens, float32 scalars.
+  """Weighted sums over the target tokens, float32 scalars.
 
   Attributes:
-    loss: cross-entropy, or distance from the teacher, plus z-loss; the one that has a gradient.
-    nll: cross-entropy, nats.
-    weight: of the targets; divide by it for means.
+    loss: the training loss: cross-entropy, mixed with the distance from the teacher, plus z-loss. Only `loss` has a
+      gradient.
+    nll: cross-entropy in nats.
+    weight: sum of the weights of the targets; divide by it for means.
   """
 
   loss: jax.Array
@@ -37,13 +38,14 @@ class LossSums:
 
 @flax.struct.dataclass
 class Teacher:
-  """A transformer that the model is to be like.
+  """A transformer that the model is distilled from.
 
   Attributes:
-    params: its parameters.
-    model: what reads them; its vocabulary is the model's, and it ties its embeddings if the model does.
-    weight: of the divergence KL(teacher || model) of next tokens in the loss; cross-entropy has the rest of 1.
-    hidden_weight: of `layer_losses.streams_error`, which is added; then both are stacked.
+    params: parameters of the teacher.
+    model: the teacher's Flax module. Vocabulary and `tie_embeddings` have to be those of the model.
+    weight: weight a of the divergence KL(teacher || model) of next tokens; cross-entropy has the weight 1 - a.
+    hidden_weight: weight of `layer_losses.streams_error`, which is added to the loss. If it is not 0, teacher and model
+      have to be stacked.
   """
 
   params: Any
@@ -60,16 +62,16 @@ def language_model_loss(
   z_loss: float = 0.0,
   teacher: Teacher | None = None,
 ) -> LossSums:
-  """The loss of a batch of packed rows.
+  """The training loss of a batch of packed rows, as sums over its targets.
 
   Args:
-    model: what reads them.
-    params: the model's.
-    batch: `tokens` int32 [B, T + 1]: T inputs and, one later, their targets. With `segment_ids` of the same shape,
-      state and position start afresh at seams, and a document's first token is no target. With `row_weights` float32
-      [B], a row counts so much.
+    model: the model that is trained.
+    params: parameters of the model.
+    batch: `tokens` int32 [B, T + 1], of which the first T are inputs and the last T their targets. Optional:
+      `segment_ids` int32 [B, T + 1], document ids: state and position are reset where they change, and the first token
+      of a document is not a target; `row_weights` float32 [B], weights of the rows.
     z_loss: weight of the squared logsumexp.
-    teacher: reads the batch too; no gradient reaches it.
+    teacher: the model to distil from, which reads the batch too; no gradient reaches it.
   """
   inputs = inputs_of(batch)
   read = read_streams if teacher is not None and teacher.hidden_weight else _read
@@ -95,7 +97,17 @@ def hidden_loss(
   teacher: Teacher | None = None,
   theirs_BTD: jax.Array | None = None,
 ) -> LossSums:
-  """`language_model_loss`, but for streams, of what model and teacher made of a batch, after their last norms."""
+  """`language_model_loss` without the term of `hidden_weight`, given the hidden states of model and teacher.
+
+  Args:
+    model: the model.
+    params: its parameters, of which only the unembedding is read.
+    hidden_BTD: [B, T, D], output of the model after the last norm.
+    batch: as `language_model_loss` takes it.
+    z_loss: weight of the squared logsumexp.
+    teacher: the model to distil from, or None.
+    theirs_BTD: [B, T, D], output of the teacher after the last norm.
+  """
   table = "embed_tokens" if model.config.tie_embeddings else "lm_head"
 
   def unembed(table_params, hidden):
@@ -110,13 +122,16 @@ def hidden_loss(
 def attention_transfer_loss(
   model: Transformer, params: Mapping[str, Any], batch: Mapping[str, jax.Array], teacher: Teacher
 ) -> jax.Array:
-  """The sum over a batch's targets of `layer_losses.attention_error`, a float32 scalar; see `language_model_loss`."""
+  """The weighted sum over a batch's targets of `layer_losses.attention_error`, a float32 scalar.
+
+  For the arguments see `language_model_loss`.
+  """
   error_BT = attention_error(model, params, teacher.model, teacher.params, *inputs_of(batch))
   return _weighted_sum(error_BT, _target_weights(batch))
 
 
 def inputs_of(batch: Mapping[str, jax.Array]) -> tuple[jax.Array, jax.Array | None]:
-  """Tokens and segment ids [B, T], without the last target."""
+  """Returns the inputs of a batch: tokens [B, T] and, if it has any, segment ids [B, T], without the last token."""
   segment_ids = batch.get("segment_ids")
   return batch["tokens"][:, :-1], None if segment_ids is None else segment_ids[:, :-1]
 
@@ -128,12 +143,12 @@ def _weighted_sum(x: jax.Array, weights: jax.Array) -> jax.Array:
 def _read(
   model: Transformer, params: Any, tokens: jax.Array, segment_ids: jax.Array | None
 ) -> tuple[jax.Array, Streams]:
-  """`read_streams` that keeps none."""
+  """Like `read_streams`, but stores no activations and takes models that are not stacked."""
   return model.apply({"params": params}, tokens, segment_ids=segment_ids)[0], {}
 
 
 def _target_weights(batch: Mapping[str, jax.Array]) -> jax.Array:
-  """[..., T]: 1 where a row's next token is a target, times the row's weight."""
+  """Float32 [..., T]: the row's weight where the next token is a target, else 0."""
   weights = jnp.ones(batch["tokens"][..., 1:].shape, jnp.float32)
   if (segment_ids := batch.get("segment_ids")) is not None:
     weights *= segment_ids[..., 1:] == segment_ids[..., :-1]
@@ -143,7 +158,7 @@ def _target_weights(batch: Mapping[str, jax.Array]) -> jax.Array:
 
 
 def count_targets(batch: Mapping[str, jax.Array]) -> jax.Array:
-  """The weight of all targets of a batch [..., T + 1], at least 1; known before any is predicted."""
+  """Weighted number of targets of a batch [..., T + 1], to divide losses by: a float32 scalar, at least 1."""
   return jnp.maximum(_target_weights(batch).sum(), 1.0)
 
 
@@ -159,21 +174,21 @@ def next_token_loss(
   teacher_weight: float = 0.0,
   chunk: int = CHUNK_TOKENS,
 ) -> LossSums:
-  """`sum_t w_t ((1 - a) nll_t + a KL_t + z_loss * logsumexp_t^2)`, over some positions of a device's rows at a time.
+  """`sum_t w_t ((1 - a) nll_t + a KL_t + z_loss * logsumexp_t^2)`, summed chunk by chunk along time.
 
-  The gradient is made on the way forward, where a chunk's logits exist anyway: a chunk costs three products with the
-  unembedding, not the four of rematerialisation, and holds no more.
+  The gradient is computed in the forward pass, where the logits of a chunk exist anyway: a chunk costs three products
+  with the unembedding instead of the four of rematerialisation, with the same memory.
 
   Args:
     unembed: (params, hidden [B, C, D]) -> logits [B, C, vocabulary], float32.
-    params: what `unembed` reads; all of its leaves get gradients.
-    hidden_BTD: the model's, after the last norm.
-    targets_BT: int, the token that follows each position.
-    weights_BT: float, 0 where a target does not count; None means 1 everywhere.
+    params: parameters of `unembed`; all leaves get gradients.
+    hidden_BTD: [B, T, D], output of the model after the last norm.
+    targets_BT: int [B, T], the token that follows each position.
+    weights_BT: float [B, T], weights w of the targets; 0 where a target does not count. None means 1 everywhere.
     z_loss: weight of the squared logsumexp, 1e-4 in the paper's recipe.
-    teacher: (params, hidden [B, T, D]) of the distributions that KL is from; neither gets a gradient.
-    teacher_weight: a.
-    chunk: tokens a chunk and device.
+    teacher: (parameters of `unembed`, hidden [B, T, D]) of the teacher in KL(teacher || model), without gradients.
+    teacher_weight: a, the weight of the divergence.
+    chunk: tokens of a chunk on each device.
   """
   weights = jnp.ones(targets_BT.shape, jnp.float32) if weights_BT is None else weights_BT.astype(jnp.float32)
   how = _How(unembed, z_loss, teacher_weight if teacher else 0.0, chunk)
@@ -197,12 +212,13 @@ def _chunks(x_BT: jax.Array, tokens: int) -> jax.Array:
 
 
 def _chunk_sums(how: _How, teacher_params, params, hidden_BCD, targets_BC, weights_BC, *teacher_BCD):
-  # A padded position may hold NaN, and 0 * NaN is NaN, in the gradients too: hence a selection, before any product.
+  # A padded position may hold NaN, which a weight of 0 does not remove (0 * NaN is NaN, in the gradients too): select
+  # before any product.
   def selected(x_BCD):
     return jnp.where(weights_BC[..., None] > 0, x_BCD, jnp.zeros((), x_BCD.dtype))
 
   logits = how.unembed(params, selected(hidden_BCD))
-  # One row a token: a leading axis of length 1 costs XLA's CPU backend a tenth of the whole chunk.
+  # Flattened to [tokens, vocabulary]: a leading axis of length 1 costs XLA's CPU backend a tenth of the chunk's time.
   logits, targets, weights = logits.reshape(-1, logits.shape[-1]), targets_BC.reshape(-1), weights_BC.reshape(-1)
   logsumexp = jax.nn.logsumexp(logits, axis=-1)
   nll = logsumexp - jnp.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
@@ -211,7 +227,7 @@ def _chunk_sums(how: _How, teacher_params, params, hidden_BCD, targets_BC, weigh
     theirs = jax.nn.log_softmax(how.unembed(teacher_params[0], selected(teacher_BCD[0])).reshape(logits.shape))
     divergence = jnp.sum(jnp.exp(theirs) * (theirs - logits), axis=-1) + logsumexp
     loss = (1 - how.teacher_weight) * nll + how.teacher_weight * divergence
-  # The same for a target outside the vocabulary.
+  # `_weighted_sum` selects too: a target outside the vocabulary has a loss of NaN.
   loss, nll, square = (_weighted_sum(x, weights) for x in (loss, nll, jnp.square(logsumexp)))
   return loss + how.z_loss * square, nll
 
@@ -254,7 +270,7 @@ def _sums_forward(how: _How, params, hidden, targets, weights, teacher):
 
 def _sums_backward(how, residuals, cotangents):
   del how
-  scale = cotangents[0]  # nll is reported, not differentiated
+  scale = cotangents[0]  # the cotangent of nll is dropped: nll is a metric
   params_grad, hidden_grad = jax.tree.map(lambda g: (g * scale).astype(g.dtype), residuals)
   return params_grad, hidden_grad, None, None, None
 

@@ -1,9 +1,9 @@
-"""Checkpoints on disk: models, whole in one directory, and the states that a run can go on from.
+"""Model directories: a whole model, its parameters and its tokenizer, in one directory.
 
 DIR/config.json       the ModelConfig
-DIR/params/           the parameters, an Orbax PyTree checkpoint, one subtree a layer
-DIR/tokenizer.json    or tokenizer.model, with tokenizer_config.json; absent where the source had none
-DIR/chat_template.jinja, DIR/generation_config.json   as the source has them
+DIR/params/           the parameters, an Orbax PyTree checkpoint with one subtree per layer
+DIR/tokenizer.json    or tokenizer.model, with tokenizer_config.json; absent if the source has none
+DIR/chat_template.jinja, DIR/generation_config.json   unchanged from the source; absent if it has none
 DIR/source.json       where the model came from
 """
 
@@ -44,14 +44,14 @@ TOKENIZER_FILES = (
 
 @dataclasses.dataclass(frozen=True)
 class ModelCheckpoint:
-  """A model as it lies on disk.
+  """Contents of a model directory.
 
   Attributes:
-    config: what the model is.
-    params: nested dict of jax arrays.
-    tokenizer_files: file name -> contents, of TOKENIZER_FILES those that the directory holds: the tokenizer, and how a
-      text is begun and drawn with it.
-    source: where the model came from (JSON object).
+    config: the model's config.
+    params: nested dict of jax arrays, one subtree per layer.
+    tokenizer_files: file name -> contents of those TOKENIZER_FILES that the directory holds: tokenizer, chat template
+      and generation settings.
+    source: where the model came from, a JSON object.
   """
 
   config: ModelConfig
@@ -62,7 +62,7 @@ class ModelCheckpoint:
 
 @contextlib.contextmanager
 def _new_shared_directory(path: str | os.PathLike[str]) -> Iterator[AnyPath]:
-  """`new_directory` for all processes together: the first makes it and renames it."""
+  """`new_directory` for all processes together: process 0 makes and renames the directory, the others wait for it."""
   with contextlib.ExitStack() as stack:
     if jax.process_index() == 0:
       stack.enter_context(new_directory(path, last=CONFIG_FILE))
@@ -80,18 +80,20 @@ def save_model(
   tokenizer_files: Mapping[str, bytes],
   source: Mapping[str, Any] | Callable[[], Mapping[str, Any]],
 ) -> None:
-  """Writes a model directory, whole or not at all; all processes together, each its own shards.
+  """Writes a model directory atomically. All processes call it together; each writes its own shards.
 
   Args:
-    directory: must not exist yet, or be empty.
-    config: what the model is.
-    params: nested dict of jax or numpy arrays, or UnreadArray, one subtree a layer.
-    tokenizer_files: file name -> contents; may be empty.
-    source: a JSON object that says where the model came from, or what returns it, called when the rest is written.
+    directory: directory to make, local or gs://; it must not exist, or be empty.
+    config: the model's config.
+    params: nested dict of jax arrays, numpy arrays or `UnreadArray`s, one subtree per layer.
+    tokenizer_files: name -> contents, for any of TOKENIZER_FILES.
+    source: a JSON object that says where the model came from, or a function that returns it and is called after the
+      parameters are written.
 
   Raises:
-    FileExistsError: the directory holds something already.
-    OSError: it could not be written.
+    FileExistsError: the directory is not empty.
+    OSError: the directory could not be written.
+    ValueError: a name in `tokenizer_files` is unknown, or `directory` is a path that `core.files.place` rejects.
   """
   unknown = sorted(set(tokenizer_files) - set(TOKENIZER_FILES))
   if unknown:
@@ -103,7 +105,7 @@ def save_model(
       for name, contents in tokenizer_files.items():
         (temporary / name).write_bytes(contents)
       (temporary / SOURCE_FILE).write_text(to_json(dict(source() if callable(source) else source), indent=2) + "\n")
-      # The last, since without it there is no model: in a bucket nothing else tells a half-written one.
+      # Written last, since readers reject a directory without it: in a bucket nothing else marks a partial one.
       (temporary / CONFIG_FILE).write_text(config.to_json())
 
 
@@ -113,12 +115,13 @@ def load_model(
   """Reads a model directory.
 
   Args:
-    directory: what `save_model` wrote.
-    dtype: floating-point parameters are converted to it on load; None keeps what is stored.
-    shardings: of a tree of shapes; each device then reads its own shards only. None: all to the first device.
+    directory: a directory that `save_model` wrote, local or gs://.
+    dtype: dtype that floating-point parameters are converted to; None keeps the stored dtypes.
+    shardings: maps the tree of parameter shapes to a tree of shardings; each device then reads its own shards only.
+      None puts all parameters on the first local device.
 
   Raises:
-    FileNotFoundError: the directory is no model checkpoint, or a part of it is missing.
+    FileNotFoundError: `directory` is not a model directory, or a part of it is missing.
     ValueError: its config.json does not describe a model.
   """
   model = load_model_without_params(directory)
@@ -127,7 +130,7 @@ def load_model(
 
 
 def load_model_without_params(directory: str | os.PathLike[str]) -> ModelCheckpoint:
-  """`load_model` of all but the parameters, which are an empty dict."""
+  """Like `load_model`, but leaves the parameters unread: `params` is an empty dict."""
   path = absolute(directory)
   for name in (CONFIG_FILE, PARAMS_DIRECTORY):
     if not (path / name).exists():

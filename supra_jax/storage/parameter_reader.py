@@ -1,4 +1,4 @@
-"""Parameters of a model directory, read one at a time: of a large model, all do not fit into memory."""
+"""Reads the parameters of a model directory one at a time, since those of a large model do not fit into memory."""
 
 from __future__ import annotations
 
@@ -16,25 +16,28 @@ from supra_jax.storage.parameters import first_line
 
 
 class ParameterReader:
-  """What lies in the params of a model directory.
+  """Reads single parameters of a model directory; a context manager.
 
   Attributes:
-    shapes: path in the tree -> shape and dtype of each parameter.
+    shapes: path in the tree of parameters -> shape and dtype of the parameter.
   """
 
   shapes: Mapping[tuple[str, ...], jax.ShapeDtypeStruct]
 
   def __init__(self, directory: str | os.PathLike[str]):
-    """Reads shapes alone.
+    """Reads the shapes, and no parameters.
+
+    Args:
+      directory: a model directory, local or gs://.
 
     Raises:
-      ValueError: there is no checkpoint, or it is damaged.
+      ValueError: the directory holds no parameters, or they are damaged.
     """
     self._path = absolute(directory) / PARAMS_DIRECTORY
     self._checkpointer = ocp.PyTreeCheckpointer()
     try:
       metadata = self._checkpointer.metadata(self._path).item_metadata
-    except Exception as error:  # of Orbax's and tensorstore's many kinds
+    except Exception as error:  # Orbax and tensorstore raise many types
       raise ValueError(f"{self._path}: no parameters can be read: {first_line(error)}") from error
     if metadata is None:
       raise ValueError(f"{self._path}: no parameters can be read: it is no Orbax checkpoint, or a damaged one.")
@@ -45,12 +48,12 @@ class ParameterReader:
     }
 
   def read(self, path: tuple[str, ...]) -> np.ndarray:
-    """One parameter, as it is stored.
+    """Reads the parameter at a path of `shapes`, with its stored shape and dtype.
 
     Raises:
-      ValueError: it is damaged.
+      ValueError: the parameter is damaged.
     """
-    # Orbax wants trees: of what to read (any leaf will do) and of how.
+    # Orbax takes two trees with the parameter as their only leaf: what to read (any leaf will do), and how.
     wanted: Any = ...
     how: Any = ocp.RestoreArgs(restore_type=np.ndarray)
     for name in reversed(path):

@@ -1,4 +1,4 @@
-"""How parameters lie on disk: an Orbax PyTree checkpoint, written array by array and read shard by shard."""
+"""Parameters on disk: an Orbax PyTree checkpoint, written array by array and read shard by shard."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from supra_jax.core.files import AnyPath, syncs_directories
 
 Params = Mapping[str, Any]
 
-# Orbax then renames no directory, which not every disk can. Whoever writes parameters makes them whole or not there.
+# Keeps Orbax from renaming directories, which not every file system can. The callers make the write atomic.
 IN_PLACE = AtomicityOptions(mode=AtomicityMode.COMMIT_FILE)
 
-# What is read at once: a device that has a part of a parameter reads the chunks that its part lies in.
+# Size of a chunk, the unit of reading: a device that holds a part of a parameter reads the chunks that overlap it.
 CHUNK_BYTES = 2**22
 
 
 @dataclasses.dataclass(frozen=True)
 class UnreadArray:
-  """A parameter that `save_model` reads when it comes to it, so that only a few are in memory at a time.
+  """A parameter that `save_model` reads just before it writes it, so that at most three are in memory at a time.
 
   Attributes:
-    nbytes: how many bytes it has.
-    read: returns it as a numpy array; called once.
+    nbytes: size of the parameter in bytes.
+    read: returns the parameter as a numpy array; called once.
   """
 
   nbytes: int
@@ -39,23 +39,24 @@ class UnreadArray:
 
 
 def check_space(directory: AnyPath, arrays: Any) -> None:
-  """Raises OSError where the disk of a directory has no room for a tree of arrays."""
-  # Orbax fails on a full disk too, but late and with hundreds of lines on stderr.
+  """Raises OSError if the disk of a directory has no room for a pytree of arrays."""
+  # Orbax would fail on a full disk too, but late and with hundreds of lines on stderr.
   if not isinstance(directory, Path):
     return  # a bucket is never full
   needed, disk = sum(leaf.nbytes for leaf in jax.tree.leaves(arrays)), shutil.disk_usage(directory)
-  # Some network file systems say that they have 0 bytes in all.
+  # Some network file systems report a total of 0 bytes.
   if disk.total and disk.free < needed:
     raise OSError(f"{needed:,} bytes are to be written to {directory}; {disk.free:,} are free")
 
 
 def adapt_to_disk(directory: AnyPath) -> None:
-  """Has tensorstore do without fsync in this process where a directory's disk has none for directories; it would fail.
+  """Turns tensorstore's fsync off in this process if the file system of `directory` has no fsync of directories.
 
-  Whoever writes there then waits for the files with `files.sync_below`.
+  Tensorstore would fail there. The caller syncs the files with `core.files.sync_below` instead.
   """
   if isinstance(directory, Path) and not syncs_directories(directory):
-    # Orbax has no option for it; imported here, so that a release without these names serves all other disks.
+    # Orbax has no option for this, only private names: imported here, so that a release of Orbax without them still
+    # works on all other disks.
     from orbax.checkpoint._src.serialization import tensorstore_utils
 
     for context in (tensorstore_utils._BASE_TS_CONTEXT, tensorstore_utils._DEFAULT_OCDBT_TS_CONTEXT):
@@ -63,7 +64,11 @@ def adapt_to_disk(directory: AnyPath) -> None:
 
 
 def write_params(path: AnyPath, params: Params) -> None:
-  """Writes a nested dict of jax arrays, numpy arrays and UnreadArrays; all processes together, each its own shards.
+  """Writes parameters as an Orbax PyTree checkpoint. All processes call it together; each writes its own shards.
+
+  Args:
+    path: directory of the checkpoint.
+    params: nested dict of jax arrays, numpy arrays and `UnreadArray`s.
 
   Raises:
     OSError: the disk is full, or fails.
@@ -71,7 +76,7 @@ def write_params(path: AnyPath, params: Params) -> None:
   kinds = [(kind, ocp.type_handlers.get_type_handler(kind)) for kind in (np.ndarray, jax.Array)]
   adapt_to_disk(path.parent)
   registry = ocp.type_handlers.create_type_handler_registry((UnreadArray, _Unread(deepcopy_host_arrays=False)), *kinds)
-  # zstd takes a fifth off bfloat16, and longer than a disk.
+  # No compression: zstd saves a fifth of bfloat16 weights and is slower than a disk.
   handler = ocp.PyTreeCheckpointHandler(use_compression=False, type_handler_registry=registry)
   save_args = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES), params)
   with ocp.Checkpointer(handler, atomicity_options=IN_PLACE) as checkpointer:
@@ -79,7 +84,7 @@ def write_params(path: AnyPath, params: Params) -> None:
 
 
 class _Unread(ocp.type_handlers.NumpyHandler):
-  """Reads one array while the two before are written; on disk they are numpy arrays as any."""
+  """Handler of `UnreadArray`: reads one array while the two before it are written; on disk all are numpy arrays."""
 
   async def serialize(self, values, infos, args=None) -> Any:
     writing: list[Any] = []
@@ -90,7 +95,7 @@ class _Unread(ocp.type_handlers.NumpyHandler):
           _wait(writing.pop(0))
         writing += await super().serialize([array], [info], [arg])
     finally:
-      # Whoever removes what was written must not meet a thread that goes on writing.
+      # After an error too: the caller removes the files, and no thread may go on writing them.
       for future in writing:
         _wait(future)
     return []
@@ -104,12 +109,12 @@ def _wait(future: Any) -> None:
 
 
 def first_line(error: Exception) -> str:
-  """What an error says, or is, in one line."""
+  """Returns the first line of an error's message, or its repr if the message is empty."""
   return (str(error).strip() or repr(error)).splitlines()[0]
 
 
 def read_params(path: AnyPath, dtype: Any, shardings: Callable[[Params], Params] | None) -> Params:
-  """Reads what `write_params` wrote; `dtype` and `shardings` as in `supra_jax.storage.model_directory.load_model`."""
+  """Reads what `write_params` wrote; for `dtype` and `shardings` see `storage.model_directory.load_model`."""
   with ocp.PyTreeCheckpointer() as checkpointer:
     metadata = checkpointer.metadata(path).item_metadata.tree
     shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), metadata)

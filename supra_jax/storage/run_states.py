@@ -1,4 +1,4 @@
-"""The states that a run can go on from, on disk."""
+"""Training states on disk, from which a run resumes; written by Orbax while training goes on."""
 
 from __future__ import annotations
 
@@ -36,26 +36,28 @@ from supra_jax.storage.parameters import (
 )
 
 MANIFEST_FILE = "digests.json"
-
-
-COMMIT_FILE = "commit_success.txt"  # Orbax's
-
-
-UNSIGNED_FILES = (MANIFEST_FILE, "_CHECKPOINT_METADATA")
+COMMIT_FILE = "commit_success.txt"  # Orbax writes it last where it cannot rename directories
+UNSIGNED_FILES = (MANIFEST_FILE, "_CHECKPOINT_METADATA")  # not in the manifest: itself, and Orbax's notes of the step
 
 
 class TrainingCheckpoints:
-  """What a run needs to go on: the train state and the position in the data, a directory a step.
+  """The training states of a run, train state and position in the data, in one directory per step.
 
-  Each directory has a manifest of the sha256 of its files, in a bucket of the storage's own checksums: Orbax's arrays
-  carry none, and a flipped bit would be trained on. The manifest is written before the directory gets its final name;
-  where directories cannot be renamed, before Orbax writes COMMIT_FILE.
+  Each directory has a manifest of the sha256 of its files (in a bucket, of the storage's CRC-32C), since Orbax's arrays
+  carry no checksum and a run would train on a flipped bit. The manifest is written before the directory gets its final
+  name; where directories cannot be renamed, before Orbax writes COMMIT_FILE.
 
   Attributes:
-    directory: of the run's checkpoints.
+    directory: absolute path of the directory that holds the steps' directories.
   """
 
   def __init__(self, directory: str | os.PathLike[str], *, keep: int):
+    """Makes the directory, and removes what unfinished saves left there.
+
+    Args:
+      directory: directory of the states, local or gs://.
+      keep: number of newest states to keep; older ones are removed.
+    """
     self.directory = absolute(directory)
     self._in_place = _agreed(lambda: not isinstance(self.directory, Path) or not renames_directories(self.directory))
     adapt_to_disk(self.directory)
@@ -73,33 +75,39 @@ class TrainingCheckpoints:
     self._saving = -1
 
   def latest_step(self) -> int | None:
+    """The newest step that was saved, damaged or not; None if there is none."""
     return self._manager.latest_step()
 
   def save(self, step: int, state: Any, position: Mapping[str, Any]) -> None:
-    """Starts to write; the arrays may be donated as soon as it returns. Call `wait` first.
+    """Starts to write a state in the background. Call `wait` before it.
+
+    Args:
+      step: number of steps trained; name of the state's directory.
+      state: pytree of jax arrays; they may be donated as soon as `save` returns.
+      position: state of the data loader, a JSON object.
 
     Raises:
-      OSError: it could not be written. Older ones are as they were.
+      OSError: the state could not be written; older states are unchanged.
     """
     args = ocp.args.Composite(state=ocp.args.StandardSave(state), position=ocp.args.JsonSave(dict(position)))
     self._saving = step
     with self._as_os_error():
       if jax.process_index() == 0:
-        # Threads of a save that failed may have gone on writing after its files were removed.
+        # After a failed save, its threads may have written files again once they were removed.
         self._remove_partial()
       check_space(self.directory, state)
       self._manager.save(step, args=args)
 
   def restore(self, like: Any) -> tuple[int, Any, dict[str, Any]] | None:
-    """(step, state, position) of the newest whole checkpoint; None where none was saved yet.
+    """Returns (step, state, position) of the newest undamaged checkpoint; None if none was saved yet.
 
-    Newer ones that are damaged are named on stderr and moved aside, into `damaged` beside the directory.
+    Newer checkpoints that are damaged are reported on stderr and moved to the directory `damaged` beside `directory`.
 
     Args:
-      like: jax.ShapeDtypeStruct, with shardings, of every array of the state.
+      like: the state's pytree with a `jax.ShapeDtypeStruct` with a sharding in place of every array.
 
     Raises:
-      ValueError: all are damaged.
+      ValueError: all checkpoints are damaged.
     """
     step = self._newest_whole_step()
     if step is None:
@@ -109,9 +117,10 @@ class TrainingCheckpoints:
     return step, restored["state"], restored["position"]
 
   def wait(self) -> None:
-    """Waits for what `save` writes, if anything; raises OSError as it does."""
+    """Waits until the last `save` is written; raises OSError if it could not be."""
     with self._as_os_error():
-      # Orbax has a process that fails wait for the others, and them for it, for 600 seconds.
+      # If one of several processes fails, Orbax makes all of them wait for each other for 600 seconds: look for errors
+      # instead of waiting in Orbax.
       while jax.process_count() > 1 and self._manager.is_saving_in_progress():
         if self._errors:
           raise self._errors[0]
@@ -119,7 +128,7 @@ class TrainingCheckpoints:
       self._manager.wait_until_finished()
 
   def close(self) -> None:
-    """Waits as `wait` does, and gives its threads back."""
+    """Waits as `wait` does, and ends Orbax's threads."""
     self.wait()
     self._manager.close()
 
@@ -128,12 +137,12 @@ class TrainingCheckpoints:
     try:
       yield
     except Exception as error:
-      # A full disk comes as OSError, tensorstore's ValueError or Orbax's own. Of several processes others may still be
-      # writing; there the run ends, and the next start tidies up.
+      # A full disk raises OSError, tensorstore's ValueError or an error of Orbax. With several processes the others may
+      # still be writing: there the run ends, and the next start removes the partial state.
       if jax.process_count() == 1:
-        # It only fills the disk further.
+        # The partial state would only fill the disk further.
         self._remove_partial()
-        # The manager has already struck those off its list that were to give way to this one.
+        # The manager has already dropped from its list the old states that the failed one was to replace.
         self._manager.reload()
       where = self.directory / str(self._saving)
       raise OSError(f"checkpoint {where} could not be written: {first_line(error)}") from error
@@ -143,14 +152,14 @@ class TrainingCheckpoints:
       remove_directory(partial)
 
   def _partial(self, step: str) -> list[AnyPath]:
-    """Directories of a step, or of any, that are not whole yet."""
+    """Unfinished directories of a step; `step` is its number, or "*" for all steps."""
     if not self._in_place:
       return list(self.directory.glob(f"{step}.orbax-checkpoint-tmp*"))
     found = [path for path in self.directory.glob(step) if path.name.isdigit()]
     return [path for path in found if not (path / COMMIT_FILE).exists()]
 
   def _write_manifest(self) -> None:
-    # Orbax calls this when all files of a step are written and its directory is about to get its name.
+    # Orbax calls this after all files of a step are written and before the directory is renamed or committed.
     if jax.process_index() == 0:
       (partial,) = self._partial(str(self._saving))
       (partial / MANIFEST_FILE).write_text(to_json(_digests(partial), indent=0) + "\n")
@@ -158,7 +167,7 @@ class TrainingCheckpoints:
         sync_below(partial)
 
   def _newest_whole_step(self) -> int | None:
-    # -1: nothing was saved yet; -2: nothing is whole, which all processes are to raise.
+    # -1: nothing was saved yet. -2: all are damaged; broadcast, so that all processes raise the error.
     chosen, damaged = -1, {}
     if jax.process_index() == 0:
       for step in sorted(self._manager.all_steps(), reverse=True):
@@ -195,20 +204,20 @@ class TrainingCheckpoints:
 
 
 def _agreed(ask: Callable[[], bool]) -> bool:
-  """What the first process finds, for all."""
+  """Returns to all processes what `ask()` returns in process 0."""
   found = jax.process_index() == 0 and ask()
   return bool(multihost_utils.broadcast_one_to_all(np.int32(found))) if jax.process_count() > 1 else found
 
 
 def _watched_handler(errors: list[Exception]) -> ocp.StandardCheckpointHandler:
-  """Writes as any, and leaves errors of its threads in a list as soon as they are there."""
+  """A StandardCheckpointHandler whose threads add their errors to a list as soon as they occur."""
   handler = ocp.StandardCheckpointHandler()
   save = handler.async_save
 
   async def async_save(*args, **kwargs) -> Any:
     return [_Watched(future, errors) for future in await save(*args, **kwargs) or ()]
 
-  # Orbax tells by its class what a handler is for, so that no subclass will do.
+  # Patched, not subclassed: Orbax looks handlers up by their exact class.
   handler.async_save = async_save  # type: ignore[method-assign]
   return handler
 
@@ -226,7 +235,7 @@ class _Watched:
 
 
 def _digests(directory: AnyPath) -> dict[str, str]:
-  """Relative path -> digest of every file below, but for the manifest and Orbax's own notes of the step."""
+  """Returns {relative path: digest} of all files below a directory but UNSIGNED_FILES."""
   if not isinstance(directory, Path):
     found = bucket.checksums(directory)
     return {name: digest for name, digest in found.items() if name.rpartition("/")[2] not in UNSIGNED_FILES}
@@ -241,7 +250,7 @@ def _digests(directory: AnyPath) -> dict[str, str]:
 
 
 def _damage(directory: AnyPath) -> str:
-  """What is wrong with a checkpoint, naming a file; empty if nothing is."""
+  """Returns what is wrong with a checkpoint, naming the file; an empty string if nothing is."""
   try:
     wanted = json.loads((directory / MANIFEST_FILE).read_text())
   except (OSError, ValueError) as error:

@@ -104,7 +104,7 @@ def test_a_model_is_whole_when_its_config_is_there(start):
 
 
 def test_a_bucket_that_is_not_there_is_named():
-  with pytest.raises(ValueError, match=r"^gs://nobodys is not there, or not for you to read.$") as refused:
+  with pytest.raises(ValueError, match=r"^gs://nobodys does not exist, or you may not read it.$") as refused:
     load_model("gs://nobodys/model")
   assert "\n" not in str(refused.value)
 
@@ -122,7 +122,7 @@ def test_packed_rows_are_those_of_a_disk(start, text, tmp_path):
   for name in names:
     assert (place(url) / name).read_bytes() == Path(disk, name).read_bytes()
   assert prepare(str(text), tokenizer, url, **given).tokens_per_second is None  # all was there
-  with pytest.raises(ValueError, match="of other text or arguments"):
+  with pytest.raises(ValueError, match="was packed from other text or with other arguments"):
     prepare(str(text), tokenizer, url, **given | {"sequence_length": 16})
 
   sources = [loading.parse_sources(f"{where}/train:0.5,{where}/heldout") for where in (url, disk)]

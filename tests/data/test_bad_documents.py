@@ -95,6 +95,6 @@ def test_a_tokenizer_of_another_kind_of_model(tmp_path):
   (tmp_path / "tokenizer.json").write_bytes(tiny.tokenizer_json())
   (tmp_path / "config.json").write_text('{"architectures": ["LlamaForCausalLM"]}')
   with pytest.raises(
-    ValueError, match=r"config\.json is no config of a supra_jax model\. Convert .*hf_to_orbax --source"
+    ValueError, match=r"config\.json is not the config of a supra_jax model\. Convert .*hf_to_orbax --source"
   ):
     encoding.load_tokenizer(tmp_path)

@@ -278,7 +278,7 @@ class TestResume:
     partial = tmp_path / "out.partial"
     partial.mkdir()
     (partial / "thesis.tex").write_text("x")
-    with pytest.raises(ValueError, match=r"holds thesis\.tex, which is not of this program"):
+    with pytest.raises(ValueError, match=r"holds thesis\.tex, which this program did not write"):
       prepare(text, tmp_path / "out")
     assert (partial / "thesis.tex").exists()
     (partial / "thesis.tex").unlink()

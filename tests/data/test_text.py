@@ -130,7 +130,7 @@ class TestParquet:
     path = write_parquet(tmp_path / "a.parquet", ["x"], name="content")
     with pytest.raises(ValueError, match=r"a\.parquet: wanted one column 'text'; its columns are other, content"):
       read(path)
-    with pytest.raises(ValueError, match=r"a\.parquet: the column 'other' holds int64, no text"):
+    with pytest.raises(ValueError, match=r"a\.parquet: the column 'other' holds int64, not text"):
       read(path, "other")
 
   def test_null_and_bytes_that_are_no_text(self, tmp_path):
