@@ -134,6 +134,15 @@ class TrainConfig:
     return self.batch_size * self.data.sequence_length
 
   @property
+  def tokens(self) -> int:
+    """Tokens of the whole run."""
+    return self.num_steps * self.tokens_a_step
+
+  @property
+  def rows_a_microbatch(self) -> int:
+    return self.batch_size // self.microbatches
+
+  @property
   def groups(self) -> tuple[tuple[str, str], ...]:
     """(name, regex) of the groups of parameters that train, for `TrainStep`."""
 

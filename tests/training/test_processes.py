@@ -127,14 +127,14 @@ from supra_jax.storage.model_directory import load_model
 from supra_jax.core.sharding import batch_sharding, make_mesh
 from supra_jax.model.placement import param_shardings
 from supra_jax.training.config import TrainConfig
-from supra_jax.training.setup import make_train_step, state_shapes
+from supra_jax.training.setup import make_train_step
 
 config = TrainConfig.from_mapping(json.loads(sys.argv[1]))
 mesh = make_mesh(config.mesh)
 with jax.set_mesh(mesh):
   stored = load_model(config.init_checkpoint, shardings=lambda shapes: param_shardings(shapes, mesh))
   step = make_train_step(config, stored.config)
-  shapes = state_shapes(step, mesh)
+  shapes = step.state_shapes(mesh)
   tokens = jax.ShapeDtypeStruct((1, config.batch_size, 65), jnp.int32, sharding=batch_sharding(mesh, leading=1))
   compiled = step.compiled(jax.tree.map(lambda x: x.sharding, shapes)).lower(shapes, {"tokens": tokens}).compile()
 
