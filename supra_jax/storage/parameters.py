@@ -3,63 +3,34 @@
 from __future__ import annotations
 
 import dataclasses
-import shutil
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
-from orbax.checkpoint.options import AtomicityMode, AtomicityOptions
 
-from supra_jax.core.files import AnyPath, syncs_directories
+from supra_jax.core.files import AnyPath
+from supra_jax.storage.disk import IN_PLACE, adapt_to_disk, first_line
 
 Params = Mapping[str, Any]
 
-# Orbax then renames no directory, which not every disk can. Whoever writes parameters makes them whole or not there.
-IN_PLACE = AtomicityOptions(mode=AtomicityMode.COMMIT_FILE)
-
-# What is read at once: a device that has a part of a parameter reads the chunks that its part lies in.
+# Size of the pieces that arrays are stored in: a device that holds a part of a parameter reads the pieces of its part.
 CHUNK_BYTES = 2**22
 
 
 @dataclasses.dataclass(frozen=True)
 class UnreadArray:
-  """A parameter that `save_model` reads when it comes to it, so that only a few are in memory at a time.
+  """A parameter that `save_model` reads just before it writes it, so that few parameters are in memory at a time.
 
   Attributes:
-    nbytes: how many bytes it has.
+    nbytes: its size in bytes.
     read: returns it as a numpy array; called once.
   """
 
   nbytes: int
   read: Callable[[], np.ndarray]
-
-
-def check_space(directory: AnyPath, arrays: Any) -> None:
-  """Raises OSError where the disk of a directory has no room for a tree of arrays."""
-  # Orbax fails on a full disk too, but late and with hundreds of lines on stderr.
-  if not isinstance(directory, Path):
-    return  # a bucket is never full
-  needed, disk = sum(leaf.nbytes for leaf in jax.tree.leaves(arrays)), shutil.disk_usage(directory)
-  # Some network file systems say that they have 0 bytes in all.
-  if disk.total and disk.free < needed:
-    raise OSError(f"{needed:,} bytes are to be written to {directory}; {disk.free:,} are free")
-
-
-def adapt_to_disk(directory: AnyPath) -> None:
-  """Has tensorstore do without fsync in this process where a directory's disk has none for directories; it would fail.
-
-  Whoever writes there then waits for the files with `files.sync_below`.
-  """
-  if isinstance(directory, Path) and not syncs_directories(directory):
-    # Orbax has no option for it; imported here, so that a release without these names serves all other disks.
-    from orbax.checkpoint._src.serialization import tensorstore_utils
-
-    for context in (tensorstore_utils._BASE_TS_CONTEXT, tensorstore_utils._DEFAULT_OCDBT_TS_CONTEXT):
-      context["file_io_sync"] = False
 
 
 def write_params(path: AnyPath, params: Params) -> None:
@@ -101,11 +72,6 @@ def _wait(future: Any) -> None:
     future.result()
   except Exception as error:
     raise OSError(f"The parameters could not be written: {first_line(error)}") from error
-
-
-def first_line(error: Exception) -> str:
-  """What an error says, or is, in one line."""
-  return (str(error).strip() or repr(error)).splitlines()[0]
 
 
 def read_params(path: AnyPath, dtype: Any, shardings: Callable[[Params], Params] | None) -> Params:

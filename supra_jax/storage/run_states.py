@@ -1,4 +1,4 @@
-"""The states that a run can go on from, on disk."""
+"""The saved states of a run, from which it resumes."""
 
 from __future__ import annotations
 
@@ -19,40 +19,23 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from supra_jax.core import bucket
-from supra_jax.core.files import (
-  AnyPath,
-  absolute,
-  remove_directory,
-  rename_directory,
-  renames_directories,
-  sync_below,
-)
+from supra_jax.core.files import AnyPath, absolute, remove_directory, rename_directory, renames_directories, sync_below
 from supra_jax.core.plain_json import to_json
-from supra_jax.storage.parameters import (
-  IN_PLACE,
-  adapt_to_disk,
-  check_space,
-  first_line,
-)
+from supra_jax.storage.disk import COMMIT_FILE, IN_PLACE, adapt_to_disk, check_space, first_line
 
 MANIFEST_FILE = "digests.json"
+UNSIGNED_FILES = (MANIFEST_FILE, "_CHECKPOINT_METADATA")  # have no digest in the manifest
 
 
-COMMIT_FILE = "commit_success.txt"  # Orbax's
+class RunStates:
+  """The saved states of a run: train state and position in the data, one directory for each saved step.
 
-
-UNSIGNED_FILES = (MANIFEST_FILE, "_CHECKPOINT_METADATA")
-
-
-class TrainingCheckpoints:
-  """What a run needs to go on: the train state and the position in the data, a directory a step.
-
-  Each directory has a manifest of the sha256 of its files, in a bucket of the storage's own checksums: Orbax's arrays
-  carry none, and a flipped bit would be trained on. The manifest is written before the directory gets its final name;
-  where directories cannot be renamed, before Orbax writes COMMIT_FILE.
+  Each directory has a manifest with the sha256 of its files, or in a bucket with the storage's own checksums. Orbax's
+  arrays carry no checksum, so that without the manifest a flipped bit would be trained on. The manifest is written
+  before the directory gets its final name; where directories cannot be renamed, before Orbax writes COMMIT_FILE.
 
   Attributes:
-    directory: of the run's checkpoints.
+    directory: holds the directories of the steps.
   """
 
   def __init__(self, directory: str | os.PathLike[str], *, keep: int):

@@ -84,9 +84,9 @@ def train(
       except BaseException:
         # Of several processes one may fail alone; it must not wait for the others' part in a save, nor they for it.
         if jax.process_count() == 1:
-          run.checkpoints.close()
+          run.states.close()
         raise
-      run.checkpoints.close()
+      run.states.close()
     if jax.process_index() == 0:
       summary(metrics, config.tokens)  # refuses losses that are not finite, which nobody can draw
       plot_losses(metrics, files.directory / PICTURE_FILE, teacher_nll=teacher_nll)
@@ -155,11 +155,11 @@ def _loop(config: TrainConfig, run: Run, files: bucket.Copies, profile_steps: in
           reporter.evaluated(step, run.evaluate(state.params))
         if saves:
           with _tolerated(reporter):
-            run.checkpoints.wait()
+            run.states.wait()
           with contextlib.nullcontext() if last or stop else _tolerated(reporter):
-            run.checkpoints.save(step, state, run.batches.get_state())
+            run.states.save(step, state, run.batches.get_state())
       if stop:
-        run.checkpoints.wait()
+        run.states.wait()
         raise Preempted(f"SIGTERM: saved after step {step} of {config.num_steps}. The same command goes on from there.")
   return state.params
 

@@ -25,7 +25,7 @@ from supra_jax.model.stacking import stack_runs
 from supra_jax.model.transformer import Transformer
 from supra_jax.objectives.heldout import mean_nll
 from supra_jax.storage.model_directory import ModelCheckpoint, load_model, load_model_without_params
-from supra_jax.storage.run_states import TrainingCheckpoints
+from supra_jax.storage.run_states import RunStates
 from supra_jax.training.config import DataConfig, TrainConfig
 from supra_jax.training.step import TrainState, TrainStep, parameter_shapes, with_shardings
 from supra_jax.training.workdir import DATA_DIRECTORY, STATES_DIRECTORY
@@ -45,7 +45,7 @@ class Run:
     put: places a batch on the devices.
     evaluate: parameters -> mean nats a token of the held-out rows.
     rows_of_step: number of a step, from 1 -> names of the rows that it reads.
-    checkpoints: its saved states.
+    states: its saved states.
     flops_per_token: FLOPs of a step for each token.
   """
 
@@ -58,7 +58,7 @@ class Run:
   put: Callable[[loading.Batch], Any]
   evaluate: Callable[[Any], float]
   rows_of_step: Callable[[int], Sequence[str]]
-  checkpoints: TrainingCheckpoints
+  states: RunStates
   flops_per_token: float
 
 
@@ -83,10 +83,10 @@ def set_up(config: TrainConfig, start: ModelCheckpoint, workdir: AnyPath, mesh: 
   order: dict[str, Any] = {"batch_size": config.batch_size, "seed": config.seed}
   batches = loading.make_loader(sources, **order, shard_index=index, shard_count=count)
   rows: dict[str, Any] = {"batch_size": config.rows_a_microbatch, "max_rows": config.data.heldout_rows}
-  checkpoints = TrainingCheckpoints(workdir / STATES_DIRECTORY, keep=config.keep_checkpoints)
+  states = RunStates(workdir / STATES_DIRECTORY, keep=config.keep_checkpoints)
   extra = () if step.teacher is None else (load_teacher(config.distill_from, step.teacher, mesh),)
   shardings = jax.tree.map(lambda x: x.sharding, shapes)
-  restored = checkpoints.restore(shapes)
+  restored = states.restore(shapes)
   if restored is None:
     first, state = 0, _new_state(step, config.init_checkpoint, shardings, mesh)
   else:
@@ -102,7 +102,7 @@ def set_up(config: TrainConfig, start: ModelCheckpoint, workdir: AnyPath, mesh: 
     put=lambda batch: put_batch(batch, mesh, config.microbatches),
     evaluate=lambda params: heldout_nll(step.model, params, heldout, **rows, mesh=mesh),
     rows_of_step=lambda number: loading.rows_of_batch(sources, **order, step=number - 1),
-    checkpoints=checkpoints,
+    states=states,
     flops_per_token=step_flops_per_token(start.config, config.data.sequence_length, teacher),
   )
 
