@@ -206,7 +206,13 @@ def main() -> None:
     keep_checkpoints=1,
   )
   teacher = supra_jax.load(_TEACHER.value)
-  teacher_nll = heldout_nll(teacher.model, teacher.params, data / "heldout", config)
+  teacher_nll = heldout_nll(
+    teacher.model,
+    teacher.params,
+    data / "heldout",
+    batch_size=config.rows_a_microbatch,
+    max_rows=config.data.heldout_rows,
+  )
   del teacher
   found: dict[str, list[dict[str, Any]]] = {}
   for seed in seeds:

@@ -94,7 +94,6 @@ def our_step(config: ModelConfig, tokens: int, remat: str) -> Contestant:
   from supra_jax.model.transformer import Transformer
   from supra_jax.training.compiled import memory
   from supra_jax.training.optimizer import OptimizerConfig
-  from supra_jax.training.setup import state_shapes
   from supra_jax.training.step import TrainStep
 
   device, mesh = jax.devices()[0], make_mesh(devices=jax.devices()[:1])
@@ -114,7 +113,7 @@ def our_step(config: ModelConfig, tokens: int, remat: str) -> Contestant:
   def compiled(config: ModelConfig):
     model = Transformer(config, dtype=jax.numpy.dtype(dtype), stacked=True, remat=remat)
     step = TrainStep(model, recipe, num_steps=10_000)
-    shapes = state_shapes(step, mesh)
+    shapes = step.state_shapes(mesh)
     shardings = jax.tree.map(lambda x: x.sharding, shapes)
     return step, shardings, step.compiled(shardings).lower(shapes, batch).compile()
 

@@ -17,10 +17,11 @@ from supra_jax.linearization.calibrate import shown
 from supra_jax.linearization.linearize import linearize_checkpoint
 from supra_jax.linearization.starts import Calibrated, Random, Start, Window
 from supra_jax.training.config import TrainConfig
-from supra_jax.training.loop import METRICS_FILE, train
+from supra_jax.training.loop import train
 from supra_jax.training.metrics import read_metrics
 from supra_jax.training.pictures import plot_curves
 from supra_jax.training.setup import heldout_nll, prepare_data
+from supra_jax.training.workdir import METRICS_FILE
 
 NAMES = {"window": "a window", "random": "the paper's start"}
 
@@ -75,7 +76,8 @@ def compare_starts(
   """
   lm = load(teacher)
   ((text, _),), heldout = prepare_data(window.data, lm.tokenizer, lm.config.vocab_size, workdir / "data")
-  teacher_nll = heldout_nll(lm.model, lm.params, heldout, window)
+  rows: dict[str, Any] = {"batch_size": window.rows_a_microbatch, "max_rows": window.data.heldout_rows}
+  teacher_nll = heldout_nll(lm.model, lm.params, heldout, **rows)
   del lm
   say(f"Teacher, a transformer: held-out loss {teacher_nll:.4f} nats a token.")
   packed = dataclasses.replace(window.data, input="", sources=text, heldout=str(heldout))

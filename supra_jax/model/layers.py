@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from supra_jax.core.sharding import constrain
+from supra_jax.core.xla_cpu import kernel_gradient, without_leading_ones
 from supra_jax.model.config import ModelConfig, NormKind
 
 GROUP_NORM_EPS = 1e-5  # the reference's GroupNorm keeps torch's default, whatever the model's norm_eps is
@@ -55,15 +56,7 @@ def _product_backward(equation, dtype, out_dtype, residuals, grad):
   of_x, of_kernel = inputs.split(",")
   grad = grad.astype(dtype)
   x_grad = jnp.einsum(f"{output},{of_kernel}->{of_x}", grad, cast).astype(x.dtype)
-  wide = jnp.promote_types(dtype, jnp.float32)
-  einsum = functools.partial(jnp.einsum, preferred_element_type=wide)
-  if x.shape[-1] > grad.shape[-1] and dtype == wide:
-    # The left factor is transposed, which XLA's CPU backend does in memory: the narrower one, then. It has no such
-    # product of bfloat16.
-    flipped = of_kernel[:-2] + of_kernel[-1] + of_kernel[-2]
-    kernel_grad = einsum(f"{output},{of_x}->{flipped}", grad, x.astype(dtype)).swapaxes(-1, -2)
-  else:
-    kernel_grad = einsum(f"{of_x},{output}->{of_kernel}", x.astype(dtype), grad)
+  kernel_grad = kernel_gradient(of_x, output, of_kernel, x, grad, dtype)
   return x_grad, kernel_grad.astype(kernel.dtype)
 
 
@@ -138,16 +131,6 @@ class Embed(nn.Module):
     return product(f"{lead}i,oi->{lead}o", self.dtype, wide, x, self.embedding)
 
 
-def _without_ones(x: jax.Array) -> jax.Array:
-  """X without leading axes of length 1, with which XLA's CPU backend takes ten times as long for a norm's gradient.
-
-  Longer ones stay apart, since a mesh may cut each of them.
-  """
-  while x.ndim > 2 and x.shape[0] == 1:
-    x = x.reshape(x.shape[1:])
-  return x
-
-
 class Norm(nn.Module):
   """RMSNorm or LayerNorm over the last axis, computed in float32.
 
@@ -166,7 +149,7 @@ class Norm(nn.Module):
     weight = self.param("weight", nn.initializers.ones, (x.shape[-1],))
     bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],)) if self.kind == "layer_norm" else None
     shape = x.shape
-    x = _without_ones(at_least_float32(x))
+    x = without_leading_ones(at_least_float32(x))
     if self.kind != "rms_norm":
       x = x - x.mean(-1, keepdims=True)
     x = x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + self.eps)
@@ -181,7 +164,7 @@ def group_norm(x_BTHV: jax.Array) -> jax.Array:
 
   The paper's replacement for the softmax normaliser (eq. 9). Statistics are float32, the variance is the biased one.
   """
-  x = _without_ones(at_least_float32(x_BTHV))
+  x = without_leading_ones(at_least_float32(x_BTHV))
   x = x - x.mean(-1, keepdims=True)
   x = x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + GROUP_NORM_EPS)
   return x.astype(x_BTHV.dtype).reshape(x_BTHV.shape)

@@ -1,4 +1,4 @@
-"""Model directories: a whole model, its parameters and its tokenizer, in one directory.
+"""Models on disk, each whole in one directory.
 
 DIR/config.json       the ModelConfig
 DIR/params/           the parameters, an Orbax PyTree checkpoint with one subtree per layer
@@ -19,20 +19,11 @@ from typing import Any
 import jax
 
 from supra_jax.core.distributed import together
-from supra_jax.core.files import (
-  AnyPath,
-  absolute,
-  new_directory,
-  temporary_directory,
-)
+from supra_jax.core.files import AnyPath, absolute, new_directory, temporary_directory
 from supra_jax.core.plain_json import to_json
 from supra_jax.model.config import ModelConfig
-from supra_jax.storage.parameters import (
-  Params,
-  check_space,
-  read_params,
-  write_params,
-)
+from supra_jax.storage.disk import check_space
+from supra_jax.storage.parameters import Params, read_params, write_params
 
 CONFIG_FILE = "config.json"
 SOURCE_FILE = "source.json"

@@ -11,8 +11,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from supra_jax.core.files import absolute
+from supra_jax.storage.disk import first_line
 from supra_jax.storage.model_directory import PARAMS_DIRECTORY
-from supra_jax.storage.parameters import first_line
 
 
 class ParameterReader:

@@ -3,64 +3,34 @@
 from __future__ import annotations
 
 import dataclasses
-import shutil
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
-from orbax.checkpoint.options import AtomicityMode, AtomicityOptions
 
-from supra_jax.core.files import AnyPath, syncs_directories
+from supra_jax.core.files import AnyPath
+from supra_jax.storage.disk import IN_PLACE, adapt_to_disk, first_line
 
 Params = Mapping[str, Any]
 
-# Keeps Orbax from renaming directories, which not every file system can. The callers make the write atomic.
-IN_PLACE = AtomicityOptions(mode=AtomicityMode.COMMIT_FILE)
-
-# Size of a chunk, the unit of reading: a device that holds a part of a parameter reads the chunks that overlap it.
+# Size of the pieces that arrays are stored in: a device that holds a part of a parameter reads the pieces of its part.
 CHUNK_BYTES = 2**22
 
 
 @dataclasses.dataclass(frozen=True)
 class UnreadArray:
-  """A parameter that `save_model` reads just before it writes it, so that at most three are in memory at a time.
+  """A parameter that `save_model` reads just before it writes it, so that few parameters are in memory at a time.
 
   Attributes:
-    nbytes: size of the parameter in bytes.
-    read: returns the parameter as a numpy array; called once.
+    nbytes: its size in bytes.
+    read: returns it as a numpy array; called once.
   """
 
   nbytes: int
   read: Callable[[], np.ndarray]
-
-
-def check_space(directory: AnyPath, arrays: Any) -> None:
-  """Raises OSError if the disk of a directory has no room for a pytree of arrays."""
-  # Orbax would fail on a full disk too, but late and with hundreds of lines on stderr.
-  if not isinstance(directory, Path):
-    return  # a bucket is never full
-  needed, disk = sum(leaf.nbytes for leaf in jax.tree.leaves(arrays)), shutil.disk_usage(directory)
-  # Some network file systems report a total of 0 bytes.
-  if disk.total and disk.free < needed:
-    raise OSError(f"{needed:,} bytes are to be written to {directory}; {disk.free:,} are free")
-
-
-def adapt_to_disk(directory: AnyPath) -> None:
-  """Turns tensorstore's fsync off in this process if the file system of `directory` has no fsync of directories.
-
-  Tensorstore would fail there. The caller syncs the files with `core.files.sync_below` instead.
-  """
-  if isinstance(directory, Path) and not syncs_directories(directory):
-    # Orbax has no option for this, only private names: imported here, so that a release of Orbax without them still
-    # works on all other disks.
-    from orbax.checkpoint._src.serialization import tensorstore_utils
-
-    for context in (tensorstore_utils._BASE_TS_CONTEXT, tensorstore_utils._DEFAULT_OCDBT_TS_CONTEXT):
-      context["file_io_sync"] = False
 
 
 def write_params(path: AnyPath, params: Params) -> None:
@@ -106,11 +76,6 @@ def _wait(future: Any) -> None:
     future.result()
   except Exception as error:
     raise OSError(f"The parameters could not be written: {first_line(error)}") from error
-
-
-def first_line(error: Exception) -> str:
-  """Returns the first line of an error's message, or its repr if the message is empty."""
-  return (str(error).strip() or repr(error)).splitlines()[0]
 
 
 def read_params(path: AnyPath, dtype: Any, shardings: Callable[[Params], Params] | None) -> Params:

@@ -1,4 +1,4 @@
-"""Training states on disk, from which a run resumes; written by Orbax while training goes on."""
+"""The saved states of a run, from which it resumes."""
 
 from __future__ import annotations
 
@@ -19,36 +19,23 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from supra_jax.core import bucket
-from supra_jax.core.files import (
-  AnyPath,
-  absolute,
-  remove_directory,
-  rename_directory,
-  renames_directories,
-  sync_below,
-)
+from supra_jax.core.files import AnyPath, absolute, remove_directory, rename_directory, renames_directories, sync_below
 from supra_jax.core.plain_json import to_json
-from supra_jax.storage.parameters import (
-  IN_PLACE,
-  adapt_to_disk,
-  check_space,
-  first_line,
-)
+from supra_jax.storage.disk import COMMIT_FILE, IN_PLACE, adapt_to_disk, check_space, first_line
 
 MANIFEST_FILE = "digests.json"
-COMMIT_FILE = "commit_success.txt"  # Orbax writes it last where it cannot rename directories
-UNSIGNED_FILES = (MANIFEST_FILE, "_CHECKPOINT_METADATA")  # not in the manifest: itself, and Orbax's notes of the step
+UNSIGNED_FILES = (MANIFEST_FILE, "_CHECKPOINT_METADATA")  # have no digest in the manifest
 
 
-class TrainingCheckpoints:
-  """The training states of a run, train state and position in the data, in one directory per step.
+class RunStates:
+  """The saved states of a run: train state and position in the data, one directory for each saved step.
 
-  Each directory has a manifest of the sha256 of its files (in a bucket, of the storage's CRC-32C), since Orbax's arrays
-  carry no checksum and a run would train on a flipped bit. The manifest is written before the directory gets its final
-  name; where directories cannot be renamed, before Orbax writes COMMIT_FILE.
+  Each directory has a manifest with the sha256 of its files, or in a bucket with the storage's own checksums. Orbax's
+  arrays carry no checksum, so that without the manifest a flipped bit would be trained on. The manifest is written
+  before the directory gets its final name; where directories cannot be renamed, before Orbax writes COMMIT_FILE.
 
   Attributes:
-    directory: absolute path of the directory that holds the steps' directories.
+    directory: holds the directories of the steps.
   """
 
   def __init__(self, directory: str | os.PathLike[str], *, keep: int):

@@ -23,18 +23,19 @@ _EARLIER_DEFAULTS = {
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-  """What a run reads: text that it packs itself, or what `supra_jax.bin.prepare_data` packed.
+  """What a run reads: text that it packs itself, or directories that `supra_jax.bin.prepare_data` packed.
 
   Attributes:
-    input: what `text.read_documents` reads; packed into the workdir. For little text.
-    text_key: of JSON lines and parquet.
-    documents: `join` runs them together as the paper does; `separate` resets state and position at seams.
+    input: text files, as `text.find_files` takes them; the run packs them into its workdir. For small texts.
+    text_key: key of JSON lines, or column of parquet files, that holds the text.
+    documents: `join` runs documents together as the paper does; `separate` resets state and position between them.
     bos: start each document with the begin-of-text id.
-    heldout_every: every so many documents one is held out.
-    sources: packed directories with weights, "data/web/train:0.7,data/code/train:0.3"; then all of the above is theirs.
-    heldout: a packed directory to evaluate on, where there are sources.
-    heldout_rows: at most so many held-out rows are evaluated; 0 means all.
-    sequence_length: T, tokens a row.
+    heldout_every: every N-th document is held out.
+    sources: packed directories with weights, "data/web/train:0.7,data/code/train:0.3". With sources, the options above
+      are unused: the directories say how they were packed.
+    heldout: packed directory to evaluate on; needed with sources.
+    heldout_rows: number of held-out rows to evaluate on; 0 means all.
+    sequence_length: T, tokens of a row.
   """
 
   input: str = ""
@@ -63,34 +64,36 @@ class TrainConfig:
   """A run.
 
   Attributes:
-    init_checkpoint: the model directory to start from.
+    init_checkpoint: model directory to start from.
     data, optimizer: see their classes.
-    batch_size: rows a step, over all devices.
-    num_steps: of the whole run; the schedule ends there.
-    microbatches: parts that a batch is cut into, one after another; their gradients are summed in float32.
-    mesh: sizes of axes of `supra_jax.core.sharding`, "data:2,fsdp:4,tensor:2"; empty puts all devices on fsdp.
-    dtype: of the computation. Master weights, their moments and all reductions are float32.
+    batch_size: rows of a step, over all devices.
+    num_steps: steps of the whole run; the learning-rate schedule ends with them.
+    microbatches: number of parts of a batch, which run one after another. Their gradients are summed in float32.
+    mesh: sizes of the mesh axes of `supra_jax.core.sharding`, "data:2,fsdp:4,tensor:2". Empty: all devices on fsdp.
+    dtype: dtype of the computation. Parameters, moments and reductions are float32.
     remat: what the backward pass recomputes, see `Transformer`.
-    trainable: regex; parameters whose path it is found in train, others stay as they are and have no moments.
-    new_weights: regex of the new weights' paths. Empty: what the mixers of the model call new (`Mixer.NEW`).
-    new_weights_steps: for so many steps, the first, only new weights train.
-    new_weights_rate: learning-rate multiplier of the new weights, in all steps.
-    distill_from: model directory of the transformer that the model came from; it runs in each step, and its
-      distribution of the next token is a target. Empty: there is none.
-    distill_weight: of the divergence from it in the loss; cross-entropy has the rest of 1.
-    distill_hidden: of how far the streams behind all layers are from the teacher's, see `layer_losses.streams_error`;
-      it is added.
-    transfer_steps: for so many steps, the first, the loss is `layer_losses.attention_error` alone, and only those
-      parameters train that `transfer` finds.
-    transfer: regex. Empty: the new weights, and the projections of q and k.
-    adapters: with a rank, kernels have low-rank adapters, and only these and new_weights train. The model that is
-      left has them merged.
-    max_skipped: a batch whose loss or gradient is not finite is skipped; so many in a row end the run.
-    seed: of the order of the data.
-    preset: what init_checkpoint is expected to be, one of `supra_jax.model.presets.PRESETS`: what
-      `supra_jax.training.plan` goes by before it is there.
-    log_every, evaluate_every, save_every: in steps; 0 evaluates only before and after, and saves no training state.
-    keep_checkpoints: so many of the newest training states.
+    trainable: regex; parameters whose path it is found in train. The others never change and have no moments.
+    new_weights: regex of the paths of new weights. Empty: what the model's mixers call new (`Mixer.NEW`).
+    new_weights_steps: for so many first steps only `new_weights` train.
+    new_weights_rate: learning-rate multiplier of `new_weights`.
+    distill_from: model directory of the transformer that the model was made from, which then runs in each step as a
+      teacher. Empty: no teacher.
+    distill_weight: weight, in the loss, of the divergence from the teacher's next-token distribution; cross-entropy
+      has the rest of 1.
+    distill_hidden: weight of `layer_losses.streams_error`, the distance of all layers' outputs from the teacher's,
+      which is added to the loss.
+    transfer_steps: for so many first steps the loss is `layer_losses.attention_error` alone, and only `transfer` train.
+    transfer: regex of the parameters that train in `transfer_steps`. Empty: new weights, and the projections of q and k.
+    adapters: low-rank adapters. If they have a rank, only they and `new_weights` train; the exported model has them
+      merged into its kernels.
+    max_skipped: number of batches in a row with a loss or gradient that is not finite, each of which is skipped, that
+      ends the run.
+    seed: seed of the order of the data, and of adapters.
+    preset: one of `supra_jax.model.presets.PRESETS`, which `plan` takes for init_checkpoint while that is missing.
+    log_every: steps between two records of training.
+    evaluate_every: steps between two evaluations; 0 evaluates only before and after.
+    save_every: steps between two saved states; 0 saves none.
+    keep_checkpoints: number of saved states to keep, the newest.
   """
 
   init_checkpoint: str
@@ -157,6 +160,15 @@ class TrainConfig:
   @property
   def tokens_a_step(self) -> int:
     return self.batch_size * self.data.sequence_length
+
+  @property
+  def tokens(self) -> int:
+    """Tokens of the whole run."""
+    return self.num_steps * self.tokens_a_step
+
+  @property
+  def rows_a_microbatch(self) -> int:
+    return self.batch_size // self.microbatches
 
   @property
   def groups(self) -> tuple[tuple[str, str], ...]:

@@ -5,68 +5,40 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import json
-import math
 import signal
-import statistics
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh
 
 from supra_jax.core import bucket
 from supra_jax.core.distributed import together
-from supra_jax.core.files import AnyPath, place, remove_directory
-from supra_jax.core.plain_json import to_json
-from supra_jax.core.run_record import RUNS_FILE, write_run_record
-from supra_jax.core.sharding import make_mesh, process_shard, put_batch
-from supra_jax.data import loading
-from supra_jax.data.tokenizer import Tokenizer
-from supra_jax.model.adapters import merge_adapters
-from supra_jax.model.config import ModelConfig
-from supra_jax.model.placement import param_shardings
-from supra_jax.model.stacking import stack_runs, unstack
-from supra_jax.storage.model_directory import CONFIG_FILE as MODEL_CONFIG_FILE
-from supra_jax.storage.model_directory import ModelCheckpoint, load_model, load_model_without_params, save_model
-from supra_jax.storage.run_states import TrainingCheckpoints
+from supra_jax.core.files import place
+from supra_jax.core.run_record import RUNS_FILE
+from supra_jax.core.sharding import make_mesh
+from supra_jax.storage.model_directory import load_model_without_params
 from supra_jax.training.config import TrainConfig
-from supra_jax.training.metrics import MetricsWriter, progress_of_steps, read_metrics
+from supra_jax.training.metrics import MetricsWriter, progress_of_steps
 from supra_jax.training.pictures import plot_losses
 from supra_jax.training.reporting import Reporter
-from supra_jax.training.setup import check_batch, heldout_nll, load_teacher, make_train_step, prepare_data, state_shapes
-from supra_jax.training.step import TrainState, TrainStep
-
-METRICS_FILE, PICTURE_FILE, CONFIG_FILE = "metrics.jsonl", "loss.png", "train_config.json"
-# What changes neither the data nor, but for rounding, the mathematics.
-MAY_CHANGE_ON_RESUME = (
-  "log_every",
-  "evaluate_every",
-  "save_every",
-  "keep_checkpoints",
-  "max_skipped",
-  "mesh",
-  "microbatches",
-  "remat",
+from supra_jax.training.setup import Run, check_batch, set_up
+from supra_jax.training.workdir import (
+  METRICS_FILE,
+  MODEL_DIRECTORY,
+  PICTURE_FILE,
+  TrainSummary,
+  claim,
+  outcome,
+  summary,
+  write_model,
 )
 
 
-@dataclasses.dataclass(frozen=True)
-class TrainSummary:
-  """What came of a run: held-out nats a token before and after, tokens seen, and tokens a second of a step."""
-
-  nll_before: float
-  nll_after: float
-  tokens_trained: int
-  tokens_per_second: float
-
-
 class Preempted(Exception):
-  """SIGTERM came; the state is saved and the same command goes on from it."""
+  """SIGTERM came; the state is saved and the same command resumes from it."""
 
 
 def train(
@@ -97,115 +69,29 @@ def train(
   check_batch(config, mesh)
   start = load_model_without_params(config.init_checkpoint)
   with bucket.copies(directory, (METRICS_FILE, RUNS_FILE)) as files:
-    _claim(config, start, directory, files)
+    claim(directory, config, start.config, files)
+    metrics = files.directory / METRICS_FILE
     with jax.set_mesh(mesh):
-      run, state, first = _start(config, start, directory, files, mesh)
+      run = set_up(config, start, directory, mesh)
       try:
-        state = _loop(run, state, first, profile_steps)
-        _export(directory / "checkpoint", run.start, state.params, config, files.directory / METRICS_FILE)
+        params = _loop(config, run, files, profile_steps)
+        write_model(
+          directory / MODEL_DIRECTORY,
+          start,
+          run.step.finished(params),
+          lambda: {"train_config": dataclasses.asdict(config), **outcome(metrics, config.tokens)},
+        )
       except BaseException:
         # Of several processes one may fail alone; it must not wait for the others' part in a save, nor they for it.
         if jax.process_count() == 1:
-          run.checkpoints.close()
+          run.states.close()
         raise
-      run.checkpoints.close()
+      run.states.close()
     if jax.process_index() == 0:
-      _summary(config, files.directory / METRICS_FILE)  # refuses losses that are not finite, which nobody can draw
-      plot_losses(files.directory / METRICS_FILE, files.directory / PICTURE_FILE, teacher_nll=teacher_nll)
+      summary(metrics, config.tokens)  # refuses losses that are not finite, which nobody can draw
+      plot_losses(metrics, files.directory / PICTURE_FILE, teacher_nll=teacher_nll)
   together("run done")
-  return _summary(config, directory / METRICS_FILE)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Run:
-  """The parts of a run that its loop works with."""
-
-  config: TrainConfig
-  files: bucket.Copies
-  mesh: Mesh
-  start: ModelCheckpoint  # without parameters
-  step: TrainStep
-  shapes: TrainState
-  extra: tuple[Any, ...]  # what each step is given besides state and batch: the teacher's parameters
-  sources: Sequence[loading.Source]
-  batches: loading.Batches
-  heldout: AnyPath
-  checkpoints: TrainingCheckpoints
-
-
-def _claim(config: TrainConfig, start: ModelCheckpoint, workdir: AnyPath, files: bucket.Copies) -> None:
-  """Writes the configs of run and model into a new workdir, or holds them against those that are there."""
-  path = workdir / CONFIG_FILE
-  values = _described(config, start.config)
-  if path.exists():
-    stored = json.loads(path.read_text())
-    model = ModelConfig.from_json(to_json(stored.pop("model")))
-    # Read and written again: an option that is newer than the run has its default.
-    before, now = _flat(_described(TrainConfig.from_mapping(stored), model)), _flat(values)
-    differ = [
-      f"{name}: {before.get(name)!r} before, {now.get(name)!r} now"
-      for name in sorted(before.keys() | now.keys())
-      if before.get(name) != now.get(name) and name not in MAY_CHANGE_ON_RESUME
-    ]
-    if differ and (workdir / METRICS_FILE).exists():
-      trained = workdir / "checkpoint"
-      further = f" To train its model further, there: --config.init_checkpoint={trained}." if trained.exists() else ""
-      raise ValueError(
-        f"{workdir} belongs to a run with another config or model; choose another workdir.{further} "
-        + "; ".join(differ)
-      )
-    if differ and jax.process_index() == 0:
-      # The run before never began, for bad input perhaps; rows packed for it are of no use to this one.
-      for leftover in ("data", "data.partial"):
-        remove_directory(workdir / leftover)
-  together("config read")
-  if jax.process_index() == 0:
-    path.write_text(to_json(values, indent=2) + "\n")
-    write_run_record(files.directory, values)
-    files.copy()
-  together("config written")
-
-
-def _described(config: TrainConfig, model: ModelConfig) -> dict[str, Any]:
-  return {**dataclasses.asdict(config), "model": json.loads(model.to_json())}
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-  flat: dict[str, Any] = {}
-  for name, value in tree.items():
-    flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-  return flat
-
-
-def _start(
-  config: TrainConfig, start: ModelCheckpoint, workdir: AnyPath, files: bucket.Copies, mesh: Mesh
-) -> tuple[_Run, TrainState, int]:
-  """The run, its state and the steps done: the newest that was saved, or new ones."""
-  tokenizer = Tokenizer.from_files(start.tokenizer_files, start.config)
-  teacher = load_model_without_params(config.distill_from).config if config.distill_from else None
-  step = make_train_step(config, start.config, teacher)
-  shapes = state_shapes(step, mesh)
-  sources, heldout = prepare_data(config.data, tokenizer, start.config.vocab_size, workdir / "data")
-  index, count = process_shard(mesh)
-  batches = loading.make_loader(
-    sources, batch_size=config.batch_size, seed=config.seed, shard_index=index, shard_count=count
-  )
-  checkpoints = TrainingCheckpoints(workdir / "training", keep=config.keep_checkpoints)
-  extra = () if step.teacher is None else (load_teacher(config.distill_from, step.teacher, mesh),)
-  run = _Run(config, files, mesh, start, step, shapes, extra, sources, batches, heldout, checkpoints)
-  restored = checkpoints.restore(shapes)
-  if restored is not None:
-    first, state, position = restored
-    batches.set_state(position)
-    return run, state, first
-  make = jax.jit(
-    lambda params: step.init(stack_runs(params, start.config)),
-    out_shardings=jax.tree.map(lambda x: x.sharding, shapes),
-  )
-  params = load_model(
-    config.init_checkpoint, jnp.float32, shardings=lambda stored: param_shardings(stored, mesh)
-  ).params
-  return run, make(params), 0
+  return summary(directory / METRICS_FILE, config.tokens)
 
 
 @contextlib.contextmanager
@@ -223,10 +109,10 @@ def _preemption() -> Iterator[Any]:
     signal.signal(signal.SIGTERM, before)
 
 
-def _loop(run: _Run, state: TrainState, first: int, profile_steps: int) -> TrainState:
-  config, workdir = run.config, run.files.directory
-  shardings = jax.tree.map(lambda x: x.sharding, run.shapes)
-  program = functools.cache(lambda active, transfer: run.step.compiled(shardings, active, transfer=transfer))
+def _loop(config: TrainConfig, run: Run, files: bucket.Copies, profile_steps: int) -> Any:
+  """Trains to the end; returns the parameters."""
+  workdir, state, first = files.directory, run.state, run.first
+  program = functools.cache(lambda active, transfer: run.step.compiled(run.shardings, active, transfer=transfer))
   speaks = jax.process_index() == 0
   with (
     MetricsWriter(
@@ -234,26 +120,27 @@ def _loop(run: _Run, state: TrainState, first: int, profile_steps: int) -> Train
     ) as metrics,
     progress_of_steps(config.num_steps, first, enabled=speaks) as progress,
     _preemption() as preempted,
-    _profile(workdir / "profile") as profile,
+    _profile(workdir / "profile", profile_steps) as profile,
   ):
-    teacher = run.step.teacher
     reporter = Reporter(
-      config, run.start.config, teacher.config if teacher else None, run.sources, metrics, progress, first
+      metrics,
+      progress,
+      first=first,
+      last=config.num_steps,
+      log_every=config.log_every,
+      max_skipped=config.max_skipped,
+      tokens_a_step=config.tokens_a_step,
+      flops_per_token=run.flops_per_token,
+      rows_of_step=run.rows_of_step,
     )
-
-    def evaluate(step: int) -> None:
-      reporter.evaluated(step, heldout_nll(run.step.model, state.params, run.heldout, config, run.mesh))
-
     if first == 0:
-      evaluate(0)
+      reporter.evaluated(0, run.evaluate(state.params))
     for step in range(first + 1, config.num_steps + 1):
       began = time.monotonic()
       batch = next(run.batches)
       waited = time.monotonic() - began
-      profile(step - first, profile_steps)
-      state, values = program(config.active_groups(step), config.transfers(step))(
-        state, put_batch(batch, run.mesh, config.microbatches), *run.extra
-      )
+      profile(step - first)
+      state, values = program(config.active_groups(step), config.transfers(step))(state, run.put(batch), *run.extra)
       reporter.add(step, values, waited)
       last = step == config.num_steps
       stop = preempted(step) and not last
@@ -262,19 +149,19 @@ def _loop(run: _Run, state: TrainState, first: int, profile_steps: int) -> Train
       if evaluates or saves:
         reporter.drain()
       with reporter.clock.paused():
-        # Before a state of the step, that a run that goes on from it has all lines before.
-        _copy(run.files, reporter, 0.0 if saves else bucket.COPY_SECONDS)
+        # Before the state of a step is saved, so that a run that resumes from it has all lines of before.
+        _copy(files, reporter, 0.0 if saves else bucket.COPY_SECONDS)
         if evaluates and not stop:
-          evaluate(step)
+          reporter.evaluated(step, run.evaluate(state.params))
         if saves:
           with _tolerated(reporter):
-            run.checkpoints.wait()
+            run.states.wait()
           with contextlib.nullcontext() if last or stop else _tolerated(reporter):
-            run.checkpoints.save(step, state, run.batches.get_state())
+            run.states.save(step, state, run.batches.get_state())
       if stop:
-        run.checkpoints.wait()
+        run.states.wait()
         raise Preempted(f"SIGTERM: saved after step {step} of {config.num_steps}. The same command goes on from there.")
-  return state
+  return state.params
 
 
 def _copy(files: bucket.Copies, reporter: Reporter, seconds: float) -> None:
@@ -300,64 +187,19 @@ def _every(steps: int, step: int) -> bool:
 
 
 @contextlib.contextmanager
-def _profile(directory: Path) -> Iterator[Any]:
-  """Yields a function of (step of this process, steps wanted) that traces steps 3 to 2 + wanted."""
+def _profile(directory: Path, steps: int) -> Iterator[Callable[[int], None]]:
+  """Yields a function to call before each step, with its number in this process; traces steps 3 to 2 + `steps`."""
   on = False
 
-  def at(step: int, wanted: int) -> None:
+  def at(step: int) -> None:
     nonlocal on
-    if wanted and step == 3:
+    if steps and step == 3:
       jax.profiler.start_trace(str(directory))
       on = True
-    elif on and step == 3 + wanted:
+    elif on and step == 3 + steps:
       jax.profiler.stop_trace()
       on = False
 
   yield at
   if on:
     jax.profiler.stop_trace()
-
-
-def _export(directory: AnyPath, start: ModelCheckpoint, params: Any, config: TrainConfig, metrics_path: Path) -> None:
-  """Writes the trained model, one subtree a layer, beside the run; an earlier export gives way."""
-  if jax.process_index() == 0:
-    remove_directory(directory, first=MODEL_CONFIG_FILE)
-  together("earlier export removed")
-  save_model(
-    directory,
-    config=start.config,
-    params=unstack(jax.jit(merge_adapters)(params) if config.adapters.rank else params, start.config),
-    tokenizer_files=start.tokenizer_files,
-    source=lambda: {
-      "trained_from": start.source,
-      "train_config": dataclasses.asdict(config),
-      **_outcome(config, metrics_path),
-    },
-  )
-
-
-def _outcome(config: TrainConfig, metrics_path: Path) -> dict[str, Any]:
-  """For whom the model is given to."""
-  heldout = _heldout(read_metrics(metrics_path))
-  losses = {"before": heldout[0], "after": heldout[-1]}
-  return {"tokens_trained": config.num_steps * config.tokens_a_step, "heldout_nll": losses}
-
-
-def _heldout(records: Sequence[Mapping[str, Any]]) -> list[float | None]:
-  """Nats a token of each evaluation; None where it was not finite."""
-  return [record["heldout_nll"] for record in records if "heldout_nll" in record]
-
-
-def _summary(config: TrainConfig, metrics_path: AnyPath) -> TrainSummary:
-  records = read_metrics(metrics_path)
-  heldout = _heldout(records)
-  first, last = heldout[0], heldout[-1]
-  speeds = [record["tokens_per_second"] for record in records if record.get("tokens_per_second")]
-  if first is None or last is None:
-    raise ValueError(f"{metrics_path.parent}: the held-out loss is not finite: the model there is of no use as it is.")
-  return TrainSummary(
-    nll_before=first,
-    nll_after=last,
-    tokens_trained=config.num_steps * config.tokens_a_step,
-    tokens_per_second=statistics.median(speeds) if speeds else math.nan,
-  )

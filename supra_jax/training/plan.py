@@ -22,7 +22,7 @@ from supra_jax.storage.model_directory import load_model_without_params
 from supra_jax.training.compiled import Memory, Traffic, collectives, memory
 from supra_jax.training.config import TrainConfig
 from supra_jax.training.groups import FROZEN
-from supra_jax.training.setup import check_batch, make_train_step, row_leaves, state_shapes, teacher_shapes
+from supra_jax.training.setup import check_batch, make_train_step, row_leaves, teacher_shapes
 
 _UNITS = {"GB": 10**9, "GiB": 2**30, "MB": 10**6, "MiB": 2**20}
 
@@ -125,13 +125,13 @@ def plan(config: TrainConfig, model: ModelConfig, mesh: Mesh, teacher: ModelConf
     ValueError: the model or the batch cannot be cut over the mesh; or packed data that exist do not fit the recipe.
   """
   check_batch(config, mesh)
-  rows = config.batch_size // config.microbatches
+  rows = config.rows_a_microbatch
   shape = (config.microbatches, rows, config.data.sequence_length + 1)
   leaf = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=batch_sharding(mesh, leading=1))
   batch = dict.fromkeys(row_leaves(config.data, model.vocab_size), leaf)
   with jax.set_mesh(mesh):
     step = make_train_step(config, model, teacher)
-    state = state_shapes(step, mesh)
+    state = step.state_shapes(mesh)
     extra = () if step.teacher is None else (teacher_shapes(step.teacher, mesh),)
     began = time.monotonic()
     compiled = step.compiled(jax.tree.map(lambda x: x.sharding, state)).lower(state, batch, *extra).compile()

@@ -7,17 +7,14 @@ import contextlib
 import math
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 
 from supra_jax.core.progress import Progress
-from supra_jax.data import loading
 from supra_jax.model import costs as flops
-from supra_jax.model.config import ModelConfig
 from supra_jax.objectives.heldout import perplexity
-from supra_jax.training.config import TrainConfig
 from supra_jax.training.metrics import MetricsWriter
 
 # Steps that run ahead of the one whose metrics the host reads, so that devices never wait for it.
@@ -53,19 +50,35 @@ class Reporter:
 
   def __init__(
     self,
-    config: TrainConfig,
-    model: ModelConfig,
-    teacher: ModelConfig | None,
-    sources: Sequence[loading.Source],
     metrics: MetricsWriter,
     progress: Progress,
+    *,
     first: int,
+    last: int,
+    log_every: int,
+    max_skipped: int,
+    tokens_a_step: int,
+    flops_per_token: float,
+    rows_of_step: Callable[[int], Sequence[str]],
   ):
-    self._config, self._sources, self._metrics, self._progress = config, sources, metrics, progress
+    """Begins.
+
+    Args:
+      metrics: where records go.
+      progress: what is shown.
+      first: number of steps done before.
+      last: number of the run's last step.
+      log_every: steps between two records.
+      max_skipped: so many skipped batches in a row end the run.
+      tokens_a_step: tokens of a step.
+      flops_per_token: FLOPs of a step for each token.
+      rows_of_step: number of a step -> names of the rows that it read.
+    """
+    self._metrics, self._progress, self._tokens, self._flops = metrics, progress, tokens_a_step, flops_per_token
+    self._last, self._log_every, self._max_skipped, self._rows_of_step = last, log_every, max_skipped, rows_of_step
     self._first = self._logged = first
     self._pending: collections.deque[tuple[int, dict[str, jax.Array], float]] = collections.deque()
     self._waited: list[float] = []
-    self._flops = flops.step_flops_per_token(model, config.data.sequence_length, teacher)
     self._peak = flops.peak_flops(jax.devices()[0])
     self._written = True
     self.clock = Clock()
@@ -87,30 +100,28 @@ class Reporter:
 
   def _report(self, step: int, values: dict[str, jax.Array], waited: float) -> None:
     self._waited.append(waited)
-    config = self._config
     numbers = {name: value.item() for name, value in jax.device_get(values).items()}
     in_row = numbers.pop("skipped_in_row")
     if in_row:
       self._progress.message(f"step {step}: loss or gradient is not finite; batch skipped, {numbers['skipped']} so far")
-    if in_row >= config.max_skipped:
-      rows = loading.rows_of_batch(self._sources, batch_size=config.batch_size, seed=config.seed, step=step - 1)
+    if in_row >= self._max_skipped:
       raise ValueError(
         f"{in_row} batches in a row gave a loss or gradient that is not finite. Stopped at step {step}; parameters "
-        f"were changed last at step {step - in_row}. The rows of its batch: {', '.join(rows)}."
+        f"were changed last at step {step - in_row}. The rows of its batch: {', '.join(self._rows_of_step(step))}."
       )
-    if step == config.num_steps or step == self._first + 1 or step % config.log_every == 0:
-      tokens = (step - self._logged) * config.tokens_a_step
+    if step == self._last or step == self._first + 1 or step % self._log_every == 0:
+      tokens = (step - self._logged) * self._tokens
       speed, self._logged = self.clock.lap(tokens), step
       each = speed / jax.device_count() if speed else None
       wait, self._waited = statistics.fmean(self._waited), []
       mfu = flops.mfu(each, self._flops, self._peak) if each and self._peak else None
       speeds = {"tokens_per_second": speed, "tokens_per_second_per_device": each, "mfu": mfu, "data_wait": wait}
-      self._write({"step": step, "tokens": step * config.tokens_a_step, **numbers, **speeds})
+      self._write({"step": step, "tokens": step * self._tokens, **numbers, **speeds})
       self._progress.advance_to(step, **numbers, **speeds)
 
   def evaluated(self, step: int, nll: float) -> None:
     """Reports the held-out loss after a step, nats a token."""
-    record = {"step": step, "tokens": step * self._config.tokens_a_step, "heldout_nll": nll}
+    record = {"step": step, "tokens": step * self._tokens, "heldout_nll": nll}
     self._write({**record, "heldout_perplexity": perplexity(nll)})
     said = f"{nll:.4f} nats a token" if math.isfinite(nll) else "is not finite"
     self._progress.message(f"step {step}: held-out loss {said}")

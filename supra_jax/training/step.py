@@ -10,9 +10,10 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from supra_jax.core.sharding import least_tokens
-from supra_jax.model.adapters import AdapterConfig, add_adapters
+from supra_jax.core.sharding import check_heads, least_tokens
+from supra_jax.model.adapters import AdapterConfig, add_adapters, merge_adapters
 from supra_jax.model.placement import like_params, param_shardings
+from supra_jax.model.stacking import unstack
 from supra_jax.model.transformer import Transformer
 from supra_jax.objectives.losses import Teacher, attention_transfer_loss, count_targets, language_model_loss
 from supra_jax.training.groups import label_parameters, merge, split
@@ -46,6 +47,11 @@ def parameter_shapes(model: Transformer) -> Any:
   Runs on no device: the devices of the mesh that is set need not be here.
   """
   return jax.eval_shape(lambda: model.init(jax.random.key(0), least_tokens(), method="logits")["params"])
+
+
+def with_shardings(shapes: Any, shardings: Any) -> Any:
+  """jax.ShapeDtypeStruct of each shape, with its sharding."""
+  return jax.tree.map(lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), shapes, shardings)
 
 
 class TrainStep:
@@ -110,6 +116,22 @@ class TrainStep:
     """Parameters in float32, with adapters if there are any."""
     params = jax.tree.map(lambda x: x.astype(jnp.float32), params)
     return add_adapters(params, self.adapters, self.seed) if self.adapters.rank else params
+
+  def finished(self, params: Any) -> Any:
+    """A state's parameters as a model directory has them: one subtree a layer, adapters merged into their kernels."""
+    params = jax.jit(merge_adapters)(params) if self.adapters.rank else params
+    return unstack(params, self.model.config)
+
+  def state_shapes(self, mesh: Mesh) -> TrainState:
+    """jax.ShapeDtypeStruct, with its sharding, of every array of a state.
+
+    Raises:
+      ValueError: the model cannot be cut over the mesh.
+    """
+    model = self.model.config
+    check_heads(model.num_heads, model.num_kv_heads, mesh)
+    shapes = jax.eval_shape(self.init, self.shapes)
+    return with_shardings(shapes, self.shardings(shapes, mesh))
 
   def shardings(self, state: TrainState, mesh: Mesh) -> Any:
     """Where each array of a state lives, a tree like it: moments with their parameters, counters everywhere."""

@@ -23,7 +23,7 @@ from supra_jax.linearization.linearize import linearize_checkpoint
 from supra_jax.linearization.starts import Random
 from supra_jax.storage.model_directory import load_model
 from supra_jax.storage.parameter_reader import ParameterReader
-from supra_jax.storage.run_states import TrainingCheckpoints
+from supra_jax.storage.run_states import RunStates
 from supra_jax.training.loop import train
 from supra_jax.training.metrics import MetricsWriter
 from tests.support import poor_disk
@@ -71,7 +71,7 @@ DOORS = {
   "heldout": lambda url: _train(text="", data={"sources": url, "heldout": url}),
   "packed rows": PackedDataset,
   "pack to": lambda url: _prepare("text.jsonl", url),
-  "states": lambda url: TrainingCheckpoints(url, keep=1),
+  "states": lambda url: RunStates(url, keep=1),
   "convert to": lambda url: hf_to_orbax.convert("source", url),
   "export from": lambda url: orbax_to_hf.convert(url, "out"),
 }

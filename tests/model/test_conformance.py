@@ -31,7 +31,7 @@ from supra_jax.storage.model_directory import load_model, save_model
 from supra_jax.training.config import DataConfig, TrainConfig
 from supra_jax.training.optimizer import OptimizerConfig
 from supra_jax.training.plan import plan
-from supra_jax.training.setup import make_train_step, state_shapes
+from supra_jax.training.setup import make_train_step
 from tests.model import toy_mixer  # noqa: F401  # registers itself
 from tests.model.conformance import (
   TIME,
@@ -229,7 +229,7 @@ def _stepped(config, params, mesh):
   batch["segment_ids"] = np.repeat(np.arange(3, dtype=np.int32), 11)[None].repeat(8, 0)
   with jax.set_mesh(mesh):
     step = make_train_step(recipe, config)
-    shardings = jax.tree.map(lambda x: x.sharding, state_shapes(step, mesh))
+    shardings = jax.tree.map(lambda x: x.sharding, step.state_shapes(mesh))
     state = jax.jit(lambda params: step.init(stack_runs(params, config)), out_shardings=shardings)(params)
     for number in (1, 2):
       state, metrics = step.compiled(shardings, recipe.active_groups(number))(state, put_batch(batch, mesh))

@@ -23,7 +23,7 @@ from supra_jax.data.packing import prepare
 from supra_jax.data.tokenizer import Tokenizer
 from supra_jax.experiments import tiny
 from supra_jax.storage.model_directory import load_model, save_model
-from supra_jax.storage.run_states import TrainingCheckpoints
+from supra_jax.storage.run_states import RunStates
 
 
 def _refuse(name: str, refuses, code: int, module=os) -> None:
@@ -77,7 +77,7 @@ def rows(directory: Path) -> None:
 
 def states(directory: Path) -> None:
   def open_states():
-    return TrainingCheckpoints(directory / "out" / "training", keep=2)
+    return RunStates(directory / "out" / "training", keep=2)
 
   state = {"a": jnp.arange(12.0).reshape(3, 4)}
   checkpoints = open_states()

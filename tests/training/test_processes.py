@@ -27,7 +27,7 @@ from supra_jax.model.placement import param_shardings
 from supra_jax.storage.model_directory import load_model
 from supra_jax.training.config import TrainConfig
 from supra_jax.training.loop import train
-from supra_jax.training.setup import make_train_step, state_shapes
+from supra_jax.training.setup import make_train_step
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -159,7 +159,7 @@ def main(given: str, looked_at: str) -> None:
   with jax.set_mesh(mesh):
     stored = load_model(config.init_checkpoint, shardings=lambda shapes: param_shardings(shapes, mesh))
     step = make_train_step(config, stored.config)
-    shapes = state_shapes(step, mesh)
+    shapes = step.state_shapes(mesh)
     tokens = jax.ShapeDtypeStruct((1, config.batch_size, 65), jnp.int32, sharding=batch_sharding(mesh, leading=1))
     compiled = step.compiled(jax.tree.map(lambda x: x.sharding, shapes)).lower(shapes, {"tokens": tokens}).compile()
 

@@ -23,8 +23,9 @@ from benchmarks import runs
 from supra_jax.data import packed
 from supra_jax.storage.model_directory import load_model
 from supra_jax.training.config import TrainConfig
-from supra_jax.training.loop import CONFIG_FILE, METRICS_FILE, train
+from supra_jax.training.loop import train
 from supra_jax.training.metrics import read_metrics
+from supra_jax.training.workdir import CONFIG_FILE, METRICS_FILE
 
 STORED = Path(__file__).parent.parent / "golden" / "stored"
 EXPECTED = json.loads((STORED / "expected.json").read_text())

@@ -29,6 +29,7 @@ from supra_jax.storage.model_directory import load_model, save_model
 from supra_jax.training import loop as train
 from supra_jax.training import setup as train_setup
 from supra_jax.training.metrics import read_metrics
+from supra_jax.training.workdir import CONFIG_FILE
 from tests.support import programs
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -73,7 +74,7 @@ def test_learns_and_leaves_all_it_promises(start, text, tmp_path, changes):
 
   lm = supra_jax.load(tmp_path / "checkpoint")
   # The exported model is the trained one: it has the held-out loss that the run ended with.
-  nll = train_setup.heldout_nll(lm.model, lm.params, tmp_path / "data/heldout", config)
+  nll = train_setup.heldout_nll(lm.model, lm.params, tmp_path / "data/heldout", batch_size=4, max_rows=8)
   assert nll == pytest.approx(summary.nll_after, abs=0.02 if config.dtype == "bfloat16" else 1e-5)
   assert lm.generate("The ", max_new_tokens=4)
 
@@ -129,7 +130,7 @@ def test_frozen_parameters_have_no_moments_and_stay(start, text, tmp_path):
   assert changed and all("mlp" in name or "lm_head" in name for name in changed)
 
   step = train_setup.make_train_step(config, load_model(start).config)
-  shapes = train_setup.state_shapes(step, make_mesh(devices=jax.devices()[:1]))
+  shapes = step.state_shapes(make_mesh(devices=jax.devices()[:1]))
   trained = [
     leaf.size
     for path, leaf in jax.tree_util.tree_leaves_with_path(shapes.params)
@@ -178,7 +179,7 @@ def test_overrides_and_errors_of_the_binary(start, text, tmp_path):
   config = make_config(start, text, num_steps=2)
   good = runs.Run(config, tmp_path / "a", "--config.optimizer.learning_rate=0.25")
   assert "Held-out loss" in good.finish()
-  assert json.loads((tmp_path / "a" / train.CONFIG_FILE).read_text())["optimizer"]["learning_rate"] == 0.25
+  assert json.loads((tmp_path / "a" / CONFIG_FILE).read_text())["optimizer"]["learning_rate"] == 0.25
   (record,) = map(json.loads, (tmp_path / "a" / "runs.jsonl").read_text().splitlines())
   assert "--config.optimizer.learning_rate=0.25" in record["command"]
 
@@ -327,11 +328,11 @@ def test_adapters_train_alone_and_are_merged_in_the_end(start, text, tmp_path):
   kernels = {"self_attn/q_proj/kernel", "self_attn/o_proj/kernel", "mlp/up_proj/kernel"}
   assert _changed(tmp_path / "run", start) == phi | kernels
   lm = supra_jax.load(tmp_path / "run/checkpoint")
-  nll = train_setup.heldout_nll(lm.model, lm.params, tmp_path / "run/data/heldout", config)
+  nll = train_setup.heldout_nll(lm.model, lm.params, tmp_path / "run/data/heldout", batch_size=4, max_rows=8)
   assert nll == pytest.approx(summary.nll_after, abs=1e-5) and nll < summary.nll_before
   # No moments but theirs.
   step = train_setup.make_train_step(config, lm.config)
-  moments = train_setup.state_shapes(step, make_mesh(devices=jax.devices()[:1])).opt_state
+  moments = step.state_shapes(make_mesh(devices=jax.devices()[:1])).opt_state
   names = {path[-2].key + "/" + path[-1].key for path, x in jax.tree_util.tree_leaves_with_path(moments) if x.ndim}
   assert {name.split("/")[1] for name in names if "feature_map" not in name} == {"lora_a", "lora_b"}
 

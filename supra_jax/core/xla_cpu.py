@@ -1,0 +1,59 @@
+"""Work-arounds of XLA's CPU backend: programs mean the same without them, but take longer to run on a CPU.
+
+Each was measured with `python -m benchmarks.train_step` (SmolLM2-135M, float32, two cores of an AMD EPYC) on jax
+0.10.2; the figures are in BUILD_NOTES.md, "The training step beside torch". When jax is updated, time that benchmark
+without them.
+
+The linear attention op has work-arounds of its own, which stay in `kernels_pallas/chunked_xla.py`, since nothing there
+imports supra_jax: `_backward_block` puts summed axes last, and `_backward` copies where it could write zeros.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+
+def without_leading_ones(x: jax.Array) -> jax.Array:
+  """Drops leading axes of length 1, down to two axes.
+
+  With a leading axis of length 1 the gradient of a norm takes ten times as long. Longer axes stay apart, since a mesh
+  may cut each of them.
+  """
+  while x.ndim > 2 and x.shape[0] == 1:
+    x = x.reshape(x.shape[1:])
+  return x
+
+
+def one_row_a_token(x: jax.Array, features: int) -> jax.Array:
+  """[..., features...] -> [tokens, features...], for the last `features` axes.
+
+  With a leading axis of length 1, a batch of one row, a chunk of the loss takes a tenth longer.
+  """
+  return x.reshape(-1, *x.shape[x.ndim - features :])
+
+
+def kernel_gradient(of_x: str, output: str, of_kernel: str, x: jax.Array, grad: jax.Array, dtype: Any) -> jax.Array:
+  """The einsum `of_x,output->of_kernel` of activations and the gradient of a product's output.
+
+  The left factor of such a product is transposed, which the CPU backend does in memory. In float32 the narrower factor
+  is therefore the left one. Products of bfloat16 are left as they are: there is none of that kind in the backend.
+
+  Args:
+    of_x, output, of_kernel: axes of x, grad and the result, letters of einsum.
+    x: activations.
+    grad: gradient of the product's output, in `dtype`.
+    dtype: dtype of the computation.
+
+  Returns:
+    The gradient of the kernel, in `dtype` or float32, whichever is wider.
+  """
+  wide = jnp.promote_types(dtype, jnp.float32)
+  einsum = functools.partial(jnp.einsum, preferred_element_type=wide)
+  if x.shape[-1] > grad.shape[-1] and dtype == wide:
+    flipped = of_kernel[:-2] + of_kernel[-1] + of_kernel[-2]
+    return einsum(f"{output},{of_x}->{flipped}", grad, x.astype(dtype)).swapaxes(-1, -2)
+  return einsum(f"{of_x},{output}->{of_kernel}", x.astype(dtype), grad)
