@@ -13,7 +13,7 @@ from supra_jax.model.config import ModelConfig
 from supra_jax.model.registry import MixerConfig
 
 
-def runs(layers: Sequence[MixerConfig]) -> list[tuple[int, int]]:
+def stacks(layers: Sequence[MixerConfig]) -> list[tuple[int, int]]:
   """(first layer, number of layers) of each maximal stack: consecutive layers with equal mixer configs."""
   found, first = [], 0
   for _, group in itertools.groupby(layers):
@@ -23,19 +23,19 @@ def runs(layers: Sequence[MixerConfig]) -> list[tuple[int, int]]:
   return found
 
 
-def stack_runs(params: Mapping[str, Any], config: ModelConfig) -> dict[str, Any]:
+def stack_layers(params: Mapping[str, Any], config: ModelConfig) -> dict[str, Any]:
   """Stacks parameters: one subtree a layer, `layers_I` -> one subtree a stack, `run_FIRST`, with a new leading axis."""
   stacked = {name: tree for name, tree in params.items() if not name.startswith("layers_")}
-  for first, length in runs(config.layers):
+  for first, length in stacks(config.layers):
     layers = [params[f"layers_{i}"] for i in range(first, first + length)]
     stacked[f"run_{first}"] = jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)
   return stacked
 
 
-def unstack(params: Mapping[str, Any], config: ModelConfig) -> dict[str, Any]:
-  """The inverse of `stack_runs`: one subtree a layer."""
+def unstack_layers(params: Mapping[str, Any], config: ModelConfig) -> dict[str, Any]:
+  """The inverse of `stack_layers`: one subtree a layer."""
   layers = {name: tree for name, tree in params.items() if not name.startswith("run_")}
-  for first, length in runs(config.layers):
+  for first, length in stacks(config.layers):
     for i in range(length):
       layers[f"layers_{first + i}"] = jax.tree.map(lambda leaf, i=i: leaf[i], params[f"run_{first}"])
   return layers

@@ -16,7 +16,7 @@ from supra_jax.model.layers import Dense, Embed, Norm, SwiGLU
 from supra_jax.model.mixers.base import Context, MixerState
 from supra_jax.model.registry import MixerConfig, mixer_class
 from supra_jax.model.rope import rope_table
-from supra_jax.model.stacking import runs
+from supra_jax.model.stacking import stacks
 
 Padding = Literal["right", "left"]
 Remat = Literal["none", "matmuls", "block"]
@@ -114,7 +114,7 @@ class Transformer(nn.Module):
     dtype: dtype of the computation; parameters are cast to it where they are used. Norms, RoPE, softmax, the linear
       state and logits are computed in float32 at least.
     implementation: implementation of the linear attention op (`kernels_pallas.linear_attention`).
-    stacked: whether parameters are stacked (`stacking.stack_runs`). Each stack of equal layers is then one `nn.scan`,
+    stacked: whether parameters are stacked (`stacking.stack_layers`). Each stack of equal layers is then one `nn.scan`,
       which compiles quickly; made for training.
     remat: what the backward pass recomputes: `none`; `matmuls`, everything but products with parameters; `block`,
       whole layers.
@@ -143,7 +143,7 @@ class Transformer(nn.Module):
           in_axes=(0, nn.broadcast),
           length=length,
         )(c, c.layers[first], self.dtype, self.implementation, name=f"run_{first}")
-        for first, length in runs(c.layers)
+        for first, length in stacks(c.layers)
       ]
     else:
       self.blocks = [
@@ -208,7 +208,7 @@ class Transformer(nn.Module):
     layer_states = (None,) * self.config.num_layers if state is None else state.layers
     new_states: list[MixerState] = []
     if self.stacked:
-      for block, (first, length) in zip(self.blocks, runs(self.config.layers), strict=True):
+      for block, (first, length) in zip(self.blocks, stacks(self.config.layers), strict=True):
         given = layer_states[first : first + length]
         x_BTD, run = block(x_BTD, None if state is None else jax.tree.map(lambda *s: jnp.stack(s), *given), context)
         new_states += [jax.tree.map(lambda leaf, i=i: leaf[i], run) for i in range(length)]

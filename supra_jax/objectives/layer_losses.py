@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from supra_jax.model.layers import at_least_float32
 from supra_jax.model.registry import MixerConfig
-from supra_jax.model.stacking import runs
+from supra_jax.model.stacking import stacks
 from supra_jax.model.transformer import STREAMS, Block, Transformer
 
 Streams = Mapping[str, Mapping[str, jax.Array]]
@@ -98,7 +98,7 @@ def attention_error(
       lambda of_layer, layer=config.layers[first]: layer_error(layer, *of_layer),
       (params[f"run_{first}"], enters[first : first + length], attended[first : first + length]),
     )
-    for first, length in runs(config.layers)
+    for first, length in stacks(config.layers)
     if config.layers[first : first + length] != teacher.config.layers[first : first + length]
   ]
   if not errors:
@@ -108,7 +108,7 @@ def attention_error(
 
 def _join(model: Transformer, streams: Streams, name: str) -> jax.Array:
   """Concatenates an activation of all runs to [layers, B, T, D]."""
-  parts = [streams[f"run_{first}"][name] for first, _ in runs(model.config.layers)]
+  parts = [streams[f"run_{first}"][name] for first, _ in stacks(model.config.layers)]
   return parts[0] if len(parts) == 1 else jnp.concatenate(parts)
 
 

@@ -83,7 +83,7 @@ class TrainConfig:
     distill_hidden: weight of `layer_losses.streams_error`, the distance of all layers' outputs from the teacher's,
       which is added to the loss.
     transfer_steps: for so many first steps the loss is `layer_losses.attention_error` alone, and only `transfer` train.
-    transfer: regex of the parameters that train in `transfer_steps`. Empty: new weights, and the projections of q and k.
+    transfer: regex of the parameters that train in `transfer_steps`. Empty: new weights, and projections of q and k.
     adapters: low-rank adapters. If they have a rank, only they and `new_weights` train; the exported model has them
       merged into its kernels.
     max_skipped: number of batches in a row with a loss or gradient that is not finite, each of which is skipped, that

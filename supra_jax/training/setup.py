@@ -21,7 +21,7 @@ from supra_jax.data.tokenizer import Tokenizer
 from supra_jax.model.config import ModelConfig
 from supra_jax.model.costs import step_flops_per_token
 from supra_jax.model.placement import param_shardings
-from supra_jax.model.stacking import stack_runs
+from supra_jax.model.stacking import stack_layers
 from supra_jax.model.transformer import Transformer
 from supra_jax.objectives.heldout import mean_nll
 from supra_jax.storage.model_directory import ModelCheckpoint, load_model, load_model_without_params
@@ -109,7 +109,7 @@ def set_up(config: TrainConfig, start: ModelCheckpoint, workdir: AnyPath, mesh: 
 
 def _new_state(step: TrainStep, path: str, shardings: TrainState, mesh: Mesh) -> TrainState:
   """The state of a run that starts from a model directory."""
-  make = jax.jit(lambda params: step.init(stack_runs(params, step.model.config)), out_shardings=shardings)
+  make = jax.jit(lambda params: step.init(stack_layers(params, step.model.config)), out_shardings=shardings)
   return make(load_model(path, jnp.float32, shardings=lambda stored: param_shardings(stored, mesh)).params)
 
 
@@ -223,7 +223,7 @@ def load_teacher(path: str, teacher: Transformer, mesh: Mesh) -> Any:
     mesh: the mesh to place them on.
   """
   stored = load_model(path, teacher.dtype, shardings=lambda shapes: param_shardings(shapes, mesh)).params
-  stack = functools.partial(stack_runs, config=teacher.config)
+  stack = functools.partial(stack_layers, config=teacher.config)
   return jax.jit(stack, out_shardings=param_shardings(jax.eval_shape(stack, stored), mesh))(stored)
 
 

@@ -13,7 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from supra_jax.core.sharding import check_heads, least_tokens
 from supra_jax.model.adapters import AdapterConfig, add_adapters, merge_adapters
 from supra_jax.model.placement import like_params, param_shardings
-from supra_jax.model.stacking import unstack
+from supra_jax.model.stacking import unstack_layers
 from supra_jax.model.transformer import Transformer
 from supra_jax.objectives.losses import Teacher, attention_transfer_loss, count_targets, language_model_loss
 from supra_jax.training.groups import label_parameters, merge, split
@@ -120,7 +120,7 @@ class TrainStep:
   def finished(self, params: Any) -> Any:
     """A state's parameters as a model directory has them: one subtree a layer, adapters merged into their kernels."""
     params = jax.jit(merge_adapters)(params) if self.adapters.rank else params
-    return unstack(params, self.model.config)
+    return unstack_layers(params, self.model.config)
 
   def state_shapes(self, mesh: Mesh) -> TrainState:
     """jax.ShapeDtypeStruct, with its sharding, of every array of a state.

@@ -16,7 +16,7 @@ import numpy as np
 from supra_jax.model import presets
 from supra_jax.model.config import ModelConfig, RopeConfig
 from supra_jax.model.registry import layer, layers
-from supra_jax.model.stacking import stack_runs
+from supra_jax.model.stacking import stack_layers
 from supra_jax.model.transformer import Transformer
 
 ROWS, WIDTH = 3, 8  # of one call
@@ -220,7 +220,7 @@ def in_pieces(model, params, tokens, lengths, *, cuts):
 
 def in_rows(model, params, calls, where, *, paddings, segments):
   if model.stacked:
-    params = stack_runs(params, model.config)
+    params = stack_layers(params, model.config)
   state, outs = model.init_state(ROWS, TIME + 1), []
   for (tokens, segment_ids, lengths), padding in zip(calls, paddings, strict=True):
     given = {"lengths": lengths, "segment_ids": segment_ids if segments else None, "padding": padding}

@@ -5,7 +5,7 @@ import pytest
 
 from supra_jax.model import presets
 from supra_jax.model.adapters import AdapterConfig, add_adapters, merge_adapters
-from supra_jax.model.stacking import stack_runs
+from supra_jax.model.stacking import stack_layers
 from supra_jax.model.transformer import Transformer
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -14,7 +14,7 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 @pytest.fixture(scope="module")
 def params():
   made = Transformer(presets.tiny()).init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32), method="logits")["params"]
-  return stack_runs(made, presets.tiny())
+  return stack_layers(made, presets.tiny())
 
 
 def test_at_first_nothing_changes_and_merged_the_same_is_computed(params):

@@ -25,7 +25,7 @@ from supra_jax.model.adapters import AdapterConfig
 from supra_jax.model.config import ModelConfig
 from supra_jax.model.placement import param_shardings, parameter_axes, parameter_name, state_shardings
 from supra_jax.model.registry import layers, mixer_class, mixer_names
-from supra_jax.model.stacking import stack_runs
+from supra_jax.model.stacking import stack_layers
 from supra_jax.model.transformer import Transformer
 from supra_jax.storage.model_directory import load_model, save_model
 from supra_jax.training.config import DataConfig, TrainConfig
@@ -201,7 +201,7 @@ def _read(config, params, mesh):
   model = Transformer(config, stacked=True, remat="block")
 
   def loss(params):
-    variables = {"params": stack_runs(params, config)}
+    variables = {"params": stack_layers(params, config)}
     logits, state = model.apply(variables, tokens, model.init_state(8, 40), segment_ids=ids, method="logits")
     if mesh is not None:
       state = jax.lax.with_sharding_constraint(state, state_shardings(state, config, mesh))
@@ -230,7 +230,7 @@ def _stepped(config, params, mesh):
   with jax.set_mesh(mesh):
     step = make_train_step(recipe, config)
     shardings = jax.tree.map(lambda x: x.sharding, step.state_shapes(mesh))
-    state = jax.jit(lambda params: step.init(stack_runs(params, config)), out_shardings=shardings)(params)
+    state = jax.jit(lambda params: step.init(stack_layers(params, config)), out_shardings=shardings)(params)
     for number in (1, 2):
       state, metrics = step.compiled(shardings, recipe.active_groups(number))(state, put_batch(batch, mesh))
     assert metrics["skipped"] == 0

@@ -9,7 +9,7 @@ import pytest
 
 from supra_jax.model.mixers import supra
 from supra_jax.model.registry import layers
-from supra_jax.model.stacking import runs, stack_runs, unstack
+from supra_jax.model.stacking import stack_layers, stacks, unstack_layers
 from supra_jax.model.transformer import Transformer
 from tests.model.conformance import (
   EXAMPLES,
@@ -74,17 +74,17 @@ def test_implementations_agree(random_params):
 
 
 @pytest.mark.parametrize("like", [EXAMPLES["softmax"][0], EXAMPLES["supra"][1]], ids=["softmax", "supra"])
-def test_unstack_undoes_stack_runs(like, random_params):
+def test_unstacked_is_as_before_stacking(like, random_params):
   c = like.replace(layers=layers(("supra", "supra", "softmax", "supra_window", "softmax", "softmax"), sinks=0))
   params = random_params(c)
-  stacked = stack_runs(params, c)
-  assert runs(c.layers) == [(0, 2), (2, 1), (3, 1), (4, 2)]
+  stacked = stack_layers(params, c)
+  assert stacks(c.layers) == [(0, 2), (2, 1), (3, 1), (4, 2)]
   assert {key for key in stacked if key.startswith("run_")} == {"run_0", "run_2", "run_3", "run_4"}
   tokens = jnp.zeros((1, 1), jnp.int32)
   init = functools.partial(Transformer(c, stacked=True).init, method="logits")
   made = jax.eval_shape(init, jax.random.key(0), tokens)
   assert jax.tree.map(jnp.shape, stacked) == jax.tree.map(lambda leaf: leaf.shape, made["params"])
-  back = unstack(stacked, c)
+  back = unstack_layers(stacked, c)
   assert jax.tree.structure(back) == jax.tree.structure(params)
   jax.tree.map(np.testing.assert_array_equal, back, params)
 

@@ -8,7 +8,7 @@ from supra_jax.linearization.starts import Random
 from supra_jax.model import presets
 from supra_jax.model.layers import Norm
 from supra_jax.model.registry import layer, layers, mixer_class
-from supra_jax.model.stacking import stack_runs
+from supra_jax.model.stacking import stack_layers
 from supra_jax.model.transformer import Transformer
 from supra_jax.objectives.layer_losses import attention_error, read_streams, streams_error
 from supra_jax.objectives.losses import Teacher, attention_transfer_loss, language_model_loss
@@ -26,8 +26,8 @@ def models():
   linear = linearize(init, SOFTMAX, Random(3), layers=LINEAR)
   made, hybrid = linear.params, linear.config
   return (
-    (Transformer(hybrid, stacked=True), stack_runs(made, hybrid)),
-    (Transformer(SOFTMAX, stacked=True), stack_runs(init, SOFTMAX)),
+    (Transformer(hybrid, stacked=True), stack_layers(made, hybrid)),
+    (Transformer(SOFTMAX, stacked=True), stack_layers(init, SOFTMAX)),
     (made, init),
   )
 

@@ -7,7 +7,7 @@ import pytest
 
 from supra_jax.model.presets import tiny
 from supra_jax.model.registry import layers
-from supra_jax.model.stacking import stack_runs
+from supra_jax.model.stacking import stack_layers
 from supra_jax.training.optimizer import OptimizerConfig, clip, make_optimizer, make_schedule
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -38,7 +38,7 @@ def _params(random_params, stacked):
     mlp_bias=True,
   )
   params = random_params(c)
-  return stack_runs(params, c) if stacked else params
+  return stack_layers(params, c) if stacked else params
 
 
 @pytest.mark.parametrize("stacked", [False, True])

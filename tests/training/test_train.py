@@ -22,7 +22,7 @@ from supra_jax.data import loading
 from supra_jax.experiments import tiny
 from supra_jax.model.adapters import AdapterConfig
 from supra_jax.model.registry import layers
-from supra_jax.model.stacking import stack_runs
+from supra_jax.model.stacking import stack_layers
 from supra_jax.model.transformer import Transformer
 from supra_jax.objectives import layer_losses
 from supra_jax.storage.model_directory import load_model, save_model
@@ -304,7 +304,7 @@ def test_transfers_attention_first_and_then_distils_streams(start, text, tmp_pat
   models = {}
   for name in ("teacher", "start", "first", "then"):
     lm = supra_jax.load({"teacher": teacher, "start": start}.get(name, tmp_path / name / "checkpoint"))
-    models[name] = Transformer(lm.config, stacked=True), stack_runs(lm.params, lm.config)
+    models[name] = Transformer(lm.config, stacked=True), stack_layers(lm.params, lm.config)
 
   def attention_error(name):
     return float(layer_losses.attention_error(*models[name], *models["teacher"], tokens).mean())
