@@ -65,7 +65,7 @@ def test_what_openlm_cannot_say_is_refused(changes, refused):
       max_positions=64,
     ),
     LINEAR.replace(layers=layers(("supra",) * 2, decay="retnet"), norm="layer_norm_gain", rope=RopeConfig(kind="none")),
-    SOFTMAX.replace(num_kv_heads=6, qk_norm="all_heads", rope=RopeConfig(kind="by_head"), eos_token_ids=()),
+    tiny("softmax").replace(num_kv_heads=6, qk_norm="all_heads", rope=RopeConfig(kind="by_head"), eos_token_ids=()),
   ],
 )
 def test_what_openlm_can_say(config):
