@@ -237,8 +237,8 @@ CONTESTANTS: dict[str, Callable[..., Contestant]] = {
 }
 
 
-def _with_layers(config: ModelConfig, layers: int) -> ModelConfig:
-  return config.replace(layers=layers(("supra",) * layers))
+def _with_layers(config: ModelConfig, count: int) -> ModelConfig:
+  return config.replace(layers=layers(("supra",) * count))
 
 
 def _fastest(run: Callable[[str], None], names: Iterable[str]) -> str:
