@@ -4,7 +4,7 @@
 
 This is the recipe of the run with a window of softmax attention; configs/demo_random.py is that of the run from the
 paper's start. Neither has the paper's schedule, whose 1000 steps of warmup would be longer than the run. See
-BUILD_NOTES.md.
+benchmarks/RESULTS.md.
 """
 
 import ml_collections

@@ -1,7 +1,7 @@
 """Work-arounds of XLA's CPU backend: programs mean the same without them, but take longer to run on a CPU.
 
 Each was measured with `python -m benchmarks.train_step` (SmolLM2-135M, float32, two cores of an AMD EPYC) on jax
-0.10.2; the figures are in BUILD_NOTES.md, "The training step beside torch". When jax is updated, time that benchmark
+0.10.2; the figures are in benchmarks/RESULTS.md. When jax is updated, time that benchmark
 without them.
 
 The linear attention op has work-arounds of its own, which stay in `kernels_pallas/chunked_xla.py`, since nothing there
