@@ -330,7 +330,7 @@ def test_sampling_that_cannot_be_names_its_file(wrong):
   with pytest.raises(ValueError, match=r"generation_config\.json says .*"):
     Sampling.of_checkpoint({"do_sample": True} | wrong)
   Sampling.of_checkpoint({"do_sample": True} | wrong, temperature=1.0, top_k=3, top_p=0.9)
-  with pytest.raises(ValueError, match="wanted a finite temperature"):
+  with pytest.raises(ValueError, match="temperature=nan: wanted a finite number, 0 or more"):
     Sampling.of_checkpoint({}, temperature=math.nan)
 
 
