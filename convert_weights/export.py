@@ -11,6 +11,7 @@ import numpy as np
 from convert_weights import names
 from convert_weights.errors import ConversionError
 from supra_jax.model.config import ModelConfig
+from supra_jax.model.mixers.softmax import SoftmaxConfig
 from supra_jax.model.mixers.supra import SupraConfig
 from supra_jax.model.mixers.supra_window import WindowConfig
 
@@ -74,10 +75,12 @@ def shared_linear_config(config: ModelConfig) -> WindowConfig:
   """The settings shared by all linear layers, for formats that store them once for all layers.
 
   Raises:
-    ConversionError: two layers have different settings.
+    ConversionError: two layers have different settings, or a layer has a mixer that other formats do not know.
   """
   shared: dict[str, Any] = {}
   for layer in dict.fromkeys(config.layers):
+    if not isinstance(layer, SoftmaxConfig | SupraConfig):
+      raise ConversionError(f"Layers with the mixer {layer.mixer!r}: the format has none such.")
     for name, value in dataclasses.asdict(layer).items():
       if shared.setdefault(name, value) != value:
         raise ConversionError(

@@ -27,6 +27,7 @@ from absl import flags
 from convert_weights.errors import ConversionError
 from convert_weights.model_card import stated_license
 from convert_weights.open_source import open_source
+from convert_weights.program import flags_of
 from convert_weights.rounding import DTYPES, rounded
 from convert_weights.source import BFLOAT16, Leaf, Source
 from supra_jax.bin.entry import run
@@ -165,8 +166,8 @@ def define_flags() -> None:
 
 
 def main() -> None:
-  """Runs the program with the flags that `define_flags` defined, parsed."""
-  given = flags.FLAGS
+  """Runs the program with its flags, which an importer need not have defined."""
+  given = flags_of(define_flags, "source")
   convert(given.source, given.output, given.dtype, tokenizer=given.tokenizer, progress=True)
 
 

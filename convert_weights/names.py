@@ -71,7 +71,7 @@ def parameters(config: ModelConfig) -> list[Parameter]:
 
 
 def openlm_shapes(table: Sequence[Parameter]) -> dict[str, tuple[int, ...]]:
-  """Name -> shape of each of OpenLM's tensors. The rows of parameters that share a tensor add up."""
+  """Name -> shape of each of OpenLM's tensors. q, k and v share one tensor, as gate and up do: their rows add up."""
   shapes: dict[str, tuple[int, ...]] = {}
   for parameter in table:
     if parameter.openlm is not None:

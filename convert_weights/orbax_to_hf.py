@@ -29,6 +29,7 @@ from convert_weights import hf_export, model_card, names, openlm_export
 from convert_weights.errors import ConversionError
 from convert_weights.export import Export, Part
 from convert_weights.leaves import check_tensors
+from convert_weights.program import flags_of
 from convert_weights.rounding import DTYPES, rounded
 from convert_weights.safetensors_writer import TYPES, num_bytes, write_safetensors
 from convert_weights.source import StoredTensor
@@ -165,8 +166,8 @@ def define_flags() -> None:
 
 
 def main() -> None:
-  """Runs the program with the flags that `define_flags` defined, parsed."""
-  given = flags.FLAGS
+  """Runs the program with its flags, which an importer need not have defined."""
+  given = flags_of(define_flags, "source")
   convert(given.source, given.output, given.format, given.dtype, progress=True)
 
 

@@ -21,6 +21,7 @@ from absl import flags
 from convert_weights import hf_config, hf_export
 from convert_weights.errors import ConversionError
 from convert_weights.open_source import open_source
+from convert_weights.program import flags_of
 from convert_weights.source import Source
 from supra_jax.bin.entry import run
 from supra_jax.core.files import local
@@ -219,8 +220,8 @@ def define_flags() -> None:
 
 
 def main() -> None:
-  """Runs the program with the flags that `define_flags` defined, parsed."""
-  given = flags.FLAGS
+  """Runs the program with its flags, which an importer need not have defined."""
+  given = flags_of(define_flags, "source")
   try:
     text = None if given.text is None else local(given.text).read_text("utf-8-sig")
   except UnicodeDecodeError as error:

@@ -71,7 +71,8 @@ def chunked(
 ) -> tuple[jax.Array, jax.Array]:
   """The op in plain XLA, with the arguments and results of `kernels_pallas.api.Implementation`.
 
-  For the backward pass it keeps the operands and the state before each block, T / (M C) * K * V float32 per head.
+  For the backward pass it keeps the operands and the state before each block of M chunks of C tokens, T / (M C) * K * V
+  float32 numbers per head.
   """
   batch, num_tokens, num_heads, key_width = q_BTHK.shape
   width = max(key_width, v_BTGV.shape[-1])

@@ -33,7 +33,7 @@ class Parts(NamedTuple):
 
 
 def cut(num_tokens: int, chunk: int, count: int) -> Parts:
-  """Cuts a row into at most `count` parts of equal length, none of which begins beyond the row."""
+  """Cuts a row of `num_tokens` into at most `count` equal parts of whole chunks of `chunk` tokens; no part is empty."""
   total = -(-num_tokens // chunk)
   num_chunks = -(-total // count)
   return Parts(-(-total // num_chunks), num_chunks, chunk)

@@ -30,7 +30,7 @@ _MAX_WIDTH = 256
 
 
 class Coefficients(NamedTuple):
-  """Factors of the three terms of LA.
+  """Factors of the three terms that linear attention over chunks is a sum of.
 
   Attributes:
     intra: factor of the sum over pairs of tokens in a chunk.

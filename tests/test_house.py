@@ -122,7 +122,7 @@ def _may_import(room: str, target: str) -> bool:
   """Whether a room's modules may import a module of ours."""
   other = room_of(target)
   short = target.removeprefix("supra_jax.")
-  return other == room or other in ARROWS[room] or short in ARROWS[room] or target.endswith(".__init__")
+  return other == room or other in ARROWS[room] or short in ARROWS[room]
 
 
 @pytest.mark.parametrize("module", MODULES)

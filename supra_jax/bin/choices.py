@@ -10,7 +10,11 @@ from absl import flags
 
 
 def given(
-  choices: Mapping[str, type], choice: flags.FlagHolder, fields: Mapping[str, str], also: Mapping[str, Sequence[str]]
+  choices: Mapping[str, type],
+  choice: flags.FlagHolder,
+  fields: Mapping[str, str],
+  also: Mapping[str, Sequence[str]],
+  needs: Mapping[str, str],
 ) -> Any:
   """Makes the dataclass that a flag chooses, of those flags that are its fields.
 
@@ -19,9 +23,10 @@ def given(
     choice: the flag that chooses.
     fields: flag -> field, where their names differ.
     also: value of `choice` -> flags that apply to it besides.
+    needs: flag -> another flag, without which it does nothing.
 
   Raises:
-    ValueError: a flag is given that applies to other choices only.
+    ValueError: a flag is given that applies to other choices only, or without the flag that it needs.
   """
 
   def flags_of(name: str) -> dict[str, str]:
@@ -36,4 +41,15 @@ def given(
       raise ValueError(
         f"--{flag} does not apply to --{choice.name}={chosen}, but to --{choice.name}={' and '.join(applies)}."
       )
+  for flag, needed in needs.items():
+    if flags.FLAGS[flag].present and not flags.FLAGS[needed].present:
+      raise ValueError(f"--{flag} does nothing without --{needed}.")
   return choices[chosen](**{field: flags.FLAGS[flag].value for flag, field in own.items()})
+
+
+def whole_numbers(flag: flags.FlagHolder) -> list[int]:
+  """The value of a list flag as integers; raises ValueError, with the flag's name, if one is none."""
+  try:
+    return [int(item) for item in flag.value]
+  except ValueError as error:
+    raise ValueError(f"--{flag.name}={','.join(flag.value)}: wanted whole numbers, as in 0,1,-1.") from error

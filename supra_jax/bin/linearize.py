@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import typing
 
 from absl import flags
 
-from supra_jax.bin.choices import given
+from supra_jax.bin.choices import given, whole_numbers
 from supra_jax.bin.entry import run
 from supra_jax.linearization.calibrate import shown
 from supra_jax.linearization.hybrid import costs, table
 from supra_jax.linearization.linearize import linearize_checkpoint
-from supra_jax.linearization.starts import STARTS, Calibrated, Window
+from supra_jax.linearization.starts import MEASURED_TOKENS, STARTS, Calibrated, Window
 from supra_jax.model.feature_maps import FeatureMapKind
 from supra_jax.model.mixers.supra import Decay
 from supra_jax.model.registry import layer
@@ -34,21 +33,22 @@ flags.DEFINE_integer("calibration_tokens", Calibrated.tokens, "calibrated: token
 flags.DEFINE_bool("calibrate_mlp", True, "calibrated: solve for the MLPs' last projections too.")
 flags.DEFINE_string("text_key", "text", "calibrated: key of a JSON line, or column, that holds the text.")
 flags.DEFINE_integer("keep_softmax", None, "calibrated: number of layers to leave as they are, chosen by KL.")
-flags.DEFINE_integer("measured_tokens", 2048, "calibrated: tokens that keep_softmax measures KL on.", lower_bound=1)
+flags.DEFINE_integer("measured_tokens", MEASURED_TOKENS, "calibrated: tokens for keep_softmax's KL.", lower_bound=1)
 flags.DEFINE_integer("seed", 0, "random: of the new weights. calibrated: of the order of packed rows.")
 flags.DEFINE_enum("feature_map", "dense", typing.get_args(FeatureMapKind), "Shape of W in phi(x) = relu(W x + b).")
 flags.DEFINE_enum("decay", "lightning", typing.get_args(Decay), "Decay of the heads.")
 flags.DEFINE_float("decay_start", None, "First lightning slope. Default: the series' own ratio.")
 flags.DEFINE_bool("qk_norm", False, "Normalise phi(q) and phi(k) before RoPE.")
-_FIELDS = {"calibration_data": "data", "calibration_tokens": "tokens", "calibrate_mlp": "mlp"}
 
 
 def main() -> None:
-  start = given(STARTS, _METHOD, also={"calibrated": [_MESH.name]}, fields=_FIELDS)
+  fields = {"calibration_data": "data", "calibration_tokens": "tokens", "calibrate_mlp": "mlp"}
+  also, needs = {"calibrated": [_MESH.name]}, {"measured_tokens": "keep_softmax"}
+  start = given(STARTS, _METHOD, fields, also, needs)
   names = ("feature_map", "decay", "decay_start", "qk_norm")
   supra = layer("supra", **{name: flags.FLAGS[name].value for name in names})
-  layers = None if _LAYERS.value is None else [int(layer) for layer in _LAYERS.value]
-  with shown() if isinstance(start, Calibrated) else contextlib.nullcontext() as progress:
+  layers = None if _LAYERS.value is None else whole_numbers(_LAYERS)
+  with shown(enabled=isinstance(start, Calibrated)) as progress:
     how: dict[str, typing.Any] = {"mixer": supra, "layers": layers, "mesh": _MESH.value, "progress": progress}
     made = linearize_checkpoint(_CHECKPOINT.value, _OUTPUT.value, start, **how)
   if "kept_softmax" in made.report:

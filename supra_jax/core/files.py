@@ -204,7 +204,10 @@ def rename_directory(directory: Path, target: Path, *, last: str) -> None:
 
 
 def move_files(directory: Path, target: Path, *, last: str) -> None:
-  """Moves all files of a directory into `target`, which holds UNFINISHED meanwhile; resumes a move that was killed."""
+  """Moves the files of a directory into `target`, the file named `last` after all others; resumes a killed move.
+
+  While files move, `target` holds the file UNFINISHED.
+  """
   target.mkdir(exist_ok=True)
   (target / UNFINISHED).touch()
   files = [path for path in sorted(directory.rglob("*")) if path.is_file()]

@@ -50,10 +50,10 @@ Report = Callable[[int, int, float, str], None]
 
 
 @contextlib.contextmanager
-def shown() -> Iterator[Report]:
+def shown(*, enabled: bool = True) -> Iterator[Report]:
   """Yields a report that shows a bar with time left on stderr, for one round of layers after another."""
   describe = "Calibrating, {done} of {total} layers"
-  with Progress(0, describe, {"text": str}, desc="Calibrating", unit="layer") as progress:
+  with Progress(0, describe, {"text": str}, enabled=enabled, desc="Calibrating", unit="layer") as progress:
 
     def report(layer: int, layers: int, value: float, text: str) -> None:
       if progress.done == progress.total:

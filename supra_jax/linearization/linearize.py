@@ -19,16 +19,16 @@ from supra_jax.data.tokenizer import Tokenizer
 from supra_jax.linearization.calibrate import Report, calibrate
 from supra_jax.linearization.calibration_text import read_batches
 from supra_jax.linearization.hybrid import choose_softmax_layers, layer_divergences, set_apart
-from supra_jax.linearization.starts import Calibrated, Start, Window
+from supra_jax.linearization.starts import STARTS, Calibrated, Identity, Start, Window
 from supra_jax.model.config import ModelConfig
 from supra_jax.model.placement import param_shardings
 from supra_jax.model.registry import MixerConfig, mixer_class
+from supra_jax.model.registry import layer as make_layer
 from supra_jax.model.transformer import Transformer
 from supra_jax.storage.model_directory import load_model, save_model
 
 Params = Mapping[str, Any]
 _TRAINED = "softmax"  # the mixer whose layers can be taken over
-WINDOW = Window()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,9 +50,9 @@ class Linearized:
 def linearize(
   params: Params,
   config: ModelConfig,
-  start: Start = WINDOW,
+  start: Start | None = None,
   *,
-  mixer: MixerConfig | None = None,
+  mixer: MixerConfig | str | None = None,
   layers: Sequence[int] | None = None,
   tokenizer: Tokenizer | None = None,
   mesh: Mesh | None = None,
@@ -66,19 +66,27 @@ def linearize(
   Args:
     params: of the softmax model, one subtree a layer.
     config: of the softmax model.
-    start: one of `linearization.starts`; its default is a window of the teacher's softmax.
-    mixer: config of the new layers; None: the start's default. `Window` takes a SupraConfig and adds the window.
+    start: one of `linearization.starts`. None: `Window()`, or `Identity()` if a mixer is given.
+    mixer: config of the new layers, `registry.layer("supra_window", window=16)` say, or a mixer's name; None: the
+      start's default. `Window` takes a SupraConfig, to which it adds the window.
     layers: which layers, negative ones counted from the end; None means all softmax layers.
     tokenizer: reads the text of `Calibrated`; not needed for packed rows.
     mesh: over which parameters and batches are cut while `Calibrated` computes; None: all devices on `fsdp`.
     progress: as `calibrate` and `layer_divergences` take it.
 
   Raises:
-    ValueError: a layer is named that does not exist or is no softmax layer, the mixer cannot take over a trained layer,
-      or the text of `Calibrated` does not suffice.
+    ValueError: a layer is named that does not exist or is no softmax layer, the mixer cannot take over a trained layer
+      or does not fit the start or the teacher, or the text of `Calibrated` does not suffice.
   """
+  if start is None:
+    start = Window() if mixer is None else Identity()
+  if not isinstance(start, Start):
+    raise ValueError(f"start={start!r}: wanted one of {', '.join(f'{kind.__name__}()' for kind in STARTS.values())}.")
   chosen = _chosen_layers(config, layers)
-  layer = start.layer(config, mixer)
+  layer = start.layer(make_layer(mixer) if isinstance(mixer, str) else mixer)
+  window = getattr(layer, "window", 0)
+  if config.sliding_window is not None and window > config.sliding_window:
+    raise ValueError(f"window={window}: the teacher's own softmax sees {config.sliding_window} tokens; wanted no more.")
   report = {"start": start.to_json(), "mixer": {"mixer": layer.mixer, **dataclasses.asdict(layer)}}
   kept: dict[str, Any] = {}
   if not isinstance(start, Calibrated):
@@ -92,7 +100,8 @@ def linearize(
         new, new_config = calibrated(chosen, read_batches(start, tokenizer, config.vocab_size, mesh))
       else:
         if not 0 < start.keep_softmax < len(chosen):
-          raise ValueError(f"keep_softmax={start.keep_softmax} of {len(chosen)} layers: wanted 1 to {len(chosen) - 1}.")
+          wanted = f"1 to {len(chosen) - 1}" if len(chosen) > 1 else "more layers to choose from"
+          raise ValueError(f"keep_softmax={start.keep_softmax} of {len(chosen)} layers: wanted {wanted}.")
         batches = read_batches(start, tokenizer, config.vocab_size, mesh, more=start.measured_tokens)
         batches, fresh = set_apart(batches, start.measured_tokens, mesh)
         first = calibrated(chosen, batches)
@@ -107,9 +116,9 @@ def linearize(
 def linearize_checkpoint(
   checkpoint: str | os.PathLike[str],
   output: str | os.PathLike[str],
-  start: Start = WINDOW,
+  start: Start | None = None,
   *,
-  mixer: MixerConfig | None = None,
+  mixer: MixerConfig | str | None = None,
   layers: Sequence[int] | None = None,
   mesh: str = "",
   progress: Report | None = None,

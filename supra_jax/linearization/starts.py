@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
+from supra_jax.core.schema import POSITIVE, AtLeast, check
 from supra_jax.linearization.solve import RIDGE
-from supra_jax.model.config import ModelConfig
 from supra_jax.model.mixers.supra import SupraConfig
 from supra_jax.model.mixers.supra_window import WindowConfig
 from supra_jax.model.registry import MixerConfig
@@ -26,14 +26,18 @@ class Start:
   method: ClassVar[str]
   phi: ClassVar[Literal["random", "identity"]] = "identity"
 
-  def layer(self, teacher: ModelConfig, mixer: MixerConfig | None) -> MixerConfig:
+  def __post_init__(self):
+    check(self, type(self).__name__)
+
+  def layer(self, mixer: MixerConfig | None) -> MixerConfig:
     """The mixer config of the layers that begin so.
 
     Args:
-      teacher: config of the softmax model.
       mixer: what the user asked for; None means the default of this start.
+
+    Raises:
+      ValueError: the start is not for this mixer.
     """
-    del teacher
     return SupraConfig() if mixer is None else mixer
 
   def to_json(self) -> dict[str, Any]:
@@ -51,7 +55,7 @@ class Random(Start):
 
   method = "random"
   phi = "random"
-  seed: int = 0
+  seed: Annotated[int, AtLeast(0)] = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,17 +76,13 @@ class Window(Start):
   """
 
   method = "window"
-  window: int = WindowConfig.window
-  sinks: int = WindowConfig.sinks
+  window: Annotated[int, POSITIVE] = WindowConfig.window
+  sinks: Annotated[int, AtLeast(0)] = WindowConfig.sinks
 
-  def layer(self, teacher: ModelConfig, mixer: MixerConfig | None) -> MixerConfig:
+  def layer(self, mixer: MixerConfig | None) -> MixerConfig:
     """A WindowConfig with this window; `mixer` says the rest, as a SupraConfig."""
-    if mixer is not None and not isinstance(mixer, SupraConfig):
-      return mixer
-    if teacher.sliding_window is not None and self.window > teacher.sliding_window:
-      raise ValueError(
-        f"window={self.window}: the teacher's own softmax sees {teacher.sliding_window} tokens; wanted no more."
-      )
+    if mixer is not None and type(mixer) is not SupraConfig:
+      raise ValueError(f"{self} makes supra_window layers of a SupraConfig, not of {mixer}: begin that by Identity().")
     rest = {field.name: getattr(mixer or SupraConfig(), field.name) for field in dataclasses.fields(SupraConfig)}
     return WindowConfig(**rest, window=self.window, sinks=self.sinks)
 
@@ -111,15 +111,15 @@ class Calibrated(Start):
   method = "calibrated"
   data: str = "pydoc:topics"
   text_key: str = "text"
-  sequence_length: int = 512
-  tokens: int = 32768
-  batch_size: int = 8
-  ridge: float = RIDGE
+  sequence_length: Annotated[int, AtLeast(1)] = 512
+  tokens: Annotated[int, AtLeast(1)] = 32768
+  batch_size: Annotated[int, AtLeast(1)] = 8
+  ridge: Annotated[float, AtLeast(0)] = RIDGE
   mlp: bool = True
-  seed: int = 0
-  dtype: str = "float32"
+  seed: Annotated[int, AtLeast(0)] = 0
+  dtype: Literal["float32", "bfloat16", "float64"] = "float32"
   keep_softmax: int | None = None
-  measured_tokens: int = MEASURED_TOKENS
+  measured_tokens: Annotated[int, AtLeast(1)] = MEASURED_TOKENS
 
 
 STARTS: dict[str, type[Start]] = {start.method: start for start in (Window, Calibrated, Identity, Random)}

@@ -169,6 +169,8 @@ class ModelConfig:
     required = {name for name, default in fields.items() if default is dataclasses.MISSING} | {"mixers"}
     check_keys(values, fields.keys() | {"mixers", key}, required, path)
     rest = {name: value for name, value in values.items() if name in fields}
+    if old and "supra" not in values and set(map(str, values["mixers"])) != {"softmax"}:
+      raise ValueError(f"{path}: missing keys ['mixer_configs'], which says what the layers' mixers are told.")
     rest["layers"] = _layers(values["mixers"], values.get(key, {}), path, old=old)
     return typing.cast(ModelConfig, from_mapping(cls, rest, path))
 

@@ -12,7 +12,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from supra_jax.core.sharding import dimensions_spec
 from supra_jax.model.config import ModelConfig
-from supra_jax.model.registry import mixer_class, mixer_classes
+from supra_jax.model.registry import MIXER, mixer_class, mixer_classes
 from supra_jax.model.transformer import DecodeState
 
 # Of what all models have: (regex of the parameter's path below its layer, names of its dimensions). Mixers have AXES of
@@ -35,7 +35,7 @@ def parameter_name(path: Sequence[Any]) -> str:
 
 def parameter_axes() -> list[tuple[str, tuple[str | None, ...]]]:
   """(regex of a parameter's path below its layer, names of its dimensions), of the model and of all mixers."""
-  return [*_MODEL_AXES] + [(f"self_attn/{name}", axes) for mixer in mixer_classes() for name, axes in mixer.AXES]
+  return [*_MODEL_AXES] + [(f"{MIXER}/{name}", axes) for mixer in mixer_classes() for name, axes in mixer.AXES]
 
 
 def param_specs(params: Any, mesh: Mesh) -> Any:

@@ -15,6 +15,7 @@ _MODULES = {
   "supra_window": "supra_jax.model.mixers.supra_window",
 }
 _CLASSES: dict[str, Any] = {}
+MIXER = "self_attn"  # name of the mixer in a layer's parameters, Hugging Face's
 
 _Class = TypeVar("_Class", bound=type)
 
@@ -72,13 +73,14 @@ def mixer_classes() -> tuple[Any, ...]:
 
 
 def new_parameters(mixers: Iterable[str]) -> str:
-  """Regex of the parameters that these mixers call new; "" where they have none."""
-  return "|".join(filter(None, dict.fromkeys(mixer_class(mixer).NEW for mixer in mixers)))
+  """Regex of the paths of the parameters that these mixers call new; "" where they have none."""
+  return "|".join(f"{MIXER}/.*({new})" for new in dict.fromkeys(mixer_class(mixer).NEW for mixer in mixers) if new)
 
 
 def takes_adapters(kernel: str) -> bool:
   """Whether the kernel of that path is a `Dense` one in all mixers, beside which an adapter can stand."""
-  return not any(re.search(mixer.NO_ADAPTERS, kernel) for mixer in mixer_classes() if mixer.NO_ADAPTERS)
+  _, _, below = kernel.partition(f"{MIXER}/")
+  return not any(re.search(mixer.NO_ADAPTERS, below) for mixer in mixer_classes() if mixer.NO_ADAPTERS)
 
 
 def layer(mixer: str | MixerConfig, **fields: Any) -> MixerConfig:

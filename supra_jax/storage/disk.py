@@ -41,5 +41,5 @@ def adapt_to_disk(directory: AnyPath) -> None:
 
 
 def first_line(error: Exception) -> str:
-  """What an error says, or is, in one line."""
+  """The first line of an error's message, or of its repr if the message is empty."""
   return (str(error).strip() or repr(error)).splitlines()[0]

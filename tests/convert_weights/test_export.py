@@ -142,6 +142,14 @@ def test_layers_that_differ_are_refused(different, said, format, tmp_path):
     {"transformers": hf_export.export, "openlm": export_openlm}[format](config)
 
 
+@pytest.mark.parametrize("export", [hf_export.export, export_openlm])
+def test_a_mixer_that_others_do_not_know_is_refused(export):
+  from tests.model import toy_mixer  # noqa: F401  # registers itself
+
+  with pytest.raises(ConversionError, match=r"mixer 'toy'|'toy' layer"):
+    export(tiny().replace(layers=layers(("supra", "toy"))))
+
+
 def test_what_layers_of_two_kinds_share():
   mixed = tiny().replace(layers=layers(("softmax", "supra", "supra_window"), decay="retnet", window=7, sinks=2))
   wanted = WindowConfig(decay="retnet", window=7, sinks=2)

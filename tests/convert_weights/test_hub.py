@@ -280,5 +280,7 @@ def test_a_gated_model(hub, status, headers, open_description):
   with pytest.raises(ConversionError) as caught:
     open_source("gated/model")
   said = str(caught.value)
-  assert re.search(r"accept the model's terms on http://127\.0\.0\.1:\d+/gated/model, log in .*`hf auth login`", said), said
+  assert re.search(
+    r"accept the model's terms on http://127\.0\.0\.1:\d+/gated/model, log in .*`hf auth login`", said
+  ), said
   assert "download failed" not in said

@@ -267,3 +267,15 @@ def test_a_flag_of_another_method_is_refused(tmp_path, teacher, method, flag, ap
   name = flag.partition("=")[0]
   assert ran.returncode == 1
   assert ran.stderr == f"error: --{name} does not apply to --method={method}, but to --method={applies}.\n"
+
+
+@pytest.mark.parametrize(
+  ("flags", "said"),
+  [
+    (["--method=calibrated", "--measured_tokens=9"], "--measured_tokens does nothing without --keep_softmax."),
+    (["--layers=0,a"], "--layers=0,a: wanted whole numbers, as in 0,1,-1."),
+  ],
+)
+def test_flags_that_say_nothing_are_refused(tmp_path, teacher, flags, said):
+  ran = _program(f"--checkpoint={teacher}", f"--output={tmp_path}/out", *flags)
+  assert ran.returncode == 1 and ran.stderr == f"error: {said}\n"

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from supra_jax.linearization.linearize import linearize, linearize_checkpoint
-from supra_jax.linearization.starts import Identity, Random, Window
+from supra_jax.linearization.starts import Calibrated, Identity, Random, Window
 from supra_jax.model import registry
 from supra_jax.model.mixers.supra import SupraConfig
 from supra_jax.model.mixers.supra_window import WindowConfig
@@ -154,8 +154,31 @@ def test_a_window(random_params):
   )
   tokens = np.zeros((1, 9), np.int32)
   assert np.isfinite(Transformer(more.config).apply({"params": more.params}, tokens, method="logits")[0]).all()
-  with pytest.raises(ValueError, match="window=7: the teacher's own softmax sees 4 tokens"):
-    linearize(kept, TEACHER.replace(sliding_window=4), Window(window=7))
+  for start, mixer in ((Window(window=7), None), (Identity(), WindowConfig(window=7))):
+    with pytest.raises(ValueError, match="window=7: the teacher's own softmax sees 4 tokens"):
+      linearize(kept, TEACHER.replace(sliding_window=4), start, mixer=mixer)
+
+
+def test_a_mixer_that_is_given_is_taken_as_it_is(random_params):
+  """Or refused by a start that would change it; without a start it begins with phi(x) = relu(x)."""
+  kept = random_params(TEACHER)
+  made = linearize(kept, TEACHER, mixer=registry.layer("supra_window", window=5, sinks=1))
+  assert made.config.layers == (WindowConfig(window=5, sinks=1),) * 3
+  assert made.report["start"] == {"method": "identity"}
+  assert linearize(kept, TEACHER, mixer="supra").config.layers == (SupraConfig(),) * 3
+  assert linearize(kept, TEACHER).config.layers == (WindowConfig(),) * 3
+  with pytest.raises(
+    ValueError, match=r"Window\(window=8.* makes supra_window layers of a SupraConfig, not of WindowConfig"
+  ):
+    linearize(kept, TEACHER, Window(window=8), mixer=WindowConfig(window=5))
+  with pytest.raises(
+    ValueError, match=r"start='random': wanted one of Window\(\), Calibrated\(\), Identity\(\), Random"
+  ):
+    linearize(kept, TEACHER, "random")
+  with pytest.raises(
+    ValueError, match=r"Calibrated.batch_size=0: wanted a finite|Calibrated.batch_size=0: wanted a whole"
+  ):
+    Calibrated(batch_size=0)
 
 
 def test_a_mixer_that_cannot_take_over_is_refused():
