@@ -222,7 +222,7 @@ def test_raw_training_checkpoint(tmp_path):
   torch.save(checkpoint, source / "epoch_3.pt")
   assert_same(leaves(source), wanted)
   torch.save({"optimizer": {}}, source / "optimizer_3.pt")
-  with pytest.raises(ConversionError, match=r"epoch_3.pt, optimizer_3.pt. Give the file"):
+  with pytest.raises(ConversionError, match=r"epoch_3.pt, optimizer_3.pt. Give one of"):
     open_source(source)
   opened = open_source(source / "epoch_3.pt")
   assert opened.path == source / "epoch_3.pt" and opened.weight_files == [source / "epoch_3.pt"]

@@ -75,7 +75,7 @@ def test_what_it_cannot_do_is_said(tmp_path, monkeypatch):
     verify.compare(other, tmp_path / "out")
   with monkeypatch.context() as patch:
     patch.setitem(sys.modules, "torch", None)  # as where it is not installed
-    with pytest.raises(ConversionError, match=r"takes torch: pip install 'supra_jax\[torch\]'"):
+    with pytest.raises(ConversionError, match=r"needs torch: pip install 'supra_jax\[torch\]'"):
       verify.compare(source, tmp_path / "out")
   monkeypatch.setattr(verify, "_RUNNERS", {})
   with pytest.raises(ConversionError, match=r"transformers has no model for a source of the kind 'huggingface'"):

@@ -59,7 +59,10 @@ in_models = pytest.mark.parametrize("config", IN_MODELS)
 def test_parallel_is_recurrent_in_any_pieces(config, random_params):
   case, args = make_case(config, random_params), whole_documents()
   want = case.run(one_by_one, *args)
-  assert_close(case.run(in_pieces, *args, cuts=()), want)
+  got = case.run(in_pieces, *args, cuts=())
+  assert_close(got["out"], want["out"])
+  # In float32 sums over documents round by more than a logit does.
+  assert_close(got["grads"], want["grads"], 3e-4)
   assert_close(case.run(in_pieces, *args, cuts=(6, 7), grad=False)["out"], want["out"])
 
 

@@ -234,10 +234,6 @@ class TestOutput:
     ("flags", "message"),
     [
       ((), "error: Neither --mesh nor the recipe says what to plan for: wanted --mesh=fsdp:8, say.\n"),
-      (
-        ("--mesh=fsdp:3",),
-        r"error: batch_size=8 in microbatches=2 parts of 4 rows cannot be cut over the 3 shards .*\n",
-      ),
       (("--mesh=fsdp:2", "--device_memory=80"), "error: '80': wanted a number and one of GB, .*\n"),
     ],
   )
@@ -245,6 +241,12 @@ class TestOutput:
     done = programs.run("supra_jax.bin.plan", f"--config={ROOT / 'configs' / 'tiny.py'}", *flags)
     assert done.returncode == 1
     assert re.fullmatch(message, done.stderr)
+
+  def test_a_batch_that_cannot_be_cut(self):
+    # In a process of its own, which has as many devices as the mesh wants.
+    done = child("supra_jax.bin.plan", "--config=configs/tiny.py", "--mesh=fsdp:3")
+    wanted = r"error: batch_size=8 in microbatches=2 parts of 4 rows cannot be cut over the 3 shards .*\n"
+    assert done.returncode == 1 and re.fullmatch(wanted, done.stderr)
 
   def test_verdict(self):
     made = handmade(recipe("mistral_7b_supra"))
