@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from supra_jax.core.files import check_free
-from supra_jax.core.sharding import least_tokens, make_mesh
+from supra_jax.core.sharding import least_tokens, make_mesh, process_shard
 from supra_jax.data.loading import Batch
 from supra_jax.data.tokenizer import Tokenizer
 from supra_jax.linearization.calibrate import Report, calibrate
@@ -39,7 +39,8 @@ class Linearized:
     params: one subtree a layer; new parameters have the dtype of the layer's q_proj.
     config: of the new model.
     report: plain values that say how the model was made, for source.json: `start`, `mixer`, `layers` (those whose mixer
-      is new) and, where layers were measured, `kept_softmax`.
+      is new); `calibrated_on`, the number of tokens that calibration read, fewer than it wanted if the text is short;
+      and, where layers were measured, `kept_softmax`.
   """
 
   params: dict[str, Any]
@@ -88,7 +89,7 @@ def linearize(
   if config.sliding_window is not None and window > config.sliding_window:
     raise ValueError(f"window={window}: the teacher's own softmax sees {config.sliding_window} tokens; wanted no more.")
   report = {"start": start.to_json(), "mixer": {"mixer": layer.mixer, **dataclasses.asdict(layer)}}
-  kept: dict[str, Any] = {}
+  more: dict[str, Any] = {}
   if not isinstance(start, Calibrated):
     new, new_config = _begun(params, config, layer, start, chosen)
   else:
@@ -97,7 +98,8 @@ def linearize(
       teacher = (params, config)
       calibrated = functools.partial(_calibrated, teacher, layer, start, mesh, progress)
       if start.keep_softmax is None:
-        new, new_config = calibrated(chosen, read_batches(start, tokenizer, config.vocab_size, mesh))
+        batches = read_batches(start, tokenizer, config.vocab_size, mesh)
+        new, new_config = calibrated(chosen, batches)
       else:
         if not 0 < start.keep_softmax < len(chosen):
           wanted = f"1 to {len(chosen) - 1}" if len(chosen) > 1 else "more layers to choose from"
@@ -107,10 +109,12 @@ def linearize(
         first = calibrated(chosen, batches)
         measured = layer_divergences(teacher, first, fresh, mesh, dtype=start.dtype, report=progress)
         stay = choose_softmax_layers(measured, start.keep_softmax)
-        kept = {"kept_softmax": {"layers": stay, **measured._asdict()}}
+        more = {"kept_softmax": {"layers": stay, **measured._asdict()}}
         chosen = [i for i in chosen if i not in stay]
         new, new_config = calibrated(chosen, batches)
-  return Linearized(new, new_config, {**report, "layers": chosen, **kept})
+      own = sum(batch["tokens"].size - len(batch["tokens"]) for batch in batches)
+      more["calibrated_on"] = own * process_shard(mesh)[1]
+  return Linearized(new, new_config, {**report, "layers": chosen, **more})
 
 
 def linearize_checkpoint(

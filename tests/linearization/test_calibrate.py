@@ -196,7 +196,7 @@ for mesh, window in (("data:2,fsdp:2,tensor:2", None), ("fsdp:8", None), ("data:
 
 
 def test_a_mesh_is_one_device():
-  environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+  environment = os.environ | runs.devices_environment(8) | {"JAX_PLATFORMS": "cpu"}
   ran = subprocess.run([sys.executable, "-c", INSIDE], cwd=ROOT, env=environment, capture_output=True, text=True)
   assert ran.returncode == 0, ran.stderr[-2000:]
 
@@ -254,6 +254,8 @@ def test_a_checkpoint_nearer_to_its_teacher(tmp_path, packed):
   calibrated = load(tmp_path / "calibrated")
   assert calibrated.config.mixers == ("supra", "supra") and len(calibrated.generate("The", max_new_tokens=5)) > 0
   assert load_model(tmp_path / "calibrated").source["start"]["tokens"] == 2000
+  # Whole batches of four rows of 48.
+  assert load_model(tmp_path / "calibrated").source["calibrated_on"] == 11 * 4 * 48
 
 
 # Processes of two devices each; prints nothing.

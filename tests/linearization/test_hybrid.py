@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from benchmarks import runs
 from supra_jax.core.sharding import make_mesh
 from supra_jax.data.packing import prepare
 from supra_jax.experiments import tiny as tiny_model
@@ -157,7 +158,7 @@ assert len(set_apart(batches, 1, make_mesh("fsdp:4,tensor:2"))[1][0]["tokens"]) 
 
 
 def test_a_mesh_is_one_device():
-  environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+  environment = os.environ | runs.devices_environment(8) | {"JAX_PLATFORMS": "cpu"}
   ran = subprocess.run([sys.executable, "-c", INSIDE], cwd=ROOT, env=environment, capture_output=True, text=True)
   assert ran.returncode == 0, ran.stderr[-2000:]
 

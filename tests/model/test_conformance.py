@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from benchmarks import runs
 from supra_jax.core.sharding import make_mesh, put_batch
 from supra_jax.inference.decode import generate_tokens
 from supra_jax.inference.lm import LM
@@ -24,7 +25,7 @@ from supra_jax.model import costs, presets
 from supra_jax.model.adapters import AdapterConfig
 from supra_jax.model.config import ModelConfig
 from supra_jax.model.placement import param_shardings, parameter_axes, parameter_name, state_shardings
-from supra_jax.model.registry import layers, mixer_class, mixer_names
+from supra_jax.model.registry import MIXER, layers, mixer_class, mixer_names
 from supra_jax.model.stacking import stack_layers
 from supra_jax.model.transformer import Transformer
 from supra_jax.storage.model_directory import load_model, save_model
@@ -101,7 +102,11 @@ def test_facts(mixer):
         name = parameter_name(path)
         is_new = name.partition("/")[0] not in softmax
         assert bool(cls.NEW and re.search(cls.NEW, name)) == is_new, name
-        found |= {regex for regex, axes in cls.AXES if len(axes) == leaf.ndim and re.fullmatch(regex, name)}
+        own = [line for line in cls.AXES if len(line[1]) == leaf.ndim and re.fullmatch(line[0], name)]
+        found |= {regex for regex, _ in own}
+        # Sharding looks a parameter up by name among the lines of all mixers.
+        pooled = [axes for regex, axes in parameter_axes() if re.fullmatch(regex, f"{MIXER}/{name}")]
+        assert {axes for axes in pooled if len(axes) == leaf.ndim} == {axes for _, axes in own}, name
         if not is_new:
           assert leaf.shape == softmax[path[0].key][path[1].key].shape, name
       module = cls(config, told)
@@ -111,8 +116,11 @@ def test_facts(mixer):
       fields = {field.name: getattr(small, field.name) for field in dataclasses.fields(small)}
       assert sorted(name for names in cls.PARTS.values() for name in names) == sorted(fields)
       assert {name: len(axes) for name, axes in cls.STATE_AXES.items()} == {k: x.ndim for k, x in fields.items()}
+      sizes = {"batch": {2}, "heads": {config.num_heads, config.num_kv_heads}}
+      for name, axes in cls.STATE_AXES.items():
+        for axis, size in zip(axes, fields[name].shape, strict=True):
+          assert size in sizes.get(axis, {size}), f"{name}: {size} along {axis}"
   assert found == {regex for regex, _ in cls.AXES}, "AXES of no parameter"
-  assert len({regex: axes for regex, axes in parameter_axes() if "self_attn" in regex}) >= len(found)
 
 
 @mixers
@@ -264,7 +272,7 @@ def main():
 
 @mixers
 def test_a_mesh_is_one_device(mixer):
-  environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+  environment = os.environ | runs.devices_environment(8) | {"JAX_PLATFORMS": "cpu"}
   command = [sys.executable, "-m", "tests.model.test_conformance", mixer]
   ran = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
   assert ran.returncode == 0, ran.stderr[-2000:]
