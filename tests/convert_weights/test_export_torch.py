@@ -16,7 +16,7 @@ from supra_jax.model.presets import tiny  # noqa: E402
 from supra_jax.model.registry import layers  # noqa: E402
 from supra_jax.storage.model_directory import save_model  # noqa: E402
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
+pytestmark = pytest.mark.usefixtures("quick_compilation", "exported_code")
 
 LENGTH = 150  # longer than a chunk of the torch code
 BASE = tiny("softmax").replace(layers=layers(("softmax",)))
@@ -82,14 +82,6 @@ MODELS = {
     layers=layers(("softmax", "supra_window"), window=5, sinks=0), sliding_window=20, rope=RopeConfig(kind="by_head")
   ),
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def modules(tmp_path_factory):
-  """Where transformers copies the code of a directory to before it imports it."""
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path_factory.mktemp("modules")))
-    yield
 
 
 def load(directory, **kwargs):

@@ -72,7 +72,7 @@ OTHERS = {f"{f}, {r}": (f, CONVERTED[f].replace(rope=rope)) for f in FAMILIES fo
 
 
 @pytest.fixture(scope="module")
-def directory(tmp_path_factory, random_params):
+def directory(tmp_path_factory, random_params, exported_code):
   """Of all exports."""
   directory = tmp_path_factory.mktemp("peers")
   for name, config in CONVERTED.items():
@@ -82,9 +82,7 @@ def directory(tmp_path_factory, random_params):
     copy = shutil.copytree(directory / family / "hf", directory / name / "hf")
     (copy / "config.json").write_text(json.dumps({**hf_export.export(config).config, "dtype": "float32"}))
   tokenizer_kinds.write(directory / "tokenizers", texts_json=json.dumps(TEXTS))
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(directory / "modules"))
-    yield directory
+  return directory
 
 
 @pytest.fixture(scope="module")
