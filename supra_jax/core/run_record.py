@@ -21,7 +21,7 @@ RUNS_FILE = "runs.jsonl"
 PACKAGES = ("supra_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 FLAGS = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")
 
-_SOURCE = Path(__file__).resolve().parent.parent
+_SOURCE = Path(__file__).resolve().parents[2]  # holds the packages
 
 
 def write_run_record(workdir: str | os.PathLike[str], config: Mapping[str, Any]) -> None:

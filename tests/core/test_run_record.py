@@ -82,3 +82,7 @@ def test_config_that_json_lacks(tmp_path):
   with pytest.raises(TypeError):
     run_record.write_run_record(tmp_path, {"value": object()})
   assert not (tmp_path / run_record.RUNS_FILE).exists()
+
+
+def test_its_own_source_is_what_holds_the_packages():
+  assert (run_record._SOURCE / "supra_jax" / "core" / "run_record.py").samefile(run_record.__file__)
