@@ -30,6 +30,7 @@ from supra_jax.model.placement import param_shardings
 from supra_jax.model.presets import tiny
 from supra_jax.model.transformer import Transformer
 from supra_jax.storage.model_directory import load_model, save_model
+from tests.support import programs
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -196,9 +197,7 @@ for mesh, window in (("data:2,fsdp:2,tensor:2", None), ("fsdp:8", None), ("data:
 
 
 def test_a_mesh_is_one_device():
-  environment = os.environ | runs.devices_environment(8) | {"JAX_PLATFORMS": "cpu"}
-  ran = subprocess.run([sys.executable, "-c", INSIDE], cwd=ROOT, env=environment, capture_output=True, text=True)
-  assert ran.returncode == 0, ran.stderr[-2000:]
+  programs.succeeds_on_devices(8, "-c", INSIDE)
 
 
 def test_documents_stay_apart(random_params):

@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import runs
 from supra_jax.core.sharding import make_mesh
 from supra_jax.data.packing import prepare
 from supra_jax.experiments import tiny as tiny_model
@@ -27,6 +26,7 @@ from supra_jax.model.placement import param_shardings
 from supra_jax.model.presets import tiny
 from supra_jax.model.transformer import Transformer
 from supra_jax.storage.model_directory import load_model
+from tests.support import programs
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -158,9 +158,7 @@ assert len(set_apart(batches, 1, make_mesh("fsdp:4,tensor:2"))[1][0]["tokens"]) 
 
 
 def test_a_mesh_is_one_device():
-  environment = os.environ | runs.devices_environment(8) | {"JAX_PLATFORMS": "cpu"}
-  ran = subprocess.run([sys.executable, "-c", INSIDE], cwd=ROOT, env=environment, capture_output=True, text=True)
-  assert ran.returncode == 0, ran.stderr[-2000:]
+  programs.succeeds_on_devices(8, "-c", INSIDE)
 
 
 def test_a_state_has_a_size():

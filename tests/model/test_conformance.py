@@ -2,11 +2,8 @@
 
 import dataclasses
 import functools
-import os
 import re
-import subprocess
 import sys
-from pathlib import Path
 
 import hypothesis
 import jax
@@ -14,7 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import runs
 from supra_jax.core.sharding import make_mesh, put_batch
 from supra_jax.inference.decode import generate_tokens
 from supra_jax.inference.lm import LM
@@ -46,8 +42,8 @@ from tests.model.conformance import (
   one_by_one,
   whole_documents,
 )
+from tests.support import programs
 
-ROOT = Path(__file__).parents[2]
 MESH = "data:2,fsdp:2,tensor:2"
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 MIXERS = mixer_names()
@@ -272,10 +268,7 @@ def main():
 
 @mixers
 def test_a_mesh_is_one_device(mixer):
-  environment = os.environ | runs.devices_environment(8) | {"JAX_PLATFORMS": "cpu"}
-  command = [sys.executable, "-m", "tests.model.test_conformance", mixer]
-  ran = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-  assert ran.returncode == 0, ran.stderr[-2000:]
+  programs.succeeds_on_devices(8, "-m", "tests.model.test_conformance", mixer)
 
 
 if __name__ == "__main__":

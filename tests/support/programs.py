@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import os
 import runpy
 import subprocess
 import sys
@@ -14,6 +15,8 @@ from unittest import mock
 
 from absl import app, flags
 from absl.testing import flagsaver
+
+from benchmarks import runs
 
 OURS = ("supra_jax", "convert_weights")
 app.define_help_flags()  # as absl's own, or they would be a program's, and absl defines them but once
@@ -44,6 +47,15 @@ def run(module: str, *arguments: str) -> subprocess.CompletedProcess[str]:
       print(status, file=sys.stderr)
       status = 1
   return subprocess.CompletedProcess([module, *arguments], status or 0, out.getvalue(), err.getvalue())
+
+
+def succeeds_on_devices(number: int, *arguments: str) -> None:
+  """Runs Python in a process of its own, whose CPU pretends to be so many devices; it has to end well."""
+  environment = os.environ | runs.devices_environment(number) | {"JAX_PLATFORMS": "cpu"}
+  ran = subprocess.run(
+    [sys.executable, *arguments], cwd=runs.ROOT, env=environment, capture_output=True, text=True, check=False
+  )
+  assert ran.returncode == 0, ran.stderr[-2000:]
 
 
 @contextlib.contextmanager
