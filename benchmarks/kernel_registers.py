@@ -27,7 +27,7 @@ _TOOLS = importlib.util.find_spec("nvidia.cuda_nvcc") if importlib.util.find_spe
 _CUDA = Path(next(iter(_TOOLS.submodule_search_locations or [""]))) if _TOOLS else None
 if _CUDA is None or importlib.util.find_spec("jax_plugins.xla_cuda12") is None:
   sys.exit(__doc__)
-_NO_PTX = importlib.metadata.version("jax") >= "0.11"
+_NO_PTX = tuple(map(int, importlib.metadata.version("jax").split(".")[:2])) >= (0, 11)
 # Set before jax is imported, which reads them. The plugin compiles for a described GPU, without one in this machine.
 os.environ |= {
   "JAX_PLATFORMS": "cpu",

@@ -245,8 +245,8 @@ def _add(tokenizer: Tokenizer, added: Mapping[str, _Added]) -> bool:
     before = known.get(text)
     found = said.own_flags if before is None else {name: getattr(before, name) for name in said.own_flags}
     flags = dict(found if said.flags is None else said.flags)
-    if isinstance(tokenizer.normalizer, normalizers.Sequence):
-      # A Sequence is SentencePiece's normaliser. It would prepend a space to the token too, which a text then lacks.
+    if _is_sentencepiece(tokenizer.normalizer):
+      # The normaliser would prepend a space to the token too, which a text then lacks.
       flags["normalized"] = False
     special = said.special or (said.flags is None and before is not None and before.special)
     token = AddedToken(text, special=special, **flags)
@@ -256,6 +256,14 @@ def _add(tokenizer: Tokenizer, added: Mapping[str, _Added]) -> bool:
     if said.token_id not in (None, got := tokenizer.token_to_id(text)):
       raise ValueError(f"{text!r} has the id {said.token_id} in the files, but the tokenizer gives it the id {got}.")
   return changed
+
+
+def _is_sentencepiece(normalizer: Any) -> bool:
+  """Whether a normaliser prepends or replaces spaces, as SentencePiece does; others are NFC, say, or lower case."""
+  steps: Any = normalizer  # iterable, though its type does not say so
+  return isinstance(normalizer, normalizers.Sequence) and any(
+    isinstance(step, normalizers.Prepend | normalizers.Replace) for step in steps
+  )
 
 
 def _set_prefix_space(tokenizer: Tokenizer, settings: Mapping[str, Any]) -> bool:

@@ -76,11 +76,12 @@ def linear_attention(
   if own_lengths is not None:
     valid_BT = decay.valid_tokens(own_lengths, 0, tokens)
     seen_BTH, q = seen_BTH * valid_BT[..., None], decay.keep(valid_BT, q)
-  wide = jnp.float32 if q.dtype == jnp.bfloat16 else None
+  dtype = jnp.float32 if q.dtype == jnp.float16 else q.dtype  # states may exceed float16's range
+  wide = jnp.float32 if dtype == jnp.bfloat16 else None
   product = jnp.einsum(
     "bthk,bhkv->bthv",
-    q,
-    before.astype(q.dtype),
+    q.astype(dtype),
+    before.astype(dtype),
     precision=jax.lax.Precision.DEFAULT if wide else exact,
     preferred_element_type=wide,
   )

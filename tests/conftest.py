@@ -1,4 +1,5 @@
 import functools
+import gc
 import os
 import shutil
 import tempfile
@@ -70,11 +71,17 @@ def random_params():
   return _random_params
 
 
+# Tracing makes so many objects that collecting them takes time; `forgotten_programs` does it once a file.
+gc.disable()
+
+
 @pytest.fixture(scope="module", autouse=True)
 def forgotten_programs():
   """What a file compiled is no use to the next: kept, it comes to gigabytes."""
   yield
   jax.clear_caches()
+  gc.collect()
+  gc.freeze()  # what is left are modules, which the next collection need not look at
 
 
 @pytest.fixture(scope="module")

@@ -49,7 +49,7 @@ RESERVED = {
   "fsspec": r"supra_jax\.core\.bucket",
   "gcsfs": r"supra_jax\.core\.bucket",
   "grain": r"supra_jax\.data\.loading",
-  "tensorboardX": r"supra_jax\.training\.metrics",
+  "tensorboard": r"supra_jax\.training\.metrics",
   "matplotlib": r"supra_jax\.training\.pictures",
   "absl": r"supra_jax\.bin\..*|convert_weights\..*",
   "torch": r"convert_weights\.(torch_file|verify|for_transformers\..*)",

@@ -47,9 +47,9 @@ def given(
   return choices[chosen](**{field: flags.FLAGS[flag].value for flag, field in own.items()})
 
 
-def whole_numbers(flag: flags.FlagHolder) -> list[int]:
-  """The value of a list flag as integers; raises ValueError, with the flag's name, if one is none."""
+def whole_numbers(flag: flags.FlagHolder) -> list[int] | None:
+  """The value of a list flag as integers, None if it has none; raises ValueError, with its name, if one is none."""
   try:
-    return [int(item) for item in flag.value]
+    return None if flag.value is None else [int(item) for item in flag.value]
   except ValueError as error:
     raise ValueError(f"--{flag.name}={','.join(flag.value)}: wanted whole numbers, as in 0,1,-1.") from error

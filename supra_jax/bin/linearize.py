@@ -36,20 +36,20 @@ flags.DEFINE_integer("keep_softmax", None, "calibrated: number of layers to leav
 flags.DEFINE_integer("measured_tokens", MEASURED_TOKENS, "calibrated: tokens for keep_softmax's KL.", lower_bound=1)
 flags.DEFINE_integer("seed", 0, "random: of the new weights. calibrated: of the order of packed rows.")
 flags.DEFINE_enum("feature_map", "dense", typing.get_args(FeatureMapKind), "Shape of W in phi(x) = relu(W x + b).")
-flags.DEFINE_enum("decay", "lightning", typing.get_args(Decay), "Decay of the heads.")
-flags.DEFINE_float("decay_start", None, "First lightning slope. Default: the series' own ratio.")
+_DECAY = flags.DEFINE_enum("decay", "lightning", typing.get_args(Decay), "Decay of the heads.")
+_DECAY_START = flags.DEFINE_float("decay_start", None, "First lightning slope. Default: the series' own ratio.")
 flags.DEFINE_bool("qk_norm", False, "Normalise phi(q) and phi(k) before RoPE.")
+_OF_MIXER = ("feature_map", "decay", "decay_start", "qk_norm")
+_FIELDS = {"calibration_data": "data", "calibration_tokens": "tokens", "calibrate_mlp": "mlp"}
 
 
 def main() -> None:
-  fields = {"calibration_data": "data", "calibration_tokens": "tokens", "calibrate_mlp": "mlp"}
-  also, needs = {"calibrated": [_MESH.name]}, {"measured_tokens": "keep_softmax"}
-  start = given(STARTS, _METHOD, fields, also, needs)
-  names = ("feature_map", "decay", "decay_start", "qk_norm")
-  supra = layer("supra", **{name: flags.FLAGS[name].value for name in names})
-  layers = None if _LAYERS.value is None else whole_numbers(_LAYERS)
-  with shown(enabled=isinstance(start, Calibrated)) as progress:
-    how: dict[str, typing.Any] = {"mixer": supra, "layers": layers, "mesh": _MESH.value, "progress": progress}
+  start = given(STARTS, _METHOD, _FIELDS, {"calibrated": [_MESH.name]}, {"measured_tokens": "keep_softmax"})
+  if _DECAY_START.value is not None and _DECAY.value != "lightning":
+    raise ValueError(f"--decay_start does not apply to --decay={_DECAY.value}, but to --decay=lightning.")
+  supra = layer("supra", **{name: flags.FLAGS[name].value for name in _OF_MIXER})
+  how: dict[str, typing.Any] = {"mixer": supra, "layers": whole_numbers(_LAYERS), "mesh": _MESH.value}
+  with shown(enabled=isinstance(start, Calibrated)) as how["progress"]:
     made = linearize_checkpoint(_CHECKPOINT.value, _OUTPUT.value, start, **how)
   if "kept_softmax" in made.report:
     print(table(made.report["kept_softmax"]))

@@ -18,6 +18,7 @@ _MODEL = flags.DEFINE_string(
   "",
   "Preset for model and teacher, such as mistral_7b. Default: the checkpoint that the recipe names, or its preset.",
 )
+_MIXER = flags.DEFINE_string("mixer", "supra", "Mixer of a preset's layers: supra, or supra_window.")
 _DEVICE_MEMORY = flags.DEFINE_string(
   "device_memory", "", "Memory of a device, such as 80GB; the plan then says whether a step fits."
 )
@@ -31,7 +32,8 @@ def main() -> None:
     raise ValueError("Neither --mesh nor the recipe says what to plan for: wanted --mesh=fsdp:8, say.")
   device_memory = parse_bytes(_DEVICE_MEMORY.value) if _DEVICE_MEMORY.value else None
   mesh = planned_mesh(text)
-  model, teacher = planned_model(config, _MODEL.value), planned_teacher(config, _MODEL.value)
+  model = planned_model(config, _MODEL.value, _MIXER.value)
+  teacher = planned_teacher(config, _MODEL.value)
   made = plan(config, model, mesh, teacher)
   print(render(made, device_memory))
   if mesh.devices.flat[0].platform == "cpu":

@@ -37,12 +37,14 @@ def evaluate(
   Raises:
     FileNotFoundError: no file matches.
     NotFiniteError: as `text_nll`.
-    ValueError: as `text_nll`, a file cannot be read, or the model has no tokenizer.
+    ValueError: as `text_nll`, a file cannot be read, the model has no tokenizer, or `max_tokens` is less than a piece.
   """
   if lm.tokenizer is None:
     raise ValueError(
       "This checkpoint has no tokenizer to read text with: use supra_jax.evaluation.likelihood.text_nll with token ids."
     )
+  if 0 < max_tokens < sequence_length:
+    raise ValueError(f"max_tokens={max_tokens} does not fill one piece: sequence_length={sequence_length}.")
   documents = (lm.tokenizer.encode(document, bos=False) for document in read_documents(text, text_key))
   tokens = list(itertools.islice(itertools.chain.from_iterable(documents), max_tokens or None))
   return text_nll(lm, tokens, sequence_length=sequence_length)

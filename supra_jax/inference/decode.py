@@ -15,6 +15,8 @@ from supra_jax.model.finite import generated_not_finite, not_finite
 from supra_jax.model.transformer import DecodeState, Transformer
 
 PREFILL_TOKENS = 512  # tokens of a piece of the prompt, so that activations do not grow with the prompt
+SHORTEST_PREFILL = 16  # tokens that shorter pieces are padded to: as quick, since reading the weights takes the time
+SHORTEST_CACHE = 64  # tokens that a cache has room for at least
 DECODE_TOKENS = 8  # steps per call of the decode loop: enough to hide the host's work, few enough to stream
 
 
@@ -49,7 +51,7 @@ def prefill(model: Transformer, params: Mapping[str, Any], tokens_BT: np.ndarray
   for start in range(0, time, PREFILL_TOKENS):
     piece = tokens_BT[:, start : start + PREFILL_TOKENS]
     count = piece.shape[1]
-    piece = np.pad(piece, ((0, 0), (0, round_up_length(count) - count)))
+    piece = np.pad(piece, ((0, 0), (0, max(round_up_length(count), SHORTEST_PREFILL) - count)))
     logits, state = _prefill(model, params, piece, state, np.full(batch, count, np.int32))
   return logits, state
 
@@ -71,6 +73,17 @@ def _decode(model: Transformer, sampling: Sampling, steps: int, params, token_B,
 
   (token_B, state, key), drawn = jax.lax.scan(step, (token_B, state, key), length=steps)
   return drawn, token_B, state, key
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _first(sampling: Sampling, logits_BV: jax.Array, key):
+  """Draws the token after the prompt; returns ((tokens, whether logits were finite), as `_decode`), token and key.
+
+  Compiled, so that its results are where those of `_decode` are, which then compiles once for all its calls.
+  """
+  key, draw = jax.random.split(key)
+  token_B = sample(logits_BV, draw, sampling)
+  return (token_B[None], jnp.isfinite(logits_BV).all(-1)[None]), token_B, key
 
 
 def generate_tokens(
@@ -102,12 +115,13 @@ def generate_tokens(
     raise ValueError("The prompt is empty, and the model has no token that starts or ends a text: give at least one.")
   if max_new_tokens < 1:
     return
-  key, draw = jax.random.split(jax.random.key(seed))
   # Room for DECODE_TOKENS more: every call runs all its steps, so that the last may draw more tokens than wanted.
-  state = model.init_state(1, len(prompt_ids) + max_new_tokens + DECODE_TOKENS)
+  # Rounded up, so that texts of about the same length share their programs.
+  capacity = len(prompt_ids) + max_new_tokens + DECODE_TOKENS
+  state = model.init_state(1, max(round_up_length(capacity), SHORTEST_CACHE))
   logits, state = prefill(model, params, np.asarray([prompt_ids], np.int32), state)
-  token_B = sample(logits, draw, sampling)
-  ready, done, last = (token_B[None], jnp.isfinite(logits).all(-1)[None]), 0, prompt_ids[-1]
+  ready, token_B, key = _first(sampling, logits, jax.random.key(seed))
+  done, last = 0, prompt_ids[-1]
   while True:
     # Dispatched first, so that the device computes the next tokens while the host turns these into text.
     following = None

@@ -42,7 +42,7 @@ from supra_jax.data.loading import Batch
 from supra_jax.linearization.solve import NOTHING, PRIOR_RIDGE, RIDGE, Moments, solve
 from supra_jax.model.config import ModelConfig
 from supra_jax.model.layers import Dense, Norm, SwiGLU, at_least_float32
-from supra_jax.model.registry import MixerConfig, mixer_class
+from supra_jax.model.registry import MIXER, MixerConfig, mixer_class
 from supra_jax.model.transformer import Block, Transformer
 
 # Called after each layer with its number, the number of layers, what was found, and the same in words.
@@ -147,17 +147,17 @@ def _calibrate_layer(
     streams.write(number, teacher=target, features=features)
     total = _add(total, moments)
   names = run.outputs(kinds[1], student)
-  kernels = [student["self_attn"][name]["kernel"] for name in names]
+  kernels = [student[MIXER][name]["kernel"] for name in names]
   widths = [len(kernel) for kernel in kernels]
   prior: Any = 0.0  # the teacher's W_o is for softmax
   ridges = [ridge]
   if len(names) > 1:
-    ridges = [ridge * PRIOR_RIDGE if name in teacher["self_attn"] else ridge for name in names]
+    ridges = [ridge * PRIOR_RIDGE if name in teacher[MIXER] else ridge for name in names]
     prior = np.vstack([_whole(kernel) for kernel in kernels])
-  biased = next((name for name in names if "bias" in student["self_attn"][name]), None)
+  biased = next((name for name in names if "bias" in student[MIXER][name]), None)
   kernel, bias, missed = solve(total, ridge=ridges, widths=widths, bias=biased is not None, prior=prior)
   for name, rows in zip(names, np.split(kernel, np.cumsum(widths)[:-1]), strict=True):
-    student = _replaced(student, "self_attn", name, rows, bias if name == biased else None)
+    student = _replaced(student, MIXER, name, rows, bias if name == biased else None)
 
   total = NOTHING
   for number in range(len(batches)):
@@ -233,7 +233,7 @@ class _Run:
   def _mix(self, kind, student, x_BTD, context):
     mixer = mixer_class(kind.mixer)(self.student, kind, self.dtype)
     normed = self._norm(student, "input_layernorm", x_BTD)
-    outs: Any = mixer.apply({"params": student["self_attn"]}, normed, None, context, method="outputs")
+    outs: Any = mixer.apply({"params": student[MIXER]}, normed, None, context, method="outputs")
     return outs[0]
 
   def _attend(self, kinds, teacher, student, x_teacher, x_student, batch):
@@ -267,7 +267,7 @@ class _Run:
   def _attended(self, kind, student, x_student, features):
     end = 0
     for name in self.outputs(kind, student):
-      params = student["self_attn"][name]
+      params = student[MIXER][name]
       begin, end = end, end + len(params["kernel"])
       part = features[..., begin:end]
       x_student += Dense(self.student.hidden_size, "bias" in params, self.dtype).apply({"params": params}, part)

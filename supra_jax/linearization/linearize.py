@@ -22,7 +22,7 @@ from supra_jax.linearization.hybrid import choose_softmax_layers, layer_divergen
 from supra_jax.linearization.starts import STARTS, Calibrated, Identity, Start, Window
 from supra_jax.model.config import ModelConfig
 from supra_jax.model.placement import param_shardings
-from supra_jax.model.registry import MixerConfig, mixer_class
+from supra_jax.model.registry import MIXER, MixerConfig, mixer_class
 from supra_jax.model.registry import layer as make_layer
 from supra_jax.model.transformer import Transformer
 from supra_jax.storage.model_directory import load_model, save_model
@@ -85,9 +85,10 @@ def linearize(
     raise ValueError(f"start={start!r}: wanted one of {', '.join(f'{kind.__name__}()' for kind in STARTS.values())}.")
   chosen = _chosen_layers(config, layers)
   layer = start.layer(make_layer(mixer) if isinstance(mixer, str) else mixer)
-  window = getattr(layer, "window", 0)
-  if config.sliding_window is not None and window > config.sliding_window:
-    raise ValueError(f"window={window}: the teacher's own softmax sees {config.sliding_window} tokens; wanted no more.")
+  if mixer_class(layer.mixer).begin is None:
+    raise ValueError(f"The mixer {layer.mixer!r} cannot take over a trained layer: it is for models from scratch.")
+  if refusal := mixer_class(layer.mixer).refusal(config, layer):
+    raise ValueError(refusal)
   report = {"start": start.to_json(), "mixer": {"mixer": layer.mixer, **dataclasses.asdict(layer)}}
   more: dict[str, Any] = {}
   if not isinstance(start, Calibrated):
@@ -206,12 +207,10 @@ def _begun(
   The model's own initialiser, run for one layer, says which parameters the mixer has and draws those that are new.
   """
   begin = mixer_class(layer.mixer).begin
-  if begin is None:
-    raise ValueError(f"The mixer {layer.mixer!r} cannot take over a trained layer: it is for models from scratch.")
   one_layer = Transformer(config.replace(layers=(layer,)))
-  old = params[f"layers_{chosen[0]}"]["self_attn"]
+  old = params[f"layers_{chosen[0]}"][MIXER]
   tokens = least_tokens()
-  shapes = jax.eval_shape(lambda: one_layer.init(jax.random.key(0), tokens))["params"]["layers_0"]["self_attn"]
+  shapes = jax.eval_shape(lambda: one_layer.init(jax.random.key(0), tokens))["params"]["layers_0"][MIXER]
   kept = [name for name in shapes if name in old]
   for name in kept:
     for part, shape in shapes[name].items():
@@ -222,15 +221,15 @@ def _begun(
 
   @jax.jit
   def draw(key):
-    attention = one_layer.init(key, tokens)["params"]["layers_0"]["self_attn"]
+    attention = one_layer.init(key, tokens)["params"]["layers_0"][MIXER]
     return begin({name: tree for name, tree in attention.items() if name not in kept}, start)
 
   seed = getattr(start, "seed", 0)
   begun = dict(params)
   for i in chosen:
-    attention = params[f"layers_{i}"]["self_attn"]
+    attention = params[f"layers_{i}"][MIXER]
     dtype = attention["q_proj"]["kernel"].dtype
     new = jax.tree.map(lambda x, dtype=dtype: x.astype(dtype), draw(jax.random.fold_in(jax.random.key(seed), i)))
-    begun[f"layers_{i}"] = {**params[f"layers_{i}"], "self_attn": {name: attention[name] for name in kept} | new}
+    begun[f"layers_{i}"] = {**params[f"layers_{i}"], MIXER: {name: attention[name] for name in kept} | new}
   layers = tuple(layer if i in chosen else other for i, other in enumerate(config.layers))
   return begun, config.replace(layers=layers)

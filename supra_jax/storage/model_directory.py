@@ -113,10 +113,10 @@ def load_model(
 
   Raises:
     FileNotFoundError: `directory` is not a model directory, or a part of it is missing.
-    ValueError: its config.json does not describe a model.
+    ValueError: its config.json does not describe a model, or its parameters are those of another one.
   """
   model = load_model_without_params(directory)
-  params = read_params(absolute(directory) / PARAMS_DIRECTORY, dtype, shardings)
+  params = read_params(absolute(directory) / PARAMS_DIRECTORY, model.config, dtype, shardings)
   return dataclasses.replace(model, params=params)
 
 

@@ -12,6 +12,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from supra_jax.core.files import AnyPath
+from supra_jax.model.config import ModelConfig
+from supra_jax.model.shapes import check_fit
 from supra_jax.storage.disk import IN_PLACE, adapt_to_disk, first_line
 
 Params = Mapping[str, Any]
@@ -78,11 +80,24 @@ def _wait(future: Any) -> None:
     raise OSError(f"The parameters could not be written: {first_line(error)}") from error
 
 
-def read_params(path: AnyPath, dtype: Any, shardings: Callable[[Params], Params] | None) -> Params:
-  """Reads what `write_params` wrote; for `dtype` and `shardings` see `storage.model_directory.load_model`."""
+def read_params(path: AnyPath, config: ModelConfig, dtype: Any, shardings: Callable[[Params], Params] | None) -> Params:
+  """Reads what `write_params` wrote.
+
+  Args:
+    path: directory of the checkpoint.
+    config: of the model whose parameters these are.
+    dtype, shardings: see `storage.model_directory.load_model`.
+
+  Raises:
+    ValueError: the stored parameters are not those of such a model; none was read.
+  """
   with ocp.PyTreeCheckpointer() as checkpointer:
     metadata = checkpointer.metadata(path).item_metadata.tree
     shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), metadata)
+    try:
+      check_fit(config, shapes)
+    except ValueError as error:
+      raise ValueError(f"{path}: {error}") from error
     if shardings is None:
       first = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
       places = jax.tree.map(lambda _: first, shapes)

@@ -11,15 +11,16 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import socket
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
 
-from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto.event_pb2 import Event, SessionLog
-from tensorboardX.proto.summary_pb2 import Summary
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.summary.writer.record_writer import RecordWriter
 
 from supra_jax.core.files import local, place
 from supra_jax.core.plain_json import to_json
@@ -130,15 +131,18 @@ def _line(record: Record) -> str:
 class _Board:
   """A file of TensorBoard's events.
 
-  Not tensorboardX's SummaryWriter: that writes in a thread, and once the thread has died, of a full disk say, its
+  Not TensorBoard's EventFileWriter: that writes in a thread, and once the thread has died, of a full disk say, its
   caller waits for ever.
   """
 
   def __init__(self, directory: Path, first_step: int):
     """Opens a new file in the directory; from first_step on, what other files have is hidden."""
     directory.mkdir(parents=True, exist_ok=True)
-    # The writer's own name tells seconds, and a file of the same name would be overwritten.
-    self._events = EventsWriter(str(directory / "events"), f".{time.time_ns()}")
+    # TensorBoard reads files with this name, in the order of their seconds; nanoseconds tell those of a second apart.
+    now = time.time_ns()
+    file = (directory / f"events.out.tfevents.{now // 10**9}.{socket.gethostname()}.{now}").open("xb")
+    self._records = RecordWriter(file)
+    self._add(0, file_version="brain.Event:2")
     self._add(first_step, session_log=SessionLog(status=SessionLog.START))
 
   def write(self, record: Record) -> None:
@@ -149,11 +153,11 @@ class _Board:
     self._add(record["step"], summary=Summary(value=values))
 
   def _add(self, step: int, **what: Any) -> None:
-    self._events.write_event(Event(wall_time=time.time(), step=step, **what))
-    self._events.flush()
+    self._records.write(Event(wall_time=time.time(), step=step, **what).SerializeToString())
+    self._records.flush()
 
   def close(self) -> None:
-    self._events.close()
+    self._records.close()
 
 
 def _tag(name: str) -> str:

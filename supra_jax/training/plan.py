@@ -77,13 +77,18 @@ class Plan:
     return None if self.memory is None else self.memory.peak - self.memory.arguments
 
 
-def planned_model(config: TrainConfig, preset: str = "") -> ModelConfig:
+def planned_model(config: TrainConfig, preset: str = "", mixer: str = "supra") -> ModelConfig:
   """The model that a recipe trains: the preset that is named here, else init_checkpoint's, else the recipe's preset.
+
+  Args:
+    config: the recipe.
+    preset: one of `PRESETS`, before all else.
+    mixer: mixer of a preset's layers.
 
   Raises:
     ValueError: a preset is unknown, or there is nothing to go by.
   """
-  return _planned(config, "init_checkpoint", preset, "supra")
+  return _planned(config, "init_checkpoint", preset, mixer)
 
 
 def planned_teacher(config: TrainConfig, preset: str = "") -> ModelConfig | None:

@@ -21,13 +21,14 @@ from supra_jax.data.tokenizer import Tokenizer
 from supra_jax.model.config import ModelConfig
 from supra_jax.model.costs import step_flops_per_token
 from supra_jax.model.placement import param_shardings
+from supra_jax.model.shapes import parameter_shapes
 from supra_jax.model.stacking import stack_layers
 from supra_jax.model.transformer import Transformer
 from supra_jax.objectives.heldout import mean_nll
 from supra_jax.storage.model_directory import ModelCheckpoint, load_model, load_model_without_params
 from supra_jax.storage.run_states import RunStates
 from supra_jax.training.config import DataConfig, TrainConfig
-from supra_jax.training.step import TrainState, TrainStep, parameter_shapes, with_shardings
+from supra_jax.training.step import TrainState, TrainStep, with_shardings
 from supra_jax.training.workdir import DATA_DIRECTORY, STATES_DIRECTORY
 
 

@@ -10,9 +10,10 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from supra_jax.core.sharding import check_heads, least_tokens
+from supra_jax.core.sharding import check_heads
 from supra_jax.model.adapters import AdapterConfig, add_adapters, merge_adapters
 from supra_jax.model.placement import like_params, param_shardings
+from supra_jax.model.shapes import parameter_shapes
 from supra_jax.model.stacking import unstack_layers
 from supra_jax.model.transformer import Transformer
 from supra_jax.objectives.losses import Teacher, attention_transfer_loss, count_targets, language_model_loss
@@ -39,14 +40,6 @@ class TrainState:
   step: jax.Array
   skipped: jax.Array
   skipped_in_row: jax.Array
-
-
-def parameter_shapes(model: Transformer) -> Any:
-  """jax.ShapeDtypeStruct of every parameter, float32: one subtree a layer, or a stack of layers if `model` is stacked.
-
-  Runs on no device: the devices of the mesh that is set need not be here.
-  """
-  return jax.eval_shape(lambda: model.init(jax.random.key(0), least_tokens(), method="logits")["params"])
 
 
 def with_shardings(shapes: Any, shardings: Any) -> Any:

@@ -22,6 +22,7 @@ from supra_jax.bin.demo import smollm2_gguf
 from supra_jax.evaluation.likelihood import text_nll
 from supra_jax.linearization.linearize import linearize
 from supra_jax.linearization.starts import Random
+from supra_jax.model.stacking import stack_layers
 from supra_jax.model.transformer import Transformer
 from supra_jax.objectives.losses import language_model_loss
 
@@ -93,11 +94,11 @@ def test_the_teacher_predicts_english(teacher, text_ids):
 def test_the_chunked_scan_is_as_exact_as_the_token_recurrence(teacher, text_ids):
   """Held against float64 on the linearised model, 256 tokens: logits' error and loss."""
   linear = linearize(teacher.params, teacher.config, Random())
-  params, config = linear.params, linear.config
+  params, config = stack_layers(linear.params, linear.config), linear.config
   tokens = np.array([text_ids[:257]], np.int32)
 
   def run(implementation, dtype):
-    model = Transformer(config, dtype=dtype, implementation=implementation)
+    model = Transformer(config, dtype=dtype, implementation=implementation, stacked=True)
     cast = jax.tree.map(lambda x: x.astype(dtype), params)
 
     @jax.jit
@@ -121,7 +122,7 @@ def test_the_chunked_scan_is_as_exact_as_the_token_recurrence(teacher, text_ids)
   assert abs(chunked_loss - exact_loss) < 1e-5
 
 
-def test_the_demo_leaves_what_it_promises(tmp_path):
+def test_the_demo_leaves_what_it_promises(tmp_path, quick_compilation):
   """`make demo` with two steps, and once more: a second run needs nothing that the first had."""
   command = [sys.executable, "-m", "supra_jax.bin.demo", f"--workdir={tmp_path / 'demo'}", "--max_new_tokens=5"]
   config = {"num_steps": 2, "evaluate_every": 0, "data.heldout_rows": 1, "data.sequence_length": 128}

@@ -114,3 +114,5 @@ def test_evaluation_agrees_with_the_logits(lm):
   assert results[2][1] and not results[0][1]
   with pytest.raises(ValueError, match="empty"):
     evaluate.loglikelihoods(lm, [([], [1])])
+  with pytest.raises(ValueError, match="max_tokens=512 does not fill one piece: sequence_length=1024"):
+    evaluate.evaluate(lm, "any", max_tokens=512)

@@ -1,14 +1,21 @@
 """The op on a mesh of eight devices: rows, heads and time cut, in a process that has them."""
 
+import functools
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 
 from benchmarks import runs
+from kernels_pallas import context_parallel, linear_attention
 
 ROOT = Path(__file__).parents[2]
 ALL = ("initial_state", "segment_ids", "lengths")
@@ -82,3 +89,16 @@ def test_states_are_all_that_travels(name, done):
   # One of the states, and two small ones of document ids.
   wanted = 0 if time == 1 else 3 if "segment_ids" in given else 1
   assert done[name][1] == ["all-gather"] * wanted
+
+
+def test_a_state_beyond_float16_reaches_the_output():
+  rng = np.random.default_rng(0)
+  q, k, v = (jnp.asarray(rng.uniform(1e-3, 2e-3, (1, 4, 2, 3)), jnp.float16) for _ in range(3))
+  given = {"scale": 1.0, "initial_state": jnp.full((1, 2, 3, 3), 1e5), "implementation": "chunked_xla"}
+  op = functools.partial(context_parallel.linear_attention, axis="time", slopes=jnp.full(2, 0.5), **given)
+  mesh = jax.make_mesh((1,), ("time",), axis_types=(AxisType.Auto,))
+  specs = {"in_specs": P(None, "time"), "out_specs": (P(None, "time"), P()), "check_vma": False}
+  out, _ = jax.shard_map(op, mesh=mesh, **specs)(q, k, v)
+  want, _ = linear_attention(q, k, v, jnp.full(2, 0.5), **given)
+  np.testing.assert_allclose(out, want, rtol=2e-3)
+  assert float(want.max()) > 100

@@ -72,15 +72,34 @@ def test_what_is_unread_lies_on_disk_as_what_orbax_itself_saves(params, tmp_path
   assert metadata[0] == metadata[1]
 
 
-def test_unread_arrays_are_read_in_turn_and_once(tmp_path):
+def test_unread_arrays_are_read_in_turn_and_once(params, tmp_path):
   read = []
 
-  def array(name):
-    return UnreadArray(8, lambda: read.append(name) or np.full(2, len(read), np.float32))
+  def unread(path, array):
+    name = jax.tree_util.keystr(path)
+    return UnreadArray(array.nbytes, lambda: read.append(name) or np.full(array.shape, len(read), np.float32))
 
-  _save(tmp_path / "model", {name: array(name) for name in "abc"}, source=lambda: {"read": list(read)})
-  assert load_model(tmp_path / "model").source == {"read": ["a", "b", "c"]}
-  assert [int(x[0]) for x in load_model(tmp_path / "model").params.values()] == [1, 2, 3]
+  given = jax.tree_util.tree_map_with_path(unread, params)
+  _save(tmp_path / "model", given, source=lambda: {"read": list(read)})
+  names = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+  got = load_model(tmp_path / "model")
+  assert got.source == {"read": names}
+  assert [int(x.ravel()[0]) for x in jax.tree.leaves(got.params)] == list(range(1, len(names) + 1))
+
+
+def test_parameters_of_another_model_are_refused(params, tmp_path):
+  few = {name: tree for name, tree in params.items() if name != "norm"}
+  head = params["lm_head"]
+  wrong = few | {"lm_head": {**head, "kernel": head["kernel"][:, :-1]}, "left": {"over": np.zeros(1, np.float32)}}
+  _save(tmp_path / "model", wrong)
+  rows, columns = head["kernel"].shape
+  said = r"model/params: .* norm/bias is missing; norm/weight is missing; left/over is of no use to it, and 1 more"
+  with pytest.raises(ValueError, match=said):
+    load_model(tmp_path / "model")
+  _save(tmp_path / "narrow", wrong | {"norm": params["norm"]})
+  said = rf"lm_head/kernel has shape \({rows}, {columns - 1}\), wanted \({rows}, {columns}\)\.$"
+  with pytest.raises(ValueError, match=said):
+    load_model(tmp_path / "narrow")
 
 
 def test_more_than_the_disk_has_room_for_is_not_begun(tmp_path):
@@ -133,11 +152,15 @@ def test_nothing_is_left_though_a_thread_of_the_failed_write_goes_on(tmp_path):
   assert list(tmp_path.iterdir()) == []
 
 
-def test_odd_numbers_survive(tmp_path):
-  odd = {"a": {"b": np.array([np.nan, np.inf, -0.0, 1e-45, 3.4e38], np.float32)}, "steps": np.arange(3, dtype=np.int32)}
+def test_odd_numbers_survive(params, tmp_path):
+  size = params["norm"]["weight"].size
+  weight = np.resize(np.array([np.nan, np.inf, -0.0, 1e-45, 3.4e38], np.float32), size)
+  odd = {**params, "norm": {"weight": weight, "bias": np.arange(size, dtype=np.int32)}}
   _save(tmp_path / "model", odd)
   _assert_same_bits(load_model(tmp_path / "model").params, odd)
-  assert load_model(tmp_path / "model", dtype="bfloat16").params["steps"].dtype == jnp.int32  # only floats convert
+  assert (
+    load_model(tmp_path / "model", dtype="bfloat16").params["norm"]["bias"].dtype == jnp.int32
+  )  # only floats convert
 
 
 def test_an_empty_directory_may_be_filled(params, tmp_path):

@@ -21,12 +21,12 @@ from supra_jax.data.tokenizer import Tokenizer
 from supra_jax.experiments import tiny
 from supra_jax.model import presets
 from supra_jax.model.costs import train_flops_per_token
+from supra_jax.model.shapes import parameter_shapes
 from supra_jax.model.transformer import Transformer
 from supra_jax.storage.model_directory import load_model_without_params
 from supra_jax.training import plan as planning
 from supra_jax.training.compiled import Memory, Traffic
 from supra_jax.training.config import TrainConfig
-from supra_jax.training.step import parameter_shapes
 from tests.model.test_flops import products
 from tests.support import programs
 

@@ -147,6 +147,12 @@ class Mixer(nn.Module):
     raise NotImplementedError
 
   @classmethod
+  def refusal(cls, config: ModelConfig, layer: Any) -> str | None:
+    """Why a layer with this config cannot take over a softmax layer of this model, as a sentence; None: it can."""
+    del config, layer
+    return None
+
+  @classmethod
   def reach(cls, config: ModelConfig, layer: Any) -> int | None:
     """The position at which `Context.far_rotations` is clamped for this mixer; None where it uses none."""
     del config, layer

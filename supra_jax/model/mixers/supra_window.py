@@ -99,6 +99,13 @@ class WindowAttention(LinearProjections):
     return super().flops(config, layer, tokens) + softmax + config.num_heads * config.value_width * config.hidden_size
 
   @classmethod
+  def refusal(cls, config: ModelConfig, layer: Any) -> str | None:
+    seen = config.sliding_window
+    if seen is None or layer.window <= seen:
+      return None
+    return f"window={layer.window}: the teacher's own softmax sees {seen} tokens; wanted no more."
+
+  @classmethod
   def reach(cls, config: ModelConfig, layer: Any) -> int | None:
     """Largest distance at which q is rotated against the sinks: clamped to what the teacher has seen in training.
 
