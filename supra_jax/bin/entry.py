@@ -9,6 +9,7 @@ from collections.abc import Callable
 from absl import app, flags, logging
 
 from supra_jax.bin.options import find_base, unknown_option
+from supra_jax.core.programs import keep_programs
 
 DTYPES = ("float32", "bfloat16", "float16")  # dtypes that a model can run in
 # Packages that access buckets; their exceptions are network errors, not defects of this program.
@@ -18,8 +19,8 @@ _CLIENTS = ("aiohttp", "gcsfs", "google")
 def run(main: Callable[[], None]) -> None:
   """Parses the flags and calls `main`.
 
-  Bad input (ValueError, OSError) ends the program with the exception's message on stderr and exit status 1. Any other
-  exception is a defect of the program and keeps its traceback.
+  Bad flags, bad input (ValueError, OSError) and errors of the clients of buckets end the program with one line on stderr
+  and exit status 1. Any other exception is a defect of the program and keeps its traceback.
   """
 
   def absl_main(argv: list[str]) -> None:
@@ -31,16 +32,15 @@ def run(main: Callable[[], None]) -> None:
       logging.get_absl_logger().addFilter(lambda record: "orbax" not in record.pathname)
       for name in ("asyncio", "gcsfs"):
         python_logging.getLogger(name).setLevel("CRITICAL")
+    keep_programs()
     try:
       main()
     except (ValueError, OSError) as error:
-      print(f"error: {error}", file=sys.stderr)
-      sys.exit(1)
+      sys.exit(f"error: {error}")
     except Exception as error:
       if type(error).__module__.partition(".")[0] not in _CLIENTS:
         raise
-      print(f"error: the bucket cannot be reached: {error}", file=sys.stderr)
-      sys.exit(1)
+      sys.exit(f"error: the bucket cannot be reached: {error}")
 
   app.run(absl_main, flags_parser=_parse_flags)
 
@@ -55,5 +55,4 @@ def _parse_flags(argv: list[str]) -> list[str]:
     cause: object = error
     while isinstance(cause, BaseException) and not isinstance(cause, OSError) and cause.args:
       cause = cause.args[0]
-    print(f"error: {unknown_option(argv) or cause}", file=sys.stderr)
-    sys.exit(1)
+    sys.exit(f"error: {unknown_option(argv) or cause}")

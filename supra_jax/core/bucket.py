@@ -167,7 +167,7 @@ def copies(target: Path | epath.Path, names: tuple[str, ...]) -> Iterator[Copies
 
 
 def cache_directory() -> Path:
-  """Makes and returns the local directory for downloads, `$XDG_CACHE_HOME/supra_jax` or `~/.cache/supra_jax`."""
+  """Makes and returns `$XDG_CACHE_HOME/supra_jax` or `~/.cache/supra_jax`, for downloads and compiled programs."""
   cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "supra_jax"
   cache.mkdir(parents=True, exist_ok=True)
   return cache

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from supra_jax.core.programs import keep_programs
 from supra_jax.data.tokenizer import StreamDecoder, Tokenizer
 from supra_jax.inference import decode as generate
 from supra_jax.inference.sampling import Sampling
@@ -23,7 +24,7 @@ from supra_jax.storage import model_directory as checkpoint
 
 
 def load(directory: str | os.PathLike[str], dtype: Any = None) -> LM:
-  """Loads a model directory.
+  """Loads a model directory. From then on jax keeps compiled programs on disk (`core.programs`).
 
   Args:
     directory: model directory, local or gs://, that `convert_weights.hf_to_orbax`, `supra_jax.bin.linearize` or
@@ -34,6 +35,7 @@ def load(directory: str | os.PathLike[str], dtype: Any = None) -> LM:
     FileNotFoundError: `directory` is not a model directory, or a part of it is missing.
     ValueError: its config.json does not describe a model, or its tokenizer cannot be read.
   """
+  keep_programs()
   stored = checkpoint.load_model(directory, None if dtype is None else jnp.dtype(dtype))
   tokenizer = Tokenizer.from_files(stored.tokenizer_files, stored.config)
   generation = json.loads(stored.tokenizer_files.get("generation_config.json", b"{}"))
