@@ -19,8 +19,8 @@ _CLIENTS = ("aiohttp", "gcsfs", "google")
 def run(main: Callable[[], None]) -> None:
   """Parses the flags and calls `main`.
 
-  Bad flags, bad input (ValueError, OSError) and errors of the clients of buckets end the program with one line on stderr
-  and exit status 1. Any other exception is a defect of the program and keeps its traceback.
+  Bad flags, bad input (ValueError, OSError) and errors of a bucket's client end the program with one line on stderr and
+  exit status 1. Any other exception is a defect of the program and keeps its traceback.
   """
 
   def absl_main(argv: list[str]) -> None:
