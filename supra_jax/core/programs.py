@@ -5,10 +5,12 @@ jax keeps them (its persistent compilation cache). This module says where, for w
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.metadata
 import os
 import platform
+import stat
 import sys
 import warnings
 from pathlib import Path
@@ -52,7 +54,7 @@ def keep_programs(max_bytes: int = MAX_BYTES) -> Path | None:
     directory.mkdir(mode=0o700, exist_ok=True)
     _remove_damaged(directory)
     _remove_oldest(root, max_bytes)
-  except (OSError, RuntimeError):  # no home, a full disk, another process that removes the same file
+  except (OSError, RuntimeError):  # no home, or a disk that is full or not to be written to
     return None
   if is_new:
     said = f"Compiled programs are kept in {root}, {max_bytes / 2**30:g} GiB at most, for quicker starts"
@@ -79,11 +81,20 @@ def _remove_damaged(directory: Path) -> None:
   """Removes programs that a killed process wrote half; jax would fail to read them at each start, and never replace."""
   stamp = directory / _CHECKED
   checked = stamp.stat().st_mtime_ns if stamp.exists() else 0
-  new = [path for path in directory.glob("*-cache") if path.stat().st_mtime_ns >= checked]
   stamp.touch()
-  for path in new:
-    if not _is_whole(path.read_bytes()):
-      path.unlink(missing_ok=True)
+  for path, status in _files(directory):
+    with contextlib.suppress(FileNotFoundError):
+      if path.name.endswith("-cache") and status.st_mtime_ns >= checked and not _is_whole(path.read_bytes()):
+        path.unlink()
+
+
+def _files(directory: Path) -> list[tuple[Path, os.stat_result]]:
+  """All files below a directory from which other processes may remove some meanwhile."""
+  found = []
+  for path in directory.rglob("*"):
+    with contextlib.suppress(FileNotFoundError):
+      found.append((path, path.stat()))
+  return [(path, status) for path, status in found if stat.S_ISREG(status.st_mode)]
 
 
 def _is_whole(compressed: bytes) -> bool:
@@ -97,9 +108,9 @@ def _is_whole(compressed: bytes) -> bool:
 
 def _remove_oldest(root: Path, max_bytes: int) -> None:
   """Removes programs, those used last long ago first, until all together have no more than `max_bytes`."""
-  found = [(path.stat(), path) for path in root.rglob("*") if path.is_file()]
-  total = sum(status.st_size for status, _ in found)
-  for status, path in sorted(found, key=lambda item: max(item[0].st_atime_ns, item[0].st_mtime_ns)):
+  found = _files(root)
+  total = sum(status.st_size for _, status in found)
+  for path, status in sorted(found, key=lambda file: max(file[1].st_atime_ns, file[1].st_mtime_ns)):
     if total <= max_bytes:
       return
     path.unlink(missing_ok=True)
