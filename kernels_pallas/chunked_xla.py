@@ -105,7 +105,7 @@ _attend.defvjp(_attend_fwd, _attend_bwd)
 
 
 def _weigher(pieces: Cut, scale: float, slopes_H, segment_ids_BT, lengths_B):
-  """Returns a function from a span to its `ChunkWeights`. Without segment ids and lengths, all blocks share one."""
+  """Returns a function span -> `ChunkWeights`, which all blocks share if there are no segment ids and no lengths."""
 
   def tabulate(segment_ids_BT, lengths_B, span: Span) -> ChunkWeights:
     return decay.chunk_weights(

@@ -83,7 +83,7 @@ class _Kernels:
 
 
 def _padded(width: int) -> int:
-  """Returns the width rounded up to 32, 64 or a multiple of 128, so that it fills 1/4, 1/2 or all of a register's lanes."""
+  """Returns the width rounded up to 32, 64 or a multiple of 128: 1/4, 1/2 or all of a register's lanes."""
   return next((size for size in (32, 64) if width <= size), -(-width // _LANES) * _LANES)
 
 
