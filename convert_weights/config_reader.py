@@ -29,7 +29,7 @@ class ConfigReader:
     self.refused.append(f"{self._prefix}{key}{value}: {wanted}")
 
   def number(self, key: str, kind: type, default: Any) -> Any:
-    """Returns a positive number of type `kind`; `default` if the key is absent or null, None if a value is refused."""
+    """Returns a positive `kind` (int or float); `default` if the key is absent or null, None if it is refused."""
     value = self.values.get(key)
     if value is None:
       return default

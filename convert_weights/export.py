@@ -62,7 +62,7 @@ class Export:
 
 
 def part_of(parameter: names.Parameter) -> Part:
-  """Returns the rows that store a parameter in the layout of other programs, where linear weights are [out, in]."""
+  """Returns the part that holds a parameter in the layout of other programs, where linear weights are [out, in]."""
   return Part(parameter.path, _transposed if parameter.transposed else _as_it_is)
 
 

@@ -14,7 +14,7 @@ _PART = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
 
 
 def part_names(name: str) -> list[str]:
-  """Returns the file names of all parts of the model to which a file belongs; its own name if the model is one file."""
+  """Returns the names of all parts of the model to which a file belongs; the file's own name if there are no parts."""
   part = _PART.fullmatch(name)
   if part is None:
     return [name]
@@ -22,7 +22,7 @@ def part_names(name: str) -> list[str]:
 
 
 def first_parts(names: Iterable[str]) -> list[str]:
-  """Returns the name of the first part of each GGUF model among file names; that part need not be among them."""
+  """Returns the name of the first part of each GGUF model that has a part among `names`, which may lack the first."""
   return sorted({part_names(name)[0] for name in names if name.endswith(".gguf")})
 
 

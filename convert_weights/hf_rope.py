@@ -138,9 +138,9 @@ def _scaling(inner: ConfigReader, max_positions: Any) -> list[RopeConfig]:
 def _attention_factor(yarn: Mapping[str, float | None]) -> float:
   """Returns the factor by which YaRN multiplies q and k.
 
-  The factor is attention_factor if the config has that key. Otherwise, if the config has both of DeepSeek's keys mscale
-  and mscale_all_dim, the factor is f(mscale) / f(mscale_all_dim) with f(m) = 0.1 m ln(factor) + 1; else it is f(1), as
-  in YaRN's paper (arXiv 2309.00071).
+  With f(m) = 0.1 m ln(factor) + 1, or 1 if factor <= 1, this is attention_factor if the config has that key; else
+  f(mscale) / f(mscale_all_dim) if the config has both of these keys, which are DeepSeek's; else f(1), as in the paper
+  on YaRN (arXiv 2309.00071).
   """
   if yarn["attention_factor"] is not None:
     return yarn["attention_factor"]

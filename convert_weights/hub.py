@@ -49,8 +49,8 @@ def download(source: str) -> tuple[Path, str]:
 
   Raises:
     ConversionError: `source` is no such name; the hub has no such model or revision; the hub cannot be reached and the
-      cache does not have the model; the model is gated and its owner has not granted access; the download fails; or as
-      `wanted_weights`.
+      cache does not have the model; the model is gated and its owner has not granted access; the download fails; or
+      `wanted_weights` refuses the model's files.
   """
   named = _ID.fullmatch(source)
   if named is None:

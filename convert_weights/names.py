@@ -71,7 +71,7 @@ def parameters(config: ModelConfig) -> list[Parameter]:
 
 
 def openlm_shapes(table: Sequence[Parameter]) -> dict[str, tuple[int, ...]]:
-  """Returns name -> shape of OpenLM's tensors. One tensor holds the rows of q, k and v; one, of gate and up."""
+  """Returns name -> shape of OpenLM's tensors. The rows of q, k and v share one tensor, those of gate and up one."""
   shapes: dict[str, tuple[int, ...]] = {}
   for parameter in table:
     if parameter.openlm is not None:

@@ -87,8 +87,8 @@ def _open_weights(directory: Path, file: Path | None, tokenizer: Mapping[str, by
 def _with_checked_tokenizer(source: Source, where: str | os.PathLike[str]) -> Source:
   """Returns the source after checking that its tokenizer can be used.
 
-  The config of an OpenLM model, or of a GGUF file without EOS ids, gets the tokenizer's BOS and EOS ids: OpenLM's
-  configs seldom have such ids, and a GGUF file without a tokenizer, to which `--tokenizer` gives one, has none.
+  The config of an OpenLM model, or of a GGUF file without EOS ids, gets the tokenizer's BOS and EOS ids. OpenLM's own
+  configs have no such ids, nor has a GGUF file without a tokenizer, to which `--tokenizer` gives one.
 
   Raises:
     ConversionError: the tokenizer cannot be used.

@@ -15,7 +15,7 @@ def flags_of(define: Callable[[], None], name: str) -> flags.FlagValues:
 
   Args:
     define: defines the flags of the program.
-    name: name of one of these flags. If this flag is defined, the importer has called `define`.
+    name: name of one of these flags. If this flag is defined, `define` has been called.
   """
   if name not in flags.FLAGS:
     define()

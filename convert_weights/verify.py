@@ -61,7 +61,7 @@ def compare(source: str | os.PathLike[str], checkpoint: str | os.PathLike[str], 
 
   Raises:
     ConversionError: torch or transformers is not installed, or transformers cannot run the source; the two models have
-      different vocabulary sizes; some logits are not finite; the text is empty; or as `open_source`.
+      different vocabulary sizes; some logits are not finite; the text is empty; or `open_source` refuses the source.
     ValueError, OSError: the checkpoint is damaged or is no model directory.
   """
   opened = open_source(source, own_tokenizer=False)

@@ -31,7 +31,10 @@ _NATIVE = re.compile(r"consolidated[.-].+")
 
 
 def has_weights(names: Collection[str]) -> bool:
-  """Whether a directory with these file names holds safetensors or PyTorch weights, which `open_weights` opens."""
+  """Whether any of a directory's file names is that of safetensors or PyTorch weights.
+
+  Original files of Meta and Mistral (`consolidated.*`), and .bin files that transformers would not read, do not count.
+  """
   others = [name for name in names if name.endswith((".safetensors", ".pt", ".pth")) and not _NATIVE.fullmatch(name)]
   return bool(others) or _have_names_of_transformers(names)
 

@@ -34,7 +34,7 @@ class Span(NamedTuple):
 
 
 class Cut(NamedTuple):
-  """How a row is cut: `num_blocks` blocks like `block`, then a shorter block `tail`; None if no tokens are left."""
+  """How a row is cut: `num_blocks` blocks like `block`, then the shorter block `tail` (None: no tokens are left)."""
 
   num_blocks: int
   block: Span

@@ -82,7 +82,7 @@ def compute_dtype(*operands: Any) -> jnp.dtype:
 
 
 def dot(x: jax.Array, y: jax.Array, axes: tuple[int, int], dtype: jnp.dtype, exact: Any = None) -> jax.Array:
-  """Returns the product of two matrices, in float32. float32 operands are not rounded, as they are by jax's default.
+  """Returns the product of two matrices, in float32; float32 operands are not rounded, unlike by jax's default.
 
   Args:
     x, y: matrices.

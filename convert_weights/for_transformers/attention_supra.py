@@ -124,7 +124,7 @@ class DenseFeatureMap(nn.Linear):
 
 
 class PerHeadFeatureMap(nn.Module):
-  """W x + b of the feature map phi(x) = relu(W x + b), with `maps` matrices W; N / maps heads share each."""
+  """W x + b of the feature map phi(x) = relu(W x + b), with `maps` matrices W; N / maps adjacent heads share one."""
 
   def __init__(self, maps: int, width: int):
     super().__init__()
@@ -141,7 +141,7 @@ def linear_attention(
 ) -> tuple[Tensor, Tensor]:
   """Computes linear attention with decay (arXiv 2405.06640).
 
-  o_i = sum over j <= i of exp(-slope (i - j)) (q_i . k_j) v_j, and earlier tokens are in the state.
+  o_i = sum over j <= i of exp(-slope (i - j)) (q_i . k_j) v_j, where the state carries the tokens before this call.
   The same code serves a whole text, chunk by chunk, and a single token, which is one step of the RNN.
 
   Args:
@@ -279,7 +279,7 @@ class SupraAttention(nn.Module):
     Args:
       x_BTD: input of the layer, already normalised.
       tokens: positions of the tokens.
-      held: what this layer returned to remember in the call before; None in the first call.
+      held: what the layer remembers, as the previous call returned it; None in the first call.
 
     Returns:
       The output [B, T, D], and what the layer remembers: (state,), (k, v) or (state, k, v), with the state of linear

@@ -107,7 +107,10 @@ class SupraMLP(nn.Module):
 
 
 class SupraBlock(GradientCheckpointingLayer):
-  """`x + attention(norm x)`, then `x + MLP(norm x)`. No input is changed in place: gradient checkpointing reruns it."""
+  """`x + attention(norm x)`, then `x + MLP(norm x)`.
+
+  No input is changed in place, so that gradient checkpointing can rerun the block.
+  """
 
   def __init__(self, config: SupraConfig, layer: int):
     super().__init__()
