@@ -28,7 +28,7 @@ class Kind:
   """How a byte-level BPE tokenizer splits a text into words, and words into tokens.
 
   Attributes:
-    pattern: regular expression whose matches are the words; no merge crosses a word's end. None is GPT-2's pattern.
+    pattern: regular expression whose matches are the words; no merge crosses a word's end. None means GPT-2's pattern.
     single_digits: whether each digit becomes a word, before the pattern is applied.
     nfc: whether the text is normalised to Unicode's normal form C first.
     ignore_merges: whether a word that is in the vocabulary becomes one token, even if no merges produce it.
@@ -64,13 +64,13 @@ KINDS: Mapping[str, Kind] = {
 def byte_level_bpe(
   vocab: Mapping[str, int], merges: Sequence[tuple[str, str]], kind: str, *, ignore_merges: bool | None = None
 ) -> tokenizers.Tokenizer:
-  """A byte-level BPE tokenizer with normaliser, pre-tokeniser and decoder, without added tokens and post-processor.
+  """Builds a byte-level BPE tokenizer: normaliser, pre-tokeniser and decoder, no added tokens, no post-processor.
 
   Args:
     vocab: token in GPT-2's byte alphabet -> id.
     merges: pairs of tokens to merge, in order of priority.
     kind: a name in KINDS.
-    ignore_merges: replaces `Kind.ignore_merges`; None keeps it.
+    ignore_merges: replaces the kind's `ignore_merges`; None keeps the kind's.
 
   Raises:
     ConversionError: the kind is unknown, or a merge names a token that is not in the vocabulary.
@@ -100,7 +100,7 @@ def byte_level_bpe(
 
 
 def named_kind(name: object) -> Kind:
-  """Looks up a name in KINDS.
+  """Returns the kind that has this name in KINDS.
 
   Raises:
     ConversionError: the name is unknown; the message lists the known names.
@@ -113,11 +113,11 @@ def named_kind(name: object) -> Kind:
 def ranked_bpe(
   ranks: Sequence[bytes], kind: str, *, first_id: int = 0, special: Mapping[str, int] | None = None
 ) -> tokenizers.Tokenizer:
-  """A byte-level BPE tokenizer from ranked tokens, as tiktoken, tekken.json and Llama 3's tokenizer.model have them.
+  """Builds a byte-level BPE tokenizer from ranked tokens, the form of tiktoken, tekken.json and Llama 3's vocabulary.
 
   Args:
-    ranks: tokens in the order of rank. Of all pairs of neighbours whose union is a token, the pair whose union has the
-      lowest rank is merged first.
+    ranks: tokens in the order of rank. Of all neighbouring tokens whose concatenation is a token, the pair whose
+      concatenation has the lowest rank is merged first.
     kind: a name in KINDS.
     first_id: id of the token of rank 0; the other ids follow by rank.
     special: special token -> id.
@@ -152,10 +152,10 @@ def _spelled(token: bytes) -> str:
 
 
 def _merges(rank_of: Mapping[bytes, int]) -> Iterator[tuple[bytes, bytes]]:
-  """For each token of several bytes, in the order of rank, the pair of tokens whose merge yields it.
+  """Yields, for each token of several bytes in the order of rank, the pair of tokens whose merge makes this token.
 
-  No merge inside a token depends on its neighbours, so a token's bytes are merged in the same order in every text, and
-  the last pair is always the same. A token that no merges produce has no pair.
+  No merge inside a token depends on the text around the token, so a token's bytes are merged in the same order in every
+  text, and the last pair is always the same. For a token that no merges produce, no pair is yielded.
   """
   for token in rank_of:
     pairs = [(token[:i], token[i:]) for i in range(1, len(token)) if token[:i] in rank_of and token[i:] in rank_of]
@@ -166,7 +166,7 @@ def _merges(rank_of: Mapping[bytes, int]) -> Iterator[tuple[bytes, bytes]]:
 
 
 def _parts(token: bytes, rank_of: Mapping[bytes, int]) -> list[bytes]:
-  """The parts that remain of a token's bytes after all merges that yield tokens of lower rank."""
+  """Splits a token into the parts that remain after all merges of its bytes that make tokens of lower rank."""
   parts = [token[i : i + 1] for i in range(len(token))]
   while len(parts) > 2:
     pairs = [rank_of.get(left + right, len(rank_of)) for left, right in itertools.pairwise(parts)]

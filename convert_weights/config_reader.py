@@ -11,7 +11,7 @@ MAX_SHOWN = 300  # a message shows at most this many characters of a value
 
 
 class ConfigReader:
-  """Reads typed values from a config and collects every complaint, so that one run names them all.
+  """Reads typed values from a config and collects every complaint, so that one error can list all complaints.
 
   Attributes:
     values: key -> value of the config.
@@ -29,7 +29,7 @@ class ConfigReader:
     self.refused.append(f"{self._prefix}{key}{value}: {wanted}")
 
   def number(self, key: str, kind: type, default: Any) -> Any:
-    """A positive int or float (`kind`); `default` if the key is absent or null, None if the value was refused."""
+    """Returns a positive `kind` (int or float); `default` if the key is absent or null, None if it is refused."""
     value = self.values.get(key)
     if value is None:
       return default
@@ -41,13 +41,13 @@ class ConfigReader:
     return kind(value)
 
   def required(self, key: str, kind: type = int) -> Any:
-    """A positive number; 1 if the key is missing or its value was refused, so that reading can go on."""
+    """Returns a positive number; 1 if the key is missing or its value is refused, so that reading can go on."""
     if self.values.get(key) is None:
       self.refuse(key, "missing")
     return self.number(key, kind, None) or kind(1)
 
   def layers(self, key: str) -> int:
-    """A number of layers, at most MAX_LAYERS; 1 if it was refused.
+    """Returns a number of layers, at most MAX_LAYERS; 1 if the key is missing or its value is refused.
 
     Without the limit, a config of a few bytes could make the converter build gigabytes of parameter names.
     """
@@ -58,9 +58,9 @@ class ConfigReader:
     return count
 
   def token_ids(self, key: str, vocab_size: int, *, many: bool = False) -> tuple[int, ...]:
-    """Token ids: the value is one id, or a list of one id (of any length if `many`).
+    """Returns token ids below `vocab_size`; an empty tuple if the key is absent or null, or the value is refused.
 
-    Returns an empty tuple if the key is absent or null, or the value was refused.
+    The value may be one id or a list of one id; if `many`, a list of any length.
     """
     value = self.values.get(key)
     ids = [] if value is None else value if isinstance(value, list) else [value]
@@ -70,20 +70,20 @@ class ConfigReader:
     return tuple(ids)
 
   def flag(self, key: str) -> bool:
-    """A boolean; False if the key is absent or null, or the value was refused."""
+    """Returns a boolean; False if the key is absent or null, or the value is refused."""
     value = self.values.get(key)
     if value is not None and not isinstance(value, bool):
       self.refuse(key, "wanted true or false")
     return value is True
 
   def only(self, key: str, first: Any, *others: Any) -> None:
-    """Refuses the key unless it is absent or null, or has one of the given values."""
+    """Records a complaint unless the key is absent, or its value is null or one of the given values."""
     value, allowed = self.values.get(key), (first, *others)
     if value is not None and value not in allowed:
       self.refuse(key, f"only {' or '.join(map(repr, allowed))} is supported")
 
   def unknown_keys(self, known: set[str]) -> None:
-    """Refuses keys that are not in `known`, unless their value is null, false or empty, which turns a feature off."""
+    """Records a complaint about each key outside `known`, unless the value is null, false or empty (feature off)."""
     for key in sorted(set(self.values) - known):
       value = self.values[key]
       if value is not None and value is not False and value not in ("", [], {}):

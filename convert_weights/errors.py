@@ -11,11 +11,11 @@ MAX_LISTED = 20
 
 
 class ConversionError(ValueError):
-  """A source that cannot be converted exactly; the message names everything that stands in the way."""
+  """A source that cannot be converted exactly; the message says why."""
 
 
 def listing(title: str, items: Iterable[str]) -> list[str]:
-  """Lines of a message: `title (count):` and up to MAX_LISTED items; no lines if there are no items."""
+  """Returns lines of a message: `title (count):` and up to MAX_LISTED items; no lines if there are no items."""
   items = list(items)
   if not items:
     return []
@@ -37,10 +37,10 @@ def refuse_pointer(path: Path, contents: bytes) -> None:
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
-  """Reads a JSON object.
+  """Reads a file that holds a JSON object.
 
   Raises:
-    ConversionError: the file is missing or unreadable, or does not hold a JSON object.
+    ConversionError: the file is missing, unreadable or a pointer of Git LFS, or does not hold a JSON object.
   """
   try:
     contents = path.read_bytes()

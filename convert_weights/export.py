@@ -53,7 +53,7 @@ class Export:
   Attributes:
     config: contents of config.json, without the type of the weights.
     tensors: all tensors of the model, in the order in which they are written.
-    files: file name -> contents of all other files.
+    files: file name -> contents of the format's other files: generation settings and code.
   """
 
   config: Mapping[str, Any]
@@ -62,20 +62,20 @@ class Export:
 
 
 def part_of(parameter: names.Parameter) -> Part:
-  """The parameter in the layout of other programs, which store linear weights as [out, in]."""
+  """Returns the part that holds a parameter in the layout of other programs, where linear weights are [out, in]."""
   return Part(parameter.path, _transposed if parameter.transposed else _as_it_is)
 
 
 def transformers_tensors(config: ModelConfig) -> list[Tensor]:
-  """The model's tensors under the names and in the layout of transformers."""
+  """Returns the model's tensors under the names and in the layout of transformers."""
   return [Tensor(p.hf, p.source_shape, [part_of(p)]) for p in names.parameters(config)]
 
 
 def shared_linear_config(config: ModelConfig) -> WindowConfig:
-  """The settings shared by all linear layers, for formats that store them once for all layers.
+  """Returns the mixer options that all linear layers share, for formats that store one set of options per model.
 
   Raises:
-    ConversionError: two layers have different settings, or a layer has a mixer that other formats do not know.
+    ConversionError: two linear layers have different options, or a layer has a mixer that other formats do not know.
   """
   shared: dict[str, Any] = {}
   for layer in dict.fromkeys(config.layers):
@@ -90,7 +90,7 @@ def shared_linear_config(config: ModelConfig) -> WindowConfig:
 
 
 def essential(config: ModelConfig) -> ModelConfig:
-  """The same model, with default values in the fields that none of its layers uses."""
+  """Returns the config of the same model with default values in the fields that none of the layers uses."""
   changes: dict[str, Any] = {}
   if "softmax" not in config.mixers:
     changes["sliding_window"] = None
@@ -106,7 +106,7 @@ def essential(config: ModelConfig) -> ModelConfig:
 
 
 def differences(wanted: ModelConfig, got: ModelConfig) -> list[str]:
-  """Lines `field=value` of the fields in which the configs differ, with the values of `wanted`."""
+  """Returns a line `field=value` for each field in which the configs differ, with the value in `wanted`."""
 
   def compare(a: Any, b: Any, prefix: str) -> list[str]:
     lines = []
@@ -127,5 +127,5 @@ def differences(wanted: ModelConfig, got: ModelConfig) -> list[str]:
 
 
 def one_or_many(ids: tuple[int, ...]) -> int | list[int] | None:
-  """Token ids as config.json stores them: a list of several ids, a single id, or None for no id."""
+  """Returns token ids as config.json stores them: a list of several ids, a single id, or None for no id."""
   return list(ids) if len(ids) > 1 else next(iter(ids), None)

@@ -90,7 +90,8 @@ def open_gguf(path: Path) -> GGUFFile:
   """Reads and checks the header of a GGUF file.
 
   Raises:
-    ConversionError: the file is missing, truncated, corrupt, big-endian or of an unsupported version.
+    ConversionError: the file is missing, truncated, corrupt, big-endian or of an unsupported version, or one of its
+      tensors has an unknown type.
   """
   try:
     with path.open("rb") as file:

@@ -14,7 +14,7 @@ _PART = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
 
 
 def part_names(name: str) -> list[str]:
-  """The names of all parts of the model to which a file belongs; the file's own name if the model is one file."""
+  """Returns the names of all parts of the model to which a file belongs; the file's own name if there are no parts."""
   part = _PART.fullmatch(name)
   if part is None:
     return [name]
@@ -22,7 +22,7 @@ def part_names(name: str) -> list[str]:
 
 
 def first_parts(names: Iterable[str]) -> list[str]:
-  """The GGUF models among file names, each by the name of its first part, which need not be among them."""
+  """Returns the name of the first part of each GGUF model that has a part among `names`, which may lack the first."""
   return sorted({part_names(name)[0] for name in names if name.endswith(".gguf")})
 
 
@@ -30,13 +30,13 @@ def open_parts(path: Path) -> tuple[list[Path], GGUFFile]:
   """Opens the model to which a GGUF file belongs.
 
   Args:
-    path: path of the file, or of any part of the model.
+    path: path of the file, which may be any part of the model.
 
   Returns:
     The paths of all parts, and a header with the metadata of the first part and the tensors of all parts.
 
   Raises:
-    ConversionError: a part is missing, corrupt, or belongs to another model.
+    ConversionError: a part is missing, is corrupt, belongs to another model, or repeats a tensor of another part.
   """
   paths = [path.with_name(name) for name in part_names(path.name)]
   missing = [part.name for part in paths if not part.exists()]

@@ -31,7 +31,7 @@ _TOLERANCE = 1e-5
 
 
 def rope_config(reader: ConfigReader, head_dim: int, factors: StoredTensor | None) -> RopeConfig:
-  """The rotary settings of a GGUF file. Complaints are collected in `reader.refused`.
+  """Reads the RoPE settings of a GGUF file. Complaints are appended to `reader.refused`.
 
   Args:
     reader: reader of the architecture's metadata, whose prefix (such as `llama.`) is removed from the keys.
@@ -73,17 +73,18 @@ def rope_config(reader: ConfigReader, head_dim: int, factors: StoredTensor | Non
 def _from_factors(
   reader: ConfigReader, base: float, head_dim: int, tensor: StoredTensor, factor: float, original: int | None
 ) -> RopeConfig:
-  """Finds the llama3 scaling that gives the stored factors, among Llama 3's published settings and the file's own.
+  """Finds the RoPE settings that give the stored factors: no scaling, or llama3 scaling.
 
-  Without such a scaling it records a complaint and returns unscaled RoPE.
+  Tries llama3 scaling with Llama 3's published settings and with the file's own. If none gives the factors, records a
+  complaint and returns RoPE without scaling.
 
   Args:
     reader: reader whose `refused` collects complaints.
     base: base of the rotary frequencies.
     head_dim: number of features of a head.
     tensor: the tensor FACTORS.
-    factor: the file's scaling factor, 1 if it has none.
-    original: the file's original context length, in tokens; None if it has none.
+    factor: the file's scaling factor; 1 if the file has none.
+    original: the file's original context length, in tokens; None if the file has none.
   """
   plain = RopeConfig(base)
   pairs = -(-head_dim // 2)

@@ -59,14 +59,15 @@ _ROTARY_BUFFER = re.compile(r"blk\.\d+\.attn_rot_embd\.weight|blk\.\d+\.attn_rot
 
 
 def open_gguf_source(path: Path, tokenizer: Mapping[str, bytes] | None = None) -> Source:
-  """Opens a GGUF file and checks all that can be checked without reading the tensors.
+  """Opens a GGUF model and checks all that can be checked without reading the tensors.
 
   Args:
     path: the GGUF file, or any part of a model that gguf-split has split.
-    tokenizer: file name -> contents of a tokenizer to use instead of the file's own.
+    tokenizer: file name -> contents of a tokenizer; None reads the tokenizer in the GGUF file.
 
   Raises:
-    ConversionError: the model cannot be converted; the message names everything that stands in the way.
+    ConversionError: the model cannot be converted. Metadata, tensors and tokenizer are checked in this order, and the
+      message lists the problems that the first failing check finds.
   """
   paths, file = open_parts(path)
   config = model_config(file, str(path))
@@ -92,14 +93,15 @@ def _leaf(parameter: names.Parameter, name: str, stored: StoredTensor, permuted:
 
 
 def model_config(file: GGUFFile, where: str) -> ModelConfig:
-  """Translates the metadata of a GGUF file.
+  """Translates the metadata of a GGUF file into a ModelConfig.
 
   Args:
     file: header of the file. The tensors' names say whether the model has biases and tied embeddings.
     where: name of the file, for messages.
 
   Raises:
-    ConversionError: some keys are missing or not supported; the message lists all of them.
+    ConversionError: the file holds no model of one of ARCHITECTURES; some keys are missing or not supported, which the
+      message lists; or values contradict each other.
   """
   metadata, tensors = file.metadata, file.tensors
   architecture = metadata.get("general.architecture")

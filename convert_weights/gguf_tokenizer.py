@@ -87,7 +87,7 @@ class _Tables:
     return {"tokenizer.json": tokenizer_json(tokenizer)} | template_and_settings(settings)
 
   def _byte_level(self) -> tuple[tokenizers.Tokenizer, bool]:
-    """The tokenizer, and whether it adds BOS if the file does not say."""
+    """Returns the tokenizer, and whether to begin texts with BOS if the file does not say."""
     pre = self.get("pre")
     try:
       kind = named_kind(pre)

@@ -91,16 +91,18 @@ _WINDOW_KEYS = {"use_sliding_window", "max_window_layers"}
 
 
 def model_config(config: Mapping[str, Any], generation: Mapping[str, Any], where: str) -> ModelConfig:
-  """Translates a config.
+  """Translates the config of a Hugging Face model into a ModelConfig.
 
   Args:
     config: contents of config.json, with RoPE in the keys of transformers 4 (rope_theta, rope_scaling) or of
       transformers 5 (rope_parameters).
-    generation: contents of generation_config.json, or empty; its EOS ids are added to those of the config.
+    generation: contents of generation_config.json, or empty. Its EOS ids are added to those of `config`; its BOS id is
+      used if `config` has none.
     where: name of the file, for messages.
 
   Raises:
-    ConversionError: some keys are unsupported, missing or contradictory; the message lists all of them.
+    ConversionError: the model_type is not in FAMILIES; some keys are unsupported or missing, which the message lists;
+      or values contradict each other.
   """
   reader = ConfigReader(config)
   model_type = config.get("model_type")
@@ -153,7 +155,7 @@ def model_config(config: Mapping[str, Any], generation: Mapping[str, Any], where
 
 
 def _biases(reader: ConfigReader, family: Family) -> dict[str, bool]:
-  """Which projections have a bias. A key that transformers ignores is refused unless it agrees with the family."""
+  """Returns which projections have a bias. Refuses a key that transformers ignores unless it agrees with the family."""
   biases = {name: getattr(family, name) for name in ("qkv_bias", "output_bias", "mlp_bias")}
   for key, always in (("attention_bias", family.qkv_bias), ("mlp_bias", family.mlp_bias)):
     if isinstance(always, bool):
@@ -162,7 +164,7 @@ def _biases(reader: ConfigReader, family: Family) -> dict[str, bool]:
 
 
 def _sliding_window(reader: ConfigReader, family: Family, num_layers: int, max_positions: int | None) -> int | None:
-  """The sliding window of all layers, in tokens, or None. A window in only some of the layers is refused."""
+  """Returns the sliding window of all layers, in tokens; None: no window. Refuses a window in only some layers."""
   values, first = reader.values, 0
   window = reader.number("sliding_window", int, None if "sliding_window" in values else family.sliding_window)
   if family.windows == "none":

@@ -24,7 +24,11 @@ _AUTO_MAP = {
 
 
 def export(config: ModelConfig) -> Export:
-  """Describes a directory that transformers loads: with one of its own classes if that is this model, else our code."""
+  """Describes a directory that transformers loads: with its own class if one computes this model, else with our code.
+
+  Raises:
+    ConversionError: a layer's mixer has no form in transformers, or linear layers have different options.
+  """
   tensors = transformers_tensors(config)
   generation = {"bos_token_id": config.bos_token_id, "eos_token_id": one_or_many(config.eos_token_ids)}
   text = to_json({key: value for key, value in generation.items() if value is not None}, indent=2) + "\n"
@@ -70,7 +74,7 @@ def _is_same_model(values: Mapping[str, Any], config: ModelConfig) -> bool:
 
 
 def _family_config(config: ModelConfig, model_type: str, family: hf_config.Family) -> dict[str, Any]:
-  """The config in the keys of a family. Fields for which the family has no key are left out."""
+  """Returns the config in the keys of a family. Fields for which the family has no key are left out."""
   values = {
     "architectures": [family.architectures[0]],
     "model_type": model_type,
@@ -105,7 +109,7 @@ def _family_config(config: ModelConfig, model_type: str, family: hf_config.Famil
 
 
 def rope_keys(rope: RopeConfig) -> dict[str, Any]:
-  """RoPE as keys of config.json: rope_theta and rope_scaling for transformers 4, rope_parameters for transformers 5."""
+  """Returns RoPE as keys of config.json: rope_theta and rope_scaling (transformers 4), rope_parameters (5)."""
   kind = "default" if rope.scaling == "none" else rope.scaling
   scaling: dict[str, Any] = {"rope_type": kind}
   if rope.scaling != "none":

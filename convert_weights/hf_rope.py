@@ -34,9 +34,10 @@ _REFUSED = {
 
 
 def rope_config(reader: ConfigReader) -> RopeConfig:
-  """Rotary settings from rope_theta and rope_scaling (transformers 4) or rope_parameters (transformers 5).
+  """Reads RoPE settings from rope_theta and rope_scaling (transformers 4) or rope_parameters (transformers 5).
 
-  If a config has both, they must agree. Complaints are collected in `reader.refused`.
+  A config with keys of both must give the same settings twice. Complaints are appended to `reader.refused`; the result
+  is then RoPE with default settings.
   """
   values = reader.values
   bases: set[float] = set()
@@ -72,12 +73,12 @@ def rope_config(reader: ConfigReader) -> RopeConfig:
 
 
 def _scaling(inner: ConfigReader, max_positions: Any) -> list[RopeConfig]:
-  """The scaling in rope_scaling or rope_parameters, as a list of one RopeConfig (its base is unset).
+  """Reads the scaling in rope_scaling or rope_parameters, as a list of one RopeConfig with the default base.
 
-  The list is empty if the scaling was refused; `inner.refused` then says why.
+  The list is empty if the scaling is refused; `inner.refused` then says why.
 
   Args:
-    inner: reader of the section.
+    inner: reader of rope_scaling or rope_parameters.
     max_positions: max_position_embeddings of the whole config, the default of YaRN's original context length.
   """
   section = inner.values
@@ -135,10 +136,11 @@ def _scaling(inner: ConfigReader, max_positions: Any) -> list[RopeConfig]:
 
 
 def _attention_factor(yarn: Mapping[str, float | None]) -> float:
-  """The factor by which YaRN multiplies q and k.
+  """Returns the factor by which YaRN multiplies q and k.
 
-  It is attention_factor if that is given; else the quotient of DeepSeek's mscale and mscale_all_dim, each scaled by the
-  formula, if both are given; else the formula of YaRN's paper (arXiv 2309.00071), 0.1 ln(factor) + 1.
+  With f(m) = 0.1 m ln(factor) + 1, or 1 if factor <= 1, this is attention_factor if the config has that key; else
+  f(mscale) / f(mscale_all_dim) if the config has both of these keys, which are DeepSeek's; else f(1), as in the paper
+  on YaRN (arXiv 2309.00071).
   """
   if yarn["attention_factor"] is not None:
     return yarn["attention_factor"]

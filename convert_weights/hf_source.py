@@ -24,16 +24,17 @@ def open_huggingface(
   file: Path | None = None,
   tokenizer: Mapping[str, bytes] | None = None,
 ) -> Source:
-  """Opens a directory and checks all that can be checked without reading the tensors.
+  """Opens a Hugging Face directory and checks all that can be checked without reading the tensors.
 
   Args:
-    directory: directory of the model; generation_config.json and the tokenizer are read from it if they exist.
+    directory: directory of the model; generation_config.json is read from it if it exists.
     original: contents of the directory's config.json.
     file: weights file; None finds the weights in the directory.
-    tokenizer: file name -> contents of a tokenizer to use instead of the directory's, which is then not read.
+    tokenizer: file name -> contents of a tokenizer; None reads the tokenizer in the directory.
 
   Raises:
-    ConversionError: the model cannot be converted; the message names everything that stands in the way.
+    ConversionError: the model cannot be converted. Config, tensors and tokenizer are checked in this order, and the
+      message lists the problems that the first failing check finds.
   """
   generation_path = directory / "generation_config.json"
   generation = read_json_object(generation_path) if generation_path.exists() else {}

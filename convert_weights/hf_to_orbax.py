@@ -51,15 +51,17 @@ def convert(
 
   Args:
     source: a directory, a weights file, or a name on the Hugging Face hub; see `open_source`.
-    output: model directory to write; it must be empty or not exist yet.
+    output: model directory to write, which must be empty or not exist yet.
     dtype: type of the parameters, `float32` or `bfloat16`. None keeps bfloat16 if all tensors have it; otherwise it
       takes float32, which holds float16 and dequantised tensors exactly. float16 is never kept, because activations
       that fit into bfloat16 may overflow float16.
-    tokenizer: directory whose tokenizer is used instead of the source's own.
-    progress: whether to show bytes and time left on stderr.
+    tokenizer: directory whose tokenizer is used instead of the source's own; None uses the source's own.
+    progress: whether to show bytes done and time left on stderr.
 
   Raises:
-    ConversionError: the source cannot be converted exactly, or `output` is not empty; nothing is left behind.
+    ConversionError: `dtype` is unknown, the source cannot be converted exactly, or `output` is not empty; nothing is
+      left behind.
+    ValueError: `output` is a URL other than gs://, or its bucket cannot be reached.
     OSError: the output could not be written; nothing is left behind.
   """
   if dtype is not None and dtype not in DTYPES:
@@ -125,7 +127,7 @@ def _read(leaf: Leaf, dtype: np.dtype, name: str, done: Callable[[int], None]) -
 def _described(paths: Sequence[Path]) -> Iterator[Future[list[dict[str, Any]]]]:
   """Yields a future of the name, size in bytes and sha256 of each file; another thread reads the files.
 
-  Model hubs show the same sha256 of the whole file.
+  The sha256 is that of the whole file, as model hubs show it.
   """
   stopped = threading.Event()
 
@@ -151,7 +153,7 @@ def _version() -> str | None:
 
 
 def define_flags() -> None:
-  """Defines the program's flags. Importing the module does not, since the importer may have flags of these names."""
+  """Defines the program's flags; not done on import, since the importer may have flags of the same names."""
   flags.DEFINE_string(
     "source",
     None,
@@ -166,7 +168,7 @@ def define_flags() -> None:
 
 
 def main() -> None:
-  """Runs the program with its flags, which an importer need not have defined."""
+  """Runs the program with its flags; defines and parses these flags if an importer has not."""
   given = flags_of(define_flags, "source")
   convert(given.source, given.output, given.dtype, tokenizer=given.tokenizer, progress=True)
 

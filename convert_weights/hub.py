@@ -41,15 +41,16 @@ def download(source: str) -> tuple[Path, str]:
   """Downloads a model `owner/name[@revision][:FILE]` into the cache, except for files that are already there.
 
   Args:
-    source: name of the model. FILE is the name of one of its weights files, or a part of it that identifies the file,
-      such as `Q8_0`.
+    source: name of the model. FILE is the name of one of its weights files, or a part of that name that no other
+      weights file has, such as `Q8_0`.
 
   Returns:
     The directory or file to open, and the name `owner/name@commit[:FILE]`.
 
   Raises:
-    ConversionError: the hub has no such model; the hub cannot be reached and the cache does not have the model; the
-      model is gated and its owner has not granted access; or it has no supported weights, or several.
+    ConversionError: `source` is no such name; the hub has no such model or revision; the hub cannot be reached and the
+      cache does not have the model; the model is gated and its owner has not granted access; the download fails; or
+      `wanted_weights` refuses the model's files.
   """
   named = _ID.fullmatch(source)
   if named is None:
@@ -91,20 +92,21 @@ def download(source: str) -> tuple[Path, str]:
 
 
 def wanted_small_files(files: Collection[str]) -> list[str]:
-  """The files of a model that match SMALL_FILES."""
+  """Returns the files of a model that match SMALL_FILES."""
   return [name for pattern in SMALL_FILES for name in sorted(fnmatch.filter(files, pattern))]
 
 
 def wanted_weights(source: str, files: Collection[str], chosen: str | None) -> list[str]:
-  """The weights files of a model that a conversion reads, all parts of split weights included.
+  """Returns the weights files of a model that a conversion reads, all parts of split weights included.
 
   Args:
     source: name of the model, for messages.
     files: names of all files of the model.
-    chosen: name of the weights file, or a part of it; None takes the preferred format.
+    chosen: name of the weights file, or a part of that name; None takes the preferred format that the model has.
 
   Raises:
-    ConversionError: no weights match, several different ones do, or parts of split weights are missing.
+    ConversionError: no weights match, those of several models match, or parts of split weights are missing. If `chosen`
+      is None, also for a LoRA adapter and for weights in Meta's or Mistral's original format.
   """
   if chosen is None:
     refuse_other_forms(source, [name for name in files if "/" not in name])
@@ -131,7 +133,7 @@ def wanted_weights(source: str, files: Collection[str], chosen: str | None) -> l
 
 
 def _cached(source: str, name: str, revision: str | None, error: Exception) -> Path:
-  """The model's directory in the cache; raises ConversionError, because of the hub's `error`, if it is not there."""
+  """Returns the model's directory in the cache. Without one, raises ConversionError that states the hub's `error`."""
   try:
     # Asks for no files, so that an incomplete cache is no error here. The caller checks for the files it needs.
     return Path(huggingface_hub.snapshot_download(name, revision=revision, local_files_only=True, allow_patterns=[]))

@@ -1,4 +1,4 @@
-"""Checks that a source's tensors are exactly those its config calls for, and reads them as our parameters."""
+"""Checks that a source's tensors are exactly those its config calls for, and reads the tensors as our parameters."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ def check_tensors(
     optional: name -> shape of each tensor that may exist, but need not.
 
   Raises:
-    ConversionError: the two differ; the message lists missing, unknown, mis-shaped and unreadable tensors.
+    ConversionError: tensors are missing, unknown, mis-shaped or of an unreadable type; the message lists up to
+      MAX_LISTED of each kind.
   """
   known = {**optional, **wanted}
   lines = [
@@ -58,7 +59,7 @@ def make_leaf(
   first_row: int = 0,
   twin: str | None = None,
 ) -> Leaf:
-  """The leaf of a parameter that consists of consecutive rows of a tensor.
+  """Returns the leaf of a parameter that consists of consecutive rows of a tensor.
 
   Args:
     source: name of the source, for messages.
@@ -66,7 +67,8 @@ def make_leaf(
     name: name of the tensor that holds the parameter.
     tensors: name -> tensor of the source, after `check_tensors`.
     first_row: first row of the parameter in the tensor.
-    twin: name of a tensor that must have the same values if it exists: some sources store tied embeddings twice.
+    twin: name of a tensor that, if it exists, must equal the parameter: some sources store tied embeddings twice. None:
+      there is no such tensor.
 
   Returns:
     The leaf. Its `read` raises ConversionError if the twin has other values.

@@ -31,9 +31,10 @@ _PAPER = "[SUPRA](https://arxiv.org/abs/2405.06640)"
 
 
 def stated_license(source: Source) -> dict[str, Any]:
-  """The licence that a source states, under the keys of a model card; empty if it states none.
+  """Returns the licence that a source states, under the keys of a model card; empty if the source states none.
 
-  It is taken from the metadata of a GGUF file, or from the YAML header of the README.md beside the weights.
+  The licence is read from the metadata of a GGUF file or, if that states none, from the YAML header of the README.md
+  beside the weights.
   """
   said = {key: source.original_config.get("general." + key.replace("_", ".")) for key in _LICENSE}  # GGUF keys
   readme = (source.path if source.path.is_dir() else source.path.parent) / FILE
@@ -47,7 +48,7 @@ def stated_license(source: Source) -> dict[str, Any]:
 
 
 def card(model: ModelCheckpoint, export: Export, dtype: np.dtype, *, has_tokenizer: bool) -> bytes:
-  """Contents of the README.md of an export.
+  """Returns the contents of an export's README.md.
 
   Args:
     model: model to export; its parameters are not used.
@@ -88,7 +89,7 @@ def card(model: ModelCheckpoint, export: Export, dtype: np.dtype, *, has_tokeniz
 
 
 def _history(source: Mapping[str, Any]) -> tuple[Mapping[str, Any], Sequence[Mapping[str, Any]]]:
-  """Splits source.json into the entry of the converted model and those of the later steps, oldest first."""
+  """Splits source.json into the entry of the converted model and the entries of the later steps, oldest first."""
   steps: list[Mapping[str, Any]] = []
   while (before := source.get("trained_from", source.get("linearized_from"))) is not None:
     steps.insert(0, source)
@@ -118,7 +119,7 @@ def _base(origin: Mapping[str, Any], hub: re.Match[str] | None) -> list[str]:
 
 
 def _step(step: Mapping[str, Any]) -> str:
-  """One line of the card about one step of `source.json`: a linearisation or a training run."""
+  """Returns one line of the card about one step of `source.json`: a linearisation or a training run."""
   if "linearized_from" in step:
     return f"- Linearised ({_PAPER}): {_method(step)}."
   config = step.get("train_config") or {}
@@ -149,7 +150,7 @@ def _method(step: Mapping[str, Any]) -> str:
 
 
 def _start(step: Mapping[str, Any]) -> Mapping[str, Any]:
-  """How the linear layers were initialised, in the form of `linearization.starts`; older models use other keys."""
+  """Returns how the linear layers were initialised, in the form of `linearization.starts`; reads older keys too."""
   if "start" in step:
     return step["start"]
   if step.get("calibration"):
@@ -160,7 +161,7 @@ def _start(step: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _layers(config: ModelConfig) -> list[str]:
-  """Lines of the card: one for each kind of layer, and one if memory does not grow with the text."""
+  """Returns lines of the card: one for each kind of layer, and one if memory does not grow with the text."""
   lines = []
   for layer in dict.fromkeys(config.layers):
     where = [i for i, other in enumerate(config.layers) if other == layer]

@@ -51,7 +51,7 @@ class Parameter:
 
 
 def parameters(config: ModelConfig) -> list[Parameter]:
-  """Every parameter of a model, embedding first.
+  """Returns every parameter of a model, embedding first.
 
   Raises:
     ConversionError: a layer's mixer has no names in other formats.
@@ -71,7 +71,7 @@ def parameters(config: ModelConfig) -> list[Parameter]:
 
 
 def openlm_shapes(table: Sequence[Parameter]) -> dict[str, tuple[int, ...]]:
-  """Name -> shape of each of OpenLM's tensors. q, k and v share one tensor, as gate and up do: their rows add up."""
+  """Returns name -> shape of OpenLM's tensors. The rows of q, k and v share one tensor, those of gate and up one."""
   shapes: dict[str, tuple[int, ...]] = {}
   for parameter in table:
     if parameter.openlm is not None:
@@ -154,7 +154,7 @@ def _layer(config: ModelConfig, number: int, layer: MixerConfig) -> Iterator[Par
 
 
 def _feature_maps(config: ModelConfig, layer: SupraConfig) -> dict[str, tuple[int, ...]]:
-  """Name of each feature map phi -> shape of its kernel, [..., in, out]. Its bias lacks the last axis."""
+  """Returns name -> kernel shape [..., in, out] of each feature map phi; the bias has the shape [..., in]."""
   h, g, k = config.num_heads, config.num_kv_heads, config.head_dim
   match layer.feature_map:
     case "dense":

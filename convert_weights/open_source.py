@@ -29,11 +29,11 @@ def open_source(
   Args:
     source: a directory with config.json and weights, or with one GGUF model; a weights file, with config.json beside it
       unless it is a .gguf file; or `owner/name[@revision][:FILE]` on the Hugging Face hub, which is downloaded first.
-    tokenizer: directory whose tokenizer is used instead of the source's own, which is then not read.
+    tokenizer: directory whose tokenizer is used instead of the source's own; None: see `own_tokenizer`.
     own_tokenizer: whether to read the source's own tokenizer if `tokenizer` is None.
 
   Raises:
-    ConversionError: the format is unknown, or the model cannot be converted.
+    ConversionError: the format is unknown, or the model or the tokenizer cannot be converted.
   """
   files: Mapping[str, bytes] | None = None if own_tokenizer else {}
   if tokenizer is not None:
@@ -85,9 +85,10 @@ def _open_weights(directory: Path, file: Path | None, tokenizer: Mapping[str, by
 
 
 def _with_checked_tokenizer(source: Source, where: str | os.PathLike[str]) -> Source:
-  """Checks that the source's tokenizer can be used, and takes BOS and EOS ids from it if the config has none.
+  """Returns the source after checking that its tokenizer can be used.
 
-  OpenLM's configs have no such ids. A GGUF file without EOS ids has none because `--tokenizer` replaces its tokenizer.
+  The config of an OpenLM model, or of a GGUF file without EOS ids, gets the tokenizer's BOS and EOS ids. OpenLM's own
+  configs have no such ids, nor has a GGUF file without a tokenizer, to which `--tokenizer` gives one.
 
   Raises:
     ConversionError: the tokenizer cannot be used.

@@ -50,14 +50,14 @@ _HARMLESS = {
 
 
 def model_config(config: Mapping[str, Any], where: str) -> ModelConfig:
-  """Translates a config.
+  """Translates the config of an OpenLM model into a ModelConfig.
 
   Args:
     config: contents of config.json.
     where: name of the file, for messages.
 
   Raises:
-    ConversionError: some keys are unsupported, missing or contradictory; the message lists all of them.
+    ConversionError: some keys are unsupported or missing, which the message lists; or values contradict each other.
   """
   reader = ConfigReader(config)
   reader.only("architectures", ["OpenLMForCausalLM"])

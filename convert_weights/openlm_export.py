@@ -46,7 +46,7 @@ def export(config: ModelConfig) -> Export:
 
 
 def _with_dense_maps(config: ModelConfig) -> ModelConfig:
-  """The config with OpenLM's dense feature maps: a map per head is a dense map that is 0 off its diagonal blocks."""
+  """Returns the config with dense feature maps, as in OpenLM: maps per head equal a block-diagonal dense map."""
   kind = shared_linear_config(config).feature_map
   if kind == "per_head_separate" and config.num_kv_heads == config.num_heads:
     # Left as it is, so that `export` refuses it: with as many key as query heads OpenLM has one map for both.
@@ -96,7 +96,7 @@ def _config(config: ModelConfig) -> dict[str, Any]:
 
 
 def _tensors(config: ModelConfig, dense: ModelConfig) -> list[Tensor]:
-  """OpenLM's tensors. The rows of parameters that share a tensor are concatenated in the order of `openlm_row`."""
+  """Returns OpenLM's tensors. The rows of parameters that share a tensor are concatenated, by `openlm_row`."""
   table = [p for p in names.parameters(dense) if p.openlm is not None]
   shapes = names.openlm_shapes(table)
   parts: dict[str, list[Part]] = {name: [] for name in shapes}
@@ -122,7 +122,7 @@ def _part(parameter: names.Parameter, config: ModelConfig) -> Part:
 
 
 def _block_diagonal(heads: int, kernel_MKJ: np.ndarray) -> np.ndarray:
-  """Kernels of maps per head, [M, in, out] -> the equivalent kernel of a dense map, [heads * out, heads * in].
+  """Returns the kernel of the dense map, [heads * out, heads * in], that equals maps per head, [M, in, out].
 
   Each of the M maps is used by heads / M neighbouring heads.
   """
@@ -134,5 +134,5 @@ def _block_diagonal(heads: int, kernel_MKJ: np.ndarray) -> np.ndarray:
 
 
 def _repeated(heads: int, bias_MK: np.ndarray) -> np.ndarray:
-  """Biases of maps per head, [M, K] -> the bias of the equivalent dense map, [heads * K]."""
+  """Returns the bias of the dense map, [heads * K], that equals maps per head with biases [M, K]."""
   return np.repeat(bias_MK, heads // len(bias_MK), axis=0).reshape(-1)

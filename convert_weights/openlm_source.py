@@ -26,16 +26,17 @@ def open_openlm(
   file: Path | None = None,
   tokenizer: Mapping[str, bytes] | None = None,
 ) -> Source:
-  """Opens a directory and checks all that can be checked without reading the tensors.
+  """Opens an OpenLM directory and checks all that can be checked without reading the tensors.
 
   Args:
-    directory: directory of the model; its tokenizer is read if there is one.
+    directory: directory of the model; generation_config.json is read from it if it exists.
     original: contents of the directory's config.json.
     file: weights file; None finds the weights in the directory.
-    tokenizer: file name -> contents of a tokenizer to use instead of the directory's, which is then not read.
+    tokenizer: file name -> contents of a tokenizer; None reads the tokenizer in the directory.
 
   Raises:
-    ConversionError: the model cannot be converted; the message names everything that stands in the way.
+    ConversionError: the model cannot be converted. Config, tensors and tokenizer are checked in this order, and the
+      message lists the problems that the first failing check finds.
   """
   config = openlm_config.model_config(original, str(directory / "config.json"))
   weight_files, found = open_weights(directory, file)

@@ -58,14 +58,15 @@ def convert(
 
   Args:
     source: model directory of supra_jax.
-    output: directory to write; it must be empty or not exist yet.
+    output: directory to write, which must be empty or not exist yet.
     format: `transformers` or `openlm`.
     dtype: type of the weights, `float32` or `bfloat16`; None keeps the stored type, or takes float32 if the parameters
       have several types.
     progress: whether to show bytes written and time left on stderr.
 
   Raises:
-    ConversionError: the model cannot be written exactly; nothing was written.
+    ConversionError: `format` or `dtype` is unknown, the format cannot express the model exactly, or the disk is full or
+      fails; nothing is left behind.
     ValueError, OSError: the source is damaged or is no model, or `output` is not empty.
   """
   if format not in FORMATS:
@@ -112,7 +113,7 @@ def _common_dtype(reader: ParameterReader) -> np.dtype:
 
 
 def _files(export: Export, model: ModelCheckpoint, dtype: np.dtype) -> dict[str, bytes]:
-  """File name -> contents of every file of the export except the weights."""
+  """Returns file name -> contents of every file of the export except the weights."""
   files = dict(export.files)
   config = {**export.config, "dtype": dtype.name}
   if GENERATION_FILE in files and GENERATION_FILE in model.tokenizer_files:
@@ -154,7 +155,7 @@ def _named_errors(output: str | os.PathLike[str], directory: Path, total: int) -
 
 
 def define_flags() -> None:
-  """Defines the program's flags. Importing the module does not, since the importer may have flags of these names."""
+  """Defines the program's flags; not done on import, since the importer may have flags of the same names."""
   flags.DEFINE_string("source", None, "Model directory of supra_jax to export.", required=True)
   flags.DEFINE_string("output", None, "Directory to write; it must be empty or not exist yet.", required=True)
   flags.DEFINE_enum(
@@ -166,7 +167,7 @@ def define_flags() -> None:
 
 
 def main() -> None:
-  """Runs the program with its flags, which an importer need not have defined."""
+  """Runs the program with its flags; defines and parses these flags if an importer has not."""
   given = flags_of(define_flags, "source")
   convert(given.source, given.output, given.format, given.dtype, progress=True)
 

@@ -1,4 +1,4 @@
-"""How a `main` that was imported finds its flags."""
+"""Finds the flags of a program, also where its `main` is imported and called by other code."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ from absl import flags
 
 
 def flags_of(define: Callable[[], None], name: str) -> flags.FlagValues:
-  """The flags of the process and those of a program; defines and parses the latter if the importer has not.
+  """Returns the flags of the process, a program's flags among them.
+
+  Defines the program's flags and parses the command line if the importer of the program has not called `define`.
 
   Args:
     define: defines the flags of the program.
-    name: one of these flags. Whether it is defined says whether the importer called `define`.
+    name: name of one of these flags. If this flag is defined, `define` has been called.
   """
   if name not in flags.FLAGS:
     define()

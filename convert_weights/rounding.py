@@ -1,4 +1,4 @@
-"""The types in which parameters are stored, and the conversion of arrays to them."""
+"""The types in which parameters are stored, and the conversion of arrays to these types."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _BLOCK_BYTES = 2**20
 
 
 def rounded(array: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
-  """Casts an array to another type, in C order; returns the array itself if it has that type and order.
+  """Casts an array to `dtype`, in C order; returns the array itself if it has that type and order already.
 
   Args:
     array: array of any floating type and memory layout.

@@ -39,7 +39,7 @@ def open_safetensors(path: Path) -> dict[str, StoredTensor]:
     Name -> tensor, in the order of their data in the file.
 
   Raises:
-    ConversionError: the file is missing, truncated, or its header is corrupt.
+    ConversionError: the file is missing, truncated or too long, or its header is corrupt or has an unknown dtype.
   """
   try:
     size = path.stat().st_size

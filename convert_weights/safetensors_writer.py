@@ -25,7 +25,9 @@ def write_safetensors(
   read: Callable[[Part], np.ndarray],
   wrote: Callable[[int], object],
 ) -> None:
-  """Writes model.safetensors, or several files of at most MAX_SHARD_BYTES and their index.
+  """Writes model.safetensors, or several files and their index.
+
+  Each of several files has at most MAX_SHARD_BYTES of tensors, or a single tensor that is larger.
 
   Args:
     directory: existing directory to write to.
@@ -49,7 +51,7 @@ def write_safetensors(
 
 
 def num_bytes(shape: Sequence[int], dtype: np.dtype) -> int:
-  """Size in bytes of an array."""
+  """Returns the size of an array, in bytes."""
   return math.prod(shape) * dtype.itemsize
 
 
@@ -90,13 +92,13 @@ def _write(
 
 
 def _blocks(array: np.ndarray) -> Iterator[np.ndarray]:
-  """Blocks of consecutive rows, of about _BLOCK_BYTES: rows of a transposed array have to be copied to be written."""
+  """Yields blocks of rows of about _BLOCK_BYTES each: rows of a transposed array have to be copied to be written."""
   rows = max(1, _BLOCK_BYTES * len(array) // max(array.nbytes, 1))
   return (array[first : first + rows] for first in range(0, len(array), rows))
 
 
 def _contiguous(block: np.ndarray) -> np.ndarray:
-  """The block in C order, which the file needs; a transposed block is copied."""
+  """Returns the block in C order, the order of the file; copies a transposed block."""
   if block.flags.c_contiguous:
     return block
   # Copies in tiles that fit into a cache, which is 3.5 times as fast as numpy's own copy.

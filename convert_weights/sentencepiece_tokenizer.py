@@ -16,8 +16,8 @@ def sentencepiece_bpe(
 ) -> Tokenizer:
   """Builds the tokenizer of a SentencePiece BPE vocabulary that does not normalise texts.
 
-  SentencePiece merges the pair of neighbours whose union has the highest score. That is BPE with a list of merges in
-  descending order of score.
+  SentencePiece merges the pair of neighbouring pieces whose concatenation has the highest score. That is BPE with a
+  list of merges in descending order of score.
 
   Args:
     pieces, scores, types: piece, score and type (NORMAL to BYTE) of each id. Control and unknown pieces become special
@@ -79,5 +79,5 @@ def _metaspace(replacement: str, prepend: str) -> pre_tokenizers.PreTokenizer:
 
 
 def _escaped(text: str) -> str:
-  """A regular expression, for Oniguruma, that matches only this text."""
+  """Returns a regular expression, for Oniguruma, that matches only this text."""
   return "".join(f"\\x{{{ord(character):x}}}" for character in text)

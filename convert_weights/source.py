@@ -70,8 +70,8 @@ class Leaf:
   Attributes:
     path: path of the parameter in our parameter tree.
     shape: shape of the parameter in our layout.
-    name: name of the tensor that holds it, for messages.
-    num_bytes: number of bytes read from the file for it.
+    name: name of the tensor that holds the parameter, for messages.
+    num_bytes: number of bytes that `read` reads from the file.
     read: reads the parameter from the file, in our layout and the file's number type (float32 if dequantised).
   """
 
@@ -89,7 +89,7 @@ class Source:
   Attributes:
     kind: format of the source, `huggingface`, `openlm` or `gguf`.
     path: directory or file of the source.
-    name: name to record: the name on the hub with the commit, or the name of the file or directory.
+    name: name recorded in source.json: the name on the hub with the commit, or the name of the file or directory.
     config: the model's config, translated.
     original_config: the source's own config.
     weight_files: files that hold the tensors.

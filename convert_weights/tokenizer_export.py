@@ -23,14 +23,15 @@ _KEPT = (
 
 
 def exported_tokenizer(files: Mapping[str, bytes], tokenizer: Tokenizer) -> dict[str, bytes]:
-  """Tokenizer files of an export, as file name -> contents.
+  """Returns the tokenizer files of an export, as file name -> contents.
 
   Args:
     files: file name -> contents of the tokenizer files of the model directory.
     tokenizer: the tokenizer that these files give.
 
   Returns:
-    tokenizer.json and tokenizer_config.json; tokenizer.model in place of tokenizer.json if none gives the same ids.
+    tokenizer.json and tokenizer_config.json; tokenizer.model in place of tokenizer.json if no tokenizer.json gives
+    the same ids.
 
   Raises:
     ConversionError: the tokenizer.json to write gives other ids than `tokenizer`.
@@ -64,7 +65,7 @@ def _begins(tokenizer: Tokenizer) -> bool:
 
 
 def _settings(settings: Mapping[str, Any], backend: Backend) -> dict[str, Any]:
-  """The contents of tokenizer_config.json: only the settings that the class reads from there, not tokenizer.json."""
+  """Returns the contents of tokenizer_config.json: settings that `_CLASS` reads there rather than in tokenizer.json."""
   kept = {key: settings[key] for key in _KEPT if settings.get(key) is not None}
   kept |= {key: content(kept[key]) for key in NAMED if key in kept}
   listed = settings.get("extra_special_tokens") or settings.get("additional_special_tokens")

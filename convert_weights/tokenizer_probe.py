@@ -28,7 +28,7 @@ _ODD = (
 
 @functools.cache
 def hard_texts() -> tuple[str, ...]:
-  """NUM_TEXTS texts, the same in every run: scripts of all kinds, blanks, controls, and pieces of English and code."""
+  """Returns NUM_TEXTS texts, always the same: scripts of all kinds, blanks, controls, pieces of English and of code."""
   draw = random.Random(0)
   prose = "\n".join(topics[name] for name in sorted(topics)[:40])
   texts = ["", *_BLANKS, *_ODD]
@@ -53,12 +53,12 @@ def hard_texts() -> tuple[str, ...]:
 def first_difference(
   one: Callable[[str], Sequence[int]], other: Callable[[str], Sequence[int]], special: Sequence[str] = ()
 ) -> str | None:
-  """The first of the hard texts that two tokenizers encode differently, or None.
+  """Returns the first hard text that two tokenizers encode differently; None if they encode all hard texts alike.
 
   Args:
     one, other: encode functions, text -> ids.
-    special: special tokens. Each adds four texts that hold it between words or spaces, once or several times; no text
-      begins with a special token.
+    special: special tokens. For each, four texts are added that have the token between words or spaces, once or several
+      times; none of these texts begins with the token.
   """
   marked = [
     text

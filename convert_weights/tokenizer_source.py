@@ -32,7 +32,7 @@ _FOREIGN = re.compile(r"spiece\.model|sentencepiece\.bpe\.model|vocab\.txt|.*\.t
 
 
 def tokenizer_files(directory: Path) -> dict[str, bytes]:
-  """The tokenizer and generation files of a checkpoint, in the form in which a model directory stores them.
+  """Returns the tokenizer and generation files of a checkpoint, in the form in which a model directory stores them.
 
   Args:
     directory: directory of the checkpoint.
@@ -71,9 +71,12 @@ def tokenizer_files(directory: Path) -> dict[str, bytes]:
 
 
 def generation_file(directory: Path) -> dict[str, bytes]:
-  """generation_config.json as {file name: contents}; empty if there is nothing to store.
+  """Returns generation_config.json as {file name: contents}; empty if there is nothing to store.
 
-  Older checkpoints have pad_token_id in config.json; it is copied from there.
+  Older checkpoints have pad_token_id in config.json, from where this function copies it.
+
+  Raises:
+    ConversionError: generation_config.json or config.json cannot be read as a JSON object.
   """
   found, config = (_object(directory / name) for name in (GENERATION_FILE, "config.json"))
   if found.get(_PADDING) is None and config.get(_PADDING) is not None:
@@ -96,7 +99,7 @@ def template_and_settings(settings: Mapping[str, Any]) -> dict[str, bytes]:
 
 
 def begin_with(tokenizer: Tokenizer, token_id: int | None) -> None:
-  """Sets the post-processor: `token_id` is put before every text, None puts nothing; nothing follows a text."""
+  """Sets the post-processor to put `token_id` (None: nothing) before every text, and nothing after a text."""
   if token_id is None:
     tokenizer.post_processor = processors.TemplateProcessing(single="$A", pair="$A $B:1", special_tokens=[])
     return
@@ -107,20 +110,20 @@ def begin_with(tokenizer: Tokenizer, token_id: int | None) -> None:
 
 
 def tokenizer_json(tokenizer: Tokenizer) -> bytes:
-  """Contents of the tokenizer.json of a tokenizer."""
+  """Returns the contents of the tokenizer.json of a tokenizer."""
   return (tokenizer.to_str(pretty=True) + "\n").encode()
 
 
 def as_json(values: Mapping[str, Any]) -> bytes:
-  """Contents of a JSON file in UTF-8, indented by two spaces."""
+  """Returns the contents of a JSON file with these values, in UTF-8, indented by two spaces."""
   return (to_json(values, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 def content(token: Any) -> str:
-  """The text of a token. Settings hold either the text itself or an object with the text under `content`.
+  """Returns the text of a token. Settings hold either the text itself or an object with the text under `content`.
 
   Raises:
-    ValueError: `token` is neither.
+    ValueError: `token` is neither a text nor such an object.
   """
   text = token.get("content") if isinstance(token, dict) else token
   if not isinstance(text, str):
@@ -129,7 +132,7 @@ def content(token: Any) -> str:
 
 
 def _settings(directory: Path) -> dict[str, Any]:
-  """tokenizer_config.json, completed with special_tokens_map.json (older) and chat template files (newer)."""
+  """Reads tokenizer_config.json, and adds special_tokens_map.json (older) and chat template files (newer)."""
   settings = _object(directory / SETTINGS_FILE)
   # If added_tokens_decoder lists all added tokens, transformers ignores special_tokens_map.json.
   if "added_tokens_decoder" not in settings:
@@ -184,7 +187,7 @@ class _Added:
       the token is not listed there.
     own_flags: the same flags where a setting such as `bos_token` names the token; used if the token is not listed in
       added_tokens_decoder and the vocabulary lacks it.
-    special: whether it is a special token.
+    special: whether the token is a special token.
   """
 
   token_id: int | None = None
@@ -194,7 +197,7 @@ class _Added:
 
 
 def _added_tokens(directory: Path, settings: Mapping[str, Any]) -> dict[str, _Added]:
-  """Tokens that files other than the vocabulary describe, in the order in which transformers adds missing ones.
+  """Returns the tokens that files other than the vocabulary describe, in the order in which transformers adds them.
 
   Raises:
     ValueError: added_tokens_decoder or added_tokens.json has the wrong form.
@@ -221,7 +224,7 @@ def _added_tokens(directory: Path, settings: Mapping[str, Any]) -> dict[str, _Ad
 
 
 def _named_tokens(settings: Mapping[str, Any]) -> list[Any]:
-  """Special tokens that a key of NAMED names or a key of _LISTED lists; these keys give no ids."""
+  """Returns the special tokens that a key of NAMED names or a key of _LISTED lists; these keys give no ids."""
   named = [settings.get(name) for name in NAMED]
   for name in _LISTED:
     listed = settings.get(name) or []
@@ -234,10 +237,10 @@ def _flags(entry: Mapping[str, Any]) -> dict[str, bool]:
 
 
 def _add(tokenizer: Tokenizer, added: Mapping[str, _Added]) -> bool:
-  """Adds tokens that the tokenizer lacks, and updates those whose flags differ. Returns whether anything changed.
+  """Adds tokens that the tokenizer lacks, and updates tokens whose flags differ. Returns whether anything changed.
 
   Raises:
-    ValueError: the tokenizer gives a token another id than the files do.
+    ValueError: the tokenizer gives a token another id than the checkpoint's files do.
   """
   known = {token.content: token for token in tokenizer.get_added_tokens_decoder().values()}
   changed = False
@@ -246,7 +249,7 @@ def _add(tokenizer: Tokenizer, added: Mapping[str, _Added]) -> bool:
     found = said.own_flags if before is None else {name: getattr(before, name) for name in said.own_flags}
     flags = dict(found if said.flags is None else said.flags)
     if _is_sentencepiece(tokenizer.normalizer):
-      # The normaliser would prepend a space to the token too, which a text then lacks.
+      # Otherwise the normaliser prepends a space to the token too, and the token matches only after a space.
       flags["normalized"] = False
     special = said.special or (said.flags is None and before is not None and before.special)
     token = AddedToken(text, special=special, **flags)
@@ -259,7 +262,7 @@ def _add(tokenizer: Tokenizer, added: Mapping[str, _Added]) -> bool:
 
 
 def _is_sentencepiece(normalizer: Any) -> bool:
-  """Whether a normaliser prepends or replaces spaces, as SentencePiece does; others are NFC, say, or lower case."""
+  """Whether a normaliser prepends or replaces characters, as SentencePiece's does, unlike NFC or lower-casing."""
   steps: Any = normalizer  # iterable, though its type does not say so
   return isinstance(normalizer, normalizers.Sequence) and any(
     isinstance(step, normalizers.Prepend | normalizers.Replace) for step in steps

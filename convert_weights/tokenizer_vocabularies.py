@@ -71,8 +71,8 @@ def sentencepiece_vocabulary(contents: bytes, settings: Mapping[str, Any]) -> Vo
     settings: contents of tokenizer_config.json, which may set `legacy` and `add_prefix_space`.
 
   Returns:
-    The vocabulary. It has a tokenizer only if that gives the same ids as the sentencepiece package on all hard texts
-    (`tokenizer_probe`); otherwise it keeps `contents`.
+    The vocabulary. Its `tokenizer` is set only if this tokenizer gives the same ids as the sentencepiece package on all
+    hard texts (`tokenizer_probe`); otherwise `tokenizer` is None and `contents` are the file's bytes.
 
   Raises:
     ValueError: the file is damaged.
@@ -99,7 +99,7 @@ def sentencepiece_vocabulary(contents: bytes, settings: Mapping[str, Any]) -> Vo
 
 
 def _ranks(contents: bytes) -> list[bytes] | None:
-  """The tokens of a tiktoken file, by rank; None if the file is of another kind.
+  """Returns the tokens of a tiktoken file, by rank; None if the file is of another kind.
 
   Each line of such a file is a token in base64, a space and the token's rank.
   """
@@ -116,7 +116,7 @@ def _ranks(contents: bytes) -> list[bytes] | None:
 
 
 def _llama_3(ranks: list[bytes], settings: Mapping[str, Any]) -> Vocabulary:
-  """Llama 3's tokenizer.model. It lacks the special tokens, which tokenizer_config.json or Meta's code defines."""
+  """Reads Llama 3's tokenizer.model, without special tokens: tokenizer_config.json or Meta's code defines them."""
   if "added_tokens_decoder" in settings:
     return Vocabulary(ranked_bpe(ranks, "llama-bpe"), {}, begins="bos_token" in settings)
   if len(ranks) != _LLAMA_3_RANKS:
@@ -130,7 +130,7 @@ def _llama_3(ranks: list[bytes], settings: Mapping[str, Any]) -> Vocabulary:
 
 
 def _llama_3_special() -> list[str]:
-  """The 256 special tokens of Llama 3.1 and later, by id. Llama 3.0 names three of these ids as reserved tokens."""
+  """Returns the 256 special tokens of Llama 3.1 and later, by id. In Llama 3.0, three of them are reserved tokens."""
 
   def reserved(first: int, last: int) -> list[str]:
     return [f"<|reserved_special_token_{i}|>" for i in range(first, last)]
@@ -169,7 +169,7 @@ def _vocab_json(directory: Path, settings: Mapping[str, Any]) -> Vocabulary:
 
 
 def _tekken(directory: Path, settings: Mapping[str, Any]) -> Vocabulary:
-  """Mistral's tekken.json. Special tokens have the first ids; of the other tokens, those past vocab_size are unused."""
+  """Reads Mistral's tekken.json. The special tokens have the first ids; tokens past default_vocab_size are unused."""
   description = read_json_object(directory / "tekken.json")
   try:
     config = description["config"]

@@ -45,8 +45,8 @@ def open_torch(path: Path) -> dict[str, StoredTensor]:
     Name -> tensor, whose data are not read yet.
 
   Raises:
-    ConversionError: torch is not installed; the file is missing, truncated, corrupt or in the format used before
-      PyTorch 1.6; its pickle needs more than tensors; it holds no state dict.
+    ConversionError: torch is not installed, or too old; the file is missing, truncated, corrupt, big-endian or in the
+      format used before PyTorch 1.6; its pickle needs more than tensors or is too large; it holds no state dict.
   """
   try:
     import torch
@@ -76,7 +76,7 @@ def open_torch(path: Path) -> dict[str, StoredTensor]:
 
 
 def _records(path: Path) -> dict[int, int]:
-  """Offset of each record's data in the archive -> their size, both in bytes. Also checks the archive's pickle.
+  """Returns offset in the archive -> size of the data of each record, in bytes. Also checks the archive's pickle.
 
   Raises:
     ConversionError: the archive is damaged, big-endian or not of torch's form, or its pickle is refused.
@@ -116,7 +116,7 @@ def _records(path: Path) -> dict[int, int]:
 
 
 def _check_pickle(path: Path, archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> None:
-  """Refuses a pickle that is too large, names more than tensors, or would take hours to load."""
+  """Raises ConversionError if the pickle is too large, names more than tensors, or would take hours to load."""
   if info.file_size > _MAX_PICKLE_BYTES:
     raise ConversionError(f"{path}: corrupt: its pickle claims {info.file_size} bytes.")
   raw = archive.read(info)
@@ -131,7 +131,7 @@ def _check_pickle(path: Path, archive: zipfile.ZipFile, info: zipfile.ZipInfo) -
 
 
 def _visits(raw: bytes) -> int:
-  """Total number of objects visited if each opcode of a pickle visits all objects inside its operands.
+  """Returns the total number of objects visited if each opcode of a pickle visits all objects inside its operands.
 
   The number can be exponential in the pickle's size: if x_n is the tuple (x_(n-1), x_(n-1)), hashing it visits 2^n
   objects.
@@ -159,7 +159,7 @@ def _visits(raw: bytes) -> int:
 
 
 def _reason(error: Exception) -> str:
-  """The useful line of a message of torch.load, which begins with advice to turn `weights_only` off."""
+  """Returns the useful line of a message of torch.load; the first lines advise to turn `weights_only` off."""
   text = str(error)
   named = re.search(r"WeightsUnpickler error: (.*)|(.*TorchScript.*)", text)
   return (named[0] if named else text or type(error).__name__).splitlines()[0].removesuffix(".")

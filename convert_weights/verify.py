@@ -51,7 +51,7 @@ class Comparison:
 
 
 def compare(source: str | os.PathLike[str], checkpoint: str | os.PathLike[str], text: str | None = None) -> Comparison:
-  """Runs a source and the model converted from it on the same tokens, at most MAX_TOKENS of them.
+  """Runs a source and its converted model on the same tokens, at most MAX_TOKENS, and compares the logits.
 
   Args:
     source: the source that `hf_to_orbax.convert` was given.
@@ -61,7 +61,8 @@ def compare(source: str | os.PathLike[str], checkpoint: str | os.PathLike[str], 
 
   Raises:
     ConversionError: torch or transformers is not installed, or transformers cannot run the source; the two models have
-      different vocabulary sizes; some logits are not finite.
+      different vocabulary sizes; some logits are not finite; the text is empty; or `open_source` refuses the source.
+    ValueError, OSError: the checkpoint is damaged or is no model directory.
   """
   opened = open_source(source, own_tokenizer=False)
   if opened.kind not in _RUNNERS:
@@ -87,7 +88,7 @@ def compare(source: str | os.PathLike[str], checkpoint: str | os.PathLike[str], 
 
 
 def _run_checkpoint(checkpoint: str | os.PathLike[str], text: str | None) -> tuple[np.ndarray, np.ndarray]:
-  """Token ids int64 [T] and logits float32 [T, vocabulary]; the parameters are freed on return."""
+  """Returns token ids int64 [T] and logits float32 [T, vocabulary]; the parameters are freed on return."""
   model = lm.load(checkpoint, "float32")
   if model.tokenizer is None:
     tokens = np.random.default_rng(0).integers(model.config.vocab_size, size=MAX_TOKENS)
@@ -122,7 +123,7 @@ def _run_transformers(source: Source, tokens: np.ndarray) -> np.ndarray:
 
 
 def _load_huggingface(source: Source) -> Any:
-  """The model of transformers with the weights of `source.weight_files`, read by torch and safetensors.
+  """Returns transformers' model with the weights in `source.weight_files`, read by torch and safetensors.
 
   `from_pretrained(directory)` would choose files by their names, and might choose others than the conversion did.
   """
@@ -181,7 +182,7 @@ _RUNNERS: Mapping[str, Callable[[Source, np.ndarray], np.ndarray]] = {
 
 
 def report(found: Comparison, tolerance: float) -> None:
-  """Prints how far two models are apart.
+  """Prints how far the logits of two models are apart.
 
   Args:
     found: result of `compare`.
@@ -205,7 +206,7 @@ def report(found: Comparison, tolerance: float) -> None:
 
 
 def define_flags() -> None:
-  """Defines the program's flags. Importing the module does not, since the importer may have flags of these names."""
+  """Defines the program's flags; not done on import, since the importer may have flags of the same names."""
   flags.DEFINE_string("source", None, "Model that was converted, as hf_to_orbax was given it.", required=True)
   flags.DEFINE_string("checkpoint", None, "Model directory that hf_to_orbax wrote.", required=True)
   flags.DEFINE_float(
@@ -220,7 +221,7 @@ def define_flags() -> None:
 
 
 def main() -> None:
-  """Runs the program with its flags, which an importer need not have defined."""
+  """Runs the program with its flags; defines and parses these flags if an importer has not."""
   given = flags_of(define_flags, "source")
   try:
     text = None if given.text is None else local(given.text).read_text("utf-8-sig")

@@ -31,7 +31,10 @@ _NATIVE = re.compile(r"consolidated[.-].+")
 
 
 def has_weights(names: Collection[str]) -> bool:
-  """Whether any of these file names of a directory is that of weights which `open_weights` opens."""
+  """Whether any of a directory's file names is that of safetensors or PyTorch weights.
+
+  Original files of Meta and Mistral (`consolidated.*`), and .bin files that transformers would not read, do not count.
+  """
   others = [name for name in names if name.endswith((".safetensors", ".pt", ".pth")) and not _NATIVE.fullmatch(name)]
   return bool(others) or _have_names_of_transformers(names)
 
@@ -48,7 +51,7 @@ def refuse_other_forms(where: object, names: Collection[str]) -> None:
     names: names of the files of the source, or of the one file that was given.
 
   Raises:
-    ConversionError: the files hold such a model; the message says what to convert instead.
+    ConversionError: the files hold an adapter, or only original weights; the message says what to convert instead.
   """
   adapter = ", ".join(sorted(filter(_ADAPTER.fullmatch, names)))
   merge = "merge it into its base model first (peft: merge_and_unload, then save_pretrained)"
@@ -72,14 +75,14 @@ def open_weights(directory: Path, file: Path | None = None) -> tuple[list[Path],
 
   Args:
     directory: directory to search for weights.
-    file: weights file to open instead.
+    file: weights file to open, with a suffix of WEIGHT_SUFFIXES; None searches the directory.
 
   Returns:
     The paths of the weights files, and name -> tensor of all their tensors.
 
   Raises:
-    ConversionError: the directory holds no weights, or several that contradict each other; a file is missing, corrupt
-      or contradicts its index.
+    ConversionError: the directory holds no weights, or several and nothing says which to take; a file is missing,
+      corrupt or contradicts its index.
   """
   if file is not None:
     return [file], _SUFFIXES[file.suffix](file)

@@ -11,7 +11,7 @@ from kernels_pallas import chunked_xla, decay, device, mosaic_gpu, mosaic_tpu, p
 
 
 class Implementation(Protocol):
-  """Signature of an implementation of `linear_attention`, called after `_run` has checked and prepared the arguments.
+  """Signature of an implementation of `linear_attention`. Its arguments are checked, and prepared by `_run`.
 
   Args:
     q_BTHK: [B, T, H, K], queries in the caller's dtype.
@@ -20,7 +20,7 @@ class Implementation(Protocol):
     slopes_H: [H], in the accumulation dtype: float32, or float64 if q, k or v is float64.
     initial_state_BHKV: [B, H, K, V], in the accumulation dtype.
     segment_ids_BT: [B, T] int32, documents numbered from 0 in each row; None: one document.
-    lengths_B: [B] int32 in [0, T]; None: no padding.
+    lengths_B: [B] int32 in [0, T], number of valid tokens per row; None: no padding.
     scale: factor of the output.
 
   Returns:
@@ -61,7 +61,7 @@ class Choice(NamedTuple):
     capability: least compute capability of the GPU, times ten (80 is NVIDIA's 8.0); 0 on other platforms.
     dtype: dtype of q, k and v.
     widths: least and largest width of keys and values.
-    tokens: least number of tokens T; shorter rows are as fast without a kernel.
+    tokens: least number of tokens per row, T; shorter rows are as fast without a kernel.
     implementation: a key of `IMPLEMENTATIONS`.
   """
 
@@ -73,7 +73,8 @@ class Choice(NamedTuple):
   implementation: str
 
 
-# For each platform the first row that fits is used. If none fits, and on platforms that are not listed, it is FALLBACK.
+# For each platform, "auto" takes the first row that the operands satisfy. Without such a row, and on platforms that are
+# not listed, "auto" takes FALLBACK.
 CHOICES = (
   Choice("cuda", 80, jnp.bfloat16, (16, 256), 64, "triton"),
   Choice("cuda", 80, jnp.float32, (16, 128), 64, "triton"),
@@ -95,7 +96,7 @@ def linear_attention(
   lengths: jax.Array | None = None,
   implementation: str = "auto",
 ) -> tuple[jax.Array, jax.Array]:
-  """Causal linear attention with a fixed decay per head, gamma_h = exp(-slopes_h).
+  """Computes causal linear attention with a fixed decay per head, gamma_h = exp(-slopes_h).
 
   o_i = scale * (sum_{j<=i} gamma^(i-j) (q_i . k_j) v_j + gamma^(i+1) q_i S_in)
   S   = sum_j gamma^(T-1-j) k_j v_j^T + gamma^T S_in
@@ -110,13 +111,13 @@ def linear_attention(
     slopes: [H] float, finite and at least 0. They are constants: differentiating with respect to them raises TypeError.
     scale: factor of the output, not of the state; usually K**-0.5.
     initial_state: [B, H, K, V] float, S_in, which belongs to token 0's document; None means zero.
-    segment_ids: [B, T] integer document ids. Wherever the id changes, the state restarts from zero, even if the new id
-      was used before. None: each row is one document.
+    segment_ids: [B, T] integer document ids. Wherever the id changes, the state restarts from zero, even if the
+      same id occurs earlier in the row. None: each row is one document.
     lengths: [B] integer. Tokens t >= lengths[b] are padding: they may hold anything (even NaN), their output is 0, they
       get no gradient, and they neither add to the state nor decay it. None: no padding.
-    implementation: "auto" chooses the fastest one for the platform that the program is compiled for, from the table
-      `CHOICES`. A key of `IMPLEMENTATIONS` is used without fallback: it runs or raises. On a CPU, kernels for GPUs and
-      TPUs are interpreted.
+    implementation: "auto" chooses, from the table `CHOICES`, the fastest implementation for the platform that the
+      program is compiled for. A key of `IMPLEMENTATIONS` names the implementation, which then runs or raises, without
+      fallback. On a CPU, kernels for GPUs and TPUs are interpreted.
 
   Returns:
     The output [B, T, H, V] in v's dtype and the final state [B, H, K, V] in float32 (float64 if an input is float64).
@@ -125,7 +126,7 @@ def linear_attention(
     ValueError: if shapes or dtypes do not fit together, slopes are negative or not finite (checked unless they are
       traced), or the implementation is unknown.
     NotImplementedError: if the named implementation does not support these shapes, dtypes or this device.
-    TypeError: if the slopes carry a tangent.
+    TypeError: if the call is differentiated with respect to the slopes.
   """
   _check_operands(q, k, v, slopes, "BT")
   batch, num_tokens, num_heads, key_width = q.shape
@@ -142,7 +143,10 @@ def linear_attention(
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _run(names, scale, q, k, v, slopes, initial_state_BHKV, segment_ids_BT, lengths_B):
-  """Prepares checked arguments as `Implementation` describes them, and runs. Jitted for callers outside of jit."""
+  """Prepares checked arguments as `Implementation` describes them and runs the implementations that `names` lists.
+
+  Jitted for callers outside of jit. `names` is what `choose_implementations` returns.
+  """
   dtype = _accumulation_dtype(q, k, v)
   if initial_state_BHKV is None:
     initial_state_BHKV = jnp.zeros((q.shape[0], *q.shape[2:], v.shape[-1]))
@@ -172,12 +176,12 @@ def linear_attention_step(
   *,
   scale: float,
 ) -> tuple[jax.Array, jax.Array]:
-  """One token of `linear_attention`, for decoding: S <- gamma S + k v^T; o = scale * q S.
+  """Computes one token of `linear_attention`, for decoding: S <- gamma S + k v^T; o = scale * q S.
 
   Args:
-    q: [B, H, K] float.
-    k: [B, Gk, K] float.
-    v: [B, Gv, V] float.
+    q: [B, H, K] float, query.
+    k: [B, Gk, K] float, key; Gk divides H.
+    v: [B, Gv, V] float, value; Gv divides H.
     slopes: [H] float, finite and at least 0. They are constants: differentiating with respect to them raises TypeError.
     state: [B, H, K, V] float, the state after the previous token; zeros at the start of a document.
     scale: factor of the output.
@@ -188,7 +192,7 @@ def linear_attention_step(
   Raises:
     ValueError: if shapes or dtypes do not fit together, or slopes are negative or not finite (checked unless they are
       traced).
-    TypeError: if the slopes carry a tangent.
+    TypeError: if the call is differentiated with respect to the slopes.
   """
   _check_operands(q, k, v, slopes, "B")
   state_shape = (*q.shape, v.shape[-1])
@@ -201,11 +205,11 @@ def linear_attention_step(
 
 
 def choose_implementations(implementation: str, q, k, v) -> tuple[tuple[str, str], ...]:
-  """Chooses implementations as pairs of platform and name. The first is ("default", name), for all other platforms.
+  """Returns (platform, implementation) pairs of names. The first, ("default", name), is for all other platforms.
 
   Args:
     implementation: "auto" or a key of `IMPLEMENTATIONS`; a key gives only the pair ("default", key).
-    q, k, v: objects with the shapes and dtypes of the operands.
+    q, k, v: arrays, or other objects with the `shape` and `dtype` of the operands.
 
   Raises:
     ValueError: if the implementation is unknown.
@@ -242,7 +246,7 @@ def _accumulation_dtype(*operands: jax.Array) -> jnp.dtype:
 
 @jax.custom_jvp
 def constant(slopes_H: jax.Array) -> jax.Array:
-  """The identity, whose derivative raises TypeError. JAX calls the derivative rule only if slopes have a tangent."""
+  """Returns the slopes unchanged. Differentiating with respect to the slopes raises TypeError."""
   return slopes_H
 
 

@@ -1,8 +1,8 @@
 """Kernels that are compiled on their own platform and interpreted on a CPU, from one traced program.
 
 `jax.lax.platform_dependent` alone is not enough: if a program is exported for several platforms, each branch is lowered
-for each platform, and a `pallas_call` for a GPU cannot be lowered for a CPU. Here a kernel is a JAX primitive with one
-lowering per platform. The kernel is traced only when it is lowered, so programs for a CPU do not pay for it.
+for each platform, and a `pallas_call` for a GPU cannot be lowered for a CPU. In this module a kernel is a JAX primitive
+with one lowering per platform. The kernel is traced only when it is lowered, so programs for a CPU do not pay for it.
 """
 
 import functools
@@ -20,7 +20,7 @@ _kernel_p.multiple_results = True
 def run(
   platform: str, kernel: Callable[..., Any], operands: dict[str, jax.Array], results: dict[str, Any]
 ) -> dict[str, jax.Array]:
-  """Runs `kernel(operands, interpret=False)` on its platform, or `kernel(operands, interpret=True)` on a CPU.
+  """Runs `kernel(operands, interpret=False)` on `platform`, or `kernel(operands, interpret=True)` on a CPU.
 
   Args:
     platform: the kernel's platform, "cuda" or "tpu".
@@ -33,7 +33,7 @@ def run(
     Name -> array of each result.
 
   Raises:
-    NotImplementedError: when the program is lowered for a platform that is neither the kernel's nor a CPU.
+    NotImplementedError: when the program is lowered for one platform alone, which is neither `platform` nor a CPU.
   """
   names, shapes = tuple(operands), tuple((name, x.shape, x.dtype) for name, x in results.items())
   outputs = _kernel_p.bind(*operands.values(), platform=platform, kernel=kernel, names=names, shapes=shapes)

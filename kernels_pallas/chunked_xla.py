@@ -18,13 +18,14 @@ from kernels_pallas import decay
 from kernels_pallas.decay import ChunkWeights
 
 _CHUNK = 64
-# Elements of an operand in a block. Blocks much smaller do not occupy all cores, larger ones do not fit into the cache.
+# Wanted number of elements of an operand per block. Much smaller blocks do not occupy all cores, and much larger blocks
+# do not fit into the cache.
 _BLOCK_ELEMENTS = 2**17
 _MAX_CHUNKS = 4
 
 
 class Span(NamedTuple):
-  """A range of tokens: `tokens` tokens from `start` on, as `num_chunks` chunks of `chunk` tokens, the rest padding."""
+  """`tokens` tokens from index `start` on, cut into `num_chunks` chunks of `chunk` tokens; the last may be padded."""
 
   start: int | jax.Array
   tokens: int
@@ -33,7 +34,7 @@ class Span(NamedTuple):
 
 
 class Cut(NamedTuple):
-  """How a row is cut: `num_blocks` blocks of the size of `block`, then a shorter `tail`, or None if nothing is left."""
+  """How a row is cut: `num_blocks` blocks like `block`, then the shorter block `tail` (None: no tokens are left)."""
 
   num_blocks: int
   block: Span
@@ -41,7 +42,7 @@ class Cut(NamedTuple):
 
 
 def cut(num_tokens: int, chunk: int, num_chunks: int) -> Cut:
-  """Cuts a row into blocks of num_chunks * chunk tokens. The tail has shorter chunks, to need little padding."""
+  """Cuts a row into blocks of num_chunks * chunk tokens, and a tail whose shorter chunks need little padding."""
   block = Span(0, chunk * num_chunks, num_chunks, chunk)
   num_blocks, rest = divmod(num_tokens, block.tokens)
   if not rest:
@@ -51,7 +52,7 @@ def cut(num_tokens: int, chunk: int, num_chunks: int) -> Cut:
 
 
 def choose_num_chunks(elements_per_chunk: int) -> int:
-  """M, the number of chunks of a block: a power of two, enough for all cores, and small enough for the cache."""
+  """Returns M, the chunks per block: the least power of two with _BLOCK_ELEMENTS per operand, at most _MAX_CHUNKS."""
   num_chunks = 1
   while num_chunks < _MAX_CHUNKS and num_chunks * elements_per_chunk < _BLOCK_ELEMENTS:
     num_chunks *= 2
@@ -69,10 +70,10 @@ def chunked(
   *,
   scale: float,
 ) -> tuple[jax.Array, jax.Array]:
-  """The op in plain XLA, with the arguments and results of `kernels_pallas.api.Implementation`.
+  """Computes the op in plain XLA, with the arguments and results of `kernels_pallas.api.Implementation`.
 
-  For the backward pass it keeps the operands and the state before each block of M chunks of C tokens, T / (M C) * K * V
-  float32 numbers per head.
+  For the backward pass, the forward pass keeps the operands and the state before each block of M chunks of C tokens:
+  T / (M C) * K * V numbers per head, in the accumulation dtype.
   """
   batch, num_tokens, num_heads, key_width = q_BTHK.shape
   width = max(key_width, v_BTGV.shape[-1])
@@ -104,7 +105,7 @@ _attend.defvjp(_attend_fwd, _attend_bwd)
 
 
 def _weigher(pieces: Cut, scale: float, slopes_H, segment_ids_BT, lengths_B):
-  """Returns a function from a span to its `ChunkWeights`. Without segment ids and lengths, all blocks share them."""
+  """Returns a function span -> `ChunkWeights`, which all blocks share if there are no segment ids and no lengths."""
 
   def tabulate(segment_ids_BT, lengths_B, span: Span) -> ChunkWeights:
     return decay.chunk_weights(
@@ -126,7 +127,7 @@ def _weigher(pieces: Cut, scale: float, slopes_H, segment_ids_BT, lengths_B):
 
 
 def _forward(pieces: Cut, weigh, q_BTHK, k_BTGK, v_BTGV, state_BHKV, lengths_B):
-  """The output, the final state and, for the backward pass, the states before all blocks and before the tail."""
+  """Returns the output, the final state and, for the backward pass, (states before blocks, state before the tail)."""
 
   def block(carry, span: Span):
     before_BHKV, output_BTHV = carry
@@ -183,7 +184,7 @@ def _forward_block(q_BMHCK, k_BMGCK, v_BMGCV, state_BHKV, weights: ChunkWeights)
 
 
 def _backward_block(q_BMHCK, k_BMGCK, v_BMGCV, d_output_BMHCV, state_BHKV, d_state_BHKV, weights: ChunkWeights):
-  """Gradients of q, k, v and the initial state of `_forward_block`, given those of its output and final state.
+  """Returns the gradients of q, k, v and the initial state, given those of the output and final state of one block.
 
   XLA's CPU backend multiplies fast only if the summed axis of the left factor is last. Hence k q^T is computed
   directly, not as the transpose of q k^T; other left factors are transposed where they are multiplied by their weights.
@@ -226,14 +227,14 @@ def _backward_block(q_BMHCK, k_BMGCK, v_BMGCV, d_output_BMHCV, state_BHKV, d_sta
 
 
 def _states(k_BMGCK, v_BMGCV, state_BHKV, weights: ChunkWeights):
-  """The states before each chunk of a block, [B, M, H, K, V], and the state after its last chunk."""
+  """Returns the states before each chunk of a block, [B, M, H, K, V], and the state after the last chunk."""
   columns = _weighted_columns(k_BMGCK, weights.column_BMHC, v_BMGCV.shape[2])
   added = jnp.einsum("bmgrc,bmgcv->bmgrv", columns, v_BMGCV)
   return _pass_on(state_BHKV, added, weights.carry_BMH)
 
 
 def _pass_on(state_BHKV, added, carry_BMH, *, reverse: bool = False):
-  """S <- carry S + added over the chunks of a block. Returns S before each chunk, [B, M, H, K, V], and the last S."""
+  """Runs S <- carry S + added over a block's chunks. Returns the S entering each, [B, M, H, K, V], and the last S."""
   added_BMHKV = added.reshape(*added.shape[:2], *state_BHKV.shape[1:])
   before = []
   for m in reversed(range(added.shape[1])) if reverse else range(added.shape[1]):
@@ -243,7 +244,7 @@ def _pass_on(state_BHKV, added, carry_BMH, *, reverse: bool = False):
 
 
 def _split(x_BTHD, span: Span, lengths_B, dtype):
-  """The tokens of a span as [B, M, H, C, D] in `dtype`, with padding set to zero."""
+  """Returns the tokens of a span as [B, M, H, C, D] in `dtype`, with padding set to zero."""
   x_BTHD = jax.lax.dynamic_slice_in_dim(x_BTHD, span.start, span.tokens, axis=1)
   if lengths_B is not None:
     x_BTHD = decay.keep(decay.valid_tokens(lengths_B, span.start, span.tokens), x_BTHD)
@@ -253,7 +254,7 @@ def _split(x_BTHD, span: Span, lengths_B, dtype):
 
 
 def _write(whole_BTHD, x_BMHCD, span: Span):
-  """Writes x into the tokens of a span of `whole`. x is zero at padding, because its q, k, v and cotangents are."""
+  """Returns `whole` with x in a span. x is 0 at padding, as are the q, k, v and cotangents that x was computed from."""
   x_BMCHD = jnp.swapaxes(x_BMHCD, 2, 3)
   x_BTHD = x_BMCHD.reshape(x_BMCHD.shape[0], -1, *x_BMCHD.shape[3:])[:, : span.tokens].astype(whole_BTHD.dtype)
   return jax.lax.dynamic_update_slice_in_dim(whole_BTHD, x_BTHD, span.start, axis=1)
@@ -283,17 +284,17 @@ def _apart(x, num_heads: int):
 
 
 def _per_head(x_BMGXY, weights_BMHXY):
-  """[B, M, H, X, Y]: x of each group, multiplied by the weights of each head of the group."""
+  """Multiplies x of each group by the weights of each head of the group; returns [B, M, H, X, Y]."""
   weights = weights_BMHXY.reshape(*weights_BMHXY.shape[:2], x_BMGXY.shape[2], -1, *weights_BMHXY.shape[3:])
   x = x_BMGXY[:, :, :, None] * weights
   return x.reshape(*x.shape[:2], -1, *x.shape[4:])
 
 
 def _weighted_side_by_side(x_BMGCD, weights_BMHC, groups: int):
-  """[B, M, groups, C, R * D]: x multiplied by the weights of each head, heads of a group concatenated along D."""
+  """Multiplies x by the weights of each head, then concatenates a group's heads along D: [B, M, groups, C, R * D]."""
   return _side_by_side(_per_head(x_BMGCD, weights_BMHC[..., None]), groups)
 
 
 def _weighted_columns(x_BMGCD, weights_BMHC, groups: int):
-  """The transpose of `_weighted_side_by_side` in its last two axes, [B, M, groups, R * D, C]."""
+  """Returns what `_weighted_side_by_side` returns, with the last two axes swapped: [B, M, groups, R * D, C]."""
   return _rows(_per_head(jnp.swapaxes(x_BMGCD, 3, 4), weights_BMHC[..., None, :]), groups)

@@ -24,9 +24,10 @@ def linear_attention(
   lengths: jax.Array | None = None,
   implementation: str = "auto",
 ) -> tuple[jax.Array, jax.Array]:
-  """`kernels_pallas.linear_attention`, called inside `jax.shard_map` by all devices along one axis of the mesh.
+  """Computes `kernels_pallas.linear_attention` inside `jax.shard_map`, over rows sharded along one axis of the mesh.
 
-  Here T is the number of tokens per device, equal on all devices; device 0 has the first tokens.
+  All devices along that axis call this function. T is the number of tokens per device, equal on all devices; device 0
+  has the first tokens of each row.
 
   Args:
     q, k, v: [B, T, heads, width] float, queries, keys and values of the device's tokens.
@@ -36,14 +37,15 @@ def linear_attention(
     initial_state: [B, H, K, V] float, state before the row's first token, the same on all devices; None: zero.
     segment_ids: [B, T] integer, document ids of the device's tokens; None: each row is one document.
     lengths: [B] integer, lengths of the whole rows, the same on all devices; None: no padding.
-    implementation: implementation of the op on each device.
+    implementation: as in `kernels_pallas.linear_attention`, which runs on each device's tokens.
 
   Returns:
     The output [B, T, H, V] of the device's tokens, in v's dtype, and the state [B, H, K, V] at the end of the whole
-    row, the same on all devices.
+    row, the same on all devices, in float32 (float64 if q, k or v is float64).
 
   Raises:
-    The errors of `kernels_pallas.linear_attention`.
+    ValueError, NotImplementedError, TypeError: as `kernels_pallas.linear_attention`, except that `initial_state` is not
+      checked.
   """
   size, rank, (batch, tokens) = jax.lax.axis_size(axis), jax.lax.axis_index(axis), q.shape[:2]
   own_lengths = None if lengths is None else jnp.clip(lengths - rank * tokens, 0, tokens)
@@ -89,7 +91,7 @@ def linear_attention(
 
 
 def _documents(segment_ids_BT: jax.Array, lengths_B: jax.Array | None, axis: str) -> tuple[jax.Array, jax.Array]:
-  """Numbers the documents of the whole row from 0, with P the number of devices.
+  """Numbers the documents of the whole row from 0. P is the number of devices.
 
   Args:
     segment_ids_BT: [B, T] integer, document ids of the device's tokens.
@@ -97,7 +99,8 @@ def _documents(segment_ids_BT: jax.Array, lengths_B: jax.Array | None, axis: str
     axis: name of the mesh axis along which tokens are sharded.
 
   Returns:
-    The documents of this device's tokens, [B, T] int32, and of the states at the P + 1 boundaries, [B, P + 1] int32.
+    The document number of each of this device's tokens, [B, T] int32, and of the state at each of the P + 1 boundaries
+    between devices, both ends of the row included, [B, P + 1] int32.
   """
   own_BT = decay.canonical_segments(segment_ids_BT)
   dtype = jnp.promote_types(segment_ids_BT.dtype, jnp.int32)

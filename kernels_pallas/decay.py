@@ -42,7 +42,7 @@ def canonical_segments(segment_ids_BT: jax.Array) -> jax.Array:
 
 
 def first_tokens(segment_ids_BT: jax.Array) -> jax.Array:
-  """Index of the first token of each token's document, [B, T] int32, for canonical segment ids."""
+  """Returns the index of the first token of each token's document, [B, T] int32; takes canonical segment ids."""
   begins_BT = jnp.diff(segment_ids_BT, axis=1, prepend=segment_ids_BT[:, :1]) != 0
   positions_T = jnp.arange(segment_ids_BT.shape[1], dtype=jnp.int32)
   return jax.lax.cummax(jnp.where(begins_BT, positions_T, 0), axis=1)
@@ -54,7 +54,7 @@ def valid_tokens(lengths_B: jax.Array, start: int | jax.Array, num_tokens: int) 
 
 
 def keep(mask_BT: jax.Array | None, x_BTHD: jax.Array) -> jax.Array:
-  """`x` with tokens where the mask is False set to zero; with mask None, `x` itself.
+  """Returns x with zeros at tokens whose mask is False; mask None returns x unchanged.
 
   Tokens are selected, not multiplied by 0, because padding may hold NaN and 0 * NaN is NaN.
   """
@@ -64,30 +64,30 @@ def keep(mask_BT: jax.Array | None, x_BTHD: jax.Array) -> jax.Array:
 
 
 def powers(slopes_H: jax.Array, distance: jax.Array) -> jax.Array:
-  """gamma_h^distance = exp(-s_h * distance), of shape [H, *distance.shape], in the dtype of the slopes.
+  """Returns gamma_h^distance = exp(-s_h * distance), of shape [H, *distance.shape], in the dtype of the slopes.
 
   Args:
     slopes_H: [H] float, at least 0.
-    distance: integers of any shape. Negative ones are treated as 0; callers mask their results.
+    distance: integers of any shape. Negative distances count as 0; callers mask the results for them.
   """
   distance = jnp.maximum(distance, 0).astype(slopes_H.dtype)
   return jnp.exp(-slopes_H.reshape(-1, *(1,) * distance.ndim) * distance)
 
 
 def causal_powers(slopes_H: jax.Array, num_tokens: int) -> jax.Array:
-  """[H, T, T]: gamma_h^(i-j) where j <= i, 0 above the diagonal."""
+  """Returns gamma_h^(i-j) where j <= i, and 0 above the diagonal, [H, T, T]."""
   distance_TT = jnp.arange(num_tokens)[:, None] - jnp.arange(num_tokens)
   return jnp.where(distance_TT >= 0, powers(slopes_H, distance_TT), 0)
 
 
 def state_documents(segment_ids_BT: jax.Array, lengths_B: jax.Array | None, starts_M: jax.Array) -> jax.Array:
-  """The document to which the state before token `starts_M[m]` belongs, [B, M] int32.
+  """Returns the document to which the state before token `starts_M[m]` belongs, [B, M] int32.
 
-  It is the document of the last valid token before `starts_M[m]`, or that of token 0 if there is none.
+  That is the document of the last valid token before `starts_M[m]`, or token 0's document if there is no such token.
 
   Args:
     segment_ids_BT: [B, T] int32, canonical ids (or any per-document values, which are then returned).
-    lengths_B: [B] int32; None: no padding.
+    lengths_B: [B] int32, number of valid tokens per row; None: no padding.
     starts_M: [M] int, token indices, which may exceed T.
   """
   batch, num_tokens = segment_ids_BT.shape
@@ -106,15 +106,15 @@ def chunk_weights(
   chunk: int,
   scale: float,
 ) -> ChunkWeights:
-  """The weights of the `num_chunks` chunks of `chunk` tokens that begin at token `start`.
+  """Returns the weights of the `num_chunks` chunks of `chunk` tokens that begin at token `start`.
 
   Args:
     slopes_H: [H] float; the weights take its dtype.
     segment_ids_BT: [B, T] int32, canonical ids of the whole row; None: one document.
-    lengths_B: [B] int32; None: no padding.
+    lengths_B: [B] int32, number of valid tokens per row; None: no padding.
     start: index of the first chunk's first token. The chunks may exceed T only if `lengths_B` excludes those tokens.
-    num_chunks: M.
-    chunk: C.
+    num_chunks: M, the number of chunks.
+    chunk: C, the number of tokens per chunk.
     scale: factor of `intra` and `row`, the weights in outputs; the weights in states are not scaled.
   """
   position_C = jnp.arange(chunk)

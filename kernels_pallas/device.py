@@ -7,7 +7,7 @@ from jax.experimental.pallas import triton as plgpu
 
 
 class Gpu(NamedTuple):
-  """A GPU.
+  """Properties of a GPU by which kernels are chosen.
 
   Attributes:
     capability: compute capability, times ten (80, NVIDIA's 8.0, is Ampere; 90 is Hopper).
@@ -22,7 +22,10 @@ _UNKNOWN = Gpu(90, 132)  # an H100, assumed if there is no GPU
 
 
 def gpu() -> Gpu:
-  """The GPU of the abstract mesh if one is set (to compile for another machine), else the GPU of this process."""
+  """Returns the GPU of the abstract mesh if one is set (to compile for another machine), else this process' first GPU.
+
+  Without either, an H100 is assumed.
+  """
   abstract = jax.sharding.get_abstract_mesh().abstract_device
   if abstract is not None and abstract.platform == "gpu" and hasattr(plgpu, "get_gpu_info"):
     return Gpu(plgpu.get_gpu_info().compute_capability, abstract.num_cores or _UNKNOWN.multiprocessors)

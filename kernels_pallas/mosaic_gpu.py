@@ -14,7 +14,7 @@ from kernels_pallas.primitive import Coefficients, Rows
 
 
 def refusal(q: Any, k: Any, v: Any) -> str | None:
-  """Why this kernel cannot run such operands on this process' GPU, as an English clause; None if it can."""
+  """Returns why this kernel cannot run q, k and v on the GPU of `device.gpu`, as an English clause; None if it can."""
   if not HAS_KERNEL:
     return f"it needs jax 0.11 or newer, and this is jax {jax.__version__}; 'triton' does not"
   if any(x.dtype != jnp.bfloat16 for x in (q, k, v)):
@@ -36,9 +36,9 @@ def attend(
   *,
   scale: float,
 ) -> tuple[jax.Array, jax.Array]:
-  """The op with the Mosaic GPU kernel, with the arguments and results of `kernels_pallas.api.Implementation`.
+  """Computes the op with the Mosaic GPU kernel; arguments and results as in `kernels_pallas.api.Implementation`.
 
-  For the backward pass it keeps the operands and the initial state of each part.
+  For the backward pass, the forward pass keeps the operands and the initial state of each part.
   """
   (batch, num_tokens, heads, key_width), value_width = q_BTHK.shape, v_BTGV.shape[-1]
   programs = batch * heads * (padded(value_width) // (choose_workers(key_width, value_width) * TILE))
@@ -71,7 +71,9 @@ class _Kernels:
 
 
 def _run(call: Call, given: dict[str, jax.Array], rows: Rows, batch: int) -> dict[str, jax.Array]:
-  """Pads q, k and v, [B, T, heads, width], to `Call`'s sizes and runs the kernel. States are in `Call`'s tiles already.
+  """Pads q, k and v, [B, T, heads, width], to the token count and the widths of `call`, and runs the kernel.
+
+  The states in `given` are already cut into tiles by `Call.split_state`.
 
   Returns:
     Name -> array of each result, see `Call.results`.

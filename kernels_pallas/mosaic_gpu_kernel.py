@@ -6,8 +6,8 @@ walks over the chunks and keeps its columns of the state in registers. Besides o
 part goes through global memory.
 
 Matrix products read their operands from shared memory: q, k and v (the products transpose k as needed), and bfloat16
-copies of the scores, the weighted values and the state. Copies from beyond the end of the row give zeros; copies to
-there are dropped.
+copies of the scores, the weighted values and the state. Reads beyond the end of the row give zeros; writes there are
+dropped.
 """
 
 import dataclasses
@@ -34,12 +34,12 @@ _STAGES = 2  # chunks in shared memory at a time; more would not help, since cop
 
 
 def choose_workers(key_width: int, value_width: int) -> int:
-  """Number of workers of a program: two if there are value columns and shared memory for both, else one."""
+  """Returns the number of workers per program: two if there are value columns and shared memory for both, else one."""
   return 2 if padded(value_width) % (2 * TILE) == 0 and key_width <= 2 * TILE else 1
 
 
 def padded(width: int) -> int:
-  """The width rounded up to a multiple of TILE."""
+  """Returns the width rounded up to a multiple of TILE."""
   return -(-width // TILE) * TILE
 
 
@@ -80,17 +80,20 @@ class Call:
     return self.key_width // TILE
 
   def split_state(self, state: jax.Array) -> jax.Array:
-    """[..., K, V] -> [..., V tiles, K tiles, 64, 64], because the interpreter supports no slices in an index."""
+    """Pads states [..., K, V] and cuts them into tiles, [..., V tiles, K tiles, 64, 64].
+
+    The interpreter supports no slices in an index, so a tile has indices of its own.
+    """
     *leading, key_width, value_width = state.shape
     pad = *((0, 0),) * len(leading), (0, self.key_width - key_width), (0, self.value_width - value_width)
     return jnp.moveaxis(jnp.pad(state, pad).reshape(*leading, self.tiles, TILE, -1, TILE), -2, -4)
 
   def join_state(self, state: jax.Array) -> jax.Array:
-    """The inverse of `split_state`, except that padding is kept."""
+    """Joins tiles into states [..., K, V], the inverse of `split_state`, except that padding is kept."""
     return jnp.moveaxis(state, -4, -2).reshape(*state.shape[:-4], self.key_width, self.value_width)
 
   def results(self, batch: int) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes and dtypes of the results: "output" and "final", or "added" if `states_only`; states are tiled."""
+    """Returns shape and dtype of each result: "output" and "final", or "added" if `states_only`; states are tiled."""
     state = self.heads, self.value_width // TILE, self.tiles, TILE, TILE
     if self.states_only:
       return {"added": jax.ShapeDtypeStruct((batch, self.parts.num_parts - 1, *state), jnp.float32)}
@@ -101,7 +104,7 @@ class Call:
     }
 
   def scratch(self, has_firsts: bool) -> dict[str, Any]:
-    """Shared memory and barriers of a program."""
+    """Returns name -> shared memory or barrier of a program; `has_firsts`: whether an operand is named "firsts"."""
 
     def matrix(*shape: int, dtype=jnp.bfloat16):
       line = plgpu.TilingTransform((_ROWS, 128 // jnp.dtype(dtype).itemsize))
@@ -163,9 +166,10 @@ class _Place(NamedTuple):
   block: jax.Array
 
   def start(self, step: jax.Array) -> jax.Array:
-    """Index of the first token of the chunk that is processed at a step.
+    """Returns the index of the first token of the chunk that is processed at a step.
 
-    With `states_only`, the part that runs last is left out; if LA is reversed, that is part 0, so parts shift by one.
+    With `states_only`, the last part to run is left out. If LA is reversed, that last part is part 0, so the other
+    parts shift by one.
     """
     parts, reverse = self.call.parts, self.call.reverse
     part = self.part + 1 if self.call.states_only and reverse else self.part
@@ -202,7 +206,7 @@ def _kernel(call: Call, memory: dict[str, Any], scratch: dict[str, Any]) -> None
 
 
 def _fill(place: _Place, memory: dict[str, Any], scratch: dict[str, Any]) -> None:
-  """The copying warpgroup: copies chunk after chunk into shared memory, into slots that the workers have emptied."""
+  """Runs the copying warpgroup: copies each chunk into a slot of shared memory that the workers have emptied."""
   call, num_chunks = place.call, place.call.parts.num_chunks
 
   def step(i, _):
@@ -229,7 +233,7 @@ def _fill(place: _Place, memory: dict[str, Any], scratch: dict[str, Any]) -> Non
 
 
 def _compute(place: _Place, memory: dict[str, Any], scratch: dict[str, Any], worker: jax.Array) -> None:
-  """A worker: computes its 64 columns of the output and of the state."""
+  """Runs one worker, which computes 64 columns of the output and of the state."""
   call, (intra, inter, into), matrix = place.call, place.call.coefficients, plgpu.Layout.WGMMA
   ragged = "lengths" in memory or call.parts.tokens != call.tokens
   length = memory["lengths"][place.row] if "lengths" in memory else jnp.int32(call.tokens)
@@ -333,7 +337,7 @@ def _compute(place: _Place, memory: dict[str, Any], scratch: dict[str, Any], wor
 
 
 def _product(x, y) -> jax.Array:
-  """The product of two matrices in shared memory, as a float32 array in registers."""
+  """Returns the product of two matrices in shared memory, as a float32 array in registers."""
 
   def multiply(sum_ref):
     plgpu.wgmma(sum_ref, x, y)
@@ -343,7 +347,7 @@ def _product(x, y) -> jax.Array:
 
 
 def _clean(place: _Place, cleaned, worker: jax.Array, k_tiles: list[Any], v, count: jax.Array, row_CC) -> None:
-  """Sets the padding of k and v to zero. It may hold NaN, whose products are NaN whatever their weight."""
+  """Sets the padding of k and v to zero, because padding may hold NaN, and NaN times a weight of 0 is NaN."""
 
   def keep(ref):
     ref[...] = jnp.where(row_CC < count, ref[...], jnp.zeros((), jnp.bfloat16))

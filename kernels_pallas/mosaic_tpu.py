@@ -36,7 +36,7 @@ def attend(
   *,
   scale: float,
 ) -> tuple[jax.Array, jax.Array]:
-  """The op with TPU kernels, with the arguments and results of `kernels_pallas.api.Implementation`."""
+  """Computes the op with TPU kernels, with the arguments and results of `kernels_pallas.api.Implementation`."""
   num_tokens = q_BTHK.shape[1]
   chunk = min(_CHUNK, -(-num_tokens // _SUBLANES) * _SUBLANES)
   parts = Parts(1, -(-num_tokens // chunk), chunk)
@@ -83,7 +83,7 @@ class _Kernels:
 
 
 def _padded(width: int) -> int:
-  """The width padded to a quarter of a register's lanes, half of them, or whole registers: 32, 64 or 128 n."""
+  """Returns the width rounded up to 32, 64 or a multiple of 128: 1/4, 1/2 or all of a register's lanes."""
   return next((size for size in (32, 64) if width <= size), -(-width // _LANES) * _LANES)
 
 
@@ -92,7 +92,7 @@ def _widen(x_BTHD: jax.Array, width: int) -> jax.Array:
 
 
 def _heads_at_once(heads: int, operands: list[tuple[int, int]]) -> int:
-  """The smallest number of heads per program for which each operand's block fills whole registers.
+  """Returns the smallest number of heads per program for which each operand's block fills whole registers.
 
   Args:
     heads: H.
@@ -156,22 +156,25 @@ class Call:
     return call(given)
 
   def results(self, batch: int) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes and dtypes of "output" [B, T, H * V], and "final" [B, H, K, V], the state at the end; widths padded."""
+    """Returns shape and dtype of each result, with padded widths.
+
+    "output" is [B, T, H * V]; "final", [B, H, K, V], is the state after the last chunk that is processed.
+    """
     return {
       "output": jax.ShapeDtypeStruct((batch, self.tokens, self.heads * self.widths[1]), self.dtype),
       "final": jax.ShapeDtypeStruct((batch, self.heads, *self.widths), jnp.float32),
     }
 
   def repeats(self, name: str) -> int:
-    """How many query heads read one head of the operand."""
+    """Returns how many query heads read one head of the operand."""
     return self.heads // dict(self.groups)[name]
 
   def chunk(self, step: jax.Array) -> jax.Array:
-    """Index of the chunk that is processed at a step of the grid's last axis."""
+    """Returns the index of the chunk that is processed at a step of the grid's last axis."""
     return self.kernels.parts.num_chunks - 1 - step if self.reverse else step
 
   def _spec(self, name: str) -> pl.BlockSpec:
-    """The block of an operand or result for the program (b, n, c): row, group of `count` heads, step over chunks."""
+    """Returns the block of an operand or result for program (b, n, c): row, group of `count` heads, chunk step."""
     chunk = self.kernels.parts.chunk
     if name in dict(self.groups):
       repeats = self.repeats(name)

@@ -2,8 +2,8 @@
 
 What a part adds to the state does not depend on the state before it. Hence three steps: (1) all parts in parallel
 compute what they add to the state, starting from zero; (2) `prefix`, one small matrix product, gives each part its
-initial state; (3) all parts in parallel compute their outputs. Keys and values are read twice, which pays if there are
-fewer heads and rows than multiprocessors.
+initial state; (3) all parts in parallel compute their outputs. Keys and values are read twice, in (1) and in (3), which
+pays off if the GPU has more multiprocessors than there are heads in all rows together.
 """
 
 from typing import NamedTuple
@@ -28,7 +28,7 @@ class Parts(NamedTuple):
 
   @property
   def tokens(self) -> int:
-    """Number of tokens of all parts, at least that of the row."""
+    """Number of tokens in all parts together, the padding after the row's end included."""
     return self.num_parts * self.num_chunks * self.chunk
 
 
@@ -40,7 +40,7 @@ def cut(num_tokens: int, chunk: int, count: int) -> Parts:
 
 
 def choose_count(programs: int, num_chunks: int, at_once: int) -> int:
-  """The number of parts with the least estimated time. The model: programs run in waves, all chunks take equally long.
+  """Returns the number of parts with the least estimated time. Assumes waves of programs and equal times of all chunks.
 
   Args:
     programs: number of programs if a row is one part: rows times heads times blocks of the value width.
@@ -58,17 +58,17 @@ def choose_count(programs: int, num_chunks: int, at_once: int) -> int:
 def boundaries(
   parts: Parts, num_tokens: int, segment_ids_BT: jax.Array | None, lengths_B: jax.Array | None
 ) -> tuple[jax.Array, jax.Array | None]:
-  """Arguments of `carry_weights` for the P + 1 boundaries of the parts, both ends of the row included.
+  """Returns arguments of `carry_weights` for the P + 1 boundaries of the P parts, both ends of the row included.
 
   Args:
     parts: how the row is cut.
     num_tokens: T.
     segment_ids_BT: [B, T] int32, canonical; None: one document.
-    lengths_B: [B] int32; None: no padding.
+    lengths_B: [B] int32, number of valid tokens per row; None: no padding.
 
   Returns:
-    The number of valid tokens before each boundary, [B or 1, P + 1], and the document of the state there, [B, P + 1]
-    or None.
+    The number of valid tokens before each boundary, [B or 1, P + 1], and the document of the state at each
+    boundary, [B, P + 1]; None without segment ids.
   """
   at_P = parts.num_chunks * parts.chunk * jnp.arange(parts.num_parts + 1)
   valid_BP = jnp.atleast_2d(jnp.minimum(at_P, num_tokens if lengths_B is None else lengths_B[:, None]))
@@ -76,7 +76,7 @@ def boundaries(
 
 
 def carry_weights(slopes_H: jax.Array, valid_BP: jax.Array, documents_BP: jax.Array | None) -> jax.Array:
-  """The factor by which a state at one boundary has decayed when it reaches a later boundary.
+  """Returns the factor by which a state at one boundary has decayed at each later boundary.
 
   Args:
     slopes_H: [H] float, at least 0; the weights take its dtype.
@@ -97,10 +97,10 @@ def carry_weights(slopes_H: jax.Array, valid_BP: jax.Array, documents_BP: jax.Ar
 def prefix(
   state_BHKV: jax.Array, added_BPHKV: jax.Array, weights_BHPP: jax.Array, *, reverse: bool = False
 ) -> jax.Array:
-  """The initial state of each part, which is the state at the part's end if `reverse`.
+  """Returns the state from which each part starts: the state before the part, or after the part if `reverse`.
 
   Args:
-    state_BHKV: initial state of the first part to run.
+    state_BHKV: [B, H, K, V], state from which the first part to run starts.
     added_BPHKV: [B, P - 1, H, K, V], what each part but the last to run adds to a zero state.
     weights_BHPP: result of `carry_weights` for all P + 1 boundaries.
     reverse: whether parts run from the last token to the first.

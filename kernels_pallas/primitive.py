@@ -7,7 +7,7 @@ begins with the state S,
   S  <- gamma^n S + into * sum_b gamma^(n-1-b) k_b v_b^T
 
 LA_rev, the reversed LA, runs from the last chunk to the first, sums over b >= a, and swaps the weights gamma^(a+1) and
-gamma^(n-1-b): it is the exact transpose of LA. Padding and document boundaries zero the same weights in both
+gamma^(n-1-b). LA_rev is the exact transpose of LA. Padding and document boundaries zero the same weights in both
 directions. With s the scale, S0 the initial state, do the output's cotangent and dS_T the final state's,
 
   o       = LA(q, k, v; S0),         coefficients (s, s, 1)
@@ -30,7 +30,7 @@ _MAX_WIDTH = 256
 
 
 class Coefficients(NamedTuple):
-  """Factors of the three terms that linear attention over chunks is a sum of.
+  """Factors of the three terms of LA, in the equations at the top of this file.
 
   Attributes:
     intra: factor of the sum over pairs of tokens in a chunk.
@@ -51,7 +51,7 @@ class Rows(NamedTuple):
   lengths_B: jax.Array | None
 
   def operands(self, padded_tokens: int) -> dict[str, jax.Array]:
-    """The kernels' operands: "slopes", "lengths" unless lengths are None, "firsts" unless segment ids are None.
+    """Returns name -> operand: "slopes"; "lengths" unless lengths_B is None; "firsts" unless segment_ids_BT is None.
 
     "firsts", [B, padded_tokens] int32, is the index of the first token of each token's document.
     """
@@ -65,7 +65,7 @@ class Rows(NamedTuple):
 
 
 def refusal(q: Any, k: Any, v: Any) -> str | None:
-  """Why no kernel supports operands of these shapes and dtypes, as an English clause; None if some kernel does."""
+  """Returns why no kernel supports operands of these shapes and dtypes, as an English clause; None if one does."""
   if jnp.float64 in (q.dtype, k.dtype, v.dtype):
     return "it does not support float64"
   if max(q.shape[-1], v.shape[-1]) > _MAX_WIDTH:
@@ -74,7 +74,7 @@ def refusal(q: Any, k: Any, v: Any) -> str | None:
 
 
 def compute_dtype(*operands: Any) -> jnp.dtype:
-  """Dtype in which matrix products take their operands: bfloat16 if all operands of the op have it, else float32.
+  """Returns the dtype of the operands of matrix products: bfloat16 if all operands of the op have it, else float32.
 
   float16 operands are cast to float32, because states may exceed float16's range.
   """
@@ -82,13 +82,13 @@ def compute_dtype(*operands: Any) -> jnp.dtype:
 
 
 def dot(x: jax.Array, y: jax.Array, axes: tuple[int, int], dtype: jnp.dtype, exact: Any = None) -> jax.Array:
-  """The product of two matrices, in float32. float32 operands are never rounded, unlike with jax's default precision.
+  """Returns the product of two matrices, in float32; float32 operands are not rounded, unlike by jax's default.
 
   Args:
     x, y: matrices.
     axes: the axis of x and the axis of y that are summed over.
     dtype: dtype to which both matrices are cast first.
-    exact: precision argument of `dot_general` that gives exact float32 products; None means HIGHEST.
+    exact: precision argument of `dot_general` that gives exact float32 products; None means `Precision.HIGHEST`.
   """
   precision = (exact or jax.lax.Precision.HIGHEST) if dtype == jnp.float32 else jax.lax.Precision.DEFAULT
   dimensions = (((axes[0],), (axes[1],)), ((), ()))
@@ -140,7 +140,7 @@ class Kernels(Protocol):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def attend(kernels: Kernels, scale: float, q_BTHK, k_BTGK, v_BTGV, state_BHKV, rows: Rows):
-  """The op. Returns the output, the final state, and the initial states of the parts, [B, P, H, K, V] float32.
+  """Computes the op. Returns the output, the final state, and the parts' initial states, [B, P, H, K, V] float32.
 
   The third result is for the backward pass only; its cotangent is ignored.
   """
@@ -169,7 +169,7 @@ attend.defvjp(_attend_fwd, _attend_bwd)
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _gradients(kernels: Kernels, scale: float, q_BTHK, k_BTGK, v_BTGV, states_BPHKV, d_output_BTHV, d_state_BHKV, rows):
-  """The gradients of q, k, v and the initial state, by the equations at the top of this file.
+  """Returns the gradients of q, k, v and the initial state, by the equations at the top of this file.
 
   Args:
     kernels, scale, q_BTHK, k_BTGK, v_BTGV, rows: as in `attend`.
@@ -196,9 +196,10 @@ def _gradients_fwd(kernels, scale, *arguments):
 
 
 def _gradients_bwd(kernels, scale, arguments, cotangents):
-  """Second derivatives are rare, so they are taken through `chunked_xla`.
+  """Differentiates the gradients through `chunked_xla`, because second derivatives are rare.
 
-  The gradient goes to the initial state, states_BPHKV[:, 0]; that of the other states is 0, as they follow from it.
+  The gradient of the initial state is written to [:, 0] of the gradient of states_BPHKV. The gradient of the other
+  states is 0, since they follow from the initial state.
   """
   del kernels
   *operands, states_BPHKV, d_output_BTHV, d_state_BHKV, rows = arguments
@@ -221,7 +222,7 @@ _gradients.defvjp(_gradients_fwd, _gradients_bwd)
 
 
 def _part_states(kernels: Kernels, k_BTGK, v_BTGV, state_BHKV, rows: Rows, into: float, *, reverse: bool):
-  """The initial state of each part, [B, P, H, K, V]."""
+  """Returns the state from which each part starts, [B, P, H, K, V]; see `parts.prefix`."""
   parts, num_tokens = kernels.parts, k_BTGK.shape[1]
   if parts.num_parts == 1:
     return state_BHKV[:, None]
@@ -232,7 +233,7 @@ def _part_states(kernels: Kernels, k_BTGK, v_BTGV, state_BHKV, rows: Rows, into:
 
 
 def _sum_groups(x_BTHD: jax.Array, groups: int) -> jax.Array:
-  """[B, T, H, D] -> [B, T, groups, D] in the same dtype: the sum, in float32, over the heads of each group."""
+  """Sums over the heads of each group, in float32: [B, T, H, D] -> [B, T, groups, D], in the dtype of x."""
   if x_BTHD.shape[2] == groups:
     return x_BTHD
   x_BTGRD = x_BTHD.reshape(*x_BTHD.shape[:2], groups, -1, x_BTHD.shape[3])

@@ -1,7 +1,7 @@
 """The op written as plainly as possible, twice: as a quadratic form and as a recurrence over tokens.
 
-Tests compare all other implementations with these two, whose gradients come from autodiff. The arguments are those of
-`kernels_pallas.api.Implementation`.
+Tests compare all other implementations with these two. The gradients of both come from autodiff. The arguments are
+those of `kernels_pallas.api.Implementation`.
 """
 
 import jax
@@ -26,7 +26,7 @@ def quadratic(
   *,
   scale: float,
 ) -> tuple[jax.Array, jax.Array]:
-  """o_i = scale * (sum_{j<=i} gamma^(i-j) (q_i . k_j) v_j + gamma^(i+1) q_i S_in), all pairs at once.
+  """Computes o_i = scale * (sum_{j<=i} gamma^(i-j) (q_i . k_j) v_j + gamma^(i+1) q_i S_in), all pairs (i, j) at once.
 
   Returns:
     The output [B, T, H, V] in v's dtype, and the state S = sum_j gamma^(T-1-j) k_j v_j^T + gamma^T S_in, [B, H, K, V].
@@ -68,7 +68,7 @@ def step(
   *,
   scale: float,
 ) -> tuple[jax.Array, jax.Array]:
-  """One token: S <- gamma S + k v^T, o = scale * q S. Returns o [B, H, V] in v's dtype, and S [B, H, K, V]."""
+  """Reads one token: S <- gamma S + k v^T, o = scale * q S. Returns o [B, H, V] in v's dtype, and S [B, H, K, V]."""
   q_BTHK, num_heads, dtype = q_BHK[:, None].astype(slopes_H.dtype), q_BHK.shape[1], slopes_H.dtype
   k_BHK = _per_head(k_BGK[:, None], num_heads, dtype)[:, 0]
   v_BHV = _per_head(v_BGV[:, None], num_heads, dtype)[:, 0]
@@ -89,7 +89,7 @@ def recurrent(
   *,
   scale: float,
 ) -> tuple[jax.Array, jax.Array]:
-  """`step` over all tokens with `jax.lax.scan`, as in decoding. Same results as `quadratic`, up to rounding."""
+  """Runs `step` over all tokens with `jax.lax.scan`, as in decoding. Returns what `quadratic` does, up to rounding."""
   batch, num_tokens = q_BTHK.shape[:2]
   valid_BT = jnp.ones((batch, num_tokens), bool)
   if lengths_B is not None:

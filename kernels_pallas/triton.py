@@ -44,9 +44,9 @@ class Form(NamedTuple):
   num_stages: int
 
 
-# (compute capabilities times ten, bytes of an element, largest width, form): the first row that fits is used. Only the
-# last one spills registers (`benchmarks/kernel_registers.py`). Before Hopper, and in float32, operands of a matrix
-# product are in registers, hence the smaller pieces.
+# (compute capabilities times ten, bytes of an element, largest width, form): the first row that applies is used. Only
+# the last row's form spills registers (`benchmarks/kernel_registers.py`). Before Hopper, and in float32, operands of a
+# matrix product are in registers, hence the smaller pieces.
 FORMS = (
   (range(90, 120), 2, 128, Form(64, 64, 64, 4, 2)),
   (range(90, 120), 2, 256, Form(64, 64, 32, 8, 2)),
@@ -59,13 +59,13 @@ FORMS = (
 
 
 def choose_form(capability: int, dtype: jnp.dtype, width: int) -> Form:
-  """The first form of FORMS that fits. `width` is the larger of K and V, which change places in the backward pass."""
+  """Returns the form of the first row of FORMS that applies. `width` is max(K, V): the backward pass swaps K and V."""
   fits = lambda row: capability in row[0] and dtype.itemsize == row[1] and width <= row[2]  # noqa: E731
   return next(row[3] for row in FORMS if fits(row))
 
 
 def refusal(q: Any, k: Any, v: Any) -> str | None:
-  """Why these kernels cannot run such operands on this process' GPU, as an English clause; None if they can."""
+  """Returns why these kernels cannot run q, k and v on the GPU of `device.gpu`, as an English clause; else None."""
   reason, capability = primitive.refusal(q, k, v), device.gpu().capability
   if reason is None and capability < 80:
     reason = f"it needs compute capability 8.0 (Ampere) or newer, and this GPU's is {capability / 10}"
@@ -83,9 +83,9 @@ def attend(
   *,
   scale: float,
 ) -> tuple[jax.Array, jax.Array]:
-  """The op with Triton kernels, with the arguments and results of `kernels_pallas.api.Implementation`.
+  """Computes the op with Triton kernels, with the arguments and results of `kernels_pallas.api.Implementation`.
 
-  For the backward pass it keeps the operands and the initial state of each part.
+  For the backward pass, the forward pass keeps the operands and the initial state of each part.
   """
   (batch, num_tokens, heads, key_width), value_width = q_BTHK.shape, v_BTGV.shape[-1]
   gpu = device.gpu()
@@ -131,7 +131,7 @@ class _Kernels:
 
 
 def _padded(width: int) -> int:
-  """The width rounded up to a power of two, at least _MIN_WIDTH."""
+  """Returns the width rounded up to a power of two, at least _MIN_WIDTH."""
   return max(_MIN_WIDTH, 1 << (width - 1).bit_length())
 
 
@@ -164,7 +164,7 @@ class _Task:
 
   @property
   def key_tiles(self) -> list[tuple[Any, int | None]]:
-    """Slices of the padded key width, each with the number of its columns inside the width; None: all of them."""
+    """Slices of the padded key width, each with its number of columns that are not padding; None: all columns."""
     size = min(self.kernels.form.key_tile, _padded(self.key_width))
     starts = range(0, _padded(self.key_width), size)
     return [(pl.ds(x, size), None if x + size <= self.key_width else self.key_width - x) for x in starts]
@@ -259,7 +259,7 @@ def _inside(shape: tuple[int, ...], limits: list[Any], mask: jax.Array | None = 
     mask: mask to combine with; None: all True.
 
   Returns:
-    The mask, bool of the given shape; None if all elements are inside.
+    The mask, bool of the given shape; None if `mask` and all limits are None.
   """
   for axis, limit in enumerate(limits):
     if limit is not None:
@@ -269,7 +269,7 @@ def _inside(shape: tuple[int, ...], limits: list[Any], mask: jax.Array | None = 
 
 
 def _load(ref, limits: list[Any]) -> jax.Array:
-  """Loads a block; elements beyond the limits become 0, even if memory holds NaN there."""
+  """Loads a block; elements beyond the limits (see `_inside`) become 0, even if memory holds NaN there."""
   mask = _inside(ref.shape, limits)
   return plgpu.load(ref) if mask is None else plgpu.load(ref, mask=mask, other=0)
 
@@ -319,7 +319,7 @@ class _Call:
 
 
 def _spec(task: _Task, name: str, x: Any) -> pl.BlockSpec:
-  """The block of an operand or result for the program (n, h, p, b): value block, head, part, row."""
+  """Returns the block of an operand or result for program (n, h, p, b): value block, head, part, row."""
   parts, key_width, block = task.kernels.parts, _padded(task.key_width), task.block
   if name in ("q", "k", "v", "output"):
     repeats, is_value = task.heads // x.shape[2], name in ("v", "output")

@@ -46,7 +46,7 @@ class SupraNorm(nn.Module):
 
 
 def head_slopes(config: SupraConfig) -> list[float]:
-  """Slopes s_h >= 0 of the decays exp(-s_h), one for each head: lightning attention's, RetNet's, or 0 for no decay."""
+  """Returns the slopes s_h >= 0 of the decays exp(-s_h) per head: lightning attention's, RetNet's, or 0 (no decay)."""
   heads, decay, start = config.num_heads, config.supra["decay"], config.supra["decay_start"]
   if decay == "none":
     return [0.0] * heads
@@ -62,11 +62,11 @@ def head_slopes(config: SupraConfig) -> list[float]:
 
 
 def rope_frequencies(rope: dict[str, Any], width: int) -> Tensor:
-  """Angle per position of each pair of features, in radians, float64 [K/2].
+  """Returns the angle per position by which RoPE turns each pair of features, in radians, float64 [K/2].
 
   Args:
     rope: the field `rope` of the config.
-    width: K.
+    width: K, the key width.
   """
   frequency = rope["base"] ** (-torch.arange(0, width, 2, dtype=torch.float64) / width)
   slow = frequency / rope["factor"]
@@ -84,7 +84,7 @@ def rope_frequencies(rope: dict[str, Any], width: int) -> Tensor:
 
 
 def yarn_keep(rope: dict[str, Any], width: int) -> Tensor:
-  """Share of each frequency that YaRN (arXiv 2309.00071) leaves unscaled, in [0, 1], float64 [K/2]."""
+  """Returns the share of each frequency that YaRN (arXiv 2309.00071) leaves unscaled, in [0, 1], float64 [K/2]."""
 
   def pair(turns: float) -> float:
     return width * math.log(rope["original_max_positions"] / (turns * 2 * math.pi)) / (2 * math.log(rope["base"]))
@@ -98,7 +98,7 @@ def yarn_keep(rope: dict[str, Any], width: int) -> Tensor:
 
 
 def rope_table(rope: dict[str, Any], width: int, position: Tensor) -> tuple[Tensor, Tensor]:
-  """(cos, sin) of RoPE's angles at int64 positions [...], times YaRN's attention_factor, float32 [..., K/2].
+  """Returns (cos, sin) of RoPE's angles at int64 positions [...], times YaRN's attention_factor, float32 [..., K/2].
 
   Angles are computed in float64: in float32, they would be off by 0.03 radians at position 1,000,000.
   """
@@ -117,14 +117,14 @@ def apply_rope(x_BTNK: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> T
 
 
 class DenseFeatureMap(nn.Linear):
-  """W x + b of the feature map phi(x) = relu(W x + b), one W over all heads; a linear layer, so LoRA can wrap it."""
+  """W x + b of the feature map phi(x) = relu(W x + b), one W over all heads; as an nn.Linear, LoRA can wrap it."""
 
   def __init__(self, heads: int, width: int):
     super().__init__(heads * width, heads * width)
 
 
 class PerHeadFeatureMap(nn.Module):
-  """W x + b of the feature map phi(x) = relu(W x + b), with `maps` matrices W, each shared by N / maps neighbours."""
+  """W x + b of the feature map phi(x) = relu(W x + b), with `maps` matrices W; N / maps adjacent heads share one."""
 
   def __init__(self, maps: int, width: int):
     super().__init__()
@@ -139,8 +139,9 @@ class PerHeadFeatureMap(nn.Module):
 def linear_attention(
   q_BHTK: Tensor, k_BHTK: Tensor, v_BHTV: Tensor, slopes_H: Tensor, real_BT: Tensor, state_BHKV: Tensor
 ) -> tuple[Tensor, Tensor]:
-  """Linear attention with decay, o_i = sum over j <= i of exp(-slope (i - j)) (q_i . k_j) v_j (arXiv 2405.06640).
+  """Computes linear attention with decay (arXiv 2405.06640).
 
+  o_i = sum over j <= i of exp(-slope (i - j)) (q_i . k_j) v_j, where the state carries the tokens before this call.
   The same code serves a whole text, chunk by chunk, and a single token, which is one step of the RNN.
 
   Args:
@@ -168,15 +169,15 @@ class Sight(NamedTuple):
   """Which keys a query of softmax attention sees.
 
   Attributes:
-    window: number of last tokens, the query's own included; None means all tokens.
-    sinks: number of first tokens of the text that are seen in addition.
+    window: a query sees this many tokens, counted back from its own, which is included; None means all tokens.
+    sinks: number of tokens at the start of the text that a query sees in addition.
   """
 
   window: int | None
   sinks: int
 
   def near(self, slot: Tensor, position: Tensor) -> Tensor:
-    """Whether a query at `position` sees the key at position `slot`, if slot <= position. Needs a window.
+    """Whether a query at `position` sees the key at position `slot`, if slot <= position. `window` must not be None.
 
     Args:
       slot, position: int64 tensors of positions, which broadcast.
@@ -184,19 +185,20 @@ class Sight(NamedTuple):
     return (slot > position - self.window) | (slot < self.sinks)
 
   def slots(self, slot_BS: Tensor, position_B: Tensor) -> Tensor:
-    """Indices of the slots that any query from `position_B` on sees, in at least one row; int64."""
+    """Returns the indices of the slots that any query from `position_B` on sees, in at least one row; int64."""
     return (self.near(slot_BS, position_B[:, None]) & (slot_BS < PADDING)).any(0).nonzero()[:, 0]
 
   def columns(self, first: int, stop: int, device: torch.device) -> Tensor:
-    """Indices of the sinks and of slots first..stop-1, int64. `slots` for a text without padding or earlier calls."""
+    """Returns the indices of the sinks and of slots first..stop-1, int64. Needs `Tokens.unpadded`."""
     sinks = torch.arange(min(self.sinks, first), device=device)
     return torch.cat([sinks, torch.arange(first, stop, device=device)])
 
 
 def sink_reach(config: SupraConfig) -> int | None:
-  """Largest distance at which q is rotated against the sinks: clamped to the teacher's trained context.
+  """Returns the distance, in tokens, to which larger distances between q and the sinks are clamped for RoPE.
 
-  Never less than 2 * window + sinks, up to which the sinks may still be inside the window. None: not clamped.
+  This is the largest distance inside the teacher's trained context, but never less than 2 * window + sinks, up to which
+  the sinks may still be inside the window. None: distances are not clamped.
   """
   seen = [tokens for tokens in (config.max_positions, config.sliding_window) if tokens is not None]
   if not seen or not config.supra.get("sinks", 0):
@@ -205,7 +207,7 @@ def sink_reach(config: SupraConfig) -> int | None:
 
 
 def sights(config: SupraConfig) -> dict[str, Sight]:
-  """Name of each mixer of the model that has softmax attention -> its Sight."""
+  """Returns name -> Sight of each mixer of the model that has softmax attention."""
   both = {
     "softmax": Sight(config.sliding_window, 0),
     "supra_window": Sight(config.supra["window"], config.supra.get("sinks", 0)),
@@ -277,11 +279,11 @@ class SupraAttention(nn.Module):
     Args:
       x_BTD: input of the layer, already normalised.
       tokens: positions of the tokens.
-      held: what this layer returned for the earlier tokens; None for the first call.
+      held: what the layer remembers, as the previous call returned it; None in the first call.
 
     Returns:
-      The output [B, T, D], and what the layer remembers: its state (S,), its keys and values (k, v), or (S, k, v), with
-      S [B, H, K, V], k [B, G, S, K] and v [B, G, S, V].
+      The output [B, T, D], and what the layer remembers: (state,), (k, v) or (state, k, v), with the state of linear
+      attention [B, H, K, V], and softmax attention's keys k [B, G, S, K] and values v [B, G, S, V].
     """
     c = self.config
     q, k, v = (proj(x_BTD) for proj in (self.q_proj, self.k_proj, self.v_proj))
@@ -307,7 +309,7 @@ class SupraAttention(nn.Module):
     return sum((self.linear_o_proj(x) for x in second), self.o_proj(first)), kept
 
   def _turned(self, q: Tensor, k: Tensor, v: Tensor, tokens: Tokens, softmax: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Q, k and v as [B, N, T, width], q and k rotated by RoPE; k and v are 0 at padding."""
+    """Returns q, k and v as [B, N, T, width], with q and k rotated by RoPE, and k and v set to 0 at padding."""
     # In linear attention, RoPE by head would rotate q and k of a head by the same angle, which changes no q . k.
     if softmax or self.config.rope["kind"] != "by_head":
       q, k = self._rotate(q, tokens.rotation), self._rotate(k, tokens.rotation)

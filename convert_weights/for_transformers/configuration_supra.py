@@ -85,7 +85,7 @@ class SupraConfig(PretrainedConfig):
     self.eos_token_ids = [] if value is None else [value] if isinstance(value, int) else list(value)
 
   def to_dict(self) -> dict[str, Any]:
-    """All values and eos_token_id, which `generate` uses if there is no generation_config.json."""
+    """Returns all values and eos_token_id, which `generate` uses if there is no generation_config.json."""
     return super().to_dict() | {"eos_token_id": self.eos_token_id}
 
   @property

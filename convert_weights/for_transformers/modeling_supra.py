@@ -50,8 +50,8 @@ class SupraCache(Cache):
   Attributes:
     columns: number of tokens read in each row, padding included.
     seen_B: int64, number of real tokens read in each row; not set before the first call.
-    slots: mixer -> positions of the keys that its layers remember, int64 [B, S].
-    tensors: layer -> the linear layer's state (S,), the softmax layer's keys and values (k, v), or both (S, k, v).
+    slots: mixer -> positions of the keys that layers with this mixer remember, int64 [B, S].
+    tensors: index of a layer -> what the layer remembers, as `SupraAttention.forward` returns it.
   """
 
   is_croppable = False  # the last tokens cannot be removed from a recurrent state
@@ -68,7 +68,7 @@ class SupraCache(Cache):
 
   @property
   def is_linear(self) -> list[bool]:
-    """Tells `generate` that `get_seq_length` is reliable, which it takes [False] to mean."""
+    """[False], by which `generate` knows that `get_seq_length` is reliable."""
     return [False]
 
   def get_seq_length(self, layer_idx: int = 0) -> int:
@@ -107,7 +107,10 @@ class SupraMLP(nn.Module):
 
 
 class SupraBlock(GradientCheckpointingLayer):
-  """`x + attention(norm x)`, then `x + MLP(norm x)`. Changes no input, so that gradient checkpointing can rerun it."""
+  """`x + attention(norm x)`, then `x + MLP(norm x)`.
+
+  No input is changed in place, so that gradient checkpointing can rerun the block.
+  """
 
   def __init__(self, config: SupraConfig, layer: int):
     super().__init__()
@@ -173,9 +176,10 @@ class SupraModel(SupraPreTrainedModel):
       input_ids: token ids, int64 [B, T].
       attention_mask: 0 for padding, which may be on either side or in between; [B, T] for these tokens, or
         [B, tokens read before + T] for all.
-      cache: SupraCache that an earlier call returned; it is updated in place. `past_key_values` is its older name.
+      cache: SupraCache that an earlier call returned, updated in place; None: no earlier tokens. `past_key_values` is
+        the older name of this argument.
       inputs_embeds: embeddings [B, T, D] to use instead of `input_ids`.
-      use_cache: whether to return a cache if none is given.
+      use_cache: whether to make and return a cache if none is given; None: no.
       output_hidden_states: whether to return the embeddings and the output of each layer, [B, T, D] each.
       position_ids: positions [B, T] or [1, T]. They are only checked: positions follow from attention_mask and cache.
 
@@ -214,7 +218,7 @@ class SupraModel(SupraPreTrainedModel):
     )
 
   def _place(self, x_BTD: Tensor, attention_mask: Tensor | None, cache: SupraCache | None) -> Tokens:
-    """Positions of the tokens of this call, which are also added to the cache's."""
+    """Returns the positions of the tokens of this call, and adds them to the cache."""
     batch, time = x_BTD.shape[:2]
     read = 0 if cache is None else cache.columns
     if attention_mask is not None and attention_mask.shape not in ((batch, time), (batch, read + time)):
@@ -241,7 +245,7 @@ class SupraModel(SupraPreTrainedModel):
     return Tokens(real, position, slots, rotation, far, slopes, read == 0 and attention_mask is None)
 
   def _check_positions(self, position_ids: Tensor, tokens: Tokens) -> None:
-    """Raises ValueError unless `position_ids` of all real tokens are those that `tokens` has."""
+    """Raises ValueError unless `position_ids` equals `tokens.position_BT` at all real tokens."""
     wanted = tokens.position_BT
     if position_ids.shape not in (wanted.shape, wanted[:1].shape) or bool(
       (tokens.real_BT & (position_ids.to(wanted.device) != wanted)).any()
@@ -298,12 +302,15 @@ class SupraForCausalLM(SupraPreTrainedModel, GenerationMixin):
 
     Args:
       labels: token ids, int64 [B, T], -100 where no loss is taken; transformers' loss function shifts them.
-      logits_to_keep: number of last tokens to compute logits for, or an int64 tensor of token indices; 0 means all.
-      return_dict: False returns a tuple.
+      logits_to_keep: N, to compute logits for the last N tokens only (0: for all), or an int64 tensor of token indices.
+      return_dict: False returns a tuple in place of the output object.
       **kwargs: position_ids, and arguments of the loss function.
 
     Returns:
-      The logits, float32 [B, T, vocabulary] for the kept tokens, with loss, hidden states and cache.
+      The logits, at least float32, [B, kept tokens, vocabulary], with loss, hidden states and cache.
+
+    Raises:
+      ValueError: as `SupraModel.forward`.
     """
     read = self.model(
       input_ids,
