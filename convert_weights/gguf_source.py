@@ -122,7 +122,7 @@ def model_config(file: GGUFFile, where: str) -> ModelConfig:
   hidden_size, num_heads = reader.required("embedding_length"), reader.required("attention.head_count")
   if hidden_size % num_heads and "attention.key_length" not in values:
     reader.refuse("embedding_length", f"not divisible by {prefix}attention.head_count={num_heads}")
-  head_dim = reader.number("attention.key_length", int, hidden_size // num_heads)
+  head_dim = reader.number("attention.key_length", int, hidden_size // num_heads) or 1
   value_head_dim = reader.number("attention.value_length", int, head_dim)
   num_layers = reader.required("block_count")
   if num_layers > len(tensors):

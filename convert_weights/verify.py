@@ -9,6 +9,7 @@ the tolerance.
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 from collections.abc import Callable, Mapping
 from pydoc_data.topics import topics
@@ -198,9 +199,9 @@ def report(found: Comparison, tolerance: float) -> None:
   print(f"  same next token      {found.agreeing} of {found.num_tokens}")
   # `not <=` rather than `>`: a difference of NaN must fail.
   if not found.largest <= tolerance * found.deviation:
+    apart = found.largest / found.deviation if found.deviation else math.inf
     raise ConversionError(
-      f"The models differ by {found.largest / found.deviation:.2e} standard deviations of the logits, more than the "
-      f"tolerance of {tolerance:g}."
+      f"The models differ by {apart:.2e} standard deviations of the logits, more than the tolerance of {tolerance:g}."
     )
   print(f"They are the same, to {tolerance:g} standard deviations of the logits.")
 

@@ -132,11 +132,11 @@ def linear_attention(
   batch, num_tokens, num_heads, key_width = q.shape
   state_shape = (batch, num_heads, key_width, v.shape[-1])
   if initial_state is not None:
-    _check("initial_state", initial_state, "[B, H, K, V]", state_shape, jnp.floating)
+    check("initial_state", initial_state, "[B, H, K, V]", state_shape, jnp.floating)
   if segment_ids is not None:
-    _check("segment_ids", segment_ids, "[B, T]", (batch, num_tokens), jnp.integer)
+    check("segment_ids", segment_ids, "[B, T]", (batch, num_tokens), jnp.integer)
   if lengths is not None:
-    _check("lengths", lengths, "[B]", (batch,), jnp.integer)
+    check("lengths", lengths, "[B]", (batch,), jnp.integer)
   names = choose_implementations(implementation, q, k, v)
   return _run(names, float(scale), q, k, v, slopes, initial_state, segment_ids, lengths)
 
@@ -196,7 +196,7 @@ def linear_attention_step(
   """
   _check_operands(q, k, v, slopes, "B")
   state_shape = (*q.shape, v.shape[-1])
-  _check("state", state, "[B, H, K, V]", state_shape, jnp.floating)
+  check("state", state, "[B, H, K, V]", state_shape, jnp.floating)
   dtype = _accumulation_dtype(q, k, v)
   slopes = constant(jnp.asarray(slopes)).astype(dtype)
   state = jnp.asarray(state).astype(dtype)
@@ -259,7 +259,8 @@ def _constant_jvp(primals, tangents):
   )
 
 
-def _check(name: str, x: jax.Array, axes: str, shape: tuple[int, ...], kind) -> None:
+def check(name: str, x: jax.Array, axes: str, shape: tuple[int, ...], kind) -> None:
+  """Raises ValueError, with the names of the operand and of its axes, unless x has the shape and a dtype of the kind."""
   if tuple(x.shape) != shape:
     raise ValueError(f"{name} has shape {tuple(x.shape)}, wanted {axes} = {shape}")
   if not jnp.issubdtype(x.dtype, kind):
@@ -287,7 +288,7 @@ def _check_operands(q: jax.Array, k: jax.Array, v: jax.Array, slopes: jax.Array,
   for name, x in (("k", k), ("v", v)):
     if num_heads % x.shape[-2]:
       raise ValueError(f"{name} has {x.shape[-2]} heads, wanted a divisor of q's {num_heads}")
-  _check("slopes", slopes, "[H]", (num_heads,), jnp.floating)
+  check("slopes", slopes, "[H]", (num_heads,), jnp.floating)
   if not isinstance(slopes, jax.core.Tracer):
     values = np.asarray(slopes, np.float64)
     if not ((values >= 0) & (values <= np.finfo(np.float32).max)).all():

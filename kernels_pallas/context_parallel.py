@@ -44,8 +44,7 @@ def linear_attention(
     row, the same on all devices, in float32 (float64 if q, k or v is float64).
 
   Raises:
-    ValueError, NotImplementedError, TypeError: as `kernels_pallas.linear_attention`, except that `initial_state` is not
-      checked.
+    ValueError, NotImplementedError, TypeError: as `kernels_pallas.linear_attention`.
   """
   size, rank, (batch, tokens) = jax.lax.axis_size(axis), jax.lax.axis_index(axis), q.shape[:2]
   own_lengths = None if lengths is None else jnp.clip(lengths - rank * tokens, 0, tokens)
@@ -64,6 +63,7 @@ def linear_attention(
   if initial_state is None:
     weights_BHPP = weights_BHPP[..., 1:]
   else:
+    api.check("initial_state", initial_state, "[B, H, K, V]", added.shape, jnp.floating)
     states_BPHKV = jnp.concatenate([initial_state.astype(added.dtype)[:, None], states_BPHKV], axis=1)
   # Selects the weights of this device's boundary and of the last one.
   weights_BHP2 = jnp.stack([weights_BHPP[:, :, rank], weights_BHPP[:, :, size]], axis=-1)

@@ -180,6 +180,10 @@ def test_refused_metadata(tmp_path, metadata, fragment):
     ({"drop": ("blk.1.attn_q.weight",)}, "missing tensors (1):\n  blk.1.attn_q.weight [48, 48]"),
     ({"extra": {"blk.0.attn_q_norm.weight": np.ones(8, np.float32)}}, "unknown tensors (1):\n  blk.0.attn_q_norm"),
     ({"extra": {"rope_freqs.weight": np.array([1, 2, 3, 8], np.float32)}}, "rope_freqs.weight: these divide the freq"),
+    (
+      {"extra": {"rope_freqs.weight": np.ones(4, np.float32)}, "metadata": {"attention.key_length": "eight"}},
+      "llama.attention.key_length='eight': wanted a positive int",
+    ),
     ({"extra": {"rope_freqs.weight": np.ones(3, np.float32)}}, "rope_freqs.weight: wanted 4 factors, got F32 [3]"),
     (
       {"drop": ("output_norm.weight",), "extra": {"output_norm.weight": np.ones(48, np.int8)}},

@@ -62,6 +62,10 @@ def test_wrong(transformers, tmp_path, capsys):
   verify.report(verify.compare(source, tmp_path / "out"), 1000)
   with pytest.raises(ConversionError, match="the tolerance"):
     verify.report(dataclasses.replace(found, largest=np.nan), 1e-3)
+  with pytest.raises(
+    ConversionError, match="differ by inf standard deviations"
+  ):  # of a source whose logits are all alike
+    verify.report(dataclasses.replace(found, largest=1.0, deviation=0.0), 1e-3)
 
 
 def test_what_it_cannot_do_is_said(tmp_path, monkeypatch):

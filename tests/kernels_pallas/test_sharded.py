@@ -102,3 +102,5 @@ def test_a_state_beyond_float16_reaches_the_output():
   want, _ = linear_attention(q, k, v, jnp.full(2, 0.5), **given)
   np.testing.assert_allclose(out, want, rtol=2e-3)
   assert float(want.max()) > 100
+  with pytest.raises(ValueError, match=r"initial_state has shape \(1, 2, 3\), wanted \[B, H, K, V\] = \(1, 2, 3, 3\)"):
+    jax.shard_map(functools.partial(op, initial_state=jnp.zeros((1, 2, 3))), mesh=mesh, **specs)(q, k, v)
