@@ -7,13 +7,13 @@ feature maps phi keep their initial values. The student's W_o, and b_o if it has
   x_s + a_s W_o + b_o = x_t + softmax attention(x_t).
 
 Let x_t' and x_s' be the residual streams after attention, and h_s the input of the last projection of the student's
-MLP. The change of W_down, from the teacher's, is the ridge regression of
+MLP. The student's W_down, and b_down if it has a bias, are the ridge regression of
 
-  x_s' + h_s W_down = x_t' + MLP(x_t').
+  x_s' + h_s W_down + b_down = x_t' + MLP(x_t').
 
-The ridge keeps W_o near 0. If a mixer has several output projections, the ridge keeps each of them near its initial
-value: the teacher's W_o for the softmax attention of a window (the exact solution for a window as long as the text),
-and 0 for the linear attention.
+The ridge keeps W_o near 0, and W_down near the teacher's. If a mixer has several output projections, the ridge keeps
+each of them near its initial value: the teacher's W_o for the softmax attention of a window (the exact solution for a
+window as long as the text), and 0 for the linear attention.
 
 Each token has the weight 1 / mean square of the teacher's stream, since the norm that follows scales all tokens to the
 same size. (Some tokens, the first of a text above all, have activations a thousand times those of others; without
@@ -160,7 +160,7 @@ def _calibrate_layer(
   names = run.outputs(kinds[1], student)
   kernels = [student[MIXER][name]["kernel"] for name in names]
   widths = [len(kernel) for kernel in kernels]
-  prior: Any = 0.0  # the teacher's W_o is for softmax
+  prior: Any = 0.0  # not the teacher's W_o, which is made for softmax attention
   ridges = [ridge]
   if len(names) > 1:
     ridges = [ridge * PRIOR_RIDGE if name in teacher[MIXER] else ridge for name in names]
