@@ -15,7 +15,7 @@ from supra_jax.model.finite import generated_not_finite, not_finite
 from supra_jax.model.transformer import DecodeState, Transformer
 
 PREFILL_TOKENS = 512  # most tokens of a piece of the prompt, so that activations do not grow with the prompt
-SHORTEST_PREFILL = 16  # least tokens of a piece; padding to it costs no time, since reading the weights takes longer
+SHORTEST_PREFILL = 16  # least tokens of a piece; padding to 16 costs no time, since reading the weights takes longer
 SHORTEST_CACHE = 64  # least tokens that a cache has room for
 DECODE_TOKENS = 8  # steps per call of the decode loop: enough to hide the host's work, few enough to stream
 
@@ -79,7 +79,7 @@ def _decode(model: Transformer, sampling: Sampling, steps: int, params, token_B,
 def _first(sampling: Sampling, logits_BV: jax.Array, key):
   """Draws the token after the prompt.
 
-  Compiled, so that the results are on the same devices as those of `_decode`, which then compiles only once.
+  Compiled, so that the results are on the same devices as those of `_decode`, and `_decode` compiles only once.
 
   Returns:
     ((tokens int32 [1, B], whether all logits were finite, bool [1, B]), token [B], key).

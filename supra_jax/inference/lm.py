@@ -24,7 +24,7 @@ from supra_jax.storage import model_directory as checkpoint
 
 
 def load(directory: str | os.PathLike[str], dtype: Any = None) -> LM:
-  """Loads a model directory, and makes jax keep the programs that it compiles from then on on disk (`core.programs`).
+  """Loads a model directory, and sets jax to keep compiled programs on disk (see `core.programs`).
 
   Args:
     directory: model directory, local or gs://, that `convert_weights.hf_to_orbax`, `supra_jax.bin.linearize` or

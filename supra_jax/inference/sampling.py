@@ -35,12 +35,12 @@ class Sampling:
 
   @classmethod
   def of_checkpoint(cls, generation: Mapping[str, Any], **given: float | None) -> Sampling:
-    """Makes a Sampling from a generation_config.json; greedy unless it has `do_sample` or a temperature is given.
+    """Makes a Sampling from a generation_config.json; greedy unless the file has `do_sample` or a temperature is given.
 
     Args:
       generation: contents of generation_config.json, or empty. With `do_sample`, missing settings have the defaults of
         the library transformers: temperature 1, top_k 50, top_p 1. A warning names settings that are not supported.
-      **given: field -> value that replaces that of `generation`; None: the value of `generation` stays.
+      **given: field -> value to use in place of the one in `generation`; None: the one in `generation` is used.
 
     Raises:
       ValueError: a value is out of range or has the wrong type.

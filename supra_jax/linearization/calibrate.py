@@ -78,7 +78,7 @@ def calibrate(
 ) -> dict[str, Any]:
   """Solves for the projections of every layer whose mixer differs from the teacher's, and returns the new parameters.
 
-  Call it under `jax.set_mesh(mesh)`.
+  Call this function under `jax.set_mesh(mesh)`.
 
   Args:
     teacher: (parameters, one subtree per layer, and config) of the softmax model.

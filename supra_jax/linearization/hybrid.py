@@ -50,10 +50,10 @@ def layer_divergences(
   dtype: Any = jnp.float32,
   report: Report | None = None,
 ) -> Divergences:
-  """Measures the student's divergence from the teacher, and what it becomes if one layer is the teacher's.
+  """Measures the student's divergence from the teacher, as it is and with one layer replaced by the teacher's.
 
-  Measures each layer whose mixer differs from the teacher's, which for L layers costs about L / 2 forward passes and
-  2 L unembeddings. Call it under `jax.set_mesh(mesh)`.
+  Each layer whose mixer differs from the teacher's is replaced in turn. L such layers cost about L / 2 forward passes
+  and 2 L unembeddings. Call this function under `jax.set_mesh(mesh)`.
 
   Args:
     teacher, student: (parameters, one subtree per layer, and config).
@@ -61,7 +61,7 @@ def layer_divergences(
       documents are kept apart.
     mesh: device mesh that parameters and batches are sharded over.
     dtype: dtype of the computation.
-    report: called for each batch after each of these layers, with the divergence on this batch.
+    report: called for each batch after each replaced layer, with the divergence on this batch.
 
   Raises:
     ValueError: no batch has a target, or a divergence is not finite.

@@ -191,7 +191,7 @@ def _calibrated(
 
 
 def _placed(x: jax.Array, sharding: NamedSharding) -> jax.Array:
-  """Moves a parameter to `sharding` if it is elsewhere: new parameters are on one device of each process."""
+  """Moves a parameter to `sharding` unless it is there; new parameters are on one device of each process."""
   return x if x.sharding.is_equivalent_to(sharding, x.ndim) else jax.device_put(np.asarray(x), sharding)
 
 

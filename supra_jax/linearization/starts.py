@@ -72,8 +72,8 @@ class Identity(Start):
 class Window(Start):
   """The teacher's softmax attention over the last W and the first N tokens, plus linear attention over all tokens.
 
-  The output of the linear attention is 0 before training, so that the model predicts text at once; its parameters train
-  from the first step on.
+  The output of the linear attention is 0 before training, so that the model predicts text at once. The parameters of
+  the linear attention train from the first step on.
 
   Attributes:
     window: W, see `WindowConfig`.

@@ -173,7 +173,7 @@ def _parse(hlo_text: str) -> tuple[dict[str, _Computation], str]:
 
 
 def _turns(instruction: _Instruction, computations: dict[str, _Computation]) -> tuple[int, bool]:
-  """Returns (how often an instruction runs the computations that it calls, whether that number is XLA's own)."""
+  """Returns (how often an instruction runs the computations that it calls, whether that number is certain)."""
   if instruction.opcode != "while":
     return 1, instruction.opcode != "conditional"
   if found := _TRIP_COUNT.search(instruction.rest):

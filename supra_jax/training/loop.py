@@ -101,7 +101,7 @@ def train(
 
 @contextlib.contextmanager
 def _preemption() -> Iterator[Any]:
-  """Yields a function: number of a step -> whether SIGTERM came; it becomes true at the same step in all processes."""
+  """Yields a function: number of a step -> whether SIGTERM came; all processes see the change at the same step."""
   if jax.process_count() > 1:
     # jax.distributed has its own handler, and a protocol to find a step that no process is past.
     yield multihost_utils.reached_preemption_sync_point
@@ -193,7 +193,7 @@ def _every(steps: int, step: int) -> bool:
 
 @contextlib.contextmanager
 def _profile(directory: Path, steps: int) -> Iterator[Callable[[int], None]]:
-  """Yields a function to call before each step with the step's number in this call, from 1; traces `steps` from 3."""
+  """Yields a function to call before each step with the step's number, from 1; traces the steps 3 to 2 + `steps`."""
   on = False
 
   def at(step: int) -> None:

@@ -1,7 +1,7 @@
 """The metrics of a run: records in a file of JSON lines and in TensorBoard, and progress on the terminal.
 
-A record of training has step, tokens (trained on so far), loss (attention_error in its place in steps of the attention
-transfer), grad_norm, learning_rate, tokens_per_second, tokens_per_second_per_device, mfu, data_wait (mean seconds that
+A record of training has step, tokens (trained on so far), loss (in steps of the attention transfer:
+attention_error instead), grad_norm, learning_rate, tokens_per_second, tokens_per_second_per_device, mfu, data_wait (mean seconds that
 a step waited for data, over the steps since the last record) and skipped (number of batches skipped so far). The two
 speeds and mfu are null in the first record of each call of `train`; mfu is also null if the device's peak FLOP/s is
 unknown. A record of an evaluation has step, tokens, heldout_nll and heldout_perplexity.
@@ -188,7 +188,7 @@ SHOWN: Mapping[str, Callable[[float], str]] = {
 
 
 def progress_of_steps(total: int, first: int = 0, **how: Any) -> Progress:
-  """Makes the `Progress` of a run; it counts steps and shows values of training records (SHOWN).
+  """Makes the `Progress` of a run, which counts steps and shows those values of training records that SHOWN has.
 
   Args:
     total: number of steps of the whole run.

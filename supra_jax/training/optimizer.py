@@ -27,7 +27,7 @@ class OptimizerConfig:
       parameter.
     moment_dtype: dtype of AdamW's first moment; bfloat16 saves 2 bytes per parameter. The second moment is always
       float32, since bfloat16 would lose its small increments.
-    learning_rate: learning rate at the end of the warmup, the highest of the schedule.
+    learning_rate: learning rate at the end of the warmup, where the cosine starts.
     end_learning_rate: learning rate at the end of the cosine, which the schedule would reach one step after the run's
       last step, as in the reference implementation.
     warmup_steps: number of steps of linear warmup; step n (from 0) has (n + 1) / warmup_steps of `learning_rate`.

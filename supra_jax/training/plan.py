@@ -101,7 +101,13 @@ def planned_model(config: TrainConfig, preset: str = "", mixer: str = "supra") -
 
 
 def planned_teacher(config: TrainConfig, preset: str = "") -> ModelConfig | None:
-  """Returns the config of the recipe's teacher, found like `planned_model`'s from `distill_from`; None: no teacher."""
+  """Returns the config of the recipe's teacher; None if the recipe has no `distill_from`.
+
+  The config is found as in `planned_model`, with `distill_from` in place of `init_checkpoint`.
+
+  Raises:
+    FileNotFoundError, ValueError: as in `planned_model`.
+  """
   return _planned(config, "distill_from", preset, "softmax") if config.distill_from else None
 
 

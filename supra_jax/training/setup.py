@@ -64,7 +64,7 @@ class Run:
 
 
 def set_up(config: TrainConfig, start: ModelCheckpoint, workdir: AnyPath, mesh: Mesh) -> Run:
-  """Makes a run, with the newest saved state if there is one, else a new state. Call it under `jax.set_mesh(mesh)`.
+  """Makes a run, with the newest saved state if there is one, else a new state. Call this under `jax.set_mesh(mesh)`.
 
   Args:
     config: the run's config.

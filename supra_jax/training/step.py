@@ -128,7 +128,7 @@ class TrainStep:
     return with_shardings(shapes, self.shardings(shapes, mesh))
 
   def shardings(self, state: TrainState, mesh: Mesh) -> Any:
-    """Returns the sharding of each array of a state: moments as their parameters, counters replicated."""
+    """Returns the sharding of each array of a state: moments as their parameters, all else replicated."""
     whole: Any = NamedSharding(mesh, PartitionSpec())
     return TrainState(
       param_shardings(state.params, mesh), like_params(state.opt_state, state.params, mesh), whole, whole, whole
