@@ -1,8 +1,8 @@
 """The metrics of a run: records in a file of JSON lines and in TensorBoard, and progress on the terminal.
 
-A record of training has step, tokens (trained on so far), loss (in steps of the attention transfer:
-attention_error instead), grad_norm, learning_rate, tokens_per_second, tokens_per_second_per_device, mfu, data_wait (mean seconds that
-a step waited for data, over the steps since the last record) and skipped (number of batches skipped so far). The two
+A record of training has step, tokens (trained on so far), loss (in steps of the attention transfer: attention_error
+instead), grad_norm, learning_rate, tokens_per_second, tokens_per_second_per_device, mfu, data_wait (mean seconds that a
+step waited for data, over the steps since the last record) and skipped (number of batches skipped so far). The two
 speeds and mfu are null in the first record of each call of `train`; mfu is also null if the device's peak FLOP/s is
 unknown. A record of an evaluation has step, tokens, heldout_nll and heldout_perplexity.
 """
