@@ -33,7 +33,7 @@ class DataConfig:
     text_key: the key of JSON lines, or the column of parquet files, that holds the text.
     documents: `join` runs documents together as the paper does; `separate` resets state and position between them.
     bos: whether each document starts with the begin-of-text id.
-    heldout_every: every N-th document is held out.
+    heldout_every: N; every N-th document is held out. At least 2 with `input`, since a run needs held-out rows.
     sources: packed directories with weights, "data/web/train:0.7,data/code/train:0.3". With `sources`, the fields above
       are unused: the packed directories say how they were packed. (Only `plan` reads `documents`, for directories that
       do not exist yet.)
