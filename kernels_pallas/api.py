@@ -260,7 +260,7 @@ def _constant_jvp(primals, tangents):
 
 
 def check(name: str, x: jax.Array, axes: str, shape: tuple[int, ...], kind) -> None:
-  """Raises ValueError, with the names of the operand and of its axes, unless x has the shape and a dtype of the kind."""
+  """Raises ValueError, which names the operand and its axes, unless x has this shape and a dtype of this kind."""
   if tuple(x.shape) != shape:
     raise ValueError(f"{name} has shape {tuple(x.shape)}, wanted {axes} = {shape}")
   if not jnp.issubdtype(x.dtype, kind):

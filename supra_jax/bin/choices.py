@@ -1,4 +1,4 @@
-"""One flag that chooses a dataclass, and flags that are its fields."""
+"""Makes a dataclass from flags: one flag chooses the dataclass, the others are the dataclass's fields."""
 
 from __future__ import annotations
 
@@ -16,17 +16,21 @@ def given(
   also: Mapping[str, Sequence[str]],
   needs: Mapping[str, str],
 ) -> Any:
-  """Makes the dataclass that a flag chooses, of those flags that are its fields.
+  """Makes an instance of the dataclass that the flag `choice` names, from the flags that are the dataclass's fields.
 
   Args:
-    choices: value of the flag `choice` -> dataclass.
-    choice: the flag that chooses.
-    fields: flag -> field, where their names differ.
-    also: value of `choice` -> flags that apply to it besides.
-    needs: flag -> another flag, without which it does nothing.
+    choices: value of `choice` -> dataclass.
+    choice: the flag that chooses a dataclass.
+    fields: name of a flag -> name of its field, where the two differ.
+    also: value of `choice` -> names of flags that apply to this choice without being fields.
+    needs: name of a flag -> name of another flag, without which the first one has no effect.
+
+  Returns:
+    The instance. Fields that have no flag keep their defaults.
 
   Raises:
-    ValueError: a flag is given that applies to other choices only, or without the flag that it needs.
+    ValueError: a flag is given that applies to other choices only, or a flag without the flag that it needs; or a value
+      is out of range.
   """
 
   def flags_of(name: str) -> dict[str, str]:
@@ -48,7 +52,11 @@ def given(
 
 
 def whole_numbers(flag: flags.FlagHolder) -> list[int] | None:
-  """The value of a list flag as integers, None if it has none; raises ValueError, with its name, if one is none."""
+  """Returns the items of a list flag as integers; None if the flag is not set.
+
+  Raises:
+    ValueError: an item is not an integer; the message names the flag.
+  """
   try:
     return None if flag.value is None else [int(item) for item in flag.value]
   except ValueError as error:

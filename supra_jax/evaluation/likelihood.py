@@ -1,4 +1,4 @@
-"""Likelihood under a model: mean negative log-likelihood of a text, and log-likelihoods of given continuations."""
+"""Evaluates a model: mean negative log-likelihood of a text, and log-likelihoods of given continuations."""
 
 from __future__ import annotations
 
@@ -16,28 +16,28 @@ from supra_jax.inference.lm import LM
 from supra_jax.model.finite import NotFiniteError, not_finite
 from supra_jax.objectives.heldout import loss_sums
 
-SCORED_TOKENS = 2048  # tokens of a batch of continuations, contexts and padding included
+SCORED_TOKENS = 2048  # tokens per batch of continuations, contexts and padding included
 
 
 def evaluate(
   lm: LM, text: str, *, text_key: str = "text", sequence_length: int = 1024, max_tokens: int = 0
 ) -> tuple[float, int]:
-  """`text_nll` of the text in files.
+  """Returns the mean negative log-likelihood of the text in files, cut into pieces as in `text_nll`.
 
   Args:
     lm: the model, with its tokenizer.
     text: glob of .txt, .jsonl[.gz|.zst] or .parquet files, or `pydoc:topics`, as `data.text.find_files` takes it.
     text_key: the key of a JSON line, or the column of a parquet file, that holds the text.
-    sequence_length: tokens of a piece, see `text_nll`.
-    max_tokens: number of tokens to read; 0 means all.
+    sequence_length: tokens per piece, at least 2, see `text_nll`.
+    max_tokens: number of tokens to read, from the start of the text; 0 means all.
 
   Returns:
     (mean negative log-likelihood in nats per token, number of targets).
 
   Raises:
     FileNotFoundError: no file matches.
-    NotFiniteError: as `text_nll`.
-    ValueError: as `text_nll`, a file cannot be read, the model has no tokenizer, or `max_tokens` is less than a piece.
+    NotFiniteError: as in `text_nll`.
+    ValueError: the text, or `max_tokens`, is less than one piece; a file cannot be read; or the model has no tokenizer.
   """
   if lm.tokenizer is None:
     raise ValueError(
@@ -51,19 +51,19 @@ def evaluate(
 
 
 def text_nll(lm: LM, tokens: Sequence[int], *, sequence_length: int = 1024, batch_size: int = 1) -> tuple[float, int]:
-  """Mean negative log-likelihood of a text in pieces, each of which the model reads from a fresh state.
+  """Returns the mean negative log-likelihood of a text, cut into pieces that the model reads from a fresh state each.
 
   Args:
     lm: the model.
     tokens: token ids of the text; an incomplete last piece is left out.
-    sequence_length: tokens of a piece; all but the first are targets.
+    sequence_length: tokens per piece, at least 2; all tokens of a piece but the first are targets.
     batch_size: number of pieces that the model reads at a time.
 
   Returns:
     (mean negative log-likelihood in nats per token, number of targets).
 
   Raises:
-    NotFiniteError: logits are not finite; the message says at which token they first are not.
+    NotFiniteError: logits are not finite; the message names the first token after which they are not.
     ValueError: the text does not fill one piece.
   """
   count = len(tokens) // sequence_length
@@ -82,7 +82,11 @@ def text_nll(lm: LM, tokens: Sequence[int], *, sequence_length: int = 1024, batc
 
 @functools.partial(jax.jit, static_argnums=0)
 def _continuation_scores(model, params, tokens_BT, lengths_B, first_B):
-  """Scores positions [first, length) of each row: sum of log-likelihoods [B], and whether all are the likeliest [B]."""
+  """Scores the tokens at positions [first, length) of each row.
+
+  Returns:
+    (sum of the tokens' log-likelihoods, float32 [B]; whether each token is the likeliest at its position, bool [B]).
+  """
   logits, _ = model.apply({"params": params}, tokens_BT[:, :-1], lengths=lengths_B - 1, method="logits")
   targets = tokens_BT[:, 1:, None]
   chosen = jax.numpy.take_along_axis(logits, targets, axis=-1)[..., 0]
@@ -94,18 +98,19 @@ def _continuation_scores(model, params, tokens_BT, lengths_B, first_B):
 
 
 def loglikelihoods(lm: LM, requests: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[tuple[float, bool]]:
-  """Log-likelihoods of continuations, as lm-evaluation-harness's `loglikelihood` defines them.
+  """Returns the log-likelihoods of continuations, as defined by `loglikelihood` of lm-evaluation-harness.
 
   Args:
     lm: the model.
-    requests: pairs (context, continuation) of token ids, neither empty.
+    requests: pairs (context, continuation) of token ids; neither may be empty.
 
   Returns:
     For each request, in order: the sum of the log-likelihoods of the continuation's tokens in nats, and whether greedy
     decoding would produce the continuation.
 
   Raises:
-    NotFiniteError: logits are not finite; the message names the request and the first such token.
+    NotFiniteError: logits are not finite; the message names the request, by its index, and the first token after which
+      logits are not finite.
     ValueError: a context or a continuation is empty.
   """
   rows = [([*context, *continuation], len(context)) for context, continuation in requests]

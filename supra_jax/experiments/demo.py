@@ -1,4 +1,4 @@
-"""The demo: uptrains a teacher as an RNN from two starts, a softmax window and the paper's, in about the same time."""
+"""The demo: linearises a teacher with two starts, a softmax window and the paper's, and uptrains both RNNs."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ NAMES = {"window": "a window", "random": "the paper's start"}
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-  """Result of linearising and uptraining once.
+  """The result of linearising a teacher and uptraining the RNN.
 
   Attributes:
-    calibration_seconds: time that calibration took, in seconds; 0 for starts without calibration.
-    tokens_per_second: speed of the training steps.
+    calibration_seconds: time of linearising with calibration, in seconds; 0 for starts without calibration.
+    tokens_per_second: speed of the training steps, over all devices.
     points: (tokens trained on, seconds, held-out loss in nats per token) of each evaluation. The seconds are those of
-      calibration and training steps, without evaluations and compilation.
+      calibration, and of the training steps at the speed `tokens_per_second`, without evaluations and compilation.
   """
 
   calibration_seconds: float
@@ -62,17 +62,23 @@ def compare_starts(
 ) -> dict[str, Any]:
   """Uptrains from both starts on the same text, and plots their held-out losses against time in `starts.png`.
 
-  The run with a window has the workdir `workdir`, the other run `workdir/random`. Calling it again resumes.
+  The run with a window has the workdir `workdir`, the other run `workdir/random`. A second call resumes an unfinished
+  first one.
 
   Args:
     teacher: model directory of the transformer.
-    window: recipe of the run with a window.
-    random: recipe of the run from the paper's start; may differ in the schedule, and has the same data.
+    window: recipe of the run with a window; its `data` has text to pack.
+    random: recipe of the run from the paper's start. Its `data` is ignored: both runs read the data of `window`.
     workdir: local directory that everything is written to.
     say: called with each line of progress.
 
   Returns:
-    {"teacher_nll": the teacher's held-out loss in nats per token, "window": Run, "random": Run}, as plain values.
+    {"teacher_nll": the teacher's held-out loss in nats per token, "window": the fields of the window's `Run` as a dict,
+    "random": those of the other `Run`}.
+
+  Raises:
+    FileNotFoundError: `teacher` is not a model directory, or the text is missing.
+    ValueError: recipes, text and teacher do not fit each other, or as `run_from`.
   """
   lm = load(teacher)
   ((text, _),), heldout = prepare_data(window.data, lm.tokenizer, lm.config.vocab_size, workdir / "data")
@@ -107,15 +113,18 @@ def run_from(
   linearized: Path | None = None,
   teacher_nll: float | None = None,
 ) -> Run:
-  """Linearises a teacher, unless an earlier call did, and uptrains the result.
+  """Linearises a teacher, unless an earlier call did, and uptrains the linearised model.
 
   Args:
     teacher: model directory of the transformer.
-    start: how the linearised layers start.
+    start: how the new parameters of the linearised layers are initialised.
     config: recipe of the uptraining; its `init_checkpoint` is ignored.
     workdir: directory of the run.
     linearized: model directory of the linearised model, reused if it is complete; None means `workdir/linearized`.
-    teacher_nll: held-out loss of the teacher in nats per token, drawn as a line in the plot of the run.
+    teacher_nll: held-out loss of the teacher in nats per token, drawn as a line in the plot of the run; None: no line.
+
+  Raises:
+    ValueError, OSError, training.loop.Preempted: as `linearize_checkpoint` and `training.loop.train`.
   """
   linearized = linearized or workdir / "linearized"
 

@@ -1,4 +1,4 @@
-"""A tiny model directory with a real tokenizer, and text to train it on; for tests, benchmarks and rehearsals."""
+"""Writes a tiny model directory with a trained tokenizer, and text for it; for tests, benchmarks and trial runs."""
 
 from __future__ import annotations
 
@@ -44,12 +44,12 @@ def byte_bpe(texts: Iterable[str], vocab_size: int) -> bytes:
 
 @functools.cache
 def tokenizer_json() -> bytes:
-  """Contents of a tokenizer.json with VOCAB tokens, trained on the standard library's documentation."""
+  """Returns the contents of a tokenizer.json with VOCAB tokens, trained on the standard library's documentation."""
   return byte_bpe([topics[name] for name in sorted(topics)[:20]], VOCAB)
 
 
 def tiny_config(mixer: str | MixerConfig) -> config.ModelConfig:
-  """The preset `tiny` with the vocabulary of `tokenizer_json`, and one mixer in all layers."""
+  """Returns the preset `tiny` with the vocabulary of `tokenizer_json`, and with the same mixer in all layers."""
   return presets.tiny(mixer).replace(vocab_size=VOCAB, bos_token_id=None, eos_token_ids=(0,))
 
 
@@ -57,7 +57,7 @@ def write_checkpoint(directory: Path, mixer: str | MixerConfig, seed: int = 0, *
   """Writes a model directory with random parameters and a tokenizer, and returns `directory`.
 
   Args:
-    directory: directory to make.
+    directory: directory to make; it must not exist, or be empty.
     mixer: name or config of the mixer of all layers.
     seed: seeds the parameters.
     **changes: fields of the ModelConfig to change.

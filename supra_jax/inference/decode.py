@@ -1,4 +1,4 @@
-"""Token generation: a prefill in pieces, then a compiled decode loop that continues from its state."""
+"""Token generation: a prefill that reads the prompt in pieces, then a compiled decode loop."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from supra_jax.inference.sampling import Sampling, sample
 from supra_jax.model.finite import generated_not_finite, not_finite
 from supra_jax.model.transformer import DecodeState, Transformer
 
-PREFILL_TOKENS = 512  # tokens of a piece of the prompt, so that activations do not grow with the prompt
-SHORTEST_PREFILL = 16  # tokens that shorter pieces are padded to: as quick, since reading the weights takes the time
-SHORTEST_CACHE = 64  # tokens that a cache has room for at least
+PREFILL_TOKENS = 512  # most tokens of a piece of the prompt, so that activations do not grow with the prompt
+SHORTEST_PREFILL = 16  # least tokens of a piece; padding to 16 costs no time, since reading the weights takes longer
+SHORTEST_CACHE = 64  # least tokens that a cache has room for
 DECODE_TOKENS = 8  # steps per call of the decode loop: enough to hide the host's work, few enough to stream
 
 
 def round_up_length(n: int) -> int:
-  """Rounds up to a number of three significant bits (1, 2, .., 8, 10, 12, 14, 16, 20, ...): adds at most a quarter."""
+  """Rounds n up to a number of three significant bits (1, 2, .., 8, 10, 12, 14, 16, 20, ...), at most 1.25 n."""
   step = 1 << max(n.bit_length() - 3, 0)
   return -(-n // step) * step
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=3)
 def _prefill(model: Transformer, params, tokens_BT, state: DecodeState, lengths_B) -> tuple[jax.Array, DecodeState]:
-  """Returns the logits [B, V] after each row's last real token, and the state after it."""
+  """Returns (logits [B, V] after each row's last real token, state after these tokens)."""
   bound = model.bind({"params": params})
   hidden_BTD, state = bound(tokens_BT, state, lengths=lengths_B)
   last = jnp.take_along_axis(hidden_BTD, jnp.maximum(lengths_B - 1, 0)[:, None, None], axis=1)
@@ -36,16 +36,16 @@ def _prefill(model: Transformer, params, tokens_BT, state: DecodeState, lengths_
 
 
 def prefill(model: Transformer, params: Mapping[str, Any], tokens_BT: np.ndarray, state: DecodeState):
-  """Reads a prompt in pieces of PREFILL_TOKENS.
+  """Reads a prompt in pieces of PREFILL_TOKENS, and returns the logits and the state after its last token.
 
   Args:
     model: the model, not stacked.
-    params: its parameters, one subtree per layer.
+    params: the model's parameters, one subtree per layer.
     tokens_BT: int32 [B, T] without padding, T >= 1.
-    state: the state to continue from, with room for T tokens; it is donated.
+    state: the state to continue from, with room for T more tokens; it is donated.
 
   Returns:
-    (logits float32 [B, vocabulary] after the last token, state after it).
+    (logits float32 [B, vocabulary] after the last token, state after the last token).
   """
   batch, time = tokens_BT.shape
   for start in range(0, time, PREFILL_TOKENS):
@@ -77,9 +77,12 @@ def _decode(model: Transformer, sampling: Sampling, steps: int, params, token_B,
 
 @functools.partial(jax.jit, static_argnums=0)
 def _first(sampling: Sampling, logits_BV: jax.Array, key):
-  """Draws the token after the prompt; returns ((tokens, whether logits were finite), as `_decode`), token and key.
+  """Draws the token after the prompt.
 
-  Compiled, so that its results are where those of `_decode` are, which then compiles once for all its calls.
+  Compiled, so that the results are on the same devices as those of `_decode`, and `_decode` compiles only once.
+
+  Returns:
+    ((tokens int32 [1, B], whether all logits were finite, bool [1, B]), token [B], key).
   """
   key, draw = jax.random.split(key)
   token_B = sample(logits_BV, draw, sampling)
@@ -100,22 +103,22 @@ def generate_tokens(
 
   Args:
     model: the model, not stacked.
-    params: its parameters, one subtree per layer.
+    params: the model's parameters, one subtree per layer.
     prompt_ids: token ids of the prompt, at least one.
-    max_new_tokens: number of tokens after which generation ends.
+    max_new_tokens: number of tokens after which generation ends; below 1: no token is generated.
     sampling: how a token is drawn; greedy by default.
     seed: seeds the draws, which do not depend on DECODE_TOKENS.
     stop_ids: token ids that end the text; they are not yielded.
 
   Raises:
-    NotFiniteError: the logits of a token are not finite; the message says after which token.
-    ValueError: the prompt is empty.
+    NotFiniteError: the logits after a token are not finite; the message says after which token.
+    ValueError: the prompt is empty; raised when the first token is asked for.
   """
   if not prompt_ids:
     raise ValueError("The prompt is empty, and the model has no token that starts or ends a text: give at least one.")
   if max_new_tokens < 1:
     return
-  # Room for DECODE_TOKENS more: every call runs all its steps, so that the last may draw more tokens than wanted.
+  # Room for DECODE_TOKENS more: each call of `_decode` runs all its steps, so the last may draw more than are wanted.
   # Rounded up, so that texts of about the same length share their programs.
   capacity = len(prompt_ids) + max_new_tokens + DECODE_TOKENS
   state = model.init_state(1, max(round_up_length(capacity), SHORTEST_CACHE))

@@ -1,4 +1,4 @@
-"""`LM`, the interface for users: a model, its parameters and its tokenizer in one object."""
+"""The interface for users: `load` returns an `LM`, a model with its parameters and tokenizer in one object."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from supra_jax.storage import model_directory as checkpoint
 
 
 def load(directory: str | os.PathLike[str], dtype: Any = None) -> LM:
-  """Loads a model directory. From then on jax keeps compiled programs on disk (`core.programs`).
+  """Loads a model directory, and sets jax to keep compiled programs on disk (see `core.programs`).
 
   Args:
     directory: model directory, local or gs://, that `convert_weights.hf_to_orbax`, `supra_jax.bin.linearize` or
@@ -33,7 +33,9 @@ def load(directory: str | os.PathLike[str], dtype: Any = None) -> LM:
 
   Raises:
     FileNotFoundError: `directory` is not a model directory, or a part of it is missing.
-    ValueError: its config.json does not describe a model, or its tokenizer cannot be read.
+    ValueError: config.json does not describe a model, the parameters are those of another model, or the tokenizer or
+      generation_config.json cannot be read.
+    TypeError: `dtype` is not the name of a dtype.
   """
   keep_programs()
   stored = checkpoint.load_model(directory, None if dtype is None else jnp.dtype(dtype))
@@ -49,8 +51,8 @@ class LM:
     config: config of the model.
     params: nested dict of arrays, one subtree per layer.
     tokenizer: tokenizer of the model; None if it has none.
-    generation: contents of the model directory's generation_config.json, the default settings of sampling.
-    model: the Flax module; `model.apply({"params": params}, ...)` does what this class does not offer.
+    generation: contents of the model directory's generation_config.json, which has the default sampling settings.
+    model: the Flax module; use `model.apply({"params": params}, ...)` for what this class does not offer.
   """
 
   def __init__(
@@ -60,13 +62,13 @@ class LM:
     tokenizer: Tokenizer | None = None,
     generation: Mapping[str, Any] | None = None,
   ):
-    """Prefer `load`.
+    """Makes an LM from its parts; `load` makes one from a model directory.
 
     Args:
       config: config of the model.
-      params: nested dict of arrays, one subtree per layer. The dtype of the embedding is that of the computation.
+      params: nested dict of arrays, one subtree per layer. The computation has the dtype of the embedding.
       tokenizer: tokenizer of the model; None if it has none.
-      generation: contents of a generation_config.json, the default settings of sampling; None means greedy.
+      generation: contents of a generation_config.json, which has the default sampling settings; None means greedy.
     """
     self.config = config
     self.params = params
@@ -89,7 +91,7 @@ class LM:
       tokens: int [B, T], T >= 1. Padding may hold any value.
       state: the state to continue from, which an earlier call returned; None starts a new text. Outside jit, key/value
         caches grow as needed.
-      lengths: int [B], number of real tokens in each row; None means all.
+      lengths: int [B], number of real tokens in each row; None: all tokens are real.
       segment_ids: int [B, T], document ids; see `Transformer.__call__`.
       padding: the side of the padding, "right" or "left".
 
@@ -97,7 +99,8 @@ class LM:
       (logits float32 [B, T, vocabulary], state). Logits at padded positions are meaningless.
 
     Raises:
-      ValueError: shapes do not fit each other, or a real token is not in the vocabulary.
+      ValueError: `padding` is neither "right" nor "left"; or, outside jit: `tokens` are not integers [B, T], shapes do
+        not fit each other, a length is not in 0 to T, or a real token is not in the vocabulary.
     """
     inputs: dict[str, Any] = {"tokens": tokens, "lengths": lengths, "segment_ids": segment_ids}
     traced = any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((inputs, state)))
@@ -120,9 +123,9 @@ class LM:
     top_p: float | None = None,
     seed: int = 0,
   ) -> Iterator[str]:
-    """Yields the text that follows `prompt` in pieces, until an end-of-text token.
+    """Yields the text that follows `prompt` in pieces, until an end-of-text token or after `max_new_tokens`.
 
-    temperature, top_k and top_p default to the settings in `generation`.
+    temperature, top_k and top_p default to the settings in `generation` (see `Sampling.of_checkpoint`).
 
     Args:
       prompt: the text to continue; may be empty if the model has a begin- or end-of-text token.
@@ -133,8 +136,9 @@ class LM:
       seed: seeds the draws.
 
     Raises:
-      ValueError: the model has no tokenizer, or an argument is out of range; raised by the call itself, before the
-        first piece.
+      ValueError: the model has no tokenizer, or temperature, top_k or top_p is out of range; raised by the call itself.
+        Or the prompt is empty and the model has no begin- or end-of-text token; raised at the first piece.
+      NotFiniteError: the logits after a token are not finite; raised while the text is generated.
     """
     if self.tokenizer is None:
       raise ValueError(
@@ -144,7 +148,7 @@ class LM:
     if not prompt_ids:
       start = [self.config.bos_token_id, *self.config.eos_token_ids]
       prompt_ids = [i for i in start if i is not None][:1]
-    # Without a prompt the text starts here, and the decoder drops the space that SentencePiece adds before a text.
+    # With an empty prompt, the decoder drops the space that SentencePiece adds before the start of a text.
     decoder = self.tokenizer.stream_decoder(continues=bool(prompt))
     tokens = generate.generate_tokens(
       self.model,
@@ -202,7 +206,7 @@ def _logits(model, params, tokens, state, **kwargs):
 
 
 def _with_capacity(model: Transformer, state: DecodeState | None, batch: int, wanted: int) -> DecodeState:
-  """Makes or grows a state to hold `wanted` tokens; capacities are powers of two, so that few shapes are compiled."""
+  """Returns a new or grown state with room for `wanted` tokens, rounded up to a power of two to compile few shapes."""
   capacity = 1 << max(wanted - 1, 0).bit_length()
   if state is None:
     return model.init_state(batch, capacity)

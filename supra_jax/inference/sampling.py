@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from supra_jax.core.schema import POSITIVE, AtLeast, AtMost, check
 
-# Settings of generation_config.json that are not supported -> the value that switches each off; null does too.
+# Setting of generation_config.json that is not supported -> the value that switches it off; null switches it off too.
 _NOT_SUPPORTED = {
   "repetition_penalty": 1.0, "min_p": None, "typical_p": 1.0, "epsilon_cutoff": 0.0, "eta_cutoff": 0.0, "top_h": None,
   "no_repeat_ngram_size": 0, "num_beams": 1, "penalty_alpha": None,
@@ -21,7 +21,7 @@ _NOT_SUPPORTED = {
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-  """Settings of sampling; the default is greedy.
+  """How the next token is drawn from the logits; by default greedily.
 
   Attributes:
     temperature: divides the logits; 0 takes the likeliest token.
@@ -35,12 +35,12 @@ class Sampling:
 
   @classmethod
   def of_checkpoint(cls, generation: Mapping[str, Any], **given: float | None) -> Sampling:
-    """Reads the settings of a generation_config.json; greedy unless it has `do_sample`.
+    """Makes a Sampling from a generation_config.json; greedy unless the file has `do_sample` or a temperature is given.
 
     Args:
       generation: contents of generation_config.json, or empty. With `do_sample`, missing settings have the defaults of
-        transformers: temperature 1, top_k 50, top_p 1. Settings that are not supported are named in a warning.
-      **given: field -> value that replaces the one of `generation`; None keeps that.
+        the library transformers: temperature 1, top_k 50, top_p 1. A warning names settings that are not supported.
+      **given: field -> value to use in place of the one in `generation`; None: the one in `generation` is used.
 
     Raises:
       ValueError: a value is out of range or has the wrong type.
@@ -64,15 +64,15 @@ class Sampling:
 
 
 def sample(logits_BV: jax.Array, key: jax.Array, sampling: Sampling) -> jax.Array:
-  """Draws one token per row.
+  """Draws one token per row of logits.
 
   Args:
     logits_BV: float [B, V].
-    key: key of the draw.
-    sampling: settings of the draw.
+    key: key of jax.random.
+    sampling: how tokens are drawn.
 
   Returns:
-    int32 [B].
+    The tokens, int32 [B].
   """
   if sampling.temperature == 0:
     return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)

@@ -1,23 +1,24 @@
-"""Calibration: projections solved for by least squares, layer by layer, so that the RNN meets its teacher.
+"""Calibration: solves for projections by least squares, layer by layer, so that the RNN's layers match the teacher's.
 
-Teacher and student read the same text. Let x_t and x_s be the residual streams that enter a layer, and a_s what the
-student's output projections read (`Mixer.outputs`, side by side; phi as it begins, everything else as the teacher has
-it). The student's W_o, and b_o if it has a bias, are the ridge regression of
+Teacher and student read the same text. Let x_t and x_s be the residual streams that enter a layer of the teacher and of
+the student, and a_s the inputs of the student's output projections (what `Mixer.outputs` returns, concatenated). The
+feature maps phi keep their initial values. The student's W_o, and b_o if it has a bias, are the ridge regression of
 
   x_s + a_s W_o + b_o = x_t + softmax attention(x_t).
 
-Then, with h_s the input of the MLP's last projection, the change of the teacher's W_down is the ridge regression of
+Let x_t' and x_s' be the residual streams after attention, and h_s the input of the last projection of the student's
+MLP. The student's W_down, and b_down if it has a bias, are the ridge regression of
 
-  x_s' + h_s W_down = x_t' + MLP(x_t').
+  x_s' + h_s W_down + b_down = x_t' + MLP(x_t').
 
-The ridge keeps W_o small. If a mixer has several output projections, the ridge keeps small what is added to them: to
-the teacher's W_o, which a window's softmax attention would need if the window were the whole text, and to 0, with which
-the linear attention's projection begins.
+The ridge keeps W_o near 0, and W_down near the teacher's. If a mixer has several output projections, the ridge keeps
+each of them near its initial value: the teacher's W_o for the softmax attention of a window (the exact solution for a
+window as long as the text), and 0 for the linear attention.
 
-Each token is weighted as the norm that follows weights it, by 1 / mean square of the teacher's stream. (Some tokens,
-the first of a text above all, have activations a thousand times those of others; unweighted they are nearly all that is
-fitted.) No gradient step is taken, and no parameter changes its shape. Memory does not grow with the text: the streams
-are kept on disk and read a batch at a time.
+Each token has the weight 1 / mean square of the teacher's stream, since the norm that follows scales all tokens to the
+same size. (Some tokens, the first of a text above all, have activations a thousand times those of others; without
+weights, almost only these tokens would be fitted.) No gradient step is taken, and no parameter changes its shape.
+Memory does not grow with the text: the streams are kept on disk and read one batch at a time.
 """
 
 from __future__ import annotations
@@ -45,13 +46,13 @@ from supra_jax.model.layers import Dense, Norm, SwiGLU, at_least_float32
 from supra_jax.model.registry import MIXER, MixerConfig, mixer_class
 from supra_jax.model.transformer import Block, Transformer
 
-# Called after each layer with its number, the number of layers, what was found, and the same in words.
+# Called after each layer with (number of the layer, number of layers, the value measured, the value in words).
 Report = Callable[[int, int, float, str], None]
 
 
 @contextlib.contextmanager
 def shown(*, enabled: bool = True) -> Iterator[Report]:
-  """Yields a report that shows a bar with time left on stderr, for one round of layers after another."""
+  """Yields a Report that shows a progress bar on stderr; the bar starts again whenever all layers are done."""
   describe = "Calibrating, {done} of {total} layers"
   with Progress(0, describe, {"text": str}, enabled=enabled, desc="Calibrating", unit="layer") as progress:
 
@@ -75,25 +76,31 @@ def calibrate(
   directory: Path | None = None,
   report: Report | None = None,
 ) -> dict[str, Any]:
-  """Solves for the projections of every layer whose mixer is new. Call it under `jax.set_mesh(mesh)`.
+  """Solves for the projections of every layer whose mixer differs from the teacher's, and returns the new parameters.
+
+  Call this function under `jax.set_mesh(mesh)`.
 
   Args:
-    teacher: parameters, one subtree a layer, and config of the softmax model.
-    student: parameters and config that `linearize` made of them. A bias is solved for if the output projection has one.
-    batches: rows of this process, "tokens" int32 [rows, T], and "segment_ids" alike if documents are kept apart.
-    mesh: mesh that cuts parameters and batches.
-    ridge: strength of the preference for small weights, in tokens: the same as that many further tokens whose features
+    teacher: (parameters, one subtree per layer, and config) of the softmax model.
+    student: (parameters and config) of the model that `linearize` made of the teacher. A bias is solved for if an
+      output projection has one.
+    batches: this process's rows of each batch: "tokens" int32 [rows, T + 1], of which the first T are read, and
+      "segment_ids" of the same shape if documents are kept apart.
+    mesh: device mesh that parameters and batches are sharded over.
+    ridge: strength of the preference for small weights, in tokens: it acts like that many further tokens whose features
       are noise of the same size and whose target is 0.
     mlp: whether to solve for the MLP's last projection too, which doubles the time.
     dtype: dtype of the computation; moments are float32, and their sums over batches float64.
-    directory: directory for the streams, 3 * tokens * hidden_size numbers, 4 with windows; None: a temporary one.
-    report: called after each layer with the share of the attention's energy that is missed.
+    directory: directory in which to make a temporary directory for the streams, 3 * tokens * hidden_size numbers (4
+      with windows); None: the system's directory for temporary files.
+    report: called after each layer, up to the last that is solved for, with the share of the attention's energy that
+      the solution misses; the share is 0 for layers that are not solved for.
 
   Returns:
-    The student's parameters, in the dtypes that they had.
+    The student's parameters, one subtree per layer, in the dtypes that they had.
 
   Raises:
-    ValueError: there are no batches, or activations are not finite.
+    ValueError: there are no batches, all mixers are the teacher's, or activations of an attention are not finite.
   """
   if not batches:
     raise ValueError("There are no batches to calibrate with.")
@@ -139,7 +146,11 @@ def _calibrate_layer(
   ridge: float,
   mlp: bool,
 ) -> tuple[dict[str, Any], float]:
-  """Returns (the student's layer, the share of attention missed) and moves the streams behind the layer."""
+  """Calibrates one layer and advances the streams past it.
+
+  Returns:
+    (the student's calibrated parameters of the layer, the share of the attention's energy that is missed).
+  """
   total = NOTHING
   for number, batch in enumerate(batches):
     before = streams.read(number, "teacher", "student")
@@ -149,7 +160,7 @@ def _calibrate_layer(
   names = run.outputs(kinds[1], student)
   kernels = [student[MIXER][name]["kernel"] for name in names]
   widths = [len(kernel) for kernel in kernels]
-  prior: Any = 0.0  # the teacher's W_o is for softmax
+  prior: Any = 0.0  # not the teacher's W_o, which is made for softmax attention
   ridges = [ridge]
   if len(names) > 1:
     ridges = [ridge * PRIOR_RIDGE if name in teacher[MIXER] else ridge for name in names]
@@ -180,7 +191,7 @@ def _calibrate_layer(
 
 
 def _whole(x: jax.Array) -> np.ndarray:
-  """A whole parameter on each host, float64."""
+  """Gathers a sharded parameter as a float64 numpy array on each host."""
   return np.asarray(multihost_utils.process_allgather(x, tiled=True), np.float64)
 
 
@@ -191,7 +202,7 @@ def _add(total: Moments, moments: Moments) -> Moments:
 def _replaced(
   layer: Mapping[str, Any], part: str, name: str, kernel: np.ndarray, bias: np.ndarray | None
 ) -> dict[str, Any]:
-  """The layer with a projection replaced; dtype and sharding stay those of the old one."""
+  """Returns the layer's parameters with one projection replaced; its dtype and sharding stay as they were."""
   old = layer[part][name]
   values = {"kernel": kernel} if bias is None else {"kernel": kernel, "bias": bias}
   new = {key: jax.device_put(x.astype(old[key].dtype), old[key].sharding) for key, x in values.items()}
@@ -199,7 +210,7 @@ def _replaced(
 
 
 class _Run:
-  """The compiled programs of a layer; each compiles once for every kind of layer."""
+  """The jitted functions that calibration runs on a layer; each is compiled once per kind of layer."""
 
   def __init__(self, teacher: ModelConfig, student: ModelConfig, dtype: Any, mesh: Mesh):
     self.teacher, self.student, self.dtype, self.mesh = teacher, student, dtype, mesh
@@ -222,7 +233,7 @@ class _Run:
     return Transformer(self.student, self.dtype).apply({"params": params}, batch["tokens"], method="embed")
 
   def outputs(self, kind: MixerConfig, student: Any) -> list[str]:
-    """Names of the layer's output projections: `o_proj`, which the teacher has too, comes first."""
+    """Returns the names of the layer's output projections, `o_proj`, which the teacher has too, first."""
     if kind not in self._outputs:
       x_BTD = jnp.zeros((*least_tokens().shape, self.student.hidden_size), self.dtype)
       batch = {"tokens": least_tokens()}
@@ -237,7 +248,7 @@ class _Run:
     return outs[0]
 
   def _attend(self, kinds, teacher, student, x_teacher, x_student, batch):
-    """Returns (x_t + softmax attention(x_t), the student's features [B, T, F], moments for W_o)."""
+    """Returns (x_t + softmax attention(x_t) [B, T, D], the student's features a_s [B, T, F], moments for W_o)."""
     context = self._context(batch)
     attend = functools.partial(Block(self.teacher, kinds[0], self.dtype).apply, method="attend")
     attended, _ = attend({"params": teacher}, x_teacher, None, context)
@@ -248,7 +259,7 @@ class _Run:
     return target, features, _moments(features, missing, self._weights(target))
 
   def _feed(self, kind, teacher, student, target, x_student, features):
-    """Returns (the teacher's stream behind its MLP, the student's before its MLP, moments for W_down)."""
+    """Returns (the teacher's stream after its MLP, the student's stream before its MLP, moments for W_down)."""
     x_student = self._attended(kind, student, x_student, features)
     target = self._mlp(self.teacher, teacher, target)
     normed = self._norm(student, "post_attention_layernorm", x_student)
@@ -260,7 +271,7 @@ class _Run:
     return self._mlp(self.student, student, x_student)
 
   def _leave(self, kind, teacher, student, target, x_student, features):
-    """The streams behind a layer whose MLP is kept."""
+    """Returns the streams (teacher's, student's) after a layer whose MLP is not solved for."""
     x_student = self._attended(kind, student, x_student, features)
     return self._mlp(self.teacher, teacher, target), self._mlp(self.student, student, x_student)
 
@@ -274,7 +285,7 @@ class _Run:
     return x_student
 
   def _weights(self, stream):
-    """The weight of each token, [B, T, 1]: the factor that the norm that follows applies."""
+    """Returns the square root of each token's weight, [B, T, 1]: the factor by which the next norm scales the token."""
     stream = at_least_float32(stream)
     return jax.lax.rsqrt(jnp.mean(stream * stream, axis=-1, keepdims=True) + self.student.norm_eps)
 
@@ -282,7 +293,7 @@ class _Run:
     return Block(config, config.layers[0], self.dtype).apply({"params": layer}, x_BTD, method="feed")
 
   def _keep(self, kind, teacher, student, x_teacher, x_student, batch):
-    """The streams behind a layer that is the teacher's."""
+    """Returns the streams (teacher's, student's) after a layer whose mixer is the teacher's."""
     context = self._context(batch)
     blocks = ((self.teacher, teacher, x_teacher), (self.student, student, x_student))
     return [Block(c, kind, self.dtype).apply({"params": p}, x, None, context)[0] for c, p, x in blocks]
@@ -299,7 +310,7 @@ def _moments(features_BTF: jax.Array, y_BTD: jax.Array, weights_BT1: jax.Array) 
 
 
 class _Streams:
-  """Activations [rows, T, width] of this process on disk, one file for each name and batch."""
+  """Keeps this process's activations [rows, T, width] on disk, one file per name and batch."""
 
   def __init__(self, directory: Path, mesh: Mesh):
     self._directory, self._mesh, self._spec = directory, mesh, PartitionSpec(BATCH_AXES)

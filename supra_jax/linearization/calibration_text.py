@@ -1,4 +1,4 @@
-"""The rows that calibration reads: packed ones, or as many rows of a text as are needed."""
+"""Reads the rows for calibration: from packed directories, or from as much of a text as is needed."""
 
 from __future__ import annotations
 
@@ -19,10 +19,24 @@ from supra_jax.linearization.starts import Calibrated
 def read_batches(
   start: Calibrated, tokenizer: Tokenizer | None, vocab_size: int, mesh: Mesh, more: int = 0
 ) -> list[Batch]:
-  """Whole batches that hold `start.tokens` tokens, and others that hold `more`; this process' part of them.
+  """Reads the batches for calibration; each process gets its rows of each batch.
+
+  Args:
+    start: the start, which says what to read and how many tokens.
+    tokenizer: tokenizer of the model; needed for text, not for packed rows.
+    vocab_size: number of rows of the model's embedding.
+    mesh: device mesh that batches are cut over.
+    more: number of further tokens to read, for `set_apart`.
+
+  Returns:
+    ceil(start.tokens / n) + ceil(more / n) batches, n being the tokens of a batch; fewer, at least one, if a text is
+    too short. Packed rows are repeated as needed. A batch has "tokens" int32 [rows, T + 1], and "segment_ids" of the
+    same shape if the packed directories have them.
 
   Raises:
-    ValueError: the packed rows do not fit the model, the text is too short, or there is no tokenizer to read it with.
+    FileNotFoundError: no file matches, or a packed directory is missing.
+    ValueError: the packed rows do not fit the model, the text does not fill one batch or cannot be read, or there is no
+      tokenizer to read the text with.
   """
 
   def count_batches(tokens: int) -> int:
@@ -53,19 +67,24 @@ def read_batches(
 
 
 def rows_of_text(pattern: str, tokenizer: Tokenizer, *, rows: int, length: int, text_key: str = "text") -> np.ndarray:
-  """Reads no more of some text than it takes to fill rows.
+  """Reads the documents of a text until they fill the rows asked for, and returns the rows.
 
-  Files take turns, and no document gives more than a row, so that rows differ; documents are joined by the end-of-text
-  id.
+  Documents are taken from all files in turn (round robin), and at most one row of tokens from each, so that rows
+  differ. The first end-of-text id, if the tokenizer has one, follows each document.
 
   Args:
-    pattern, text_key: as `data.text.find_files` and `read_documents` take them.
-    tokenizer: that encodes.
-    rows: at most so many.
-    length: tokens of each.
+    pattern: glob of text files, or `pydoc:topics`, as `data.text.find_files` takes it.
+    tokenizer: encodes the documents.
+    rows: number of rows wanted.
+    length: number of tokens per row.
+    text_key: the key of a JSON line, or the column of a parquet file, that holds the text.
 
   Returns:
-    int32 [rows or fewer, length].
+    int32 [R, length]: R is `rows`, or less if the text is too short.
+
+  Raises:
+    FileNotFoundError: no file matches.
+    ValueError: a file cannot be read.
   """
   end = list(tokenizer.eos_ids[:1])
   ids: list[int] = []

@@ -1,7 +1,7 @@
-"""Hybrids: the layers that stay softmax are those that bring an RNN nearest to its teacher.
+"""Chooses the layers of a hybrid that stay softmax: those that bring the calibrated student nearest to its teacher.
 
-Each layer in turn, attention and MLP, is replaced by the teacher's in the calibrated student, and KL(teacher || hybrid)
-is measured. Layers below it do not change, so that only the layers above it run anew.
+In the calibrated student, one layer at a time (attention and MLP) is replaced by the teacher's layer, and
+KL(teacher || hybrid) is measured. The layers below the replaced layer do not change: only those above are run again.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ Model = tuple[Transformer, Mapping[str, Any]]
 
 
 class Divergences(NamedTuple):
-  """KL(teacher || model) in nats a token.
+  """Divergences KL(teacher || model) of next tokens, in nats per token.
 
   Attributes:
-    tokens: number of targets that it was measured on.
-    student: divergence of the student itself.
-    by_layer: {layer: divergence of the student with the teacher's layer in its place}.
+    tokens: number of targets that the divergences are means of.
+    student: divergence of the student as it is.
+    by_layer: {number of a layer: divergence of the student with this layer replaced by the teacher's}.
   """
 
   tokens: int
@@ -50,19 +50,21 @@ def layer_divergences(
   dtype: Any = jnp.float32,
   report: Report | None = None,
 ) -> Divergences:
-  """Measures each layer whose mixer is not the teacher's. Call it under `jax.set_mesh(mesh)`.
+  """Measures the student's divergence from the teacher, as it is and with one layer replaced by the teacher's.
 
-  L layers cost about L / 2 forward passes, and 2 L unembeddings.
+  Each layer whose mixer differs from the teacher's is replaced in turn. L such layers cost about L / 2 forward passes
+  and 2 L unembeddings. Call this function under `jax.set_mesh(mesh)`.
 
   Args:
-    teacher, student: parameters, one subtree a layer, and config.
-    batches: rows of this process, "tokens" int32 [rows, T + 1], and "segment_ids" alike if documents are kept apart.
-    mesh: mesh that cuts parameters and batches.
+    teacher, student: (parameters, one subtree per layer, and config).
+    batches: this process's rows of each batch: "tokens" int32 [rows, T + 1], and "segment_ids" of the same shape if
+      documents are kept apart.
+    mesh: device mesh that parameters and batches are sharded over.
     dtype: dtype of the computation.
-    report: called after each layer with the divergence on a batch.
+    report: called for each batch after each replaced layer, with the divergence on this batch.
 
   Raises:
-    ValueError: there is no target.
+    ValueError: no batch has a target, or a divergence is not finite.
   """
   theirs, ours = ((Transformer(config, jnp.dtype(dtype)), params) for params, config in (teacher, student))
   changed = [i for i, layer in enumerate(student[1].layers) if layer != teacher[1].layers[i]]
@@ -84,17 +86,25 @@ def layer_divergences(
 
 
 def choose_softmax_layers(divergences: Divergences, count: int) -> list[int]:
-  """The layers, in order, whose replacement alone leaves the least divergence."""
+  """Returns the numbers, sorted, of the `count` layers whose replacement alone leaves the least divergence."""
   return sorted(sorted(divergences.by_layer, key=divergences.by_layer.__getitem__)[:count])
 
 
 def set_apart(batches: Sequence[Batch], tokens: int, mesh: Mesh) -> tuple[list[Batch], list[Batch]]:
-  """Cuts batches into (those to calibrate with, those to measure on: so many tokens, in rows that the mesh can cut).
+  """Splits batches into those to calibrate with and those to measure divergences on.
 
-  A student is far nearer to its teacher on rows that it was calibrated with than on others.
+  The two are kept apart because a student is far nearer to its teacher on rows that it was calibrated with.
+
+  Args:
+    batches: this process's rows of each batch.
+    tokens: number of tokens to measure on, over all processes; rounded up to rows that the mesh can cut evenly.
+    mesh: device mesh that batches are cut over.
+
+  Returns:
+    (batches to calibrate with, batches to measure on). The rows that the last batch has beyond `tokens` are dropped.
 
   Raises:
-    ValueError: nothing would be left to calibrate with.
+    ValueError: no batch would be left to calibrate with.
   """
   shards, (_, processes) = batch_shards(mesh), process_shard(mesh)
   rows, length = batches[0]["tokens"].shape
@@ -109,10 +119,10 @@ def set_apart(batches: Sequence[Batch], tokens: int, mesh: Mesh) -> tuple[list[B
 
 
 def table(kept: Mapping[str, Any]) -> str:
-  """How a model's softmax layers were chosen, a line a layer, the nearest to the teacher first.
+  """Returns a table, as text, of the divergences that softmax layers were chosen by: a line per layer, the least first.
 
   Args:
-    kept: `kept_softmax` of `Linearized.report` or of source.json.
+    kept: the value of `kept_softmax` in `Linearized.report` or in source.json.
   """
   lines = [f"KL from the teacher on {kept['tokens']:,} tokens is {kept['student']:.4f}; with one layer as it was:"]
   for layer, divergence in sorted(kept["by_layer"].items(), key=lambda item: item[1]):
@@ -121,7 +131,10 @@ def table(kept: Mapping[str, Any]) -> str:
 
 
 def costs(config: ModelConfig) -> str:
-  """A line: the number of layers of either kind; state (keys and values in bfloat16) and work at 2k and 32k tokens."""
+  """Returns a line with the numbers of RNN and softmax layers, and what the model costs at 2,048 and 32,768 tokens.
+
+  The costs are the bytes of the state (keys and values in bfloat16), and forward FLOPs per token.
+  """
   growing = sum(mixer_class(mixer).GROWS for mixer in config.mixers)
   text = f"{config.num_layers - growing} RNN layers, {growing} softmax layers"
   for tokens in (2048, 32768):
@@ -133,7 +146,7 @@ def costs(config: ModelConfig) -> str:
 def _measurements(
   theirs: Model, ours: Model, changed: Sequence[int], batch: Mapping[str, jax.Array]
 ) -> Iterator[tuple[int | None, LossSums]]:
-  """Yields (layer, divergence with the teacher's layer in its place) in order, then (None, the student's)."""
+  """Yields (layer, loss sums of the student with this layer replaced) in order, then (None, those of the student)."""
   layers = range(ours[0].config.num_layers)
   ends = [(model, _ends(params)) for model, params in (theirs, ours)]
   target, x_BTD = (_embed(*model, batch) for model in ends)
@@ -147,7 +160,7 @@ def _measurements(
 
 
 def _ends(params: Mapping[str, Any]) -> dict[str, Any]:
-  """The parameters outside the layers: embedding, last norm, unembedding."""
+  """Returns the parameters outside the layers: embedding, last norm, unembedding."""
   return {name: tree for name, tree in params.items() if not name.startswith("layers_")}
 
 
@@ -177,7 +190,7 @@ def _block(
 def _divergence(
   theirs: Transformer, their_ends: Any, ours: Transformer, our_ends: Any, their_BTD: Any, our_BTD: Any, batch: Any
 ) -> LossSums:
-  """Of streams behind the last layer."""
+  """Returns the loss sums, `loss` being KL(teacher || student), given both residual streams after the last layer."""
   their_BTD, our_BTD = (
     model.apply({"params": ends}, x_BTD, method=lambda model, x_BTD: model.norm(x_BTD))
     for model, ends, x_BTD in ((theirs, their_ends, their_BTD), (ours, our_ends, our_BTD))

@@ -1,4 +1,4 @@
-"""Layers of a trained softmax model get another mixer: what both mixers have is kept, and the rest begins as asked."""
+"""Replaces the mixers of a trained softmax model; parameters that both mixers have are kept, others are initialised."""
 
 from __future__ import annotations
 
@@ -36,11 +36,12 @@ class Linearized:
   """A linearised model.
 
   Attributes:
-    params: one subtree a layer; new parameters have the dtype of the layer's q_proj.
-    config: of the new model.
-    report: plain values that say how the model was made, for source.json: `start`, `mixer`, `layers` (those whose mixer
-      is new); `calibrated_on`, the number of tokens that calibration read, fewer than it wanted if the text is short;
-      and, where layers were measured, `kept_softmax`.
+    params: parameters, one subtree per layer; new parameters have the dtype of the layer's q_proj.
+    config: config of the linearised model.
+    report: how the model was made, as JSON values for source.json: `start`; `mixer`; `layers`, the numbers of the
+      layers whose mixer is new; with `Calibrated`, `calibrated_on`, the number of tokens that calibration read, which
+      is less than `Calibrated.tokens` if the text is short; and with `keep_softmax`, `kept_softmax`: the layers that
+      stay softmax, and the `Divergences` that they were chosen by.
   """
 
   params: dict[str, Any]
@@ -59,25 +60,29 @@ def linearize(
   mesh: Mesh | None = None,
   progress: Report | None = None,
 ) -> Linearized:
-  """Turns softmax layers into layers of another mixer (paper, section 3).
+  """Replaces the mixer of softmax layers by another one (paper, section 3).
 
-  Parameters that both mixers have (projections and their norms, MLP, embeddings) are kept bit for bit; new ones begin
-  as the mixer's `begin` says. Calibration then solves for the output projections.
+  Parameters that the model has before and after (projections and their norms, MLP, embeddings) are kept bit for bit;
+  new parameters start as the mixer's `begin` makes them. With the start `Calibrated`, the output projections, and the
+  last projections of the MLPs, are then solved for.
 
   Args:
-    params: of the softmax model, one subtree a layer.
-    config: of the softmax model.
+    params: parameters of the softmax model, one subtree per layer.
+    config: config of the softmax model.
     start: one of `linearization.starts`. None: `Window()`, or `Identity()` if a mixer is given.
-    mixer: config of the new layers, `registry.layer("supra_window", window=16)` say, or a mixer's name; None: the
-      start's default. `Window` takes a SupraConfig, to which it adds the window.
-    layers: which layers, negative ones counted from the end; None means all softmax layers.
-    tokenizer: reads the text of `Calibrated`; not needed for packed rows.
-    mesh: over which parameters and batches are cut while `Calibrated` computes; None: all devices on `fsdp`.
-    progress: as `calibrate` and `layer_divergences` take it.
+    mixer: config of the new layers, such as `registry.layer("supra_window", window=16)`, or a mixer's name; None: the
+      start's default. `Window` takes a SupraConfig and adds the window.
+    layers: numbers of the layers to replace, negative ones counted from the end; None means all softmax layers.
+    tokenizer: tokenizer of the model, with which `Calibrated` reads text; not needed for packed rows.
+    mesh: device mesh that parameters and batches are sharded over in `Calibrated`; None: all devices on `fsdp`.
+    progress: called after each layer that is calibrated or measured, see `calibrate` and `layer_divergences`.
 
   Raises:
-    ValueError: a layer is named that does not exist or is no softmax layer, the mixer cannot take over a trained layer
-      or does not fit the start or the teacher, or the text of `Calibrated` does not suffice.
+    FileNotFoundError: the text or a packed directory of `Calibrated` is missing.
+    ValueError: `start` is not a Start; a layer does not exist or is not a softmax layer; the mixer is unknown, cannot
+      replace the mixer of a trained layer, or does not fit the start or the teacher; `keep_softmax` is not between 1
+      and the number of `layers` minus 1; the data of `Calibrated` do not suffice or do not fit the model; or
+      activations are not finite.
   """
   if start is None:
     start = Window() if mixer is None else Identity()
@@ -128,17 +133,21 @@ def linearize_checkpoint(
   mesh: str = "",
   progress: Report | None = None,
 ) -> Linearized:
-  """`linearize` from model directory to model directory.
+  """Loads a softmax model, linearises it with `linearize`, and writes the linearised model.
 
   Args:
-    checkpoint: of the softmax model.
-    output: must not exist yet, or be empty.
-    start, mixer, layers, progress: as `linearize` takes them.
-    mesh: as `core.sharding.make_mesh` takes it; for `Calibrated`.
+    checkpoint: model directory of the softmax model.
+    output: model directory to write; it must not exist, or be empty.
+    start, mixer, layers, progress: as in `linearize`.
+    mesh: sizes of mesh axes, as `core.sharding.make_mesh` takes them; used by `Calibrated` only.
+
+  Returns:
+    The model that was written.
 
   Raises:
-    FileExistsError: `output` holds something.
-    ValueError: as `linearize`.
+    FileExistsError: `output` is not empty.
+    FileNotFoundError: `checkpoint` is not a model directory, or the data of `Calibrated` are missing.
+    ValueError: as `linearize`; or the checkpoint is damaged, or `mesh` does not fit the devices.
   """
   check_free(output)
   calibrates = isinstance(start, Calibrated)
@@ -174,7 +183,7 @@ def _calibrated(
   layers: Sequence[int],
   batches: Sequence[Batch],
 ) -> tuple[dict[str, Any], ModelConfig]:
-  """The student that has the new mixer in these layers, calibrated."""
+  """Returns (parameters, config) of the calibrated student that has the new mixer in these layers."""
   params, config = _begun(*teacher, layer, start, layers)
   params = jax.tree.map(_placed, params, param_shardings(params, mesh))
   how: dict[str, Any] = {"ridge": start.ridge, "mlp": start.mlp, "dtype": start.dtype}
@@ -182,7 +191,7 @@ def _calibrated(
 
 
 def _placed(x: jax.Array, sharding: NamedSharding) -> jax.Array:
-  """A parameter where the mesh has it; new ones are on one device of each process."""
+  """Moves a parameter to `sharding` unless it is there; new parameters are on one device of each process."""
   return x if x.sharding.is_equivalent_to(sharding, x.ndim) else jax.device_put(np.asarray(x), sharding)
 
 
@@ -202,9 +211,9 @@ def _chosen_layers(config: ModelConfig, layers: Sequence[int] | None) -> list[in
 def _begun(
   params: Params, config: ModelConfig, layer: MixerConfig, start: Start, chosen: Sequence[int]
 ) -> tuple[dict[str, Any], ModelConfig]:
-  """The model whose chosen layers have the new mixer, before any calibration.
+  """Returns (parameters, config) of the model whose chosen layers have the new mixer, before any calibration.
 
-  The model's own initialiser, run for one layer, says which parameters the mixer has and draws those that are new.
+  Running the Flax `init` of a one-layer model gives the mixer's parameters and draws those that are new.
   """
   begin = mixer_class(layer.mixer).begin
   one_layer = Transformer(config.replace(layers=(layer,)))

@@ -1,4 +1,4 @@
-"""Ridge regression in float64, of sums that were taken over batches and devices."""
+"""Solves a ridge regression in float64 from sums over tokens, which were taken over batches and devices."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-# The best of the ridges tried with SmolLM2 on 8k tokens; see benchmarks/RESULTS.md.
+# The best of the ridges (in tokens, see `calibrate`) tried with SmolLM2 on 8k tokens; see benchmarks/RESULTS.md.
 RIDGE = 4000.0
-# Fraction of RIDGE used for projections that are regularised towards the teacher's.
+# Fraction of the ridge used for projections that are regularised towards the teacher's.
 PRIOR_RIDGE = 0.25
 
 
 class Moments(NamedTuple):
-  """Sums over tokens for a regression of y [D] on features a [F]; the last feature is a constant 1.
+  """Sums over tokens for a regression of targets y [D] on features a [F], to which a constant feature 1 is appended.
 
   Attributes:
-    gram: [F + 1, F + 1], sum of w a a^T, w being a token's weight.
+    gram: [F + 1, F + 1], sum of w a a^T, w being a token's weight; a has the 1 as its last feature.
     cross: [F + 1, D], sum of w a y^T.
     energy: sum of w |y|^2.
-    tokens: number of tokens.
+    tokens: number of tokens, not weighted.
   """
 
   gram: Any
@@ -40,13 +40,21 @@ def solve(
   bias: bool,
   prior: np.ndarray | float = 0.0,
 ) -> tuple[np.ndarray, np.ndarray | None, float]:
-  """The W [F, D] and b [D] that make a W + b closest to y in the weighted mean square, W kept near a prior.
+  """Solves the ridge regression of y on a, with W kept near a prior: y = a W + b.
 
-  Minimises sum w |a W + b - y|^2 + ridge / tokens * mean(diag(gram)) * |W - prior|^2; b is free. With several
-  ridges the features are parts of the given widths (None: equal ones), each with a ridge and a mean of its own.
+  Minimises sum w |a W + b - y|^2 + ridge / tokens * mean(diag(G)) * |W - prior|^2 over W and b, where G is the F x F
+  part of `gram`, centred if there is a bias. b is not regularised.
+
+  Args:
+    moments: the sums over tokens.
+    ridge: strength of the regularisation, in tokens; or one per part of the features. Each part has its own mean of
+      diag(G).
+    widths: number of features of each part, which add up to F; None: parts of equal width.
+    bias: whether to solve for b; without it b = 0.
+    prior: [F, D], or a scalar.
 
   Returns:
-    (W, b, the share of w |y|^2 that is left), float64; b is None without `bias`.
+    (W [F, D], b [D] or None without `bias`, the share of sum w |y|^2 that is left), float64.
   """
   gram, cross = (np.asarray(x, np.float64) for x in (moments.gram, moments.cross))
   count, sums, targets = gram[-1, -1], gram[-1, :-1], cross[-1]

@@ -1,4 +1,7 @@
-"""Ways in which a layer that is linearised can begin, as data: for Python, the binary's flags and source.json alike."""
+"""Starts: how the new parameters of linearised layers are initialised, as dataclasses.
+
+The fields of a start are arguments in Python, flags of `supra_jax.bin.linearize` and keys in source.json alike.
+"""
 
 from __future__ import annotations
 
@@ -16,11 +19,11 @@ MEASURED_TOKENS = 2048
 
 @dataclasses.dataclass(frozen=True)
 class Start:
-  """How a layer begins.
+  """How the new parameters of a layer are initialised.
 
   Attributes:
-    method: name of the start, as `--method` has it.
-    phi: how feature maps begin: drawn at "random", or as the "identity", relu(x).
+    method: name of the start, the value of the flag `--method`.
+    phi: initial feature maps: "random" draws their W and b; "identity" is phi(x) = relu(x).
   """
 
   method: ClassVar[str]
@@ -30,10 +33,10 @@ class Start:
     check(self, type(self).__name__)
 
   def layer(self, mixer: MixerConfig | None) -> MixerConfig:
-    """The mixer config of the layers that begin so.
+    """Returns the mixer config of the layers that begin with this start.
 
     Args:
-      mixer: what the user asked for; None means the default of this start.
+      mixer: the mixer config that the user asked for; None means the default of this start.
 
     Raises:
       ValueError: the start is not for this mixer.
@@ -41,16 +44,16 @@ class Start:
     return SupraConfig() if mixer is None else mixer
 
   def to_json(self) -> dict[str, Any]:
-    """The start as a JSON object, with its method."""
+    """Returns the start as a JSON object: its fields and `method`."""
     return {"method": self.method, **dataclasses.asdict(self)}
 
 
 @dataclasses.dataclass(frozen=True)
 class Random(Start):
-  """The paper's start: W and b of each feature map from U(-1/sqrt(fan_in), 1/sqrt(fan_in)), as the reference has it.
+  """The paper's start: W and b of each feature map drawn from U(-1/sqrt(fan_in), 1/sqrt(fan_in)), as in the reference.
 
   Attributes:
-    seed: a layer's draw depends on the seed and on the layer's number alone.
+    seed: seeds the draws; those of a layer depend on the seed and on the layer's number alone.
   """
 
   method = "random"
@@ -60,19 +63,21 @@ class Random(Start):
 
 @dataclasses.dataclass(frozen=True)
 class Identity(Start):
-  """Feature maps relu(x): W = I and b = 0."""
+  """Feature maps that start as phi(x) = relu(x): W = I and b = 0."""
 
   method = "identity"
 
 
 @dataclasses.dataclass(frozen=True)
 class Window(Start):
-  """The teacher's softmax attention over the last tokens and the first few, with linear attention beside it.
+  """The teacher's softmax attention over the last W and the first N tokens, plus linear attention over all tokens.
 
-  The linear attention adds 0 at first, so that the model predicts text at once; it trains from the first step on.
+  The output of the linear attention is 0 before training, so that the model predicts text at once. The parameters of
+  the linear attention train from the first step on.
 
   Attributes:
-    window, sinks: see `WindowConfig`.
+    window: W, see `WindowConfig`.
+    sinks: N, see `WindowConfig`.
   """
 
   method = "window"
@@ -80,7 +85,11 @@ class Window(Start):
   sinks: Annotated[int, AtLeast(0)] = WindowConfig.sinks
 
   def layer(self, mixer: MixerConfig | None) -> MixerConfig:
-    """A WindowConfig with this window; `mixer` says the rest, as a SupraConfig."""
+    """Returns a WindowConfig with this start's window and sinks, and the other fields of the SupraConfig `mixer`.
+
+    Raises:
+      ValueError: `mixer` is neither a SupraConfig nor None.
+    """
     if mixer is not None and type(mixer) is not SupraConfig:
       raise ValueError(f"{self} makes supra_window layers of a SupraConfig, not of {mixer}: begin that by Identity().")
     rest = {field.name: getattr(mixer or SupraConfig(), field.name) for field in dataclasses.fields(SupraConfig)}
@@ -89,23 +98,24 @@ class Window(Start):
 
 @dataclasses.dataclass(frozen=True)
 class Calibrated(Start):
-  """Feature maps relu(x), and output projections solved for by least squares on a text, layer by layer.
+  """Feature maps phi(x) = relu(x), and projections solved for by least squares on a text, layer by layer.
 
-  With `keep_softmax` the layers are calibrated twice: so many of them, chosen by what is measured on the first student,
-  stay softmax in the second.
+  With `keep_softmax`, the layers are calibrated twice: once all of them, to measure which ones should stay softmax, and
+  then again without these.
 
   Attributes:
-    data: directories that `prepare_data` packed, with weights, as `data.loading.parse_sources` reads them; or text, as
-      `data.text.find_files` finds it, of which no more is read than is needed.
-    text_key, sequence_length: of text.
-    tokens: so many are read, rounded up to whole batches.
-    batch_size: rows at a time; more where the mesh has more shards.
-    ridge, mlp: as `calibrate` takes them.
-    seed: of the order of packed rows.
-    dtype: of the computation.
-    keep_softmax: how many of the layers stay softmax: those that bring the calibrated student nearest to its teacher.
-      None: no layer is kept on these grounds.
-    measured_tokens: `keep_softmax` measures on so many further tokens.
+    data: directories that `prepare_data` packed, with weights, as `data.loading.parse_sources` takes them; or a glob of
+      text files, as `data.text.find_files` takes it. No more of the text is read than is needed.
+    text_key: the key of JSON lines, or the column of parquet files, that holds the text; unused for packed rows.
+    sequence_length: tokens per row of text; unused for packed rows.
+    tokens: number of tokens to calibrate with, rounded up to whole batches.
+    batch_size: rows per batch, rounded up to a multiple of the mesh's shards of rows.
+    ridge, mlp: see `calibrate`.
+    seed: seeds the order of packed rows.
+    dtype: dtype of the computation.
+    keep_softmax: number of layers to keep as softmax layers: those that bring the calibrated student nearest to its
+      teacher (see `hybrid`). None: all chosen layers are linearised.
+    measured_tokens: number of tokens, beyond `tokens`, that `keep_softmax` measures on.
   """
 
   method = "calibrated"

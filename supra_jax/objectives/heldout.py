@@ -1,4 +1,4 @@
-"""Held-out loss of a model: negative log-likelihood in nats per token, and perplexity."""
+"""Computes the held-out loss of a model: negative log-likelihood in nats per token, and perplexity."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from supra_jax.objectives.losses import LossSums, language_model_loss
 
 @functools.partial(jax.jit, static_argnums=0)
 def loss_sums(model: Transformer, params, batch) -> LossSums:
-  """`objectives.losses.language_model_loss`, compiled; without teacher and z-loss."""
+  """Returns `objectives.losses.language_model_loss` without teacher and z-loss, compiled."""
   return language_model_loss(model, params, batch)
 
 
 def mean_nll(model: Transformer, params: Mapping[str, Any], batches: Iterable[Mapping[str, np.ndarray]]) -> float:
-  """Mean negative log-likelihood of all targets of the batches, in nats per token.
+  """Returns the mean negative log-likelihood of all targets of the batches, in nats per token.
 
   Args:
     model: the model.
-    params: its parameters.
+    params: parameters of the model.
     batches: batches of packed rows, as `objectives.losses.language_model_loss` takes them.
 
   Raises:
@@ -41,5 +41,5 @@ def mean_nll(model: Transformer, params: Mapping[str, Any], batches: Iterable[Ma
 
 
 def perplexity(nll: float) -> float:
-  """Perplexity exp(nll) of a loss in nats per token; infinite where float64 would overflow."""
+  """Returns the perplexity exp(nll) of a loss `nll` in nats per token; infinity where float64 would overflow."""
   return math.exp(nll) if nll < 709 else math.inf

@@ -1,4 +1,4 @@
-"""Distances between a model's layers and its teacher's: of attention outputs on the same input, or of residual streams.
+"""Computes distances between a model's layers and its teacher's: of residual streams, or of attention outputs.
 
 Both distances are relative: at each token the squared error is divided by the teacher's squared activation, as in
 calibration, since the norm that follows scales every token to the same size. Otherwise a few tokens, whose activations
@@ -25,11 +25,11 @@ Streams = Mapping[str, Mapping[str, jax.Array]]
 def read_streams(
   model: Transformer, params: Mapping[str, Any], tokens_BT: jax.Array, segment_ids: jax.Array | None
 ) -> tuple[jax.Array, Streams]:
-  """Runs a stacked model, and also returns the activations that each block stores in the collection STREAMS.
+  """Runs a stacked model, and returns also the activations that each block stores in the collection STREAMS.
 
   Args:
     model: a stacked transformer.
-    params: its parameters.
+    params: parameters of the model.
     tokens_BT: int32 [B, T].
     segment_ids: int32 [B, T], document ids, or None.
 
@@ -42,15 +42,16 @@ def read_streams(
 
 
 def streams_error(model: Transformer, streams: Streams, teacher: Transformer, theirs: Streams) -> jax.Array:
-  """Relative squared error of the residual stream: the mean over layers of `|x - x_t|^2 / |x_t|^2`, float32 [B, T].
+  """Returns the relative squared error of the residual stream, averaged over layers, float32 [B, T].
 
-  x is the output of a layer of the model, x_t that of the teacher's layer. No gradient reaches the teacher.
+  The error of a layer is `|x - x_t|^2 / |x_t|^2`, where x is the output of the model's layer and x_t the output of the
+  teacher's layer. No gradient reaches the teacher.
 
   Args:
     model: a stacked transformer.
-    streams: its activations, as `read_streams` returns them.
-    teacher: a stacked transformer with the same number of layers; its mixers may differ.
-    theirs: activations of the teacher.
+    streams: activations of the model, as `read_streams` returns them.
+    teacher: a stacked transformer with the same number of layers; the mixers may differ.
+    theirs: activations of the teacher, as `read_streams` returns them.
   """
   x_LBTD, x_teacher_LBTD = _join(model, streams, "leaves"), jax.lax.stop_gradient(_join(teacher, theirs, "leaves"))
   return _error(x_LBTD, x_teacher_LBTD, x_teacher_LBTD).mean(0)
@@ -64,16 +65,17 @@ def attention_error(
   tokens_BT: jax.Array,
   segment_ids: jax.Array | None = None,
 ) -> jax.Array:
-  """Relative squared error of attention outputs on the teacher's residual stream, float32 [B, T].
+  """Returns the relative squared error of attention outputs on the teacher's residual stream, float32 [B, T].
 
-  The mean of `|attention(x_t) - a_t|^2 / |x_t + a_t|^2` over the layers whose mixer differs from the teacher's. x_t is
-  the input of the teacher's layer and a_t the output of its attention, after the output projection. This is the
-  attention transfer of LoLCATs (Zhang et al. 2024, eq. 6), moved behind the output projection. All layers read the
-  teacher's stream, so that no layer depends on another, and the model's MLPs are not run.
+  The error is the mean of `|attention(x_t) - a_t|^2 / |x_t + a_t|^2` over the layers whose mixer differs from the
+  teacher's. x_t is the input of the teacher's layer, and a_t the output of the teacher's attention, after the output
+  projection. This is the attention transfer of LoLCATs (Zhang et al. 2024, eq. 6), but after the output projection. All
+  layers read the teacher's stream, so that no layer depends on another, and the model's MLPs are not run. No gradient
+  reaches the teacher.
 
   Args:
     model: a stacked transformer.
-    params: its parameters.
+    params: parameters of the model.
     teacher: a stacked transformer with the same number of layers.
     teacher_params: parameters of the teacher.
     tokens_BT: int32 [B, T].
@@ -107,12 +109,12 @@ def attention_error(
 
 
 def _join(model: Transformer, streams: Streams, name: str) -> jax.Array:
-  """Concatenates an activation of all runs to [layers, B, T, D]."""
+  """Concatenates the activation `name` of all runs to [layers, B, T, D]."""
   parts = [streams[f"run_{first}"][name] for first, _ in stacks(model.config.layers)]
   return parts[0] if len(parts) == 1 else jnp.concatenate(parts)
 
 
 def _error(x: jax.Array, wanted: jax.Array, scale: jax.Array) -> jax.Array:
-  """`|x - wanted|^2 / |scale|^2` over the last axis, float32."""
+  """Returns `|x - wanted|^2 / |scale|^2` over the last axis, in float32 at least."""
   x, wanted, scale = (at_least_float32(a) for a in (x, wanted, scale))
   return jnp.square(x - wanted).sum(-1) / jnp.maximum(jnp.square(scale).sum(-1), jnp.finfo(scale.dtype).tiny)

@@ -1,4 +1,7 @@
-"""Next-token cross-entropy and KL divergence from a teacher, in chunks: [B, T, vocabulary] is never in memory."""
+"""Training losses: next-token cross-entropy and KL divergence from a teacher, computed in chunks of tokens.
+
+Logits of all tokens, [B, T, vocabulary], are never in memory at once.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,7 @@ from supra_jax.model.transformer import Transformer
 from supra_jax.objectives.layer_losses import Streams, attention_error, read_streams, streams_error
 
 Unembed = Callable[[Any, jax.Array], jax.Array]
-CHUNK_TOKENS = 512  # tokens of a chunk on each device
+CHUNK_TOKENS = 512  # tokens per chunk and device
 
 
 @flax.struct.dataclass
@@ -26,10 +29,10 @@ class LossSums:
   """Weighted sums over the target tokens, float32 scalars.
 
   Attributes:
-    loss: the training loss: cross-entropy, mixed with the distance from the teacher, plus z-loss. Only `loss` has a
-      gradient.
+    loss: the training loss: cross-entropy mixed with the divergence from the teacher, plus z-loss and, with
+      `Teacher.hidden_weight`, the error of the residual streams. Only `loss` has a gradient.
     nll: cross-entropy in nats.
-    weight: sum of the weights of the targets; divide by it for means.
+    weight: sum of the weights of the targets; divide the other sums by `weight` for means.
   """
 
   loss: jax.Array
@@ -43,10 +46,10 @@ class Teacher:
 
   Attributes:
     params: parameters of the teacher.
-    model: the teacher's Flax module. Vocabulary and `tie_embeddings` have to be those of the model.
+    model: the teacher's Flax module. Its vocabulary and `tie_embeddings` have to be those of the model that trains.
     weight: weight a of the divergence KL(teacher || model) of next tokens; cross-entropy has the weight 1 - a.
-    hidden_weight: weight of `layer_losses.streams_error`, which is added to the loss. If it is not 0, teacher and model
-      have to be stacked.
+    hidden_weight: weight of `layer_losses.streams_error`, which is added to the loss. If `hidden_weight` is not 0,
+      teacher and model have to be stacked.
   """
 
   params: Any
@@ -63,16 +66,16 @@ def language_model_loss(
   z_loss: float = 0.0,
   teacher: Teacher | None = None,
 ) -> LossSums:
-  """The training loss of a batch of packed rows, as sums over its targets.
+  """Returns the training loss of a batch of packed rows, as sums over the batch's targets.
 
   Args:
     model: the model that is trained.
     params: parameters of the model.
     batch: `tokens` int32 [B, T + 1], of which the first T are inputs and the last T their targets. Optional:
-      `segment_ids` int32 [B, T + 1], document ids: state and position are reset where they change, and the first token
-      of a document is not a target; `row_weights` float32 [B], weights of the rows.
-    z_loss: weight of the squared logsumexp.
-    teacher: the model to distil from, which reads the batch too; no gradient reaches it.
+      `segment_ids` int32 [B, T + 1], document ids: state and position are reset where the id changes, and the first
+      token of a document is not a target; `row_weights` float32 [B], weights of the rows.
+    z_loss: weight of the squared logsumexp of the logits.
+    teacher: the model to distil from, which reads the same batch; no gradient reaches the teacher. None: no teacher.
   """
   inputs = inputs_of(batch)
   read = read_streams if teacher is not None and teacher.hidden_weight else _read
@@ -98,16 +101,16 @@ def hidden_loss(
   teacher: Teacher | None = None,
   theirs_BTD: jax.Array | None = None,
 ) -> LossSums:
-  """`language_model_loss` without the term of `hidden_weight`, given the hidden states of model and teacher.
+  """Computes `language_model_loss` from the hidden states of model and teacher, without the term of `hidden_weight`.
 
   Args:
-    model: the model.
-    params: its parameters, of which only the unembedding is read.
+    model: the model that is trained.
+    params: parameters of the model, of which only the unembedding is read.
     hidden_BTD: [B, T, D], output of the model after the last norm.
     batch: as `language_model_loss` takes it.
-    z_loss: weight of the squared logsumexp.
-    teacher: the model to distil from, or None.
-    theirs_BTD: [B, T, D], output of the teacher after the last norm.
+    z_loss: weight of the squared logsumexp of the logits.
+    teacher: the model to distil from; None: no teacher.
+    theirs_BTD: [B, T, D], output of the teacher after the last norm; required with a teacher.
   """
   table = "embed_tokens" if model.config.tie_embeddings else "lm_head"
 
@@ -123,16 +126,19 @@ def hidden_loss(
 def attention_transfer_loss(
   model: Transformer, params: Mapping[str, Any], batch: Mapping[str, jax.Array], teacher: Teacher
 ) -> jax.Array:
-  """The weighted sum over a batch's targets of `layer_losses.attention_error`, a float32 scalar.
+  """Returns the weighted sum of `layer_losses.attention_error` over a batch's targets, a float32 scalar.
 
-  For the arguments see `language_model_loss`.
+  The arguments are those of `language_model_loss`; model and teacher have to be stacked.
+
+  Raises:
+    ValueError: all of the model's layers have the teacher's mixers.
   """
   error_BT = attention_error(model, params, teacher.model, teacher.params, *inputs_of(batch))
   return _weighted_sum(error_BT, _target_weights(batch))
 
 
 def inputs_of(batch: Mapping[str, jax.Array]) -> tuple[jax.Array, jax.Array | None]:
-  """Returns the inputs of a batch: tokens [B, T] and, if it has any, segment ids [B, T], without the last token."""
+  """Returns (tokens [B, T], segment ids [B, T] or None) of a batch, without the last token, which is only a target."""
   segment_ids = batch.get("segment_ids")
   return batch["tokens"][:, :-1], None if segment_ids is None else segment_ids[:, :-1]
 
@@ -144,12 +150,12 @@ def _weighted_sum(x: jax.Array, weights: jax.Array) -> jax.Array:
 def _read(
   model: Transformer, params: Any, tokens: jax.Array, segment_ids: jax.Array | None
 ) -> tuple[jax.Array, Streams]:
-  """Like `read_streams`, but stores no activations and takes models that are not stacked."""
+  """Runs a model, stacked or not; returns (hidden states, {}), since unlike `read_streams` it stores no activations."""
   return model.apply({"params": params}, tokens, segment_ids=segment_ids)[0], {}
 
 
 def _target_weights(batch: Mapping[str, jax.Array]) -> jax.Array:
-  """Float32 [..., T]: the row's weight where the next token is a target, else 0."""
+  """Returns float32 [..., T]: the row's weight where the next token is a target, else 0."""
   weights = jnp.ones(batch["tokens"][..., 1:].shape, jnp.float32)
   if (segment_ids := batch.get("segment_ids")) is not None:
     weights *= segment_ids[..., 1:] == segment_ids[..., :-1]
@@ -159,7 +165,7 @@ def _target_weights(batch: Mapping[str, jax.Array]) -> jax.Array:
 
 
 def count_targets(batch: Mapping[str, jax.Array]) -> jax.Array:
-  """Weighted number of targets of a batch [..., T + 1], to divide losses by: a float32 scalar, at least 1."""
+  """Returns the weighted number of targets of a batch [..., T + 1], a float32 scalar >= 1; divide losses by it."""
   return jnp.maximum(_target_weights(batch).sum(), 1.0)
 
 
@@ -175,9 +181,9 @@ def next_token_loss(
   teacher_weight: float = 0.0,
   chunk: int = CHUNK_TOKENS,
 ) -> LossSums:
-  """`sum_t w_t ((1 - a) nll_t + a KL_t + z_loss * logsumexp_t^2)`, summed chunk by chunk along time.
+  """Returns `sum_t w_t ((1 - a) nll_t + a KL_t + z_loss * logsumexp_t^2)` as `LossSums`, summed over chunks of tokens.
 
-  The gradient is computed in the forward pass, where the logits of a chunk exist anyway: a chunk costs three products
+  The gradient is computed in the forward pass, while the logits of a chunk are in memory: a chunk costs three products
   with the unembedding instead of the four of rematerialisation, with the same memory.
 
   Args:
@@ -186,10 +192,10 @@ def next_token_loss(
     hidden_BTD: [B, T, D], output of the model after the last norm.
     targets_BT: int [B, T], the token that follows each position.
     weights_BT: float [B, T], weights w of the targets; 0 where a target does not count. None means 1 everywhere.
-    z_loss: weight of the squared logsumexp, 1e-4 in the paper's recipe.
+    z_loss: weight of the squared logsumexp of the logits, 1e-4 in the paper's recipe.
     teacher: (parameters of `unembed`, hidden [B, T, D]) of the teacher in KL(teacher || model), without gradients.
-    teacher_weight: a, the weight of the divergence.
-    chunk: tokens of a chunk on each device.
+    teacher_weight: a, the weight of the divergence; without a teacher a is 0.
+    chunk: tokens per chunk and device.
   """
   weights = jnp.ones(targets_BT.shape, jnp.float32) if weights_BT is None else weights_BT.astype(jnp.float32)
   how = _How(unembed, z_loss, teacher_weight if teacher else 0.0, chunk)
@@ -205,7 +211,7 @@ class _How(NamedTuple):
 
 
 def _chunks(x_BT: jax.Array, tokens: int) -> jax.Array:
-  """[B, T, ...] -> [chunks, B, positions, ...], the last chunk padded with zeros."""
+  """Cuts [B, T, ...] along time into [chunks, B, positions, ...]; the last chunk is padded with zeros."""
   batch, time = x_BT.shape[:2]
   positions = min(max(tokens // batch, 1), time)
   x = jnp.pad(x_BT, [(0, 0), (0, -time % positions)] + [(0, 0)] * (x_BT.ndim - 2))

@@ -1,4 +1,4 @@
-"""What a compiled program will do: bytes that its collectives move, and memory that it takes.
+"""Reads from a compiled program how many bytes its collectives move, and how much device memory it takes.
 
 compiled = jax.jit(step).lower(state, batch).compile()
 collectives(compiled.as_text()), memory(compiled)
@@ -30,13 +30,13 @@ _TRIP_COUNT = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 
 @dataclasses.dataclass(frozen=True)
 class Traffic:
-  """What the collectives of one kind do in one run of a program, on each device.
+  """The number of collectives of one kind that one device runs in one run of a program, and the bytes they move.
 
   Attributes:
-    count: how many run.
-    bytes: by XLA's element type, `bf16` say.
-    exact: False where XLA does not say how often some of them run: in a loop without `known_trip_count`, or in a
-      branch of a conditional, which is counted as taken.
+    count: number of collectives that run; a collective in a loop counts once per iteration.
+    bytes: XLA's element type (`bf16`, say) -> bytes moved, as `collectives` counts them.
+    exact: False if XLA does not say how often some of these collectives run: they are in a loop without
+      `known_trip_count`, or in a branch of a conditional. Every branch is counted as taken.
   """
 
   count: int
@@ -50,12 +50,13 @@ class Traffic:
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
-  """Bytes that a program takes on each device.
+  """The device memory that a program takes, in bytes per device.
 
   Attributes:
-    arguments, outputs: all of them.
-    aliased: outputs that lie where a donated argument lay.
-    temporaries: everything else that the program allocates.
+    arguments: bytes of all arguments.
+    outputs: bytes of all outputs, those that reuse the memory of a donated argument included.
+    aliased: bytes of the outputs that reuse the memory of a donated argument.
+    temporaries: bytes of everything else that the program allocates.
   """
 
   arguments: int
@@ -65,12 +66,12 @@ class Memory:
 
   @property
   def peak(self) -> int:
-    """An estimate from above: XLA's own peak can be lower, where not all is alive at once."""
+    """Upper bound of the peak memory in bytes per device; the true peak is lower if not all arrays live at once."""
     return self.arguments + self.outputs - self.aliased + self.temporaries
 
 
 def memory(compiled: Any) -> Memory | None:
-  """Reads `jax.stages.Compiled.memory_analysis()`; None where the backend has none."""
+  """Returns what `jax.stages.Compiled.memory_analysis()` reports; None if the backend has no memory analysis."""
   stats = compiled.memory_analysis()
   if stats is None:
     return None
@@ -83,20 +84,20 @@ def memory(compiled: Any) -> Memory | None:
 
 
 def collectives(hlo_text: str) -> dict[str, Traffic]:
-  """The collectives that a program runs, each as often as the loops around it turn.
+  """Counts the collectives that one run of a program executes, and the bytes they move; loops are multiplied out.
 
-  The bytes of a collective are those of the whole array that one device has before or after it: of the result of an
-  all-gather, of the operands of all others. A ring sends (n - 1)/n of them over each link for an all-gather or a
-  reduce-scatter over n devices, and twice that for an all-reduce. XLA's CPU backend moves bfloat16 as float32.
+  The bytes of a collective are those of the larger array on one device: the result of an all-gather, the operands of
+  every other kind. A ring over n devices sends (n - 1)/n of these bytes over each link for an all-gather or a
+  reduce-scatter, and twice that for an all-reduce. XLA's CPU backend moves bfloat16 as float32.
 
-  A loop turns as often as XLA's `known_trip_count` says. Without one it is taken to count from 0 by 1, as
-  `jax.lax.scan` does, up to the constant in its condition, and to turn once where there is no constant.
+  The number of iterations of a loop is XLA's `known_trip_count`. A loop without one is assumed to count from 0 by 1, as
+  `jax.lax.scan` does, up to the constant in its condition; if the condition has no constant, one iteration is assumed.
 
   Args:
-    hlo_text: `jax.stages.Compiled.as_text()`, in which shapes are those of one device.
+    hlo_text: `jax.stages.Compiled.as_text()`; its shapes are the shapes on one device.
 
   Returns:
-    Kind, as in KINDS -> its traffic; kinds that do not occur are not there. Asynchronous pairs count once.
+    {kind: traffic} for the kinds of KINDS that occur. An asynchronous pair (start, done) counts as one collective.
 
   Raises:
     ValueError: the text has no entry computation.
@@ -126,7 +127,7 @@ def collectives(hlo_text: str) -> dict[str, Traffic]:
 
 @dataclasses.dataclass(frozen=True)
 class _Instruction:
-  """One line: its shape, its opcode, and the rest after the opening parenthesis."""
+  """One line of HLO text: the result's shape, the opcode, and the text after the opcode's opening parenthesis."""
 
   shape: str
   opcode: str
@@ -145,7 +146,7 @@ class _Instruction:
     return found[1] if found else ""
 
   def called(self) -> list[str]:
-    """The computations that it runs."""
+    """Returns the names of the computations that this instruction runs."""
     if self.opcode in ("async-update", "async-done"):
       return []  # they name what their async-start has run
     return [name for names in _CALLED.findall(self.rest) for name in _NAME.findall(names)]
@@ -155,7 +156,7 @@ _Computation = dict[str, _Instruction]
 
 
 def _parse(hlo_text: str) -> tuple[dict[str, _Computation], str]:
-  """({computation: {name: instruction}}, name of the entry)."""
+  """Returns ({name of a computation: {name of an instruction: instruction}}, name of the entry computation)."""
   computations: dict[str, _Computation] = {}
   entry, current = None, None
   for line in hlo_text.splitlines():
@@ -172,7 +173,7 @@ def _parse(hlo_text: str) -> tuple[dict[str, _Computation], str]:
 
 
 def _turns(instruction: _Instruction, computations: dict[str, _Computation]) -> tuple[int, bool]:
-  """How often an instruction runs the computations that it calls, and whether XLA says so."""
+  """Returns (how often an instruction runs the computations that it calls, whether that number is certain)."""
   if instruction.opcode != "while":
     return 1, instruction.opcode != "conditional"
   if found := _TRIP_COUNT.search(instruction.rest):
@@ -197,20 +198,20 @@ def _root(computation: _Computation) -> _Instruction:
 
 
 def _payload(instruction: _Instruction, scope: _Computation) -> collections.Counter[str]:
-  """Bytes by element type of the larger side of a collective."""
+  """Returns {element type: bytes} of the result of an all-gather, or of the operands of any other collective."""
   operands = _bytes(" ".join(scope[name].shape for name in instruction.operands()))
   if not instruction.opcode.startswith("all-gather"):
     return operands
   result = _bytes(instruction.shape)
-  # The first half of an asynchronous pair has its operands and its results for shape.
+  # The shape of all-gather-start lists operands and results together.
   return result - operands if instruction.opcode.endswith("-start") else result
 
 
 def _bytes(shape: str) -> collections.Counter[str]:
-  """Bytes by element type of all arrays in a shape: `(f32[6,64]{1,0}, s32[])` -> f32: 1536, s32: 4."""
+  """Returns {element type: bytes} of all arrays in a shape: `(f32[6,64]{1,0}, s32[])` -> {f32: 1536, s32: 4}."""
   sizes: collections.Counter[str] = collections.Counter()
   for dtype, dimensions in _ARRAY.findall(shape):
-    # The first number in a type's name is its bits: bf16, f8e4m3fn, s4, c64; pred has a byte, a token nothing.
+    # The first number in a type's name is its bits: bf16, f8e4m3fn, s4, c64. `pred` has 8 bits, XLA's `token` none.
     bits = re.search(r"\d+", dtype)
     width = int(bits[0]) if bits else 8 * (dtype == "pred")
     sizes[dtype] += math.ceil(width * math.prod(int(size) for size in dimensions.split(",") if size) / 8)

@@ -1,4 +1,4 @@
-"""What a run is: frozen dataclasses, read from a recipe in `configs/`."""
+"""The config of a training run: frozen dataclasses, filled from a recipe in `configs/`."""
 
 from __future__ import annotations
 
@@ -23,19 +23,23 @@ _EARLIER_DEFAULTS = {
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-  """What a run reads: text that it packs itself, or directories that `supra_jax.bin.prepare_data` packed.
+  """The data of a run: text that the run packs itself, or directories that `supra_jax.bin.prepare_data` packed.
+
+  Exactly one of `input` and `sources` is given.
 
   Attributes:
-    input: text files, as `text.find_files` takes them; the run packs them into its workdir. For small texts.
-    text_key: key of JSON lines, or column of parquet files, that holds the text.
+    input: glob of text files, as `data.text.find_files` takes it. The run packs the files into its workdir: for small
+      texts.
+    text_key: the key of JSON lines, or the column of parquet files, that holds the text.
     documents: `join` runs documents together as the paper does; `separate` resets state and position between them.
-    bos: start each document with the begin-of-text id.
-    heldout_every: every N-th document is held out.
-    sources: packed directories with weights, "data/web/train:0.7,data/code/train:0.3". With sources, the options above
-      are unused: the directories say how they were packed.
-    heldout: packed directory to evaluate on; needed with sources.
+    bos: whether each document starts with the begin-of-text id.
+    heldout_every: N; every N-th document is held out. At least 2 with `input`, since a run needs held-out rows.
+    sources: packed directories with weights, "data/web/train:0.7,data/code/train:0.3". With `sources`, the fields above
+      are unused: the packed directories say how they were packed. (Only `plan` reads `documents`, for directories that
+      do not exist yet.)
+    heldout: packed directory to evaluate on; required with `sources`.
     heldout_rows: number of held-out rows to evaluate on; 0 means all.
-    sequence_length: T, tokens of a row.
+    sequence_length: T, number of input tokens per row.
   """
 
   input: str = ""
@@ -61,39 +65,43 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-  """A run.
+  """The config of a training run.
 
   Attributes:
     init_checkpoint: model directory to start from.
-    data, optimizer: see their classes.
-    batch_size: rows of a step, over all devices.
-    num_steps: steps of the whole run; the learning-rate schedule ends with them.
-    microbatches: number of parts of a batch, which run one after another. Their gradients are summed in float32.
+    data: see `DataConfig`.
+    batch_size: rows per step, over all devices.
+    num_steps: number of steps of the whole run; the learning-rate schedule ends with the last step.
+    optimizer: see `OptimizerConfig`.
+    microbatches: number of equal parts that each batch is cut into. The parts run one after another, and their
+      gradients are summed in float32.
     mesh: sizes of the mesh axes of `supra_jax.core.sharding`, "data:2,fsdp:4,tensor:2". Empty: all devices on fsdp.
-    dtype: dtype of the computation. Parameters, moments and reductions are float32.
+    dtype: dtype of the computation. Parameters, gradients and reductions are float32.
     remat: what the backward pass recomputes, see `Transformer`.
-    trainable: regex; parameters whose path it is found in train. The others never change and have no moments.
+    trainable: regex; a parameter trains if the regex is found in its path. Other parameters never change and have no
+      moments.
     new_weights: regex of the paths of new weights. Empty: what the model's mixers call new (`Mixer.NEW`).
-    new_weights_steps: for so many first steps only `new_weights` train.
+    new_weights_steps: number of steps, from the start of the run, in which only `new_weights` train.
     new_weights_rate: learning-rate multiplier of `new_weights`.
-    distill_from: model directory of the transformer that the model was made from, which then runs in each step as a
-      teacher. Empty: no teacher.
-    distill_weight: weight, in the loss, of the divergence from the teacher's next-token distribution; cross-entropy
-      has the rest of 1.
-    distill_hidden: weight of `layer_losses.streams_error`, the distance of all layers' outputs from the teacher's,
-      which is added to the loss.
-    transfer_steps: for so many first steps the loss is `layer_losses.attention_error` alone, and only `transfer` train.
+    distill_from: model directory of the transformer that the model was made from; this transformer runs in each step
+      as the teacher. Empty: no teacher.
+    distill_weight: weight a in the loss (1 - a) cross-entropy + a KL(teacher || model) of next tokens.
+    distill_hidden: weight of `layer_losses.streams_error`, the distance between the outputs of all layers and those of
+      the teacher's layers; added to the loss.
+    transfer_steps: number of steps, from the start of the run, in which the loss is `layer_losses.attention_error`
+      alone and only the parameters of `transfer` train.
     transfer: regex of the parameters that train in `transfer_steps`. Empty: new weights, and projections of q and k.
-    adapters: low-rank adapters. If they have a rank, only they and `new_weights` train; the exported model has them
-      merged into its kernels.
-    max_skipped: number of batches in a row with a loss or gradient that is not finite, each of which is skipped, that
-      ends the run.
-    seed: seed of the order of the data, and of adapters.
-    preset: one of `supra_jax.model.presets.PRESETS`, which `plan` takes for init_checkpoint while that is missing.
+    adapters: low-rank adapters. With a rank above 0, only adapters and `new_weights` train, and the adapters are merged
+      into the kernels of the exported model.
+    max_skipped: the run ends after this many skipped batches in a row. A batch is skipped, and changes no parameter, if
+      its loss or gradient is not finite.
+    seed: seed of the order of the data and of the adapters' initial values.
+    preset: name from `supra_jax.model.presets.PRESETS`. `plan` uses this preset in place of `init_checkpoint`, and of
+      `distill_from`, if that directory does not exist.
     log_every: steps between two records of training.
-    evaluate_every: steps between two evaluations; 0 evaluates only before and after.
-    save_every: steps between two saved states; 0 saves none.
-    keep_checkpoints: number of saved states to keep, the newest.
+    evaluate_every: steps between two evaluations; 0 evaluates only before the first and after the last step.
+    save_every: steps between two saved states; 0 saves a state only when SIGTERM ends the run.
+    keep_checkpoints: number of newest saved states to keep.
   """
 
   init_checkpoint: str
@@ -138,15 +146,23 @@ class TrainConfig:
 
   @classmethod
   def from_mapping(cls, values: Mapping[str, Any]) -> TrainConfig:
-    """Reads a ConfigDict's `to_dict()`, and configs of runs that began when these regexes were defaults."""
+    """Makes a TrainConfig from plain values, such as `ConfigDict.to_dict()` returns.
+
+    `new_weights` and `transfer` become empty if they hold the regexes that were their defaults in earlier versions, so
+    that runs which began with these versions can resume.
+
+    Raises:
+      ValueError: a key is unknown or missing, or a value has the wrong type or is out of range.
+    """
     values = {name: "" if value == _EARLIER_DEFAULTS.get(name) else value for name, value in values.items()}
     return from_mapping(cls, values, "train config")
 
   def for_model(self, model: ModelConfig) -> TrainConfig:
-    """The config with the regexes that a model's mixers fill in.
+    """Returns the config with empty `new_weights` and `transfer` filled in from the NEW of the model's mixers.
 
     Raises:
-      ValueError: the run treats new weights apart, and the mixers of the model have none.
+      ValueError: new_weights_steps or new_weights_rate is set, `new_weights` is empty, and the mixers have no new
+        weights.
     """
     new = self.new_weights or new_parameters(model.mixers)
     if not new:
@@ -163,7 +179,7 @@ class TrainConfig:
 
   @property
   def tokens(self) -> int:
-    """Tokens of the whole run."""
+    """Number of tokens that the whole run trains on, over all devices."""
     return self.num_steps * self.tokens_a_step
 
   @property
@@ -172,7 +188,7 @@ class TrainConfig:
 
   @property
   def groups(self) -> tuple[tuple[str, str], ...]:
-    """(name, regex) of the groups of parameters that train, for `TrainStep`; of a config `for_model`."""
+    """(name, regex) of each group of parameters that train, for `TrainStep`; valid on what `for_model` returns."""
 
     def both(one: str, other: str) -> str:
       return f"^(?=.*({one}))(?=.*({other}))"  # lookaheads from the start of the path: in both regexes, wherever
@@ -185,10 +201,10 @@ class TrainConfig:
     return (("all", trains),)
 
   def active_groups(self, step: int) -> tuple[str, ...]:
-    """Which groups step number `step`, from 1, trains."""
+    """Returns the names of the groups that step number `step`, counted from 1, trains."""
     names = tuple(name for name, _ in self.groups)
     return names[:1] if step <= max(self.new_weights_steps, self.transfer_steps) else names
 
   def transfers(self, step: int) -> bool:
-    """Whether step number `step`, from 1, is of the attention transfer."""
+    """Whether step number `step`, counted from 1, is one of the `transfer_steps`."""
     return step <= self.transfer_steps

@@ -1,4 +1,4 @@
-"""Which parameters train, in which group, and at what multiple of the learning rate: a label for each parameter.
+"""Labels each parameter with its group and its learning-rate multiplier; splits trees by group.
 
 A run labels its parameters once, from their paths. Everything that works on a group (moments, gradients, updates, the
 counts of `plan`) reads the labels.
@@ -23,9 +23,9 @@ class Label:
   """What a run does with one parameter.
 
   Attributes:
-    group: the name of its group; FROZEN if it never trains.
-    new: whether the regex of new weights finds it.
-    rate: multiplier of its learning rate.
+    group: name of the parameter's group; FROZEN if the parameter never trains.
+    new: whether the regex of new weights is found in the parameter's path.
+    rate: multiplier of the learning rate for this parameter.
   """
 
   group: str
@@ -40,13 +40,14 @@ def label_parameters(params: Any, groups: Sequence[tuple[str, str]], new: tuple[
     params: nested dicts of arrays or shapes.
     groups: (name, regex). A parameter belongs to the first group whose regex is found in its path, such as
       "run_0/mlp/up_proj/kernel". Parameters that no regex finds are FROZEN.
-    new: (regex, learning-rate multiplier of the parameters whose path it is found in). Others have the multiplier 1.
+    new: (regex, learning-rate multiplier). The multiplier applies to parameters in whose path the regex is found; all
+      others have the multiplier 1.
 
   Returns:
     A tree like `params` with a `Label` for each parameter.
 
   Raises:
-    ValueError: a group has no parameter, or the multiplier differs from 1 and applies to no parameter.
+    ValueError: a group has no parameter, or the learning-rate multiplier differs from 1 and applies to no parameter.
   """
   pattern, rate = new
 
@@ -68,15 +69,15 @@ def label_parameters(params: Any, groups: Sequence[tuple[str, str]], new: tuple[
 
 
 def split(tree: Any, labels: Any, names: Sequence[str]) -> dict[str, Any]:
-  """Cuts a tree like the parameters into one tree a group.
+  """Splits a tree that has one leaf per parameter into one tree per group.
 
   Args:
-    tree: one leaf for each parameter.
-    labels: of `label_parameters`.
-    names: the groups wanted.
+    tree: one leaf per parameter, such as the parameters, gradients or labels themselves.
+    labels: what `label_parameters` returned for the parameters.
+    names: names of the groups wanted.
 
   Returns:
-    For each name, then for FROZEN: the tree with None in place of every leaf that belongs to another group.
+    {name: tree} for each of `names`, then for FROZEN; each tree has None in place of the leaves of other groups.
   """
   return {
     name: jax.tree.map(lambda leaf, label, name=name: leaf if label.group == name else None, tree, labels)
@@ -85,7 +86,7 @@ def split(tree: Any, labels: Any, names: Sequence[str]) -> dict[str, Any]:
 
 
 def merge(parts: dict[str, Any]) -> Any:
-  """The inverse of `split`."""
+  """Joins the trees per group that `split` returned into one tree."""
 
   def first(*leaves):
     return next(leaf for leaf in leaves if leaf is not None)

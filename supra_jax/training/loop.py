@@ -1,4 +1,4 @@
-"""Uptraining on one device or many hosts: exact, watched, and able to go on from where it was stopped."""
+"""The training loop, on one device or many hosts: trains, reports, evaluates, saves states and resumes from them."""
 
 from __future__ import annotations
 
@@ -38,30 +38,35 @@ from supra_jax.training.workdir import (
 
 
 class Preempted(Exception):
-  """SIGTERM came; the state is saved and the same command resumes from it."""
+  """SIGTERM ended the run; its state is saved, and the same command resumes from that state."""
 
 
 def train(
   config: TrainConfig, workdir: str | Path, *, teacher_nll: float | None = None, profile_steps: int = 0
 ) -> TrainSummary:
-  """Trains, or goes on where an earlier call in the same workdir stopped.
+  """Trains a model, or resumes the run that an earlier call with the same workdir did not finish.
 
   Leaves in `workdir`: `checkpoint/` (the model, for `supra_jax.load`), `metrics.jsonl`, `tensorboard/`, `loss.png`,
-  `training/` (states to resume from), `data/` (packed rows), `train_config.json` and `runs.jsonl` (what made it).
-  With several processes each calls it, on a file system they share. In a bucket, what a run adds lines to is written on
-  this machine, and copied at least once a minute and before each training state.
+  `training/` (states to resume from), `data/` (packed rows), `train_config.json` and `runs.jsonl` (command, versions
+  and devices of each call). In a run of several processes, every process calls `train`, with a workdir on a file system
+  that all of them share. If the workdir is in a bucket, files that grow during the run are written to a local directory
+  and copied to the bucket at least once a minute and before each saved state.
 
   Args:
-    config: the run.
-    workdir: a directory of its own, local or gs://.
-    teacher_nll: drawn as a line in the picture.
-    profile_steps: so many steps are traced into `profile/`, after those that compile.
+    config: the config of the run.
+    workdir: directory of this run alone, local or gs://.
+    teacher_nll: held-out loss of the teacher in nats per token, drawn as a line in `loss.png`; None: no line.
+    profile_steps: number of steps to trace into `profile/`, beginning with the third step of this call; 0: none.
+
+  Returns:
+    The summary of the whole run, earlier calls included.
 
   Raises:
-    ValueError: the workdir is of a run with another config, data, model or mesh do not fit, or max_skipped batches in a
-      row were not finite.
+    ValueError: the workdir belongs to a run with another config or model; data, model, teacher and mesh do not fit each
+      other; all saved states are damaged; max_skipped batches in a row had a loss or gradient that was not finite; or
+      the first or last held-out loss is not finite.
     OSError: a file cannot be read or written.
-    Preempted: SIGTERM ended it.
+    Preempted: SIGTERM ended the run after its state was saved.
   """
   directory = place(workdir)
   directory.mkdir(parents=True, exist_ok=True)
@@ -96,7 +101,7 @@ def train(
 
 @contextlib.contextmanager
 def _preemption() -> Iterator[Any]:
-  """Yields a function of the step that says whether SIGTERM came; all processes agree on the step."""
+  """Yields a function: number of a step -> whether SIGTERM came; all processes see the change at the same step."""
   if jax.process_count() > 1:
     # jax.distributed has its own handler, and a protocol to find a step that no process is past.
     yield multihost_utils.reached_preemption_sync_point
@@ -110,7 +115,7 @@ def _preemption() -> Iterator[Any]:
 
 
 def _loop(config: TrainConfig, run: Run, files: bucket.Copies, profile_steps: int) -> Any:
-  """Trains to the end; returns the parameters."""
+  """Runs all steps that are left, and returns the trained parameters; raises Preempted if SIGTERM came."""
   workdir, state, first = files.directory, run.state, run.first
   program = functools.cache(lambda active, transfer: run.step.compiled(run.shardings, active, transfer=transfer))
   speaks = jax.process_index() == 0
@@ -149,7 +154,7 @@ def _loop(config: TrainConfig, run: Run, files: bucket.Copies, profile_steps: in
       if evaluates or saves:
         reporter.drain()
       with reporter.clock.paused():
-        # Before the state of a step is saved, so that a run that resumes from it has all lines of before.
+        # Metrics are copied before the state is saved, so that a run that resumes from the state has all its records.
         _copy(files, reporter, 0.0 if saves else bucket.COPY_SECONDS)
         if evaluates and not stop:
           reporter.evaluated(step, run.evaluate(state.params))
@@ -173,7 +178,7 @@ def _copy(files: bucket.Copies, reporter: Reporter, seconds: float) -> None:
 
 @contextlib.contextmanager
 def _tolerated(reporter: Reporter) -> Iterator[None]:
-  """Says a save's OSError, no more. Of several processes others may not have had it, so there it ends the run."""
+  """Turns an OSError of a save into a message; with several processes, where others may have saved, raises it."""
   try:
     yield
   except OSError as error:
@@ -188,7 +193,7 @@ def _every(steps: int, step: int) -> bool:
 
 @contextlib.contextmanager
 def _profile(directory: Path, steps: int) -> Iterator[Callable[[int], None]]:
-  """Yields a function to call before each step, with its number in this process; traces steps 3 to 2 + `steps`."""
+  """Yields a function to call before each step with the step's number, from 1; traces the steps 3 to 2 + `steps`."""
   on = False
 
   def at(step: int) -> None:

@@ -1,9 +1,10 @@
-"""What a run says of itself: a file of JSON lines, the same in TensorBoard, progress on the terminal.
+"""The metrics of a run: records in a file of JSON lines and in TensorBoard, and progress on the terminal.
 
-A record of training has step, tokens, loss, grad_norm, learning_rate, tokens_per_second,
-tokens_per_second_per_device, mfu (null where the device's peak is unknown), data_wait (mean seconds a step waited for
-data since the record before) and skipped (batches skipped so far); one of an evaluation has step, tokens, heldout_nll
-and heldout_perplexity.
+A record of training has step, tokens (trained on so far), loss (in steps of the attention transfer: attention_error
+instead), grad_norm, learning_rate, tokens_per_second, tokens_per_second_per_device, mfu, data_wait (mean seconds that a
+step waited for data, over the steps since the last record) and skipped (number of batches skipped so far). The two
+speeds and mfu are null in the first record of each call of `train`; mfu is also null if the device's peak FLOP/s is
+unknown. A record of an evaluation has step, tokens, heldout_nll and heldout_perplexity.
 """
 
 from __future__ import annotations
@@ -32,10 +33,10 @@ _HELDOUT = "heldout_"
 
 
 class MetricsWriter:
-  """Appends records to a file, one JSON object a line, and to TensorBoard; each is on disk when `write` returns.
+  """Appends records to a file, one JSON object per line, and to TensorBoard; flushes both after each record.
 
-  TensorBoard has each number under `heldout/...` or `train/...`, against the step. It lacks nulls, and `tokens`, which
-  is the step times a constant.
+  TensorBoard has each number of a record but `step` and `tokens` under `heldout/...` or `train/...`, against the step;
+  nulls are left out.
   """
 
   def __init__(
@@ -49,11 +50,14 @@ class MetricsWriter:
     """Opens the file.
 
     Args:
-      path: created with its directories if it does not exist.
-      restored_step: the step of the checkpoint a run resumes from; records of later steps, which it will write again,
-        are taken out, and TensorBoard hides them. None is a run from the start: the file is emptied.
-      tensorboard: directory of event files, created if it does not exist; None writes none.
-      enabled: whether anything is touched or written. Of several processes one is to be enabled, no matter which.
+      path: the file of JSON lines; created with its directories if it does not exist.
+      restored_step: step of the saved state that the run resumes from. Records of later steps, which the run will write
+        again, are removed from the file and hidden in TensorBoard. None: the run starts anew, and the file is emptied.
+      tensorboard: directory of event files, created if it does not exist; None: no event files.
+      enabled: False touches and writes no file. With several processes, exactly one is to be enabled.
+
+    Raises:
+      ValueError: `restored_step` is given, and a line of the existing file is not a record.
     """
     self._file: TextIO | None = None
     self._board: _Board | None = None
@@ -73,10 +77,11 @@ class MetricsWriter:
       self._board = _Board(local(tensorboard), 0 if restored_step is None else restored_step + 1)
 
   def write(self, record: Record) -> None:
-    """Appends a record, which has a step; nan and infinities become null.
+    """Appends a record; NaN and infinities become null.
 
     Raises:
-      ValueError: the record has no whole number under `step`.
+      ValueError: the record has no integer under `step`.
+      OSError: the record cannot be written, for lack of disk space, say.
     """
     line = _line(record)
     values = json.loads(line)
@@ -106,10 +111,11 @@ class MetricsWriter:
 
 
 def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-  """Reads what MetricsWriter wrote, without a last line that a crash cut short.
+  """Returns the records of a file that `MetricsWriter` wrote; a last line that a crash cut short is left out.
 
   Raises:
-    ValueError: a whole line is no record, by file and number.
+    FileNotFoundError: the file does not exist.
+    ValueError: a complete line is not a record; the message names the file and the line's number.
   """
   records = []
   *lines, _ = place(path).read_text().split("\n")
@@ -129,14 +135,14 @@ def _line(record: Record) -> str:
 
 
 class _Board:
-  """A file of TensorBoard's events.
+  """Writes a file of TensorBoard events.
 
-  Not TensorBoard's EventFileWriter: that writes in a thread, and once the thread has died, of a full disk say, its
-  caller waits for ever.
+  Replaces TensorBoard's EventFileWriter, which writes in a thread: if that thread dies, because the disk is full, say,
+  the caller waits for ever.
   """
 
   def __init__(self, directory: Path, first_step: int):
-    """Opens a new file in the directory; from first_step on, what other files have is hidden."""
+    """Opens a new event file in the directory; TensorBoard hides older files' events of steps >= `first_step`."""
     directory.mkdir(parents=True, exist_ok=True)
     # TensorBoard reads files with this name, in the order of their seconds; nanoseconds tell those of a second apart.
     now = time.time_ns()
@@ -165,14 +171,14 @@ def _tag(name: str) -> str:
 
 
 def short_number(number: float) -> str:
-  """12345 -> 12.3k."""
+  """Formats a number with three significant digits and a suffix: 12345 -> 12.3k."""
   for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
     if abs(number) >= size:
       return f"{number / size:.3g}{letter}"
   return f"{number:.3g}"
 
 
-# How the progress of a run shows what a record holds.
+# Name of a value in a record of training -> how the progress of a run shows the value.
 SHOWN: Mapping[str, Callable[[float], str]] = {
   "loss": lambda value: f"loss {value:.4f}",
   "tokens_per_second": lambda value: f"{short_number(value)} tokens/s",
@@ -182,11 +188,11 @@ SHOWN: Mapping[str, Callable[[float], str]] = {
 
 
 def progress_of_steps(total: int, first: int = 0, **how: Any) -> Progress:
-  """Progress of a run, whose values are those of a record of training.
+  """Makes the `Progress` of a run, which counts steps and shows those values of training records that SHOWN has.
 
   Args:
     total: number of steps of the whole run.
-    first: number of steps done before.
+    first: number of steps that earlier calls did.
     **how: further arguments of `Progress`.
   """
   bar = "{n_fmt}/{total_fmt} {bar} {postfix}, {remaining} left"

@@ -1,7 +1,8 @@
 """The paper's optimizer: AdamW with clipping, warmup and cosine (arXiv 2405.06640, section 7); or Adafactor.
 
-Clipping and the learning rate are functions of their own. The gradient is clipped as a whole, and every group of
-parameters has its own moments, since a run may train its groups in stages.
+Clipping and the learning-rate schedule are functions of their own, not part of the optax transformation: the gradient
+of all groups of parameters is clipped as one, but every group has moments of its own, since a run may train its groups
+in stages.
 """
 
 from __future__ import annotations
@@ -18,22 +19,23 @@ from supra_jax.core.schema import AtLeast, check
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-  """An optimizer and its schedule.
+  """The config of an optimizer and of its learning-rate schedule.
 
   Attributes:
     kind: `adamw` keeps two moments for each parameter. `adafactor` keeps the row and column means of squared gradients
       (Shazeer and Stern 2018); it clips updates to a root mean square of 1, and has neither momentum nor scaling by the
       parameter.
-    moment_dtype: dtype of AdamW's first moment; bfloat16 saves 2 bytes a parameter. The second moment is always
+    moment_dtype: dtype of AdamW's first moment; bfloat16 saves 2 bytes per parameter. The second moment is always
       float32, since bfloat16 would lose its small increments.
-    learning_rate: the peak, reached at the end of the warmup.
-    end_learning_rate: where the cosine ends, one step after the last step, as in the reference implementation.
-    warmup_steps: number of steps of linear warmup; step n (from 0) has (n + 1) / warmup_steps of the learning rate.
+    learning_rate: learning rate at the end of the warmup, where the cosine starts.
+    end_learning_rate: learning rate at the end of the cosine, which the schedule would reach one step after the run's
+      last step, as in the reference implementation.
+    warmup_steps: number of steps of linear warmup; step n (from 0) has (n + 1) / warmup_steps of `learning_rate`.
     beta1, beta2, eps: AdamW's constants.
     weight_decay: decoupled weight decay, multiplied by the learning rate.
     decay_what: `matrices` decays kernels and embeddings, but no norms and biases; `all` decays every parameter.
-    clip_norm: largest norm of the whole gradient; 0 means no clipping.
-    z_loss: weight of mean(logsumexp^2) in the loss.
+    clip_norm: the L2 norm that the gradient of all parameters together is clipped to; 0 means no clipping.
+    z_loss: weight of mean(logsumexp(logits)^2) in the loss.
   """
 
   kind: Literal["adamw", "adafactor"] = "adamw"
@@ -54,7 +56,12 @@ class OptimizerConfig:
 
 
 def make_schedule(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
-  """Learning rate of step 0, 1, ...: linear warmup, then half a cosine."""
+  """Returns a function: number of a step, from 0 -> learning rate, a linear warmup and then half a cosine.
+
+  Args:
+    config: the learning rates and the number of warmup steps.
+    num_steps: number of steps of the run; the cosine ends there.
+  """
 
   def schedule(step):
     step = jnp.asarray(step, jnp.float32)
@@ -73,14 +80,14 @@ def _decay_mask(params: Any) -> Any:
 
 
 def clip(grads: Any, max_norm: float) -> tuple[Any, jax.Array]:
-  """(gradients of norm `max_norm` at most, their norm before); 0 leaves them as they are."""
+  """Returns (gradients scaled to an L2 norm of at most `max_norm`, their norm before); 0 for `max_norm`: no scaling."""
   norm = optax.tree.norm(grads)
   factor = max_norm / jnp.maximum(norm, max_norm) if max_norm else jnp.ones(())
   return jax.tree.map(lambda g: g * factor.astype(g.dtype), grads), norm
 
 
 def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
-  """Clipped gradients -> what times the learning rate is taken from the parameters."""
+  """Makes the optax transformation of clipped gradients into updates u; a step subtracts learning rate * u."""
   if config.kind == "adafactor":
     moments = optax.chain(optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0))
   else:

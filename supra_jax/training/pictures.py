@@ -1,4 +1,4 @@
-"""Pictures of runs: losses against tokens, or held-out losses of several beside each other."""
+"""Draws pictures of runs: the losses of one run against tokens, or the held-out losses of several runs together."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocato
 from supra_jax.training.metrics import Record, read_metrics, short_number
 
 INK, GREY, TRAIN, HELDOUT = "#2b2b2b", "#8a8a8a", "#4f86c0", "#c1442e"
-# Of curves side by side, to be told apart by colour-blind eyes too.
+# Colours of the curves of `plot_curves`, chosen so that colour-blind readers can tell them apart too.
 CURVES = (HELDOUT, TRAIN, "#3f8f5f", "#8a5fa8", "#b8860b", "#5f6f7f")
 
 _DOTS: dict[str, Any] = {
@@ -37,16 +37,18 @@ def plot_losses(
   teacher_nll: float | None = None,
   title: str = "",
 ) -> None:
-  """Draws training and held-out loss against tokens, and the teacher's held-out loss as a line.
+  """Draws the training loss and the held-out loss of a run against tokens, into a PNG file.
 
   Args:
-    metrics_path: what MetricsWriter wrote.
-    output_png: where the picture goes.
-    teacher_nll: nats per token of the transformer that the student came from, on the same held-out text.
-    title: one line above.
+    metrics_path: a file that `MetricsWriter` wrote.
+    output_png: the file to write.
+    teacher_nll: loss, in nats per token, of the transformer that the student came from, on the same held-out text;
+      drawn as a horizontal line. None: no line.
+    title: one line above the picture; empty: none.
 
   Raises:
-    ValueError: the file holds no loss.
+    FileNotFoundError: the metrics do not exist.
+    ValueError: the metrics hold no loss, or a line of them is not a record.
   """
   records = read_metrics(metrics_path)
   train, heldout = _points(records, "loss"), _points(records, "heldout_nll")
@@ -79,16 +81,18 @@ def plot_curves(
   tenth_of: str = "",
   title: str = "",
 ) -> None:
-  """Draws held-out losses beside each other, and the teacher's as a line.
+  """Draws the held-out losses of several runs as curves in one PNG file.
 
   Args:
-    curves: name -> runs that differ by their seed alone, each of as many (x, nats a token). Their mean is drawn, and a
-      band from the least to the greatest.
-    output_png: where the picture goes.
-    teacher_nll: nats a token of the transformer on the same text.
-    x: what x is.
-    tenth_of: one of the names; drawn once more, dashed, at a tenth of its x. Then x is logarithmic, without 0.
-    title: one line above.
+    curves: name of a curve -> its runs, which differ in their seed alone. A run is a list of points (x, loss in nats
+      per token); all runs of a curve have the same number of points. The curve is the mean over the runs, with a band
+      from the lowest to the highest. At most six curves are drawn; further ones are left out.
+    output_png: the file to write.
+    teacher_nll: loss of the transformer on the same text, in nats per token; drawn as a horizontal line.
+    x: label of the x axis.
+    tenth_of: name of a curve to draw a second time, dashed, with x divided by 10; the x axis is then logarithmic, and
+      points with x = 0 are left out. Empty: none.
+    title: one line above the picture; empty: none.
   """
   figure, axes = _frame(title)
   axes.set_xlabel(x, color=INK, fontsize=10.5)
@@ -138,16 +142,16 @@ def _frame(title: str) -> tuple[Figure, Axes]:
 
 
 def _points(records: Sequence[Record], name: str) -> np.ndarray:
-  """[n, 2]: tokens and the finite values under `name`."""
+  """Returns float [n, 2]: (tokens, value under `name`) of each record that has a value there."""
   pairs = [(record["tokens"], record[name]) for record in records if record.get(name) is not None]
   return np.array(pairs, dtype=float).reshape(-1, 2)
 
 
 def _smooth(values: np.ndarray) -> np.ndarray:
-  """The mean of each value and its sqrt(n) neighbours to either side."""
+  """Returns the moving average of n values over up to sqrt(n) neighbours on either side."""
   sums, number = np.concatenate([[0.0], np.cumsum(values)]), len(values)
   at = np.arange(number)
-  # As far back as forward at the start, where the curve falls too fast for a lopsided mean.
+  # At the start the window is symmetric: the curve falls so fast that a one-sided mean would lie far below it.
   back = np.minimum(at, math.isqrt(number))
   forward = np.minimum(back, number - 1 - at)
   return (sums[at + forward + 1] - sums[at - back]) / (back + forward + 1)
@@ -162,7 +166,7 @@ def _draw_frame(axes: Axes, title: str) -> None:
   axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short_number(value)))
   axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
   axes.set_xlabel("tokens", color=INK, fontsize=10.5)
-  # A loss starts far above where it spends its life; a logarithmic axis leaves that part room.
+  # A loss starts far above the range of most of its curve; a logarithmic axis leaves room for that range.
   axes.set_yscale("log")
   axes.yaxis.set_major_locator(MaxNLocator(8, steps=[1, 2, 5, 10]))
   axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
@@ -173,7 +177,7 @@ def _draw_frame(axes: Axes, title: str) -> None:
 
 
 def _label_ends(axes: Axes, ends: Sequence[tuple[float, str, str]]) -> None:
-  """Writes each curve's name and last value right of it, moved apart where they would touch."""
+  """Writes (last value, name, colour) of each curve at its right end; labels that would overlap are moved up."""
   to_axes = axes.transData + axes.transAxes.inverted()
   at = -math.inf
   for value, name, colour in sorted(ends):

@@ -1,4 +1,4 @@
-"""What a recipe will take, before there are weights or devices: its step is compiled, and the compiler is asked."""
+"""Plans the memory, traffic and FLOPs of a recipe without weights or devices, by compiling its training step."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ from supra_jax.training.setup import check_batch, make_train_step, row_leaves, t
 
 _UNITS = {"GB": 10**9, "GiB": 2**30, "MB": 10**6, "MiB": 2**20}
 
-# Mistral-7B on fsdp:8, its temporaries on CPU, H100 and TPU v5p in GB: 16.0, 12.8 and 17.8 with 2 rows a device in each
-# of two microbatches, 46.5 and 28.4 on CPU and H100 with 16.
+# Temporaries of Mistral-7B on fsdp:8, in GB per device, compiled for CPU, H100 and TPU v5p: 16.0, 12.8 and 17.8 with 2
+# rows per device in each of two microbatches; with 16 rows 46.5 (CPU) and 28.4 (H100).
 CPU_NOTE = """\
 Compiled for CPU devices: temporaries of an accelerator's compiler will differ. XLA's CPU backend widens bfloat16 to
 float32 in products and collectives, so that weights and activations move twice their bytes, and it sums gradients by
@@ -37,20 +37,25 @@ temporaries compiled for H100s, and 1.1 for TPU v5p (2 rows)."""
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-  """What a step takes. Bytes are those of one device.
+  """The memory, traffic and FLOPs of one training step. All bytes are bytes per device.
 
   Attributes:
-    mesh: sizes of its axes.
-    platform: what it was compiled for.
-    seconds: of compilation.
-    parameters, trainable, new: how many there are, train, and are not the teacher's.
-    parameter_bytes, optimizer_bytes, teacher_bytes, batch_bytes: of what a step is given.
-    gradient_bytes: worked out: two sets of them where there are microbatches, the sum and what is added to it.
-    input_bytes: worked out: what each layer keeps for the backward pass at least, its input.
-    memory: the compiler's own figures; None where it has none.
-    traffic: by kind of collective.
-    flops_per_token: of forward and backward pass, and the teacher's forward pass.
-    rows: of a device's microbatch.
+    config: the recipe.
+    mesh: mesh axis -> size.
+    platform: kind of the devices that the step was compiled for.
+    seconds: time of compilation, in seconds.
+    parameters: number of the model's parameters, adapters included, over all devices.
+    trainable: number of the parameters that train.
+    new: number of the parameters that the recipe's `new_weights` matches.
+    parameter_bytes, optimizer_bytes, teacher_bytes, batch_bytes: bytes of the step's arguments: parameters, optimizer
+      state, the teacher's parameters (0 without a teacher) and the batch.
+    gradient_bytes: bytes of the gradients, computed from shapes. With microbatches there are two sets of gradients: the
+      running sum, and those of the current microbatch.
+    input_bytes: bytes of the inputs of all layers, the least that is kept for the backward pass; computed from shapes.
+    memory: the compiler's own figures; None if the backend has none.
+    traffic: kind of collective -> its traffic.
+    flops_per_token: FLOPs per token of the forward and backward pass, plus those of the teacher's forward pass.
+    rows: rows per device in a microbatch.
   """
 
   config: TrainConfig
@@ -73,26 +78,36 @@ class Plan:
 
   @property
   def temporary_bytes(self) -> int | None:
-    """All that lives during a step only."""
+    """Bytes per device at the peak beyond the step's arguments; None if the backend has no figures."""
     return None if self.memory is None else self.memory.peak - self.memory.arguments
 
 
 def planned_model(config: TrainConfig, preset: str = "", mixer: str = "supra") -> ModelConfig:
-  """The model that a recipe trains: the preset that is named here, else init_checkpoint's, else the recipe's preset.
+  """Returns the config of the model that a recipe trains.
+
+  The config is that of the argument `preset` if it is not empty; else that of `init_checkpoint` if this directory
+  exists; else that of the recipe's own `preset`.
 
   Args:
     config: the recipe.
-    preset: one of `PRESETS`, before all else.
-    mixer: mixer of a preset's layers.
+    preset: a name from `PRESETS`; empty: none.
+    mixer: name of the mixer of all layers, if a preset is used.
 
   Raises:
-    ValueError: a preset is unknown, or there is nothing to go by.
+    FileNotFoundError: `init_checkpoint` exists and is not a model directory.
+    ValueError: a preset or the mixer is unknown, or neither a preset nor an existing checkpoint is given.
   """
   return _planned(config, "init_checkpoint", preset, mixer)
 
 
 def planned_teacher(config: TrainConfig, preset: str = "") -> ModelConfig | None:
-  """The transformer that a recipe distils from, found as `planned_model` finds the model; None where there is none."""
+  """Returns the config of the recipe's teacher; None if the recipe has no `distill_from`.
+
+  The config is found as in `planned_model`, with `distill_from` in place of `init_checkpoint`.
+
+  Raises:
+    FileNotFoundError, ValueError: as in `planned_model`.
+  """
   return _planned(config, "distill_from", preset, "softmax") if config.distill_from else None
 
 
@@ -107,9 +122,15 @@ def _planned(config: TrainConfig, field: str, preset: str, mixer: str) -> ModelC
 
 
 def planned_mesh(text: str) -> Mesh:
-  """A mesh over accelerators where there are enough of them, else over CPU devices, as many as it takes.
+  """Makes a mesh of default devices if there are enough of them, else of as many CPU devices as the mesh needs.
 
-  To be called before anything else asks jax for devices.
+  Must be called before anything else asks jax for devices, since it sets the number of CPU devices.
+
+  Args:
+    text: sizes of the mesh axes, such as `fsdp:4,tensor:2`.
+
+  Raises:
+    ValueError: an axis is unknown or named twice, or its size is not a positive integer.
   """
   count = math.prod(mesh_sizes(text).values())
   jax.config.update("jax_num_cpu_devices", count)
@@ -118,16 +139,19 @@ def planned_mesh(text: str) -> Mesh:
 
 
 def plan(config: TrainConfig, model: ModelConfig, mesh: Mesh, teacher: ModelConfig | None = None) -> Plan:
-  """Compiles the step of a recipe for the devices of a mesh; allocates nothing on them.
+  """Compiles the training step of a recipe for the devices of a mesh, and returns what the step takes.
+
+  Nothing is allocated on the devices.
 
   Args:
     config: the recipe.
-    model: that trains.
-    mesh: its devices need not be here.
-    teacher: where the recipe distils.
+    model: config of the model that trains.
+    mesh: device mesh to compile for; its devices need not be attached.
+    teacher: config of the teacher; required if the recipe has `distill_from`.
 
   Raises:
-    ValueError: the model or the batch cannot be cut over the mesh; or packed data that exist do not fit the recipe.
+    ValueError: the model or the batch cannot be cut over the mesh; the recipe's regexes do not fit the model; model and
+      teacher do not fit each other, or the teacher is missing; or packed data that exist do not fit the recipe.
   """
   check_batch(config, mesh)
   rows = config.rows_a_microbatch
@@ -166,7 +190,7 @@ def plan(config: TrainConfig, model: ModelConfig, mesh: Mesh, teacher: ModelConf
 
 
 def device_bytes(tree: Any) -> int:
-  """Bytes of a tree of sharded shapes on one device."""
+  """Returns the bytes per device of a tree of arrays or `jax.ShapeDtypeStruct`s that have shardings."""
   return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
@@ -175,10 +199,10 @@ def _count(tree: Any) -> int:
 
 
 def parse_bytes(text: str) -> int:
-  """`80GB` -> 80,000,000,000.
+  """Parses an amount of memory into bytes: `80GB` -> 80,000,000,000.
 
   Raises:
-    ValueError: it is no number with one of the units GB, GiB, MB and MiB.
+    ValueError: the text is not a number followed by one of the units GB, GiB, MB and MiB.
   """
   found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([GM]i?B)", text)
   if not found:
@@ -187,7 +211,12 @@ def parse_bytes(text: str) -> int:
 
 
 def render(plan: Plan, device_memory: int | None = None) -> str:
-  """The plan as a table, and whether it fits."""
+  """Returns the plan as a table in plain text.
+
+  Args:
+    plan: the plan.
+    device_memory: memory of one device in bytes; the `verdict` then follows the table. None: no verdict.
+  """
   config, tokens = plan.config, plan.config.tokens_a_step
   mesh = ",".join(f"{axis}:{size}" for axis, size in plan.mesh.items() if size > 1) or "one device"
   rows = [
@@ -218,7 +247,10 @@ def render(plan: Plan, device_memory: int | None = None) -> str:
 
 
 def verdict(plan: Plan, device_memory: int) -> str:
-  """Whether the peak fits into a device, by how much, and what would help where it does not."""
+  """Returns a line that says whether the peak fits into `device_memory` bytes, by how much, and if not, what helps.
+
+  If the backend has no memory figures, the line says that it is not known whether the step fits.
+  """
   if plan.memory is None:
     return f"This backend does not tell its memory: whether it fits into {_of(device_memory)} is not known."
   spare = device_memory - plan.memory.peak
@@ -237,7 +269,7 @@ def verdict(plan: Plan, device_memory: int) -> str:
 
 
 def _of(number: float, unit: str = "B") -> str:
-  """39650000000 -> 39.65 GB."""
+  """Formats an amount with two decimals and a decimal prefix: 39650000000 -> 39.65 GB."""
   for prefix in ("", "k", "M", "G", "T"):
     if number < 1000:
       return f"{number:.2f} {prefix}{unit}"

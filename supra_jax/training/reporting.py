@@ -1,4 +1,4 @@
-"""What a run says of each step while it trains: metrics, progress, skipped batches, held-out loss."""
+"""Reports the steps of a run while it trains: metrics, progress, skipped batches and held-out loss."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from supra_jax.model import costs as flops
 from supra_jax.objectives.heldout import perplexity
 from supra_jax.training.metrics import MetricsWriter
 
-# Steps that run ahead of the one whose metrics the host reads, so that devices never wait for it.
+# Number of steps dispatched after the step whose metrics the host reads, so that devices never wait for the host.
 AHEAD = 2
 
 
 class Clock:
-  """Tokens a second of the steps alone: the first, which compiles, and pauses are left out."""
+  """Measures the speed of training steps in tokens per second; leaves out pauses, and the first lap, which compiles."""
 
   def __init__(self):
     self._since: float | None = None
 
   def lap(self, tokens: int) -> float | None:
-    """Tokens a second since the last lap or pause; None for the first lap."""
+    """Ends a lap in which `tokens` tokens were trained on; returns tokens per second without pauses, None at first."""
     now, since = time.monotonic(), self._since
     self._since = now
     return None if since is None else tokens / (now - since)
@@ -42,10 +42,10 @@ class Clock:
 
 
 class Reporter:
-  """Takes each step's metrics as they leave the devices, and writes and shows them some steps later.
+  """Collects the metrics of each step, and writes and shows them up to AHEAD steps later.
 
   Attributes:
-    clock: to be paused by what is not a step.
+    clock: measures the speed of the steps; pause it (`clock.paused()`) during evaluations and saves.
   """
 
   def __init__(
@@ -61,18 +61,18 @@ class Reporter:
     flops_per_token: float,
     rows_of_step: Callable[[int], Sequence[str]],
   ):
-    """Begins.
+    """Makes a reporter for the steps `first` + 1 to `last`.
 
     Args:
-      metrics: where records go.
-      progress: what is shown.
-      first: number of steps done before.
-      last: number of the run's last step.
+      metrics: where records are written.
+      progress: where progress and messages are shown.
+      first: number of steps that earlier calls of `train` did.
+      last: number of the run's last step, counted from 1.
       log_every: steps between two records.
-      max_skipped: so many skipped batches in a row end the run.
-      tokens_a_step: tokens of a step.
-      flops_per_token: FLOPs of a step for each token.
-      rows_of_step: number of a step -> names of the rows that it read.
+      max_skipped: number of skipped batches in a row at which the run ends with an error.
+      tokens_a_step: number of tokens per step, over all devices.
+      flops_per_token: FLOPs of a step per token.
+      rows_of_step: number of a step -> names of the rows that the step read.
     """
     self._metrics, self._progress, self._tokens, self._flops = metrics, progress, tokens_a_step, flops_per_token
     self._last, self._log_every, self._max_skipped, self._rows_of_step = last, log_every, max_skipped, rows_of_step
@@ -84,16 +84,26 @@ class Reporter:
     self.clock = Clock()
 
   def add(self, step: int, values: dict[str, jax.Array], waited: float) -> None:
-    """Takes the metrics of a step, and how many seconds it waited for its data."""
+    """Takes the metrics of a step, and reports earlier steps.
+
+    Args:
+      step: number of the step, counted from 1.
+      values: metrics of the step, as the function that `TrainStep.compiled` returns gives them; still on the devices.
+      waited: seconds that the step waited for its data.
+
+    Raises:
+      ValueError: as `drain`.
+    """
     self._pending.append((step, values, waited))
-    # The first step is waited for, so that its compilation is in no figure.
+    # Waits for the first step, so that its compilation counts in no speed.
     self.drain(0 if step == self._first + 1 else AHEAD)
 
   def drain(self, leave: int = 0) -> None:
-    """Reports all steps but the last `leave`.
+    """Reports all steps that `add` took but the last `leave` of them; waits for the devices to finish these steps.
 
     Raises:
-      ValueError: max_skipped batches in a row were not finite; names the last one's rows.
+      ValueError: max_skipped batches in a row had a loss or gradient that was not finite; the message names the rows of
+        the last of these batches.
     """
     while len(self._pending) > leave:
       self._report(*self._pending.popleft())
@@ -120,7 +130,7 @@ class Reporter:
       self._progress.advance_to(step, **numbers, **speeds)
 
   def evaluated(self, step: int, nll: float) -> None:
-    """Reports the held-out loss after a step, nats a token."""
+    """Writes and shows the held-out loss `nll` after a step, in nats per token."""
     record = {"step": step, "tokens": step * self._tokens, "heldout_nll": nll}
     self._write({**record, "heldout_perplexity": perplexity(nll)})
     said = f"{nll:.4f} nats a token" if math.isfinite(nll) else "is not finite"
@@ -131,11 +141,11 @@ class Reporter:
       self._metrics.write(record)
       self._written = True
     except OSError as error:
-      # A full disk ends no run: a checkpoint that fills it up is removed, and then there is room again.
+      # A full disk does not end the run: there is room again once a checkpoint that filled it up is removed.
       if self._written:
         self.say(f"step {record['step']}: metrics could not be written: {error}. Training goes on.")
       self._written = False
 
   def say(self, text: str) -> None:
-    """Shows a line."""
+    """Shows a line of text beside the progress."""
     self._progress.message(text)

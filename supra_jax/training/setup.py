@@ -1,4 +1,4 @@
-"""What a recipe becomes before the first step: data, the step, a teacher, and the state to go on from."""
+"""Sets up a run from its recipe: packed data, the training step, the teacher and the state to start or resume from."""
 
 from __future__ import annotations
 
@@ -34,20 +34,20 @@ from supra_jax.training.workdir import DATA_DIRECTORY, STATES_DIRECTORY
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-  """The parts of a run that its loop works with.
+  """The parts of a run that the training loop works with.
 
   Attributes:
-    step: makes the programs of its steps.
-    shardings: where each array of its state lives.
-    state: the state that it goes on from.
-    first: number of steps done before.
-    extra: what a step is given besides state and batch: the teacher's parameters, if there is a teacher.
-    batches: its batches, this process's rows of each.
-    put: places a batch on the devices.
-    evaluate: parameters -> mean nats a token of the held-out rows.
-    rows_of_step: number of a step, from 1 -> names of the rows that it reads.
-    states: its saved states.
-    flops_per_token: FLOPs of a step for each token.
+    step: compiles the programs of the run's steps.
+    shardings: sharding of each array of the state.
+    state: the state before the next step.
+    first: number of steps that earlier calls of `train` did.
+    extra: arguments of a step after state and batch: the teacher's parameters if there is a teacher, else none.
+    batches: iterator over the run's batches; yields this process's rows of each batch.
+    put: places a batch on the devices, cut into microbatches.
+    evaluate: parameters -> mean held-out loss in nats per token.
+    rows_of_step: number of a step, from 1 -> names of the rows that the step reads.
+    states: the saved states of the run.
+    flops_per_token: FLOPs of a step per token.
   """
 
   step: TrainStep
@@ -64,16 +64,18 @@ class Run:
 
 
 def set_up(config: TrainConfig, start: ModelCheckpoint, workdir: AnyPath, mesh: Mesh) -> Run:
-  """Makes a run; its state is the newest that was saved, or a new one. Call it under `jax.set_mesh(mesh)`.
+  """Makes a run, with the newest saved state if there is one, else a new state. Call this under `jax.set_mesh(mesh)`.
 
   Args:
     config: the run's config.
-    start: the model that it starts from, without parameters.
-    workdir: its directory, for packed data and saved states.
-    mesh: its devices.
+    start: the model that the run starts from, without parameters.
+    workdir: directory of the run, for packed data and saved states.
+    mesh: device mesh of the run.
 
   Raises:
-    ValueError: data, model, teacher and mesh do not fit each other.
+    FileNotFoundError: a model directory, text or packed directory is missing.
+    ValueError: data, model, teacher and mesh do not fit each other; a regex of the config does not fit the model; or
+      all saved states are damaged.
   """
   tokenizer = Tokenizer.from_files(start.tokenizer_files, start.config)
   teacher = load_model_without_params(config.distill_from).config if config.distill_from else None
@@ -109,7 +111,7 @@ def set_up(config: TrainConfig, start: ModelCheckpoint, workdir: AnyPath, mesh: 
 
 
 def _new_state(step: TrainStep, path: str, shardings: TrainState, mesh: Mesh) -> TrainState:
-  """The state of a run that starts from a model directory."""
+  """Returns the state, before the first step, of a run that starts from the model directory `path`."""
   make = jax.jit(lambda params: step.init(stack_layers(params, step.model.config)), out_shardings=shardings)
   return make(load_model(path, jnp.float32, shardings=lambda stored: param_shardings(stored, mesh)).params)
 
@@ -117,9 +119,19 @@ def _new_state(step: TrainStep, path: str, shardings: TrainState, mesh: Mesh) ->
 def prepare_data(
   config: DataConfig, tokenizer: Tokenizer | None, vocab_size: int, directory: AnyPath
 ) -> tuple[Sequence[loading.Source], AnyPath]:
-  """(sources to train on, held-out directory); packs text into `directory` unless it is there and fits.
+  """Returns the packed data of a run; packs the text of `config.input` unless an earlier call has packed it.
+
+  Args:
+    config: the run's data config.
+    tokenizer: tokenizer of the model; None if it has none. Text needs one; packed `sources` do not.
+    vocab_size: number of rows of the model's embedding.
+    directory: where text is packed to; unused with `sources`.
+
+  Returns:
+    (packed directories to train on with their weights, packed directory of the held-out rows).
 
   Raises:
+    FileNotFoundError: text or a packed directory is missing.
     ValueError: packed data or text do not fit the model or the config; or there is text and no tokenizer.
   """
   if config.sources:
@@ -146,7 +158,9 @@ def prepare_data(
 
 
 def row_leaves(config: DataConfig, vocab_size: int) -> tuple[str, ...]:
-  """Names of the arrays of the rows that a run will read, from what packed directories say where they exist already.
+  """Returns the names of the arrays that each row of a run has: "tokens" and, with separate documents, "segment_ids".
+
+  Packed directories that exist decide; without any, `config.documents` does.
 
   Raises:
     ValueError: a packed directory that exists does not fit the model or the config.
@@ -163,15 +177,19 @@ def row_leaves(config: DataConfig, vocab_size: int) -> tuple[str, ...]:
 def heldout_nll(
   model: Transformer, params: Any, path: AnyPath, *, batch_size: int, max_rows: int = 0, mesh: Mesh | None = None
 ) -> float:
-  """Mean nats a token of held-out rows.
+  """Returns the mean loss of the rows of a packed directory, in nats per token.
 
   Args:
     model: the transformer.
-    params: its parameters.
-    path: a packed directory.
-    batch_size: rows of a batch, over all devices.
-    max_rows: number of rows to read; 0 means all.
-    mesh: where batches go; None is one device.
+    params: the transformer's parameters, stacked if `model.stacked`.
+    path: packed directory of the held-out rows.
+    batch_size: rows per batch, over all devices.
+    max_rows: number of rows to read, from the start; 0 means all.
+    mesh: device mesh that batches are placed on; None: one device.
+
+  Raises:
+    FileNotFoundError: the directory, or a file of it, is missing.
+    ValueError: a file is damaged, a batch cannot be cut over the mesh, or no row has a target.
   """
   index, count = (0, 1) if mesh is None else process_shard(mesh)
   batches = loading.heldout_batches(
@@ -183,11 +201,17 @@ def heldout_nll(
 
 
 def make_train_step(config: TrainConfig, model: ModelConfig, teacher: ModelConfig | None = None) -> TrainStep:
-  """The step that a recipe describes; with a teacher where it distils.
+  """Makes the training step that a recipe describes.
+
+  Args:
+    config: the recipe.
+    model: config of the model that trains.
+    teacher: config of the teacher; required if the recipe has `distill_from`.
 
   Raises:
-    ValueError: model and teacher have not the same vocabulary and width, or number of layers where these are compared;
-      or the recipe distils and there is no teacher.
+    ValueError: model and teacher differ in vocab_size, hidden_size or tie_embeddings, or, with `distill_hidden` or
+      `transfer_steps`, in num_layers; `distill_from` is set and `teacher` is None; or a regex of the recipe finds no
+      parameter to train.
   """
   config = config.for_model(model)
   transformer = functools.partial(Transformer, dtype=jnp.dtype(config.dtype), stacked=True)
@@ -216,12 +240,16 @@ def make_train_step(config: TrainConfig, model: ModelConfig, teacher: ModelConfi
 
 
 def load_teacher(path: str, teacher: Transformer, mesh: Mesh) -> Any:
-  """The parameters of a teacher, stacked, in the dtype of its computation; each device holds its shards.
+  """Loads the parameters of a teacher: stacked, in the dtype `teacher.dtype`, sharded over a mesh.
 
   Args:
-    path: the teacher's model directory.
-    teacher: the transformer that will run with them.
-    mesh: the mesh to place them on.
+    path: model directory of the teacher.
+    teacher: the Flax module that the parameters are for.
+    mesh: the mesh to place the parameters on.
+
+  Raises:
+    FileNotFoundError: `path` is not a model directory, or a part of it is missing.
+    ValueError: the model directory is damaged.
   """
   stored = load_model(path, teacher.dtype, shardings=lambda shapes: param_shardings(shapes, mesh)).params
   stack = functools.partial(stack_layers, config=teacher.config)
@@ -229,13 +257,13 @@ def load_teacher(path: str, teacher: Transformer, mesh: Mesh) -> Any:
 
 
 def teacher_shapes(teacher: Transformer, mesh: Mesh) -> Any:
-  """jax.ShapeDtypeStruct, with its sharding, of every array that `load_teacher` loads."""
+  """Returns a `jax.ShapeDtypeStruct` with sharding for every array that `load_teacher` returns; loads nothing."""
   shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, teacher.dtype), parameter_shapes(teacher))
   return with_shardings(shapes, param_shardings(shapes, mesh))
 
 
 def check_batch(config: TrainConfig, mesh: Mesh) -> None:
-  """Raises ValueError where a microbatch cannot be cut evenly over the mesh."""
+  """Raises ValueError if the rows or the tokens of a microbatch cannot be cut evenly over the mesh."""
   rows = config.rows_a_microbatch
   if rows % batch_shards(mesh):
     raise ValueError(

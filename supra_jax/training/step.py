@@ -1,4 +1,4 @@
-"""One optimizer step: gradients over microbatches, clipped, applied to what trains; a NaN changes nothing."""
+"""The training step: gradients summed over microbatches, clipped and applied; skipped if loss or norm is not finite."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ Step = Callable[["TrainState", Any], tuple["TrainState", dict[str, jax.Array]]]
 
 @flax.struct.dataclass
 class TrainState:
-  """What a step reads and writes.
+  """The state of a run that a step reads and replaces.
 
   Attributes:
-    params: float32, layers of one kind in a row as one stack.
-    opt_state: group -> optax state of its parameters. Frozen parameters have none.
+    params: float32 parameters, stacked (`stacking.stack_layers`).
+    opt_state: name of a group -> optax state of the group's parameters. Frozen parameters have no optax state.
     step: int32, number of batches read.
-    skipped: int32, number of batches that changed nothing, since their loss or gradient was not finite.
-    skipped_in_row: int32, how many of the last batches in a row were skipped.
+    skipped: int32, number of batches that changed no parameter, since their loss or gradient was not finite.
+    skipped_in_row: int32, number of batches skipped since the last batch that was not.
   """
 
   params: Any
@@ -43,23 +43,24 @@ class TrainState:
 
 
 def with_shardings(shapes: Any, shardings: Any) -> Any:
-  """jax.ShapeDtypeStruct of each shape, with its sharding."""
+  """Returns a tree of `jax.ShapeDtypeStruct`s with the shapes and dtypes of one tree and the shardings of another."""
   return jax.tree.map(lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), shapes, shardings)
 
 
 class TrainStep:
-  """The step of a run, and the states it works on.
+  """Makes the compiled training step of a run, and the states that the step reads and replaces.
 
   Attributes:
-    model: the transformer that trains.
+    model: the transformer that trains, stacked.
     optimizer: the optimizer's config.
-    groups: (name, regex) of the groups of parameters that train.
-    shapes: jax.ShapeDtypeStruct of the parameters that `init` takes.
+    groups: (name, regex) of each group of parameters that train.
+    shapes: `jax.ShapeDtypeStruct` of each parameter that `init` takes.
     labels: a `Label` for each parameter of the state, adapters included.
-    teacher: the transformer to distil from; None where there is none. Its parameters are given to each step.
-    teacher_weight, hidden_weight: weights of its losses, see `losses.Teacher`.
-    adapters: which adapters `init` adds.
-    seed: seed of the adapters.
+    teacher: the transformer to distil from, stacked; None: no teacher. Each step takes the teacher's parameters as an
+      argument.
+    teacher_weight, hidden_weight: `weight` and `hidden_weight` of `losses.Teacher`.
+    adapters: config of the adapters that `init` adds.
+    seed: seed of the adapters' initial values.
   """
 
   def __init__(
@@ -79,11 +80,11 @@ class TrainStep:
 
     Args:
       model, optimizer, groups, teacher, teacher_weight, hidden_weight, adapters, seed: see the attributes.
-      num_steps: number of steps of the run, after which the schedule ends.
-      new: (regex of new weights, multiplier of their learning rate).
+      num_steps: number of steps of the run, at which the learning-rate schedule ends.
+      new: (regex of new weights, learning-rate multiplier of the new weights).
 
     Raises:
-      ValueError: a regex finds no parameter that could train.
+      ValueError: a group has no parameter, or the multiplier differs from 1 and applies to no parameter.
     """
     self.model, self.optimizer, self.groups = model, optimizer, tuple(groups)
     self.teacher, self.teacher_weight, self.hidden_weight = teacher, teacher_weight, hidden_weight
@@ -98,7 +99,7 @@ class TrainStep:
     return tuple(name for name, _ in self.groups)
 
   def init(self, params: Any) -> TrainState:
-    """The state of a run that begins with these parameters."""
+    """Returns the state before the first step, given the stacked parameters to start from (without adapters)."""
     params = self._trained(params)
     parts = split(params, self.labels, self.group_names)
     opt_state = {name: self._tx.init(parts[name]) for name in self.group_names}
@@ -106,17 +107,17 @@ class TrainStep:
     return TrainState(params, opt_state, *(jnp.zeros((), jnp.int32) for _ in range(3)))
 
   def _trained(self, params: Any) -> Any:
-    """Parameters in float32, with adapters if there are any."""
+    """Returns the parameters in float32, with adapters added if `adapters` has a rank above 0."""
     params = jax.tree.map(lambda x: x.astype(jnp.float32), params)
     return add_adapters(params, self.adapters, self.seed) if self.adapters.rank else params
 
   def finished(self, params: Any) -> Any:
-    """A state's parameters as a model directory has them: one subtree a layer, adapters merged into their kernels."""
+    """Returns a state's parameters as a model directory holds them: unstacked, adapters merged into the kernels."""
     params = jax.jit(merge_adapters)(params) if self.adapters.rank else params
     return unstack_layers(params, self.model.config)
 
   def state_shapes(self, mesh: Mesh) -> TrainState:
-    """jax.ShapeDtypeStruct, with its sharding, of every array of a state.
+    """Returns a `TrainState` with a `jax.ShapeDtypeStruct`, with sharding, in place of each array; allocates nothing.
 
     Raises:
       ValueError: the model cannot be cut over the mesh.
@@ -127,22 +128,23 @@ class TrainStep:
     return with_shardings(shapes, self.shardings(shapes, mesh))
 
   def shardings(self, state: TrainState, mesh: Mesh) -> Any:
-    """Where each array of a state lives, a tree like it: moments with their parameters, counters everywhere."""
+    """Returns the sharding of each array of a state: moments as their parameters, all else replicated."""
     whole: Any = NamedSharding(mesh, PartitionSpec())
     return TrainState(
       param_shardings(state.params, mesh), like_params(state.opt_state, state.params, mesh), whole, whole, whole
     )
 
   def compiled(self, shardings: Any, active: Sequence[str] | None = None, *, transfer: bool = False) -> Any:
-    """(state, batch[, the teacher's parameters]) -> (state, metrics), jitted; the state is donated.
+    """Returns the jitted step: (state, batch[, teacher's parameters]) -> (new state, metrics); the state is donated.
 
-    A batch has leaves [microbatches, rows, T + 1]. Metrics: loss (or attention_error), grad_norm (before clipping),
-    learning_rate, skipped, skipped_in_row.
+    A batch has leaves int32 [microbatches, rows, T + 1]. The metrics are scalars: loss, the mean cross-entropy in nats
+    per token (with `transfer`: attention_error in its place), grad_norm (before clipping), learning_rate, skipped and
+    skipped_in_row.
 
     Args:
-      shardings: of the state.
-      active: the groups that this step trains; None means all.
-      transfer: the loss is how far attention is from the teacher's.
+      shardings: shardings of the state, as the method `shardings` returns them.
+      active: names of the groups that the step trains; None means all.
+      transfer: whether the loss is `layer_losses.attention_error` alone; needs a teacher.
     """
     active = self.group_names if active is None else tuple(active)
     whole = shardings.step
@@ -182,7 +184,7 @@ class TrainStep:
   def _gradients(
     self, training: dict[str, Any], rest: dict[str, Any], batch: Any, teacher_params: Any, transfer: bool
   ) -> tuple[jax.Array, Any]:
-    """What is reported, nll or attention error, and the gradients of the loss: means of all targets, float32."""
+    """Returns (cross-entropy or attention error, gradients of the loss), means over the batch's targets, float32."""
     total = count_targets(batch)
     teacher = None
     if self.teacher is not None:

@@ -1,4 +1,4 @@
-"""The directory of a run: which config it belongs to, the model that it leaves, and what its metrics come to."""
+"""The directory of a run: claims it for one config, writes the trained model, and sums up the metrics."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from supra_jax.training.metrics import read_metrics
 
 METRICS_FILE, PICTURE_FILE, CONFIG_FILE = "metrics.jsonl", "loss.png", "train_config.json"
 MODEL_DIRECTORY, STATES_DIRECTORY, DATA_DIRECTORY = "checkpoint", "training", "data"
-# Options that change neither the data nor, but for rounding, the mathematics.
+# Options that may differ when a run resumes: they change neither the data nor, except by rounding, the result.
 MAY_CHANGE_ON_RESUME = (
   "log_every",
   "evaluate_every",
@@ -39,7 +39,13 @@ MAY_CHANGE_ON_RESUME = (
 
 @dataclasses.dataclass(frozen=True)
 class TrainSummary:
-  """What came of a run: held-out nats a token before and after, tokens seen, and tokens a second of a step."""
+  """The result of a run.
+
+  Attributes:
+    nll_before, nll_after: held-out loss before the first and after the last step, in nats per token.
+    tokens_trained: number of tokens trained on.
+    tokens_per_second: speed of the training steps, over all devices: median over the records; NaN if none has a speed.
+  """
 
   nll_before: float
   nll_after: float
@@ -48,23 +54,26 @@ class TrainSummary:
 
 
 def claim(workdir: AnyPath, config: TrainConfig, model: ModelConfig, files: bucket.Copies) -> None:
-  """Writes the configs of run and model into a new workdir, or compares them with those that are there.
+  """Writes the configs of the run and of its model into the workdir, unless the workdir belongs to another run.
+
+  Options of MAY_CHANGE_ON_RESUME may differ from the configs that are there. All options may differ if the earlier run
+  wrote no metrics; the rows that it packed are then removed. Also appends to `runs.jsonl`. All processes call it.
 
   Args:
     workdir: directory of the run.
     config: the run's config.
-    model: config of the model that it starts from.
-    files: this machine's copy of the files that a run adds lines to.
+    model: config of the model that the run starts from.
+    files: local copies of the files that grow during a run.
 
   Raises:
-    ValueError: the workdir belongs to a run with another config or model; names each option that differs.
+    ValueError: the workdir belongs to a run with another config or model; the message names each option that differs.
   """
   path = workdir / CONFIG_FILE
   values = _described(config, model)
   if path.exists():
     stored = json.loads(path.read_text())
     stored_model = ModelConfig.from_json(to_json(stored.pop("model")))
-    # Read and written again, so that an option that is newer than the run has its default.
+    # The stored config is parsed and written again, so that options added since then have their defaults in it.
     before, now = _flat(_described(TrainConfig.from_mapping(stored), stored_model)), _flat(values)
     differ = [
       f"{name}: {before.get(name)!r} before, {now.get(name)!r} now"
@@ -79,7 +88,7 @@ def claim(workdir: AnyPath, config: TrainConfig, model: ModelConfig, files: buck
         + "; ".join(differ)
       )
     if differ and jax.process_index() == 0:
-      # The earlier run never began, for bad input perhaps; rows packed for it are of no use to this one.
+      # The earlier run stopped before its first record (bad input, say); its packed rows do not fit this config.
       for leftover in (DATA_DIRECTORY, f"{DATA_DIRECTORY}.partial"):
         remove_directory(workdir / leftover)
   together("config read")
@@ -102,13 +111,16 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def write_model(directory: AnyPath, start: ModelCheckpoint, params: Any, facts: Callable[[], dict[str, Any]]) -> None:
-  """Writes the trained model; one that an earlier call wrote gives way.
+  """Writes the trained model, in place of a model that an earlier call wrote. All processes call it together.
 
   Args:
-    directory: the model directory.
-    start: the model that the run started from, whose config and tokenizer it keeps.
-    params: the trained parameters, one subtree a layer.
-    facts: returns what to tell of the run, for JSON.
+    directory: model directory to write.
+    start: the model that the run started from; the trained model has the same config and tokenizer.
+    params: the trained parameters, one subtree per layer.
+    facts: returns JSON values about the run for source.json; called after the parameters are written.
+
+  Raises:
+    OSError: the directory cannot be written.
   """
   if jax.process_index() == 0:
     remove_directory(directory, first=MODEL_CONFIG_FILE)
@@ -123,10 +135,10 @@ def write_model(directory: AnyPath, start: ModelCheckpoint, params: Any, facts: 
 
 
 def outcome(metrics: AnyPath, tokens: int) -> dict[str, Any]:
-  """What a run has come to, for those that its model is given to.
+  """Returns the result of a run for its model's source.json: tokens trained on, held-out loss before and after.
 
   Args:
-    metrics: the run's METRICS_FILE.
+    metrics: path of the run's METRICS_FILE.
     tokens: number of tokens trained on.
   """
   heldout = _heldout(read_metrics(metrics))
@@ -134,14 +146,14 @@ def outcome(metrics: AnyPath, tokens: int) -> dict[str, Any]:
 
 
 def summary(metrics: AnyPath, tokens: int) -> TrainSummary:
-  """What came of a run.
+  """Reads the summary of a run from its metrics.
 
   Args:
-    metrics: the run's METRICS_FILE.
+    metrics: path of the run's METRICS_FILE.
     tokens: number of tokens trained on.
 
   Raises:
-    ValueError: the first or the last held-out loss is not finite.
+    ValueError: the first or the last held-out loss is not finite, or a line of the file is not a record.
   """
   records = read_metrics(metrics)
   heldout = _heldout(records)
@@ -158,5 +170,5 @@ def summary(metrics: AnyPath, tokens: int) -> TrainSummary:
 
 
 def _heldout(records: Sequence[Mapping[str, Any]]) -> list[float | None]:
-  """Nats a token of each evaluation; None where it was not finite."""
+  """Returns the held-out loss of each evaluation in nats per token; None for a loss that was not finite."""
   return [record["heldout_nll"] for record in records if "heldout_nll" in record]
