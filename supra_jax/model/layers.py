@@ -2,7 +2,7 @@
 
 Shape suffixes, in this and all other modules: B batch, T time, L layers, D model width, H query heads, G key/value
 heads, R = H / G query heads per key/value head, K width of a key head, V width of a value head, S slots of a key/value
-cache, F width of the feed-forward layer. N stands for H or G.
+cache, F width of the feed-forward layer. In BTNK, N is H or G.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def matmul(x: jax.Array, kernel: jax.Array, dtype: Any, out_dtype: Any = None) -
 
 
 def add_bias(x: jax.Array, bias: jax.Array) -> jax.Array:
-  """Returns `x + bias` in the dtype of `x`; the gradient of the bias is summed in float32 if the bias is float32."""
+  """Returns `x + bias` in the dtype of `x`; the gradient of the bias is summed in the wider of the two dtypes."""
   return (x.astype(jnp.promote_types(x.dtype, bias.dtype)) + bias).astype(x.dtype)
 
 
@@ -131,8 +131,8 @@ class Embed(nn.Module):
     self.embedding = self.param("embedding", init, (self.rows, self.features))
 
   def __call__(self, ids: jax.Array) -> jax.Array:
-    # Cast after the lookup, so that the gradient of a row, a sum over all positions of its token, is computed in float32.
-    # The table is gathered from its shards, as other parameters are; else the compiler moves activations instead.
+    # Cast after the lookup, so that the gradient of a row, a sum over all positions of its token, is float32. The table
+    # is gathered over fsdp, as other parameters are; otherwise the compiler moves activations instead.
     return constrain(jnp.asarray(self.embedding), "vocabulary", None)[ids].astype(self.dtype)
 
   def attend(self, x: jax.Array) -> jax.Array:
