@@ -198,7 +198,7 @@ def _labels(layers: Sequence[MixerConfig]) -> dict[MixerConfig, str]:
 
 
 def _layers(labels: Any, configs: Any, path: str, *, old: bool) -> tuple[MixerConfig, ...]:
-  """Returns the config of each layer, given the layers' labels and {label: fields} (`old`: the fields of all mixers)."""
+  """Returns the config of each layer, given its label and {label: fields} (`old`: the fields of the key `supra`)."""
   if not isinstance(labels, list | tuple) or not all(isinstance(label, str) for label in labels):
     raise ValueError(f"{path}: mixers: wanted a list of names, got {labels!r}.")
   if not isinstance(configs, Mapping):

@@ -51,7 +51,7 @@ def not_finite(
 
 
 def generated_not_finite(model: Transformer, count: int, token: int) -> NotFiniteError:
-  """Returns the error for logits that are not finite after `count` generated tokens, the last of which has id `token`."""
+  """Returns the error for logits that are not finite after `count` generated tokens, the last with id `token`."""
   return NotFiniteError(f"The logits after new token {count} (id {token}) are not finite. {_advice(model)}")
 
 

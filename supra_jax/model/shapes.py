@@ -19,7 +19,7 @@ _NAMED = 3  # largest number of parameters that an error names
 def parameter_shapes(model: Transformer) -> Any:
   """Returns a nested dict of the shape and dtype (float32) of every parameter, each a `jax.ShapeDtypeStruct`.
 
-  The dict has one subtree per layer, or per stack of layers if `model` is stacked. Nothing runs on a device, so that the
+  The dict has one subtree per layer, or per stack of layers if `model` is stacked. Nothing runs on a device: the
   current mesh may consist of devices that this process does not have.
   """
   return jax.eval_shape(lambda: model.init(jax.random.key(0), least_tokens(), method="logits")["params"])

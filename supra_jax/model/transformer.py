@@ -20,7 +20,7 @@ from supra_jax.model.stacking import stacks
 
 Padding = Literal["right", "left"]
 Remat = Literal["none", "matmuls", "block"]
-# What the forward pass saves of each layer, if the backward pass recomputes the rest: products with parameters; nothing.
+# What the forward pass saves of a layer if the backward pass recomputes the rest: products with parameters, or nothing.
 REMAT_POLICIES: dict[str, Any] = {
   "matmuls": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
   "block": None,
@@ -58,7 +58,7 @@ class DecodeState:
     return DecodeState(tuple(layer.take(rows) for layer in self.layers), **counters)
 
   def put(self, slots: jax.typing.ArrayLike, other: DecodeState) -> DecodeState:
-    """Returns this state with the rows of the state `other` in place of the rows `slots`, one by one."""
+    """Returns this state with row i of the state `other` in place of row `slots[i]`, for all i."""
     counters = {name: getattr(self, name).at[jnp.asarray(slots)].set(getattr(other, name)) for name in _FRESH}
     layers = tuple(ours.put(slots, theirs) for ours, theirs in zip(self.layers, other.layers, strict=True))
     return DecodeState(layers, **counters)
