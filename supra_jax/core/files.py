@@ -111,7 +111,7 @@ def check_free(path: str | os.PathLike[str]) -> None:
 
 @contextlib.contextmanager
 def into_place(path: Path) -> Iterator[Path]:
-  """Yields a temporary sibling of the file `path`; when the block succeeds, syncs and renames it to `path`."""
+  """Yields a temporary path beside `path`; when the block succeeds, syncs the new file and renames it to `path`."""
   temporary = path.with_name(path.name + TEMPORARY)
   yield temporary
   _sync(temporary)

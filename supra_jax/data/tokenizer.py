@@ -149,9 +149,9 @@ class Tokenizer:
 
     Args:
       ids: any ids; ids that the tokenizer does not know decode to nothing, since an embedding may have unused rows.
-      keep_special: spell special tokens out; False drops them.
-      continues: the ids continue an earlier text, so that a space at their start is kept. False drops the space that
-        SentencePiece adds before a whole text.
+      keep_special: whether special tokens are spelled out; False drops them.
+      continues: whether the ids continue an earlier text, so that a space at their start is kept. False drops the space
+        that SentencePiece adds before a whole text.
 
     Raises:
       ValueError: an id is negative.

@@ -56,7 +56,7 @@ class JsonBackend:
     """Opens the contents of a tokenizer.json.
 
     Raises:
-      ValueError: the file cannot be read, or has a decoder that is not supported.
+      ValueError: the file cannot be read, or has a decoder or rules for special tokens that are not supported.
     """
     description = json_object("tokenizer.json", contents)
     try:

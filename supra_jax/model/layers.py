@@ -83,7 +83,7 @@ def add_bias(x: jax.Array, bias: jax.Array) -> jax.Array:
   return (x.astype(jnp.promote_types(x.dtype, bias.dtype)) + bias).astype(x.dtype)
 
 
-ADAPTERS = ("lora_a", "lora_b")  # beside a kernel
+ADAPTERS = ("lora_a", "lora_b")  # names of the adapters A and B beside a kernel
 
 
 class Dense(nn.Module):

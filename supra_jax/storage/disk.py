@@ -35,8 +35,8 @@ def check_space(directory: AnyPath, arrays: Any) -> None:
 def adapt_to_disk(directory: AnyPath) -> None:
   """Switches off tensorstore's fsync in this process if the directory's disk cannot fsync directories.
 
-  tensorstore would otherwise fail to write there. Makes the directory if it does not exist. After writing there, the
-  caller has to sync the files with `files.sync_below`.
+  tensorstore would fail to write there. The caller has to sync the written files with `files.sync_below` instead. Makes
+  the directory if it does not exist.
   """
   if isinstance(directory, Path) and not syncs_directories(directory):
     # Orbax has no option for it; imported here, so that a release without these names serves all other disks.

@@ -113,7 +113,7 @@ def load_model(
       None puts all parameters on the first local device.
 
   Raises:
-    FileNotFoundError: `directory` is not a model directory, or a part of it is missing.
+    FileNotFoundError: `directory` is not a model directory: config.json or params/ is missing.
     ValueError: config.json does not describe a model, source.json is not JSON, the stored parameters are not those of
       the model that config.json describes, or `directory` is a path that `core.files.place` rejects.
   """

@@ -18,7 +18,7 @@ from supra_jax.storage.disk import IN_PLACE, adapt_to_disk, first_line
 
 Params = Mapping[str, Any]
 
-# Size in bytes of the pieces that an array is stored in: a device that holds one shard reads only the pieces of it.
+# Size in bytes of the pieces that an array is stored in: a device that holds a shard reads only its pieces.
 CHUNK_BYTES = 2**22
 
 
