@@ -49,10 +49,10 @@ def _look(bucket: str) -> None:
 
 
 def in_bucket(bucket: str, name: str) -> epath.Path:
-  """Returns the path gs://BUCKET/NAME, after a look whether the bucket can be read.
+  """Returns the path gs://BUCKET/NAME after checking that the bucket can be read.
 
   Raises:
-    ValueError: gcsfs is not installed, or the bucket cannot be reached.
+    ValueError: gcsfs is not installed; or the bucket does not exist, may not be read or cannot be reached.
   """
   _look(bucket)
   from etils import epath
@@ -61,7 +61,11 @@ def in_bucket(bucket: str, name: str) -> epath.Path:
 
 
 def sizes(directory: epath.Path) -> dict[str, int]:
-  """Returns {file name: size in bytes} of the files directly in a directory; {} if there is no such directory."""
+  """Returns {file name: size in bytes} of the files directly in a directory; {} if there is no such directory.
+
+  Raises:
+    OSError: the bucket cannot be read.
+  """
   with _errors(directory), contextlib.suppress(FileNotFoundError):
     found = _storage().ls(str(directory), detail=True)
     return {entry["name"].rpartition("/")[2]: entry["size"] for entry in found if entry["type"] == "file"}
@@ -69,7 +73,11 @@ def sizes(directory: epath.Path) -> dict[str, int]:
 
 
 def checksums(directory: epath.Path) -> dict[str, str]:
-  """Returns {relative path: "crc32c ..."} of all files below a directory, as the storage computes them."""
+  """Returns {path relative to `directory`: "crc32c CHECKSUM"} of all files below a directory, as the bucket computed.
+
+  Raises:
+    OSError: the bucket cannot be read.
+  """
   with _errors(directory):
     found = _storage().find(str(directory), detail=True)
   prefix = str(directory).removeprefix(f"{SCHEME}://") + "/"
@@ -77,7 +85,11 @@ def checksums(directory: epath.Path) -> dict[str, str]:
 
 
 def move(directory: epath.Path, target: epath.Path) -> None:
-  """Moves the files of a directory to the directory `target`."""
+  """Moves all files below `directory` to the same relative paths below `target`.
+
+  Raises:
+    OSError: a file cannot be moved.
+  """
   with _errors(directory):
     # Not `mv` of gcsfs, which also requests the directories, as if they were files.
     for name in checksums(directory):
@@ -86,32 +98,44 @@ def move(directory: epath.Path, target: epath.Path) -> None:
 
 
 def remove(directory: epath.Path) -> None:
-  """Removes a directory, which need not exist."""
+  """Removes a directory in a bucket; does nothing if there is no such directory.
+
+  Raises:
+    OSError: the directory cannot be removed.
+  """
   with _errors(directory), contextlib.suppress(FileNotFoundError):
     directory.rmtree()
 
 
 def upload(file: Path, target: epath.Path) -> None:
-  """Copies a local file to a path in a bucket."""
+  """Copies a local file to a path in a bucket.
+
+  Raises:
+    OSError: the file cannot be copied.
+  """
   with _errors(target):
     _storage().put_file(str(file), str(target))
 
 
 def download(path: epath.Path, file: Path) -> None:
-  """Copies a file of a bucket to a local path."""
+  """Copies a file of a bucket to a local path.
+
+  Raises:
+    OSError: the file cannot be copied.
+  """
   with _errors(path):
     _storage().get_file(str(path), str(file))
 
 
 class Copies:
-  """Copies the files of a local directory into a bucket as they change.
+  """Copies files of a local directory into a bucket: each call of `copy` copies those that have changed.
 
   Attributes:
-    directory: the local directory that the files are written to.
+    directory: the local directory that the caller writes files to.
   """
 
   def __init__(self, directory: Path, target: epath.Path | None):
-    """Takes the files that are in `directory` now for already copied.
+    """Regards the files that are in `directory` now as already copied.
 
     Args:
       directory: the local directory to copy from.
@@ -129,7 +153,7 @@ class Copies:
     """Copies the files that have changed since the last copy.
 
     Args:
-      seconds: does nothing if the last copy was less than this many seconds ago.
+      seconds: least time in seconds since the last copy; before that time has passed, `copy` does nothing.
 
     Raises:
       OSError: a file could not be copied.
@@ -145,11 +169,15 @@ class Copies:
 
 @contextlib.contextmanager
 def copies(target: Path | epath.Path, names: tuple[str, ...]) -> Iterator[Copies]:
-  """Yields a `Copies` from a temporary local directory into `target`; copies all changed files at the end.
+  """Yields a `Copies` from a temporary local directory into `target`; when the block ends, copies all changed files.
 
   Args:
-    target: a directory in a bucket. If it is local, files are written to `target` itself and nothing is copied.
-    names: names of files that are downloaded from `target` first, where they exist.
+    target: a directory in a bucket. For a local `target`, the directory of the `Copies` is `target` itself, and nothing
+      is copied.
+    names: names of files that are first downloaded from `target` into the temporary directory, where they exist.
+
+  Raises:
+    OSError: a file cannot be copied.
   """
   if isinstance(target, Path):
     yield Copies(target, None)
@@ -167,7 +195,14 @@ def copies(target: Path | epath.Path, names: tuple[str, ...]) -> Iterator[Copies
 
 
 def cache_directory() -> Path:
-  """Makes and returns `$XDG_CACHE_HOME/supra_jax` or `~/.cache/supra_jax`, for downloads and compiled programs."""
+  """Returns `$XDG_CACHE_HOME/supra_jax`, or else `~/.cache/supra_jax`, for downloads and compiled programs.
+
+  Makes the directory if it does not exist.
+
+  Raises:
+    OSError: the directory cannot be made.
+    RuntimeError: the user has no home directory.
+  """
   cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "supra_jax"
   cache.mkdir(parents=True, exist_ok=True)
   return cache

@@ -1,4 +1,4 @@
-"""Synchronisation of the processes of a multi-process run."""
+"""Synchronises the processes of a multi-process run."""
 
 from __future__ import annotations
 
@@ -7,6 +7,6 @@ from jax.experimental import multihost_utils
 
 
 def together(what: str) -> None:
-  """Barrier: waits until all processes have called it with the same name `what`; a single process does not wait."""
+  """Waits until all processes have called `together` with the same `what` (a barrier); a single process never waits."""
   if jax.process_count() > 1:
     multihost_utils.sync_global_devices(what)

@@ -1,7 +1,8 @@
-"""Paths, local or in a bucket, and atomic writes: a file or directory is there whole or not at all, even after a kill.
+"""Paths, local or in a bucket, and atomic writes: even after a kill, a file or directory is whole or absent.
 
 On a disk, a finished directory is renamed into place. Buckets and some network disks cannot rename directories: there
-the directory holds a file UNFINISHED while it is written, and the file that describes its contents is written last.
+a directory holds the file UNFINISHED while it is being written, and the file that describes the directory's contents is
+written last.
 """
 
 from __future__ import annotations
@@ -31,12 +32,12 @@ UNFINISHED = "unfinished"
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/+(?:([^/]+)/*(.*))?")
 # Errors of mounted buckets and network disks that do not implement a call.
 _NO_SUCH_CALL = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EPERM}
-# Errors of those that cannot rename a directory with files in it; EMFILE is gcsfuse's.
+# Errors of mounted buckets and network disks that cannot rename a directory with files in it; EMFILE is gcsfuse's.
 _NO_RENAME = _NO_SUCH_CALL | {errno.EMFILE, errno.EIO, errno.EXDEV}
 
 
 def local(path: str | os.PathLike[str]) -> Path:
-  """Returns a local path.
+  """Returns `path` as a `pathlib.Path`.
 
   Raises:
     ValueError: `path` is a URL.
@@ -56,7 +57,8 @@ def place(path: str | os.PathLike[str]) -> AnyPath:
   """Returns a local path as a `pathlib.Path`, and gs://BUCKET/NAME as an `etils.epath.Path`.
 
   Raises:
-    ValueError: `path` is another URL; or gcsfs is not installed, or the bucket cannot be reached.
+    ValueError: `path` is a URL of another scheme, or gs:// without a bucket or a name; or gcsfs is not installed, or
+      the bucket cannot be read.
   """
   given = os.fspath(path)
   url = _URL.fullmatch(given)
@@ -73,7 +75,11 @@ def place(path: str | os.PathLike[str]) -> AnyPath:
 
 
 def absolute(path: str | os.PathLike[str]) -> AnyPath:
-  """Returns `place(path)`, made absolute if it is local."""
+  """Returns `place(path)`, made absolute if the path is local.
+
+  Raises:
+    ValueError: `place` rejects `path`.
+  """
   found = place(path)
   return found.absolute() if isinstance(found, Path) else found  # etils' absolute() turns gs:// into a local path
 
@@ -83,9 +89,9 @@ def _spelled(url: re.Match[str]) -> str:
 
 
 def occupied(path: AnyPath) -> bool:
-  """Whether a path holds something that a new directory must not replace.
+  """Whether something is at `path` that a new directory must not replace.
 
-  An empty directory does not count, nor one that a killed process left UNFINISHED.
+  False for an empty directory, and for a directory with the file UNFINISHED, which a killed process left.
   """
   if not path.exists():
     return False
@@ -93,11 +99,11 @@ def occupied(path: AnyPath) -> bool:
 
 
 def check_free(path: str | os.PathLike[str]) -> None:
-  """Checks before the work is done that `new_directory(path)` can make the directory after it.
+  """Checks that `new_directory(path)` may make its directory; to be called before the work whose result goes there.
 
   Raises:
-    FileExistsError: `path` exists and is not an empty directory.
-    ValueError: as `place`.
+    FileExistsError: `path` is `occupied`.
+    ValueError: `place` rejects `path`.
   """
   if occupied(place(path)):
     raise FileExistsError(f"{path} already exists. Remove it or choose another output directory.")
@@ -105,7 +111,7 @@ def check_free(path: str | os.PathLike[str]) -> None:
 
 @contextlib.contextmanager
 def into_place(path: Path) -> Iterator[Path]:
-  """Yields a temporary sibling of the file `path`; when the block succeeds, syncs and renames it to `path`."""
+  """Yields a temporary path beside `path`; when the block succeeds, syncs the new file and renames it to `path`."""
   temporary = path.with_name(path.name + TEMPORARY)
   yield temporary
   _sync(temporary)
@@ -116,6 +122,8 @@ def into_place(path: Path) -> Iterator[Path]:
 @contextlib.contextmanager
 def locked(directory: Path) -> Iterator[None]:
   """Makes a directory if it does not exist, and holds an exclusive lock (flock) on it while the block runs.
+
+  Some network disks have no locks; there the block runs without one.
 
   Raises:
     ValueError: another process holds the lock.
@@ -136,18 +144,18 @@ def locked(directory: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def new_directory(path: str | os.PathLike[str], *, last: str = "config.json") -> Iterator[AnyPath]:
-  """Yields `temporary_directory(path)`; when the block succeeds, syncs it to disk and renames it to `path`.
+  """Yields `temporary_directory(path)`; when the block succeeds, syncs that directory to disk and renames it to `path`.
 
-  If the block fails, the temporary directory is removed. Files that a killed process left in it are removed before
-  the block starts. In a bucket the block writes into `path` itself.
+  If the block fails, the temporary directory is removed. Files that a killed process left in the temporary directory
+  are removed before the block starts. In a bucket the block writes into `path` itself.
 
   Args:
     path: the directory to make, local or in a bucket.
     last: name of the file without which readers reject the directory; in a bucket the block has to write it last.
 
   Raises:
-    FileExistsError: `path` exists and is not an empty directory.
-    ValueError: another process is making the same directory; or as `place`.
+    FileExistsError: `path` is `occupied`.
+    ValueError: another process is making the same directory, or `place` rejects `path`.
   """
   check_free(path)
   final = absolute(path)
@@ -188,13 +196,17 @@ def _renamed(final: Path, last: str) -> Iterator[Path]:
 
 
 def temporary_directory(path: str | os.PathLike[str]) -> AnyPath:
-  """Returns the directory that `new_directory(path)` yields: `PATH.partial-directory`, or `path` itself in a bucket."""
+  """Returns the directory that `new_directory(path)` yields: `PATH.partial-directory`, or `path` itself in a bucket.
+
+  Raises:
+    ValueError: `place` rejects `path`.
+  """
   final = absolute(path)
   return final.with_name(f"{final.name}.partial-directory") if isinstance(final, Path) else final
 
 
 def rename_directory(directory: Path, target: Path, *, last: str) -> None:
-  """Renames a directory; where the file system cannot, moves its files one by one, the file named `last` at the end."""
+  """Renames `directory` to `target`; where the file system cannot rename directories, uses `move_files`."""
   try:
     os.rename(directory, target)
   except OSError as error:
@@ -204,9 +216,10 @@ def rename_directory(directory: Path, target: Path, *, last: str) -> None:
 
 
 def move_files(directory: Path, target: Path, *, last: str) -> None:
-  """Moves the files of a directory into `target`, the file named `last` after all others; resumes a killed move.
+  """Moves the files of a directory one by one into `target`, the file named `last` after all others.
 
-  While files move, `target` holds the file UNFINISHED.
+  While files are being moved, `target` holds the file UNFINISHED. If the process is killed, calling `move_files` again
+  with the same arguments moves the remaining files.
   """
   target.mkdir(exist_ok=True)
   (target / UNFINISHED).touch()
@@ -220,7 +233,7 @@ def move_files(directory: Path, target: Path, *, last: str) -> None:
 
 
 def renames_directories(parent: Path) -> bool:
-  """Whether the file system of `parent` can rename a directory with files in it; makes `parent` if need be."""
+  """Whether the file system of `parent` can rename directories that hold files; makes `parent` if it does not exist."""
   parent.mkdir(parents=True, exist_ok=True)
   probe = parent / f"probe-{os.getpid()}"
   probe.mkdir(exist_ok=True)
@@ -239,11 +252,12 @@ def renames_directories(parent: Path) -> bool:
 
 
 def remove_directory(directory: AnyPath, *, first: str | None = None) -> None:
-  """Removes a directory, again for up to 6 seconds while threads of a failed write recreate it.
+  """Removes a directory; tries for up to 6 seconds, since threads of a failed write may recreate the directory.
 
   Args:
-    directory: the directory, which need not exist.
-    first: name of the file that is removed before all others: the one without which readers reject the directory.
+    directory: the directory; need not exist.
+    first: name of the file to remove before all others: the one without which readers reject the directory. None: the
+      files are removed in any order.
   """
   if first is not None and directory.exists():
     (directory / first).unlink(missing_ok=True)
@@ -266,7 +280,7 @@ def sync_below(directory: Path) -> None:
 
 
 def syncs_directories(directory: Path) -> bool:
-  """Whether the file system of a directory implements fsync of directories; makes the directory if need be."""
+  """Whether the file system of `directory` can fsync directories; makes `directory` if it does not exist."""
   directory.mkdir(parents=True, exist_ok=True)
   return _sync(directory)
 

@@ -9,7 +9,7 @@ from typing import Any
 
 
 def to_json(value: Any, **how: Any) -> str:
-  """Calls `json.dumps`, with NaN and infinities as null, and numpy and jax scalars as plain numbers.
+  """Returns `value` as JSON text: NaN and infinities become null, numpy and jax scalars plain numbers.
 
   Args:
     value: nested mappings, lists, tuples and scalars.
@@ -17,6 +17,7 @@ def to_json(value: Any, **how: Any) -> str:
 
   Raises:
     TypeError: a value has a type that JSON does not have.
+    ValueError: a value is an array of several elements.
   """
   return json.dumps(_plain(value), allow_nan=False, **how)
 

@@ -1,6 +1,7 @@
-"""Compiled programs on disk: what one start compiled, the next start loads.
+"""Sets up jax's persistent compilation cache, so that programs compiled in one start are loaded in the next.
 
-jax keeps them (its persistent compilation cache). This module says where, for whom, and how many.
+jax itself writes and reads the compiled programs. This module chooses their directory, checks that only the user can
+write there, removes damaged files, and limits the total size.
 """
 
 from __future__ import annotations
@@ -20,23 +21,25 @@ import zstandard
 
 from supra_jax.core.bucket import cache_directory
 
-MAX_BYTES = 2 * 2**30  # of all programs together; those unused for longest are removed
-MIN_SECONDS = 0.2  # programs that compile in less are not kept
+MAX_BYTES = 2 * 2**30  # of all programs together; beyond it, the least recently used are removed
+MIN_SECONDS = 0.2  # programs that compile in less time are not kept
 _CPUS = Path("/proc/cpuinfo")
 _CHECKED = "checked"  # an empty file: programs written before it are known to be whole
 
 
 def keep_programs(max_bytes: int = MAX_BYTES) -> Path | None:
-  """Has jax keep compiled programs under the user's cache directory, `~/.cache/supra_jax/programs`.
+  """Makes jax keep compiled programs on disk, below the user's cache directory (`~/.cache/supra_jax/programs`).
 
-  Says so on stderr the first time. Does nothing where jax is not imported, where the user chose a directory
-  (`JAX_COMPILATION_CACHE_DIR`) or none (`JAX_ENABLE_COMPILATION_CACHE=false`), and where no directory can be made.
+  Says so on stderr the first time. Leaves jax's settings unchanged if jax is not imported, if the user chose another
+  directory (`JAX_COMPILATION_CACHE_DIR`) or no cache (`JAX_ENABLE_COMPILATION_CACHE=false`), if the directory cannot be
+  made, or, with a message on stderr, if other users may write there.
 
   Args:
-    max_bytes: size of all programs together above which those unused for longest are removed, before this start.
+    max_bytes: largest total size in bytes of the programs on disk; above it, the call first removes the least recently
+      used ones.
 
   Returns:
-    The directory; None where nothing was done.
+    The directory that jax now keeps programs in; None if jax's settings are unchanged.
   """
   jax: Any = sys.modules.get("jax")
   if jax is None or jax.config.jax_compilation_cache_dir or not jax.config.jax_enable_compilation_cache:
@@ -67,7 +70,7 @@ def keep_programs(max_bytes: int = MAX_BYTES) -> Path | None:
 
 
 def _machine() -> str:
-  """Name of what a program was compiled for, beyond what jax's own keys hold: a home may be shared by unequal CPUs."""
+  """Returns a hash of CPU features and jaxlib's version, since machines with other CPUs may share a home directory."""
   try:
     lines = _CPUS.read_text().splitlines()
     features = next((line for line in lines if line.startswith(("flags", "Features"))), "")
@@ -78,7 +81,7 @@ def _machine() -> str:
 
 
 def _remove_damaged(directory: Path) -> None:
-  """Removes programs that a killed process wrote half; jax would fail to read them at each start, and never replace."""
+  """Removes programs that a killed process left half-written: jax would fail to read them and never replace them."""
   stamp = directory / _CHECKED
   checked = stamp.stat().st_mtime_ns if stamp.exists() else 0
   stamp.touch()
@@ -89,7 +92,7 @@ def _remove_damaged(directory: Path) -> None:
 
 
 def _files(directory: Path) -> list[tuple[Path, os.stat_result]]:
-  """All files below a directory from which other processes may remove some meanwhile."""
+  """Returns all files below a directory; other processes may remove some of them meanwhile."""
   found = []
   for path in directory.rglob("*"):
     with contextlib.suppress(FileNotFoundError):
@@ -107,7 +110,7 @@ def _is_whole(compressed: bytes) -> bool:
 
 
 def _remove_oldest(root: Path, max_bytes: int) -> None:
-  """Removes programs, those used last long ago first, until all together have no more than `max_bytes`."""
+  """Removes the least recently used programs until the files below `root` have at most `max_bytes` bytes in total."""
   found = _files(root)
   total = sum(status.st_size for _, status in found)
   for path, status in sorted(found, key=lambda file: max(file[1].st_atime_ns, file[1].st_mtime_ns)):

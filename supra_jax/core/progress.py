@@ -1,4 +1,4 @@
-"""Progress of a long job: a tqdm bar on a terminal, a line every 30 seconds in a log file."""
+"""Shows the progress of a long job: a tqdm bar on a terminal, a line every 30 seconds in a log file."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ SECONDS = 30.0  # least time between two lines where there is no terminal
 class Progress:
   """Shows how much is done and the time left: a bar on a terminal, else a line every `seconds` and one at the end.
 
-  A line has `describe`, the latest values given to `advance_to`, and the time left: "step 3/9, loss 2.0, 00:10 left".
+  A line consists of the filled-in `describe`, the latest values given to `advance_to`, and the time left, as in
+  "step 3/9, loss 2.0, 00:10 left".
 
   Attributes:
     total: amount of work, in any unit.
@@ -43,7 +44,7 @@ class Progress:
       describe: format string of the start of a line, with the fields `done`, `total` and `share` (done / total).
       forms: value name -> function that formats the value, in the order in which values are shown. Other values are
         not shown, nor is a value whose function returns an empty string.
-      first: amount that was done before the start; it does not count for the speed.
+      first: amount that was done before the start; left out of the speed from which the time left is estimated.
       seconds: least time in seconds between two lines where there is no terminal.
       stream: file to print to; None means stderr.
       enabled: False prints nothing.
@@ -86,7 +87,7 @@ class Progress:
         self._say()
 
   def begin(self, total: int) -> None:
-    """Starts another round of `total`, timed from the last `advance_to` of the round before."""
+    """Starts another round of `total` units of work, timed from the last `advance_to` of the previous round."""
     self.total, self.done, self._first, self._began = total, 0, 0, self._moved
     self._said_at = None
     if self._bar is not None:
@@ -95,14 +96,14 @@ class Progress:
       self._bar.start_t = self._bar.last_print_t = ended
 
   def message(self, text: str) -> None:
-    """Prints a line of text above the bar."""
+    """Prints a line of text, above the bar where there is one."""
     if self._bar is not None:
       tqdm.write(text, file=self._stream)
     else:
       self._print(text)
 
   def close(self) -> None:
-    """Closes the bar; where there is no terminal, prints the last line."""
+    """Closes the bar; where there is no terminal, prints a line if work was done since the previous line."""
     if self._bar is not None:
       self._bar.close()
     elif self.done not in (self._first, self._said_at):
@@ -132,6 +133,6 @@ class Progress:
 
 
 def of_bytes(name: str, total: int, *, enabled: bool) -> Progress:
-  """Makes a `Progress` over `total` bytes, labelled `name`."""
+  """Returns a `Progress` over `total` bytes, labelled `name`; without `enabled` it prints nothing."""
   describe = f"{name.replace('{', '{{').replace('}', '}}')}, {{share:.0%}} of {tqdm.format_sizeof(total, 'B', 1024)}"
   return Progress(total, describe, enabled=enabled, desc=name, unit="B", unit_scale=True, unit_divisor=1024)

@@ -1,4 +1,4 @@
-"""Record of each start of a run in `runs.jsonl`: command, config, versions and devices, to reproduce its numbers."""
+"""Records each start of a run in `runs.jsonl`: command, config, versions and devices, to reproduce its results."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ _SOURCE = Path(__file__).resolve().parents[2]  # holds the packages
 
 
 def write_run_record(workdir: str | os.PathLike[str], config: Mapping[str, Any]) -> None:
-  """Appends one JSON object to `workdir/runs.jsonl`.
+  """Appends a JSON object that describes this start of a run to `workdir/runs.jsonl`.
 
-  The object has the keys time (UTC), command, config, python, packages (versions), commit and modified (git commit of
-  the source, and whether the source differs from it; null outside a git checkout), platform, device_kind, devices,
-  processes and flags (the environment variables FLAGS). In a run of several processes, call it in one of them, after
-  `jax.distributed.initialize`.
+  The object has the keys time (UTC), command, config, python, packages (versions), commit (git commit of the source),
+  modified (whether the source differs from that commit), platform, device_kind, devices, processes and flags (the
+  environment variables FLAGS). Outside a git checkout commit and modified are null. In a run of several processes, only
+  one process calls this function, after `jax.distributed.initialize`.
 
   Args:
     workdir: directory of the run, a local path; made if it does not exist.
@@ -70,7 +70,9 @@ def _version(name: str) -> str | None:
 
 
 def _commit(source: Path) -> tuple[str | None, bool | None]:
-  """Returns (git commit, whether the packages differ from it), or (None, None) outside a checkout of this project.
+  """Returns (git commit, whether the packages differ from that commit); None for each that git cannot tell.
+
+  Outside a checkout of this project, both are None.
 
   Args:
     source: the directory that holds the packages `supra_jax` and `kernels_pallas`.

@@ -1,6 +1,6 @@
 """Builds config dataclasses from plain values, and checks values against the limits in the fields' type hints.
 
-A field states its limits in its type hint, and the dataclass calls `check` in `__post_init__`:
+The type hint of a field states the limits of its value, and the dataclass calls `check` in `__post_init__`:
 
   rank: Annotated[int, AtLeast(0)] = 0
   share: Annotated[float, AtLeast(0), AtMost(1), "a share of the loss"] = 1.0
@@ -22,7 +22,7 @@ from typing import Annotated, Any, Literal
 
 @dataclasses.dataclass(frozen=True)
 class AtLeast:
-  """The value is `bound` or more."""
+  """Limit of a field: the value is `bound` or more."""
 
   bound: float
 
@@ -35,7 +35,7 @@ class AtLeast:
 
 @dataclasses.dataclass(frozen=True)
 class AtMost:
-  """The value is `bound` or less."""
+  """Limit of a field: the value is `bound` or less."""
 
   bound: float
 
@@ -48,7 +48,7 @@ class AtMost:
 
 @dataclasses.dataclass(frozen=True)
 class Above:
-  """The value is more than `bound`."""
+  """Limit of a field: the value is more than `bound`."""
 
   bound: float
 
@@ -65,7 +65,7 @@ POSITIVE = Above(0)
 def check(config: Any, path: str = "") -> None:
   """Checks the fields of a config dataclass that are typed as a Literal or have limits.
 
-  A number with limits has to be finite, and an integer where its type is int. A field typed `X | None` may be None.
+  A number with limits has to be finite, and an integer if its type is int. A field typed `X | None` may be None.
   Every item of a field typed `tuple[X, ...]` is checked.
 
   Args:
@@ -114,7 +114,17 @@ def _unmet(hint: Any, value: Any) -> str | None:
 
 
 def check_keys(values: Any, known: Set[str], required: Set[str], path: str) -> None:
-  """Raises ValueError when values are no mapping, or have a key that is not known, or lack one."""
+  """Checks the keys of a mapping.
+
+  Args:
+    values: what has to be a mapping.
+    known: the keys that `values` may have.
+    required: the keys that `values` must have.
+    path: name of `values` in error messages.
+
+  Raises:
+    ValueError: `values` is not a mapping, has a key that is not in `known`, or lacks a key of `required`.
+  """
   if not isinstance(values, Mapping):
     raise ValueError(f"{path}: wanted an object, got {values!r}.")
   unknown, missing = sorted(values.keys() - known), sorted(required - values.keys())
@@ -131,7 +141,8 @@ def from_mapping(cls: type, values: Any, path: str) -> Any:
     path: name of `values` in error messages.
 
   Raises:
-    ValueError: a key is unknown or missing, or a value has the wrong type; the message names the key.
+    ValueError: `values` is not a mapping, a key is unknown or missing, or a value has the wrong type or is one that the
+      dataclass rejects; the message names the key.
   """
   fields, hints = dataclasses.fields(cls), typing.get_type_hints(cls)
   check_keys(values, {f.name for f in fields}, {f.name for f in fields if f.default is dataclasses.MISSING}, path)

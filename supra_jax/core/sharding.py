@@ -1,6 +1,6 @@
-"""The device mesh: its axes, which array dimensions they shard, sharding constraints, and batches onto a mesh.
+"""The device mesh: its axes, the array dimensions that each axis shards, sharding constraints, and batches on a mesh.
 
-Mesh axes, outermost first, and what they shard:
+Mesh axes, outermost first, and what each axis shards:
   data    the rows of a batch; parameters are replicated
   fsdp    the rows of a batch and every parameter (fully sharded data parallelism)
   context the tokens of each row; parameters are replicated
@@ -37,7 +37,7 @@ DIMENSIONS: dict[str | None, str | tuple[str, ...] | None] = {
 
 
 def mesh_sizes(text: str) -> dict[str, int]:
-  """Parses sizes of mesh axes: `fsdp:4,tensor:2` -> {"fsdp": 4, "tensor": 2}.
+  """Parses the sizes of mesh axes: `fsdp:4,tensor:2` -> {"fsdp": 4, "tensor": 2}.
 
   Raises:
     ValueError: an axis is unknown or named twice, or its size is not a positive integer.
@@ -52,14 +52,14 @@ def mesh_sizes(text: str) -> dict[str, int]:
 
 
 def parse_mesh(text: str, devices: int) -> dict[str, int]:
-  """Completes sizes of mesh axes: `fsdp:4,tensor:2` -> {"data": 1, "fsdp": 4, "context": 1, "tensor": 2}.
+  """Returns the sizes of all mesh axes: `fsdp:4,tensor:2` -> {"data": 1, "fsdp": 4, "context": 1, "tensor": 2}.
 
   Args:
-    text: sizes as `mesh_sizes` parses them; empty puts all devices on `fsdp`.
+    text: sizes as `mesh_sizes` parses them; axes not named have size 1. An empty text puts all devices on `fsdp`.
     devices: number of devices.
 
   Raises:
-    ValueError: as `mesh_sizes`, or the product of the sizes is not `devices`.
+    ValueError: `mesh_sizes` rejects `text`, or the product of the sizes is not `devices`.
   """
   sizes = mesh_sizes(text or f"fsdp:{devices}")
   if math.prod(sizes.values()) != devices:
@@ -68,14 +68,14 @@ def parse_mesh(text: str, devices: int) -> dict[str, int]:
 
 
 def make_mesh(text: str = "", devices: Sequence[jax.Device] | None = None) -> Mesh:
-  """Makes the mesh whose sizes `parse_mesh(text)` returns.
+  """Returns a device mesh with the axis sizes that `parse_mesh` returns.
 
   Args:
     text: sizes of axes; empty puts all devices on `fsdp`.
     devices: the devices of the mesh; None means all devices of all processes.
 
   Raises:
-    ValueError: as `parse_mesh`.
+    ValueError: `parse_mesh` rejects `text` for that number of devices.
   """
   devices = jax.devices() if devices is None else devices
   sizes = parse_mesh(text, len(devices))
@@ -83,7 +83,11 @@ def make_mesh(text: str = "", devices: Sequence[jax.Device] | None = None) -> Me
 
 
 def check_heads(num_heads: int, num_kv_heads: int, mesh: Mesh) -> None:
-  """Raises ValueError if the mesh axis `tensor` does not divide the number of heads and of key/value heads."""
+  """Checks that the mesh axis `tensor` can shard the heads.
+
+  Raises:
+    ValueError: the size of `tensor` does not divide both the number of query heads and that of key/value heads.
+  """
   size = mesh.shape["tensor"]
   if num_heads % size or num_kv_heads % size:
     raise ValueError(
@@ -119,9 +123,9 @@ def constrain(x: jax.Array, *dimensions: str | None) -> jax.Array:
 
 
 def sum_over_tokens(function: Callable[..., tuple[Any, Any]]) -> Callable[..., tuple[Any, Any]]:
-  """Runs `function` on each device's own tokens of a batch, and adds its sums over the devices once, at the end.
+  """Makes each device run `function` on its own tokens of a batch; adds the sums over the devices once, at the end.
 
-  Without it XLA reduces over the devices at every sum over tokens: inside a loop, in each iteration.
+  With `function` alone, XLA would add over the devices at every sum over tokens: in a loop, in each iteration.
 
   Args:
     function: (whole, *arrays [rows, time, ...]) -> (sums over the tokens, arrays [rows, time, ...]). All are pytrees;
@@ -150,12 +154,15 @@ def sum_over_tokens(function: Callable[..., tuple[Any, Any]]) -> Callable[..., t
 
 
 def per_device(function: Callable[..., Any], in_dimensions: Any, out_dimensions: Any) -> Callable[..., Any]:
-  """Runs `function` on each device's own shards (`jax.shard_map`); returns `function` itself on one device.
+  """Makes each device run `function` on its own shards (`jax.shard_map`).
 
   Args:
-    function: takes positional arrays, any of which may be None.
+    function: takes positional arrays, any of which may be None, and returns a tuple of arrays.
     in_dimensions: for each argument, the names in DIMENSIONS of its dimensions.
     out_dimensions: for each result, the names in DIMENSIONS of its dimensions.
+
+  Returns:
+    A function with the signature of `function`; on one device or outside a mesh, `function` itself.
   """
   mesh = jax.sharding.get_abstract_mesh()
   if _alone(mesh):
@@ -177,39 +184,45 @@ def per_device(function: Callable[..., Any], in_dimensions: Any, out_dimensions:
 
 
 def batch_shards(mesh: Mesh) -> int:
-  """Number of shards of the rows of a batch: size of `data` times size of `fsdp`."""
+  """Returns the number of shards that a mesh cuts the rows of a batch into: size of `data` times size of `fsdp`."""
   return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
 def current_batch_shards() -> int:
-  """`batch_shards` of the current mesh; 1 outside a mesh."""
+  """Returns the number of shards that the current mesh cuts the rows of a batch into; 1 outside a mesh."""
   mesh = jax.sharding.get_abstract_mesh()
   return 1 if mesh.empty else mesh.shape["data"] * mesh.shape["fsdp"]
 
 
 def current_time_shards() -> int:
-  """Number of shards of the tokens of a row on the current mesh; 1 outside a mesh."""
+  """Returns the number of shards that the current mesh cuts the tokens of each row into; 1 outside a mesh."""
   mesh = jax.sharding.get_abstract_mesh()
   return 1 if mesh.empty else mesh.shape[TIME_AXIS]
 
 
 def least_tokens() -> jax.Array:
-  """Smallest token batch that the current mesh divides, zeros int32 [B, T]; used to trace parameter shapes."""
+  """Returns the smallest token batch that the current mesh can shard, zeros int32 [B, T], to trace parameter shapes."""
   return jnp.zeros((current_batch_shards(), current_time_shards()), jnp.int32)
 
 
 def batch_sharding(mesh: Mesh, *, leading: int = 0) -> NamedSharding:
-  """Sharding of arrays whose rows come after `leading` other axes: [*leading, rows, ...]."""
+  """Returns the sharding of arrays [..., rows, ...] whose axis of rows comes after `leading` other axes."""
   return NamedSharding(mesh, PartitionSpec(*([None] * leading), DIMENSIONS["batch"]))
 
 
 def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh, microbatches: int = 1) -> dict[str, jax.Array]:
-  """Assembles global arrays [microbatches, rows, ...] from the rows that each process has read.
+  """Returns a global batch on the mesh, assembled from the rows that each process has read.
 
   Args:
     batch: name -> array [R, ...], the rows of this process; R is a multiple of `microbatches`.
     mesh: the device mesh.
     microbatches: number of equal parts that the batch is cut into.
+
+  Returns:
+    name -> global array [microbatches, rows, ...], sharded along its rows; `rows` counts those of all processes.
+
+  Raises:
+    ValueError: `process_shard` rejects the mesh.
   """
   sharding, (_, count) = batch_sharding(mesh, leading=1), process_shard(mesh)
 

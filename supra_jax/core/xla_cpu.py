@@ -1,8 +1,8 @@
-"""Work-arounds of XLA's CPU backend: programs mean the same without them, but take longer to run on a CPU.
+"""Work-arounds for XLA's CPU backend: without them programs compute the same, but run more slowly on a CPU.
 
-Each was measured with `python -m benchmarks.train_step` (SmolLM2-135M, float32, two cores of an AMD EPYC) on jax
-0.10.2; the figures are in benchmarks/RESULTS.md. When jax is updated, time that benchmark
-without them.
+Each work-around was measured with `python -m benchmarks.train_step` (SmolLM2-135M, float32, two cores of an AMD EPYC)
+on jax 0.10.2; the figures are in benchmarks/RESULTS.md. When jax is updated, run that benchmark without the
+work-arounds to see whether they are still needed.
 
 The linear attention op has work-arounds of its own, which stay in `kernels_pallas/chunked_xla.py`, since nothing there
 imports supra_jax: `_backward_block` puts summed axes last, and `_backward` copies where it could write zeros.
@@ -18,10 +18,10 @@ import jax.numpy as jnp
 
 
 def without_leading_ones(x: jax.Array) -> jax.Array:
-  """Drops leading axes of length 1, down to two axes.
+  """Returns `x` without its leading axes of length 1, but with two axes at least.
 
-  With a leading axis of length 1 the gradient of a norm takes ten times as long. Longer axes stay apart, since a mesh
-  may cut each of them.
+  With a leading axis of length 1 the gradient of a norm takes ten times as long. Longer axes are not merged, since a
+  mesh may shard each of them.
   """
   while x.ndim > 2 and x.shape[0] == 1:
     x = x.reshape(x.shape[1:])
@@ -29,22 +29,22 @@ def without_leading_ones(x: jax.Array) -> jax.Array:
 
 
 def one_row_a_token(x: jax.Array, features: int) -> jax.Array:
-  """[..., features...] -> [tokens, features...], for the last `features` axes.
+  """Returns `x` with all axes before the last `features` axes merged into one, the tokens.
 
-  With a leading axis of length 1, a batch of one row, a chunk of the loss takes a tenth longer.
+  With a leading axis of length 1, as in a batch of one row, a chunk of the loss takes a tenth longer.
   """
   return x.reshape(-1, *x.shape[x.ndim - features :])
 
 
 def kernel_gradient(of_x: str, output: str, of_kernel: str, x: jax.Array, grad: jax.Array, dtype: Any) -> jax.Array:
-  """The einsum `of_x,output->of_kernel` of activations and the gradient of a product's output.
+  """Returns the gradient of the kernel of a product: the einsum `of_x,output->of_kernel` of `x` and `grad`.
 
-  The left factor of such a product is transposed, which the CPU backend does in memory. In float32 the narrower factor
-  is therefore the left one. Products of bfloat16 are left as they are: there is none of that kind in the backend.
+  The CPU backend transposes the left factor of such an einsum in memory. In float32 the narrower factor is therefore
+  put on the left. In bfloat16 the order is left as it is, since the backend has no bfloat16 product of this kind.
 
   Args:
-    of_x, output, of_kernel: axes of x, grad and the result, letters of einsum.
-    x: activations.
+    of_x, output, of_kernel: axes of `x`, `grad` and the result, as letters of einsum.
+    x: activations, the input of the product.
     grad: gradient of the product's output, in `dtype`.
     dtype: dtype of the computation.
 

@@ -1,4 +1,4 @@
-"""Encodes text to tokens on all cores, in order and in bounded memory, and shows the progress."""
+"""Encodes text to token ids on all cores, in order and in bounded memory, and shows the progress."""
 
 from __future__ import annotations
 
@@ -24,19 +24,21 @@ from supra_jax.data.text import InputFile, Piece, parse, read_pieces
 from supra_jax.data.tokenizer import Tokenizer
 from supra_jax.model.config import ModelConfig
 
-# Below this total size in bytes, packing in one process is done before worker processes have started.
+# An input of fewer bytes is packed by one process before worker processes would have started.
 SMALL_INPUT = 2**21
 
 
 def load_tokenizer(directory: str | os.PathLike[str]) -> tuple[Tokenizer, ModelConfig]:
-  """Reads the tokenizer and the config of a model; `directory` needs no other files than these.
+  """Loads the tokenizer and the config of a model.
 
   Args:
-    directory: a model directory, or one with only its config.json and tokenizer files; local or gs://.
+    directory: a model directory, or a directory that holds only a model's config.json and tokenizer files; local or
+      gs://.
 
   Raises:
-    ValueError: config.json is not that of a supra_jax model, or there is no tokenizer.
-    OSError: there is no config.json.
+    ValueError: config.json is not that of a supra_jax model; the tokenizer files are missing, or `Tokenizer.from_files`
+      rejects them; or `core.files.place` rejects `directory`.
+    OSError: config.json is missing or cannot be read.
   """
   path = place(directory) / "config.json"
   try:
@@ -53,11 +55,11 @@ def load_tokenizer(directory: str | os.PathLike[str]) -> tuple[Tokenizer, ModelC
 
 
 class Encoded(NamedTuple):
-  """Documents as tokens.
+  """Documents, encoded.
 
   Attributes:
     ids: integers [n], the tokens of all documents, one document after the other.
-    lengths: int64 [documents], tokens of each document; 0 for a document without a token.
+    lengths: int64 [documents], number of tokens of each document; 0 for a document without a token.
     bad: an error message for each item that was skipped.
   """
 
@@ -68,15 +70,17 @@ class Encoded(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Encoder:
-  """Encodes a piece of a file; pickled and sent to each worker process once.
+  """A function that encodes a piece of a file; pickled and sent to each worker process once.
+
+  A call raises ValueError if a text cannot be encoded, or if an id is not below `vocab_size`.
 
   Attributes:
     tokenizer: encodes a text.
     text_key: key of a JSON line, or column of a parquet file, that holds the text.
-    bos: start each document with the begin-of-text id.
-    vocab_size: number of rows of the embedding; all ids have to be below it.
+    bos: whether each document starts with the begin-of-text id.
+    vocab_size: number of rows of the model's embedding.
     dtype: numpy dtype of the ids.
-    skip_bad: skip items that hold no text, and report them in `Encoded.bad`; False raises ValueError.
+    skip_bad: whether items that hold no text are skipped and reported in `Encoded.bad`; False raises ValueError.
   """
 
   tokenizer: TextEncoder
@@ -106,19 +110,19 @@ class Encoder:
     return document.astype(self.dtype)
 
 
-# A position in the input: (index of a file, number of its items that are done, `digest_of` those items).
+# A position in the input: (index of a file, number of items of that file before the position, digest of those items).
 Place = tuple[int, int, str]
 
 
 def digest_of(items: Iterable[bytes | None], before: str = "") -> str:
-  """Continues a digest by more items; the result does not depend on how items are grouped into calls.
+  """Extends a digest by more items; the result does not depend on how the items are grouped into calls.
 
   Args:
     items: lines, rows or files, as `Piece.items` has them.
-    before: digest of the items before these; empty at the start.
+    before: digest of the items that come before `items`; empty if there are none.
 
   Returns:
-    A hexadecimal sha256.
+    A hexadecimal sha256 of all items so far.
   """
   for item in items:
     before = hashlib.sha256(before.encode() + (b"" if item is None else b":" + item)).hexdigest()
@@ -126,7 +130,10 @@ def digest_of(items: Iterable[bytes | None], before: str = "") -> str:
 
 
 def pieces_from(files: list[InputFile], text_key: str, at: Place) -> Iterator[tuple[tuple[Place, int], Piece]]:
-  """Yields ((position after the piece, bytes of input read so far), piece), from the position `at` on."""
+  """Yields ((position after the piece, bytes of the input read so far), piece), from the position `at` on.
+
+  For `text_key` and the ValueErrors see `read_pieces`.
+  """
   before = sum(file.size for file in files[: at[0]])
   for number, file in enumerate(files[at[0] :], start=at[0]):
     done, digest = at[1:] if number == at[0] else (0, "")
@@ -137,7 +144,10 @@ def pieces_from(files: list[InputFile], text_key: str, at: Place) -> Iterator[tu
 
 
 def worker_count(workers: int | None, files: list[InputFile]) -> int:
-  """Number of worker processes: `workers`; None: one per core, or 0 for a single core or an input below SMALL_INPUT."""
+  """Returns the number of worker processes: `workers`, unless that is None.
+
+  For None, returns the number of cores, but 0 if there is a single core or the input has fewer than SMALL_INPUT bytes.
+  """
   if workers is not None:
     return workers
   cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -147,7 +157,7 @@ def worker_count(workers: int | None, files: list[InputFile]) -> int:
 def encode_in_order(
   pieces: Iterable[tuple[Any, Piece]], encode: Callable[[Piece], Encoded], workers: int
 ) -> Iterator[tuple[Any, Encoded]]:
-  """Yields (label, encoded piece) in the order of the pieces; holds at most 2 pieces per worker in memory.
+  """Yields (label, encoded piece) in the order of the pieces; holds about 2 pieces per worker in memory.
 
   Args:
     pieces: (label, piece); a label may be anything.
@@ -156,6 +166,7 @@ def encode_in_order(
 
   Raises:
     ChildProcessError: a worker process ended early.
+    ValueError: raised by `encode`.
   """
   if not workers:
     for label, piece in pieces:
@@ -206,11 +217,11 @@ def _work(piece: Piece) -> Encoded:
 
 
 def packing_progress(total: int, first: int = 0, *, seconds: float = SECONDS) -> Progress:
-  """Makes a `Progress` of packing in bytes of the input, which also shows `tokens` and `tokens_per_second`.
+  """Returns a `Progress` of packing in bytes of the input that also shows `tokens` and `tokens_per_second`.
 
   Args:
     total: size of the whole input in bytes.
-    first: bytes that an earlier call packed.
+    first: number of bytes of the input that an earlier call packed.
     seconds: least time in seconds between two lines where there is no terminal.
   """
   forms = {

@@ -1,6 +1,6 @@
-"""Batches of packed rows, through grain: mixed by weight, shuffled, sharded over processes, resumable.
+"""Loads batches of packed rows with grain: sources mixed by weight, shuffled, sharded over processes, resumable.
 
-`_order` alone determines which row of which source comes when, both for loading rows and for naming them.
+`_order` alone determines the order of rows, both for loading the rows and for naming them.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ import numpy as np
 
 from supra_jax.data.packed import META_FILE, load_info, local_files
 
-# (packed directory, weight): its share of the rows drawn, to within 1 %. Weights need not add up to 1.
+# (packed directory, weight). The weight divided by the sum of all weights is the directory's share of the rows drawn,
+# to within 1 %.
 Source = tuple[str, float]
 Batch = dict[str, np.ndarray]
 # A loader: an iterator of batches with get_state and set_state. An alias, so that other modules need not import grain.
@@ -30,21 +31,24 @@ _SHARED["join"] = "documents"
 
 
 class PackedDataset:
-  """A sequence of the rows of a packed directory: {"tokens": int32 [T + 1]}, and "segment_ids" alike where stored.
+  """A sequence of the rows of a packed directory.
+
+  A row is {"tokens": int32 [T + 1]}, with "segment_ids" int32 [T + 1] if the directory stores them. Reading a damaged
+  row raises ValueError.
 
   Attributes:
     info: contents of the directory's meta.json.
   """
 
   def __init__(self, path: str | os.PathLike[str]):
-    """Opens the files of rows; copies them to this machine's cache first if `path` is in a bucket.
+    """Opens the files of rows; copies them to the local cache directory first if `path` is in a bucket.
 
     Args:
       path: a packed directory, local or gs://.
 
     Raises:
       FileNotFoundError: meta.json or a file of rows is missing.
-      ValueError: meta.json or a file of rows is damaged.
+      ValueError: meta.json or a file of rows is damaged, or `core.files.place` rejects `path`.
       OSError: a file cannot be copied from a bucket.
     """
     self.info = load_info(path)
@@ -71,7 +75,7 @@ class PackedDataset:
 
 
 def parse_sources(text: str) -> tuple[Source, ...]:
-  """Parses sources as recipes and flags spell them: `data/a/train:0.7,data/b/train:0.3`.
+  """Parses sources, written as in recipes and flags: `data/a/train:0.7,data/b/train:0.3`.
 
   A path without a weight has the weight 1. The text after a path's last colon is its weight if it is a number, and a
   part of the path otherwise; a path that itself ends in a colon and a number needs a weight. A path cannot hold commas.
@@ -101,10 +105,11 @@ def make_loader(
   shard_count: int = 1,
   prefetch: int = 4,
 ) -> Batches:
-  """Makes an endless, resumable iterator of batches; its state, {"global_next_index": N}, counts the rows drawn so far.
+  """Makes an endless, resumable iterator of batches.
 
-  Each source is shuffled as a whole, in another order in each epoch. The global batches do not depend on shard_count,
-  and neither does the state: set in a loader with another shard_count, it continues with the rows not drawn yet.
+  Each source is shuffled as a whole, in another order in each epoch. The iterator's state, {"global_next_index": N}, is
+  the number of rows drawn so far, by all shards together. The global batches do not depend on shard_count, and neither
+  does the state: a loader with another shard_count that is given the state continues with the next rows.
 
   Args:
     sources: packed directories and their weights.
@@ -115,12 +120,14 @@ def make_loader(
     prefetch: number of batches that are read ahead, by as many threads; 0 reads a batch when it is asked for.
 
   Returns:
-    An iterator of {"tokens": int32 [batch_size / shard_count, T + 1]}, and "segment_ids" alike where stored.
+    An iterator of {"tokens": int32 [batch_size / shard_count, T + 1]}, with "segment_ids" of the same shape and dtype
+    if the sources store them.
 
   Raises:
-    FileNotFoundError: a source, or a file of one, is missing.
-    ValueError: a source is damaged, sources do not fit each other or hold fewer rows than a batch, or an argument is
-      out of range.
+    FileNotFoundError: a source, or a file of a source, is missing.
+    ValueError: a source is damaged; the sources differ in how they were packed, or together hold fewer rows than a
+      batch; or an argument is out of range.
+    OSError: a file cannot be copied from a bucket.
   """
   _check_shard(batch_size, shard_index, shard_count)
   datasets = _open(sources)
@@ -139,16 +146,17 @@ def make_loader(
 
 
 def rows_of_batch(sources: Sequence[Source], *, batch_size: int, seed: int, step: int) -> list[str]:
-  """Names the rows of a global batch, as in `data/a, row 123`, so that a user can look at the rows of a bad batch.
+  """Returns the names of the rows of a global batch, so that a user can look at the rows of a bad batch.
 
   Args:
-    sources: the `sources` that `make_loader` was called with, the same from the start of the run.
-    batch_size: its `batch_size`.
-    seed: its `seed`.
+    sources, batch_size, seed: what `make_loader` was called with, the same from the start of the run.
     step: index of the batch, from 0.
 
   Returns:
-    batch_size names; shard i of n yields names i, i + n, i + 2n, ...
+    batch_size names, such as `data/a, row 123`; shard i of n loads the rows with the names i, i + n, i + 2n, ...
+
+  Raises:
+    FileNotFoundError, ValueError, OSError: as `make_loader`.
   """
   order = _order(sources, _open(sources), seed)
   places = [order[index] for index in range(step * batch_size, (step + 1) * batch_size)]
@@ -158,22 +166,26 @@ def rows_of_batch(sources: Sequence[Source], *, batch_size: int, seed: int, step
 def heldout_batches(
   path: str | os.PathLike[str], *, batch_size: int, max_rows: int = 0, shard_index: int = 0, shard_count: int = 1
 ) -> Iterator[Batch]:
-  """Yields the rows of a packed directory once, in order; shard i yields the i-th block of each global batch.
+  """Yields batches of all rows of a packed directory, once and in order.
+
+  A global batch is cut into `shard_count` consecutive blocks of rows; shard i yields the i-th block.
 
   Args:
     path: a packed directory, local or gs://.
     batch_size: rows in a global batch.
-    max_rows: reads only this many rows from the start; 0 means all.
+    max_rows: number of rows to read, from the first on; 0 means all rows.
     shard_index: index of the part of each batch to yield, from 0; one per process.
     shard_count: number of parts of each batch.
 
   Yields:
-    {"tokens": int32 [batch_size / shard_count, T + 1]}, "segment_ids" alike where stored, and "row_weights" float32
-    [batch_size / shard_count]: 1, or 0 for the copies of the last row that fill up the last batch.
+    {"tokens": int32 [batch_size / shard_count, T + 1]}, with "segment_ids" of the same shape and dtype if the directory
+    stores them, and "row_weights" float32 [batch_size / shard_count]: 1, or 0 for the copies of the last row that fill
+    up the last batch.
 
   Raises:
-    FileNotFoundError: the directory, or a file of it, is missing.
-    ValueError: a file is damaged, or batch_size is not a multiple of shard_count.
+    FileNotFoundError: the directory, or a file in the directory, is missing.
+    ValueError: a file is damaged, batch_size is not a positive multiple of shard_count, or shard_index is out of range.
+    OSError: a file cannot be copied from a bucket.
   """
   _check_shard(batch_size, shard_index, shard_count)
   dataset = PackedDataset(path)
@@ -208,7 +220,7 @@ def _open(sources: Sequence[Source]) -> list[PackedDataset]:
 
 
 def _order(sources: Sequence[Source], datasets: Sequence[PackedDataset], seed: int) -> grain.MapDataset:
-  """Returns an endless dataset of (index of a source, index of a row in it), in the order in which rows are drawn."""
+  """Returns an endless dataset of (index of a source, index of a row in that source), in the order of drawing."""
 
   def endless(number: int, rows: int) -> grain.MapDataset:
     # A seed per source, since sources of the same length would be shuffled alike otherwise.

@@ -1,8 +1,8 @@
-"""Packed directories: rows of tokens in ArrayRecord files, and a meta.json that describes them.
+"""Reads and writes packed directories: rows of tokens in ArrayRecord files, and a meta.json that describes them.
 
-DIR/meta.json                  the PackedInfo
-DIR/rows-00000.array_record    the first rows; a record is a row, [1 or 2, T + 1] little-endian integers: tokens and,
-                               with documents=separate, segment ids
+DIR/meta.json                  the fields of a PackedInfo
+DIR/rows-00000.array_record    the first rows; each record is one row, [1 or 2, T + 1] little-endian integers: tokens
+                               and, with documents=separate, segment ids
 DIR/rows-00001.array_record    the next rows
 """
 
@@ -24,9 +24,9 @@ from supra_jax.core.files import TEMPORARY, AnyPath, into_place, place
 from supra_jax.core.plain_json import to_json
 from supra_jax.core.schema import AtLeast, check, from_mapping
 
-# How documents share a row. `join`: one after another, as a single text. `separate`: also stores segment ids, the
-# number of each token's document in the row, so that a model resets its state between documents. Recipes and flags call
-# this option `documents`; in meta.json, where `documents` is a count, its key is `join`.
+# How documents share a row. `join`: one after another, as a single text. `separate`: in addition each token has a
+# segment id, the number of its document in the row, so that a model resets its state between documents. Recipes and
+# flags call this option `documents`; in meta.json, where `documents` is a count, the option's key is `join`.
 Documents = Literal["join", "separate"]
 Dtype = Literal["<u2", "<i4"]
 
@@ -44,7 +44,7 @@ _PROBE = (
 
 
 class TextEncoder(Protocol):
-  """Interface of a tokenizer that packing needs; `data.tokenizer.Tokenizer` implements it."""
+  """What packing needs of a tokenizer; `data.tokenizer.Tokenizer` implements this interface."""
 
   @property
   def eos_ids(self) -> Sequence[int]: ...
@@ -61,7 +61,7 @@ class Shard:
 
   Attributes:
     file: name of the file.
-    rows: number of rows.
+    rows: number of rows in the file.
     bytes: size of the file in bytes.
     sha256: hexadecimal digest of the file.
   """
@@ -74,19 +74,19 @@ class Shard:
 
 @dataclasses.dataclass(frozen=True)
 class PackedInfo:
-  """Description of a packed directory; the fields are the keys of its meta.json.
+  """Description of a packed directory; the fields are the keys of meta.json.
 
   Attributes:
     sequence_length: T; a row has T + 1 tokens, the last of which is the first of the next row.
     rows: number of rows.
     tokens: rows * T, the number of positions with a next token to predict.
     dropped_tokens: number of tokens at the end of the text that did not fill a row.
-    documents: number of documents that were read and not empty.
+    documents: number of documents that have at least one token.
     join: how documents share a row, see `Documents`.
     bos: whether each document starts with the tokenizer's begin-of-text id.
-    vocab_size: number of rows of the embedding; all ids are below it.
+    vocab_size: number of rows of the model's embedding; all ids are below this number.
     dtype: numpy dtype of the stored integers, `<u2` or `<i4`.
-    tokenizer_sha256: `tokenizer_fingerprint` of the tokenizer.
+    tokenizer_sha256: what `tokenizer_fingerprint` returns for the tokenizer.
     shards: the files of rows, in order.
     format_version: version of the layout of the directory.
   """
@@ -118,14 +118,14 @@ class PackedInfo:
 
 
 def leaves_of(documents: Documents) -> tuple[str, ...]:
-  """Names of the arrays [T + 1] of a row, given how documents share it."""
+  """Returns the names of the arrays [T + 1] that make up a row, given how documents share a row."""
   return ("tokens", "segment_ids") if documents == "separate" else ("tokens",)
 
 
 def tokenizer_fingerprint(tokenizer: TextEncoder) -> str:
   """Returns a sha256 of the ids that a tokenizer gives a fixed probe text, and of its begin- and end-of-text ids.
 
-  A fingerprint of behaviour, not of files: the same tokenizer may come as tokenizer.json, tokenizer.model or in a GGUF.
+  The hash is one of behaviour, not of files: the same tokenizer may come as tokenizer.json, tokenizer.model or GGUF.
   """
   encoded = [tokenizer.encode(text, bos=False) for text in _PROBE]
   said = to_json([[list(map(int, ids)) for ids in encoded], list(tokenizer.eos_ids), tokenizer.bos_id])
@@ -140,7 +140,8 @@ def load_info(path: str | os.PathLike[str]) -> PackedInfo:
 
   Raises:
     FileNotFoundError: meta.json or a file of rows is missing.
-    ValueError: meta.json was not written by `packing.prepare`, or a file of rows has another size.
+    ValueError: meta.json was not written by this version of `packing.prepare`, the size of a file of rows is not the
+      one in meta.json, or `core.files.place` rejects `path`.
   """
   directory = place(path)
   meta = directory / META_FILE
@@ -173,16 +174,16 @@ def load_info(path: str | os.PathLike[str]) -> PackedInfo:
 
 
 def local_files(path: str | os.PathLike[str], info: PackedInfo) -> list[Path]:
-  """Returns local paths of the files of rows; copies those of a bucket to this machine's cache first.
+  """Returns local paths of the files of rows; copies files in a bucket to the local cache directory first.
 
   ArrayRecord reads local files only.
 
   Args:
     path: the packed directory, local or gs://.
-    info: the directory's `load_info`.
+    info: what `load_info(path)` returns.
 
   Raises:
-    ValueError: a copy from a bucket has another sha256 than the file that was written.
+    ValueError: a file copied from a bucket does not have the sha256 that meta.json gives.
     OSError: a file cannot be copied.
   """
   directory = place(path)
@@ -220,19 +221,20 @@ def check_packed(
   documents: Documents | None = None,
   bos: bool | None = None,
 ) -> PackedInfo:
-  """Returns the `load_info` of a packed directory, after a check that a run can use it; None skips a check.
+  """Checks that a packed directory was packed as a run needs, and returns what `load_info` returns for the directory.
 
   Args:
     path: a packed directory, local or gs://.
-    sequence_length: T that the run wants.
-    vocab_size: number of rows of the model's embedding; the directory's has to be no larger.
-    tokenizer: the model's tokenizer, compared by `tokenizer_fingerprint`.
-    documents: how documents are to share a row.
-    bos: whether documents are to start with the begin-of-text id.
+    sequence_length: T of the run. None: not checked.
+    vocab_size: number of rows of the model's embedding; the directory's vocab_size must not be larger. None: not
+      checked.
+    tokenizer: the model's tokenizer, compared by `tokenizer_fingerprint`. None: not checked.
+    documents: how documents have to share a row. None: not checked.
+    bos: whether documents have to start with the begin-of-text id. None: not checked.
 
   Raises:
     FileNotFoundError: as `load_info`.
-    ValueError: the directory was packed otherwise; the message names all differences. Or as `load_info`.
+    ValueError: the directory was packed in another way; the message names all differences. Or as `load_info`.
   """
   info = load_info(path)
   differs = []
@@ -252,11 +254,11 @@ def check_packed(
 
 
 def verify(path: str | os.PathLike[str]) -> PackedInfo:
-  """Checks the sha256 of all files of rows, and returns the directory's `load_info`.
+  """Checks the sha256 of all files of rows, and returns what `load_info(path)` returns.
 
   Raises:
     FileNotFoundError: as `load_info`.
-    ValueError: files differ from what was written; the message names all of them. Or as `load_info`.
+    ValueError: files do not have the sha256 that meta.json gives; the message names all of them. Or as `load_info`.
   """
   info = load_info(path)
   wrong = [shard.file for shard in info.shards if _sha256(place(path) / shard.file) != shard.sha256]
@@ -279,10 +281,10 @@ class RowsWriter:
   """
 
   def __init__(self, directory: Path, *, sequence_length: int, documents: Documents, dtype: Dtype, shard_bytes: int):
-    """Writes nothing yet.
+    """Makes a writer without documents; writes no file.
 
     Args:
-      directory: local directory of the files; it has to exist when the first file is written.
+      directory: local directory of the files; has to exist when the first file is written.
       sequence_length: T; a row has T + 1 tokens.
       documents: how documents share a row.
       dtype: numpy dtype of the stored integers.
@@ -298,7 +300,7 @@ class RowsWriter:
 
   @property
   def pending(self) -> tuple[np.ndarray, np.ndarray]:
-    """The tokens [n] that are in no file yet, and bool [n]: whether each is the first of its document."""
+    """(ids [n], starts bool [n]): the tokens that are in no file yet, and whether each is the first of its document."""
     # Concatenated here and not in `add`, which would copy all of them for each piece.
     self._ids, self._starts = [np.concatenate(self._ids)], [np.concatenate(self._starts)]
     return self._ids[0], self._starts[0]
@@ -308,7 +310,7 @@ class RowsWriter:
 
     Args:
       ids: integers [n], the tokens of all documents, one document after the other.
-      lengths: integers [documents], tokens of each document; documents of length 0 are not counted.
+      lengths: integers [documents], number of tokens of each document; documents of length 0 are not counted.
     """
     lengths = lengths[lengths > 0]
     starts = np.zeros(len(ids), bool)
@@ -317,27 +319,34 @@ class RowsWriter:
     self.documents += len(lengths)
 
   def restore(self, documents: int, shards: Sequence[Shard], ids: np.ndarray, starts: np.ndarray) -> None:
-    """Continues where another writer stopped; takes its `documents`, `shards` and `pending` (ids, starts)."""
+    """Continues where another writer stopped; the arguments are that writer's `documents`, `shards` and `pending`."""
     self.documents, self.shards = documents, list(shards)
     self._append(ids, starts)
 
   def write_full(self) -> bool:
-    """Writes the files that have all their rows; returns whether there were any."""
+    """Writes each file that has all its rows; returns whether any file was written.
+
+    Raises:
+      OSError: a file cannot be written.
+    """
     before = len(self.shards)
     while self._full_rows >= self._rows_per_shard:
       self._write(self._rows_per_shard)
     return len(self.shards) > before
 
   def finish(self, *, bos: bool, vocab_size: int, tokenizer_sha256: str) -> PackedInfo:
-    """Writes the remaining rows and meta.json, and drops the tokens that do not fill a row.
+    """Writes the remaining rows and meta.json, and returns the contents of meta.json.
+
+    Drops the tokens at the end that do not fill a row.
 
     Args:
       bos: whether each document starts with the begin-of-text id.
-      vocab_size: number of rows of the embedding.
-      tokenizer_sha256: `tokenizer_fingerprint` of the tokenizer.
+      vocab_size: number of rows of the model's embedding.
+      tokenizer_sha256: what `tokenizer_fingerprint` returns for the tokenizer.
 
     Raises:
       ValueError: the tokens do not fill a single row.
+      OSError: a file cannot be written.
     """
     self.write_full()
     if self._full_rows:

@@ -1,11 +1,11 @@
-"""Packs text into rows, on all cores. A killed job resumes after its last finished file and ends with the same bytes.
+"""Packs text into rows, on all cores; a killed job resumes after its last finished file and writes the same bytes.
 
 OUTPUT/source.json    the arguments and the input files
 OUTPUT/train/         a packed directory, see `data.packed`
 OUTPUT/heldout/       another packed directory, of every `heldout_every`-th document; absent if heldout_every is 0
 
-While it is being written, the directory is called OUTPUT.partial; its journal.npz records the position in the input
-that the finished files of rows reach. An OUTPUT in a bucket is made in this machine's cache and then copied.
+While it is being written, the directory is called OUTPUT.partial, and its journal.npz records the position in the input
+up to which the finished files of rows reach. An OUTPUT in a bucket is made in the local cache directory, then copied.
 """
 
 from __future__ import annotations
@@ -79,9 +79,9 @@ class Prepared:
   Attributes:
     train: description of OUTPUT/train.
     heldout: description of OUTPUT/heldout; None if nothing is held out.
-    tokens_per_second: speed of packing; None if all had been packed before.
+    tokens_per_second: speed of packing; None if the output was finished before the call.
     bad: number of lines and rows that were skipped because they hold no text.
-    bad_first: error messages of the first few of those.
+    bad_first: error messages of the first few skipped lines and rows.
   """
 
   train: PackedInfo
@@ -108,31 +108,38 @@ def prepare(
 ) -> Prepared:
   """Packs text into rows of sequence_length + 1 tokens; resumes a call that was killed, and keeps finished output.
 
-  Each document is followed by the first of the tokenizer's end-of-text ids; documents without a token are skipped.
-  Rows overlap by one token, so that each token of a part but its very first comes once as the next token. The bytes
-  written depend only on the text, the tokenizer and the arguments, except `workers`.
+  Each document is followed by the first of the tokenizer's end-of-text ids; documents without a token are skipped. The
+  last token of a row is also the first of the next row, so that every token of OUTPUT/train (and of OUTPUT/heldout) but
+  the very first is the token to predict exactly once. The bytes written depend only on the text, the tokenizer and the
+  arguments except `workers`.
 
-  With workers, a script that calls this has to be guarded by `if __name__ == "__main__":`, since they are spawned.
+  Worker processes are spawned: with workers, a script that calls `prepare` has to be guarded by
+  `if __name__ == "__main__":`.
 
   Args:
     input: glob of files, or `pydoc:topics`, as `text.find_files` takes it.
     tokenizer: encodes the documents; pickled for the workers.
     output: the directory to make, local or gs://.
-    vocab_size: number of rows of the embedding that will read the ids.
-    sequence_length: T.
+    vocab_size: number of rows of the model's embedding; ids have to be below this number.
+    sequence_length: T, number of tokens to predict per row.
     text_key: the key of JSON lines, or the column of parquet files, that holds the text.
     documents: how documents share a row; `separate` also stores the number of each token's document in the row, from 1.
-    bos: start each document with the begin-of-text id.
-    heldout_every: hold out every N-th document; 0 holds none out.
-    skip_bad: skip and count lines and rows that hold no text; False raises ValueError at the first.
+    bos: whether each document starts with the begin-of-text id.
+    heldout_every: N; every N-th document goes to OUTPUT/heldout. 0: none does.
+    skip_bad: whether lines and rows that hold no text are skipped and counted; False raises ValueError at the first.
     workers: number of processes that encode; 0 encodes in this process. None: one per core, or 0 if the input is small.
     shard_bytes: approximate size of a file of rows in bytes, before compression.
 
   Raises:
     FileExistsError: `output` holds something other than packed text.
-    FileNotFoundError: no file matches `input`.
-    ValueError: an item of the input cannot be read, by file and line; the input is too small; the tokenizer does not
-      fit; `output` or OUTPUT.partial was made with other arguments; or `output` was made of another text.
+    FileNotFoundError: no file matches `input`, or a file of a finished `output` is missing.
+    ValueError: an argument is out of range; an item of the input cannot be read (the message names file and line); the
+      input is too small for a row; the tokenizer lacks an end-of-text id, or a begin-of-text id with `bos`, or gives an
+      id of vocab_size or more; `output` or OUTPUT.partial was made with other arguments; `output` was made from another
+      text; OUTPUT.partial is damaged, holds other files or is being written by another process; or `core.files.place`
+      rejects `output`.
+    ChildProcessError: a worker process ended early.
+    OSError: a file cannot be written or copied.
   """
   if sequence_length < 1 or documents not in ("join", "separate"):
     raise ValueError(
@@ -184,7 +191,7 @@ def _copy(directory: Path, target: AnyPath) -> None:
 def _pack(
   output: Path, tokenizer: TextEncoder, arguments: Mapping[str, Any], skip_bad: bool, workers: int | None
 ) -> Prepared:
-  """`prepare` for a local output."""
+  """Does what `prepare` does, for checked arguments and a local output."""
   partial = output.with_name(f"{output.name}.partial")
   if (output / UNFINISHED).exists():
     # The disk cannot rename directories, and an earlier job was killed while it moved the files one by one.
@@ -247,7 +254,7 @@ class _Job:
     dtype: numpy dtype of the stored integers.
     at: position in the input up to which documents were taken.
     bytes_read: bytes of the input up to `at`.
-    bad: number of items skipped so far (`count`), and error messages of the first of them (`first`).
+    bad: number of items skipped so far (`count`), and error messages of the first skipped items (`first`).
   """
 
   def __init__(self, partial: Path, arguments: Mapping[str, Any], files: list[InputFile]):
@@ -282,10 +289,10 @@ class _Job:
       (partial / name).mkdir(exist_ok=True)
 
   def take(self, encoded: Encoded, at: Place, bytes_read: int) -> None:
-    """Adds the documents of a piece to train and heldout; writes the files that are full, and then the journal.
+    """Adds the documents of a piece to train and heldout; if files of rows are now full, writes them and the journal.
 
     Args:
-      encoded: the documents.
+      encoded: the documents of the piece.
       at: position in the input after the piece.
       bytes_read: bytes of the input up to `at`.
     """
@@ -303,7 +310,7 @@ class _Job:
       self._save()
 
   def finish(self) -> dict[Part, PackedInfo]:
-    """Writes the remaining rows, each part's meta.json, and SOURCE_FILE."""
+    """Writes the remaining rows, each part's meta.json, and SOURCE_FILE; returns the contents of each meta.json."""
     arguments = self._arguments
     for name, part in self._parts.items():
       try:
@@ -340,7 +347,7 @@ class _Job:
       np.savez(file, allow_pickle=False, **arrays)
 
   def _resume(self, journal: Path) -> bool:
-    """Restores the state that the journal holds; returns False, and prints why, if the text before it has changed."""
+    """Restores what the journal holds; if the text that was already packed has changed, prints so and returns False."""
     try:
       with np.load(journal) as saved:
         arrays = {name: saved[name] for name in saved.files}
@@ -366,11 +373,11 @@ class _Job:
     return True
 
   def _begins_alike(self, files: Sequence[Sequence[Any]], at: Place) -> bool:
-    """Whether the input up to the position `at` is what it was; text after that position may have changed.
+    """Whether the input up to the position `at` is the same as before; text after that position may have changed.
 
     Args:
-      files: the input files when the journal was written, (path, size, time of change) each.
-      at: position that the journal ends at.
+      files: (path, size, time of change) of each input file when the journal was written.
+      at: position in the input when the journal was written.
     """
     number, done, digest = at
     if [tuple(file) for file in files[:number]] != self._files[:number]:

@@ -1,7 +1,7 @@
 """Reads documents from text files: .txt, .jsonl, .jsonl.gz, .jsonl.zst, .parquet and `pydoc:topics`.
 
-Reading has two halves, so that many processes can share the expensive one: `read_pieces` reads, decompresses and splits
-files into lines; `parse` turns lines into texts.
+Reading has two halves, so that many processes can share the expensive half, `parse`: `read_pieces` reads, decompresses
+and splits files into lines; `parse` turns lines into texts.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class InputFile:
   Attributes:
     path: path of the file, or `pydoc:topics`.
     size: size of the file in bytes.
-    changed: time of its last change, in nanoseconds since 1970.
+    changed: time of the file's last change, in nanoseconds since 1970.
   """
 
   path: str
@@ -52,8 +52,8 @@ class Piece:
   Attributes:
     path: path of the file.
     first: number of the first item; lines are numbered from 1, rows of parquet and topics from 0.
-    items: lines, rows, topics or one whole file, as bytes that should be UTF-8; None is a parquet null.
-    bytes_read: bytes of the file up to the end of this piece; approximate for compressed files.
+    items: lines, rows, topics or one whole file, each as bytes that should be UTF-8; None is a parquet null.
+    bytes_read: number of bytes of the file up to the end of this piece; approximate for compressed and parquet files.
   """
 
   path: str
@@ -87,16 +87,17 @@ def find_files(pattern: str) -> list[InputFile]:
 
 
 def read_pieces(path: str, text_key: str = "text", *, skip: int = 0) -> Iterator[Piece]:
-  """Yields the items of a file in pieces of about PIECE_BYTES.
+  """Yields the items of a file in pieces of at least PIECE_BYTES; the last piece may be smaller.
 
   Args:
     path: path of a file that `find_files` returned.
     text_key: the column of a parquet file that holds the text.
-    skip: number of items at the start to leave out.
+    skip: number of items at the start of the file to leave out.
 
   Raises:
-    ValueError: the file is damaged, or is a parquet file without a text column `text_key`. The message names the file
-      and, of a damaged parquet file, the first row that cannot be read.
+    ValueError: the file is damaged, is a parquet file without a text column `text_key`, or is a parquet file and
+      pyarrow is not installed. The message names the file and, for a damaged parquet file, the first row that cannot be
+      read.
   """
   first_number = int(path.endswith(LINE_ENDINGS))
   items: list[bytes | None] = []
@@ -117,7 +118,8 @@ def parse(piece: Piece, text_key: str = "text", bad: list[str] | None = None) ->
   Args:
     piece: a piece that `read_pieces` yielded.
     text_key: the key of a JSON line, or the column of a parquet file, that holds the text.
-    bad: a list that gets an error message for each item without a valid text, which is skipped; None raises instead.
+    bad: a list; items without a valid text are skipped, and an error message for each is appended to it. None: the
+      first such item raises ValueError.
 
   Raises:
     ValueError: an item has no valid text, and `bad` is None; the message names the file and the line or row.
@@ -140,7 +142,7 @@ def parse(piece: Piece, text_key: str = "text", bad: list[str] | None = None) ->
 
 
 def read_documents(pattern: str, text_key: str = "text") -> Iterator[str]:
-  """Yields the documents of all files that match a pattern, in order of path and line.
+  """Yields the texts of all files that match a pattern, in order of path and line.
 
   Args:
     pattern: a glob, or `pydoc:topics`, as `find_files` takes it.
@@ -148,20 +150,24 @@ def read_documents(pattern: str, text_key: str = "text") -> Iterator[str]:
 
   Raises:
     FileNotFoundError: nothing matches.
-    ValueError: a file, line or row cannot be read; the message names it.
+    ValueError: `find_files` rejects the pattern, or a file, line or row cannot be read; the message names the path and
+      the line or row.
   """
   for file in find_files(pattern):
     yield from documents_of(file, text_key)
 
 
 def documents_of(file: InputFile, text_key: str = "text") -> Iterator[str]:
-  """Yields the documents of one file, as `read_documents` does."""
+  """Yields the texts of one file; for `text_key` and the ValueErrors see `read_documents`."""
   for piece in read_pieces(file.path, text_key):
     yield from (text for _, text in parse(piece, text_key))
 
 
 def documents_in_turns(pattern: str, text_key: str = "text") -> Iterator[str]:
-  """Yields the documents of all files that match a pattern, taking one from each file in turn (round robin)."""
+  """Yields the texts of all files that match a pattern, one from each file in turn (round robin).
+
+  For the arguments and errors see `read_documents`.
+  """
   readers = [documents_of(file, text_key) for file in find_files(pattern)]
   while readers:
     for reader in list(readers):
@@ -203,7 +209,7 @@ def _topics() -> list[str]:
 
 
 def _items(path: str, text_key: str, skip: int) -> Iterator[tuple[bytes | None, int]]:
-  """Yields (item, bytes of the file read so far)."""
+  """Yields (item, number of bytes of the file read so far), without the first `skip` items."""
   if path.endswith(".parquet"):
     yield from _parquet_rows(path, text_key, skip)
     return

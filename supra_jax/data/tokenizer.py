@@ -1,11 +1,11 @@
 """Encodes text to token ids and decodes ids to text, with a tokenizer.json or a SentencePiece tokenizer.model.
 
-Special tokens: a special token spelled out in a text (`<|im_end|>`, `</s>`) becomes its single id, as in transformers.
-Encoding may add the begin-of-text id, and never an end-of-text id. Decoding drops special tokens unless told to keep
-them.
+A special token spelled out in a text (`<|im_end|>`, `</s>`) becomes that token's single id, as in transformers.
+Encoding may add the begin-of-text id, but never an end-of-text id. Decoding drops special tokens unless `keep_special`
+is set.
 
 Decoding concatenates the bytes of the tokens and decodes them as UTF-8, with U+FFFD for invalid bytes; streaming does
-the same piece by piece. For tokens that spell valid UTF-8 the text equals that of transformers without
+the same piece by piece. For tokens that spell valid UTF-8 the text equals what transformers returns without
 clean_up_tokenization_spaces.
 """
 
@@ -20,7 +20,10 @@ from supra_jax.model.config import ModelConfig
 
 
 class StreamDecoder:
-  """Decodes ids one at a time; the texts of all `push` calls and of `flush` add up to `Tokenizer.decode` of the ids."""
+  """Decodes ids one at a time.
+
+  The texts that `push` returns for each id and `flush` at the end, concatenated, are what `Tokenizer.decode` returns.
+  """
 
   def __init__(self, piece: Callable[[int], bytes], leading_spaces: int):
     self._piece = piece
@@ -28,7 +31,11 @@ class StreamDecoder:
     self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
 
   def push(self, token_id: int) -> str:
-    """Returns the text that this id completes; empty while a character still lacks bytes."""
+    """Returns the text that this id completes; empty while a character still lacks bytes.
+
+    Raises:
+      ValueError: the id is negative.
+    """
     piece = self._piece(int(token_id))
     if self._leading_spaces and piece:
       kept = piece.lstrip(b" ")
@@ -46,16 +53,16 @@ class Tokenizer:
   """The tokenizer of a model: encodes, decodes, and knows the begin- and end-of-text ids."""
 
   def __init__(self, backend: Backend, config: ModelConfig, settings: Mapping[str, Any]):
-    """Prefer `from_files`.
+    """Makes a tokenizer from an opened file; `from_files` also opens the file.
 
     Args:
       backend: the opened tokenizer file.
-      config: config of the model: size of the embedding, end-of-text ids, and the begin-of-text id if `settings` and
-        the tokenizer's own rules name none.
-      settings: contents of tokenizer_config.json, or empty.
+      config: config of the model: number of rows of the embedding, end-of-text ids, and the begin-of-text id if
+        `settings` and the tokenizer file's own rules name none.
+      settings: parsed contents of tokenizer_config.json, or empty.
 
     Raises:
-      ValueError: the settings contradict the tokenizer file.
+      ValueError: `settings` adds tokens that the tokenizer file lacks, or the file puts several ids before a text.
     """
     self._backend = backend
     self._embedding_rows = config.vocab_size
@@ -83,7 +90,7 @@ class Tokenizer:
       The tokenizer; None if there is neither a `tokenizer.json` nor a `tokenizer.model`.
 
     Raises:
-      ValueError: a file is corrupt, or asks for something that is not supported.
+      ValueError: a file is corrupt, contradicts another, or asks for something that is not supported.
     """
     settings = json_object("tokenizer_config.json", files.get("tokenizer_config.json", b"{}"))
     if "tokenizer.json" in files:
@@ -94,7 +101,7 @@ class Tokenizer:
 
   @property
   def vocab_size(self) -> int:
-    """One more than the largest id the tokenizer knows; the model's embedding may have more rows."""
+    """One more than the largest id that the tokenizer knows; the model's embedding may have more rows."""
     return self._backend.vocab_size
 
   @property
@@ -112,7 +119,8 @@ class Tokenizer:
 
     Args:
       text: any text; special tokens spelled out in it become their ids.
-      bos: whether the ids start with `bos_id`, which is never added twice. None: as the tokenizer's own files say.
+      bos: whether the ids start with `bos_id`, which is added only if the text does not begin with it. None: as the
+        tokenizer's own files say.
 
     Raises:
       ValueError: `bos` is True and there is no `bos_id`; the text has a token without a row in the model's embedding,
@@ -141,9 +149,9 @@ class Tokenizer:
 
     Args:
       ids: any ids; ids that the tokenizer does not know decode to nothing, since an embedding may have unused rows.
-      keep_special: spell special tokens out; False drops them.
-      continues: the ids continue an earlier text, so that a space at their start is kept. False drops the space that
-        SentencePiece adds before a whole text.
+      keep_special: whether special tokens are spelled out; False drops them.
+      continues: whether the ids continue an earlier text, so that a space at their start is kept. False drops the space
+        that SentencePiece adds before a whole text.
 
     Raises:
       ValueError: an id is negative.
@@ -152,7 +160,7 @@ class Tokenizer:
     return "".join([*map(stream.push, ids), stream.flush()])
 
   def stream_decoder(self, *, keep_special: bool = False, continues: bool = False) -> StreamDecoder:
-    """Makes a decoder for ids that come one at a time; for the arguments see `decode`."""
+    """Returns a decoder for ids that come one at a time; for the arguments see `decode`."""
 
     def piece(token_id: int) -> bytes:
       return b"" if not keep_special and token_id in self._backend.special else self._piece(token_id)

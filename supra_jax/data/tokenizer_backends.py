@@ -1,4 +1,4 @@
-"""Two kinds of tokenizer files behind one interface: text to ids without begin- or end-of-text, and an id to bytes."""
+"""Opens two kinds of tokenizer files behind one interface, `Backend`: text to ids, and a single id to bytes."""
 
 from __future__ import annotations
 
@@ -13,17 +13,20 @@ import tokenizers
 from supra_jax.core.plain_json import to_json
 
 _SPACE = "▁"  # how SentencePiece writes a space
-# `normalizer_spec { add_dummy_prefix: false }` as a serialised protobuf message. Appended to a serialised model it is
-# merged into it: the sentencepiece package has no option to switch the prefix off.
+# `normalizer_spec { add_dummy_prefix: false }` as a serialised protobuf message. Protobuf merges these bytes into a
+# serialised model that they are appended to: the sentencepiece package has no option to switch the prefix off.
 NO_DUMMY_PREFIX = b"\x1a\x02\x18\x00"
 
 
 class Backend(Protocol):
   """Interface of an opened tokenizer file.
 
+  `encode` adds no begin- or end-of-text id. `token_id` and `token` return None for what the file does not have. `piece`
+  returns the bytes that one id decodes to.
+
   Attributes:
     vocab_size: one more than the largest id.
-    special: id -> text of the special tokens.
+    special: id -> text of each special token.
     prefix: the ids that the file's own rules put before every text.
     bos_id: the begin-of-text id that the file names; None if it names none.
     eos_id: the end-of-text id that the file names; None if it names none.
@@ -53,7 +56,7 @@ class JsonBackend:
     """Opens the contents of a tokenizer.json.
 
     Raises:
-      ValueError: the file cannot be read, or has a decoder that is not supported.
+      ValueError: the file cannot be read, or has a decoder or rules for special tokens that are not supported.
     """
     description = json_object("tokenizer.json", contents)
     try:
@@ -102,7 +105,7 @@ class _PieceDecoder:
   """The decoder section of a tokenizer.json, as a function from one token to its bytes.
 
   Raises:
-    ValueError: a step of the decoder is unknown, or depends on more than one token.
+    ValueError: a step of the decoder is not supported, for instance because it depends on more than one token.
   """
 
   def __init__(self, section: Any):
@@ -146,14 +149,14 @@ class SentencePieceBackend:
   """A tokenizer.model, read by the `sentencepiece` package."""
 
   def __init__(self, contents: bytes, settings: Mapping[str, Any]):
-    """Opens a tokenizer.model.
+    """Opens the contents of a tokenizer.model.
 
     Args:
       contents: contents of the file.
-      settings: contents of tokenizer_config.json, or empty; only `legacy` is read.
+      settings: parsed contents of tokenizer_config.json, or empty; only `legacy` is read.
 
     Raises:
-      ValueError: the file cannot be read, or writes spaces as suffixes.
+      ValueError: the file cannot be read, or its pieces have the space at their end.
     """
     self._model = _open_sentencepiece(contents)
     self._bare_model = _open_sentencepiece(contents + NO_DUMMY_PREFIX)
@@ -216,7 +219,7 @@ def _id_or_none(token_id: int) -> int | None:
 
 
 def _byte_alphabet() -> dict[str, int]:
-  """GPT-2's byte alphabet, {character: byte}: printable bytes are their own character, others are chr(256 + i)."""
+  """Returns GPT-2's byte alphabet, {character: byte}; bytes that are not printable have characters from chr(256) on."""
   printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
   others = [byte for byte in range(256) if byte not in printable]
   return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
@@ -230,7 +233,15 @@ def _is_byte_piece(token: str) -> bool:
 
 
 def json_object(name: str, contents: bytes) -> dict[str, Any]:
-  """Parses the contents of the file `name`; raises ValueError unless they are a JSON object."""
+  """Parses the contents of a file as a JSON object.
+
+  Args:
+    name: name of the file in error messages.
+    contents: contents of the file.
+
+  Raises:
+    ValueError: the contents are not JSON, or not an object.
+  """
   try:
     value = json.loads(contents)
   except ValueError as error:

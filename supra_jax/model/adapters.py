@@ -1,4 +1,4 @@
-"""Low-rank adapters (LoRA, Hu et al. 2021): beside a kernel W two factors A and B that train in its place, W + A B."""
+"""Low-rank adapters (LoRA, Hu et al. 2021): W + A B in place of a kernel W, where A and B are trained and W is not."""
 
 from __future__ import annotations
 
@@ -19,11 +19,12 @@ from supra_jax.model.registry import takes_adapters
 
 @dataclasses.dataclass(frozen=True)
 class AdapterConfig:
-  """Which kernels have adapters.
+  """Rank of the adapters, and which kernels have adapters.
 
   Attributes:
     rank: r of the factors A [I, r] and B [r, O]; 0 means no adapters.
-    kernels: regex; a kernel has adapters if it is found in the kernel's path, "run_0/self_attn/q_proj/kernel".
+    kernels: regex; a kernel has adapters if the regex is found in the kernel's path, such as
+      "run_0/self_attn/q_proj/kernel".
   """
 
   rank: Annotated[int, AtLeast(0)] = 0
@@ -34,17 +35,17 @@ class AdapterConfig:
 
 
 def add_adapters(params: Mapping[str, Any], config: AdapterConfig, seed: int) -> dict[str, Any]:
-  """Parameters with adapters of float32 beside the kernels of `Dense`; the model computes what it did before.
+  """Returns parameters with float32 adapters A and B beside kernels of `Dense`; the model's output does not change yet.
 
-  A is drawn from U(-1/sqrt(I), 1/sqrt(I)), as LoRA's authors have it, and B is 0. There is no alpha: it is r.
+  A is drawn from U(-1/sqrt(I), 1/sqrt(I)), as in LoRA's own code, and B is 0. A B is not scaled: LoRA's alpha is r.
 
   Args:
-    params: one subtree a layer, or a run.
-    config: of rank 1 or more.
-    seed: a kernel's draw depends on it and on the kernel's path.
+    params: nested dict of parameters, with one subtree per layer or per stack of layers.
+    config: which kernels; its rank is 1 or more.
+    seed: seeds the draw of every A, together with the path of the kernel.
 
   Raises:
-    ValueError: there is no such kernel.
+    ValueError: `config.kernels` finds no kernel that can have adapters.
   """
   found = False
 
@@ -67,7 +68,7 @@ def add_adapters(params: Mapping[str, Any], config: AdapterConfig, seed: int) ->
 
 
 def merge_adapters(params: Mapping[str, Any]) -> dict[str, Any]:
-  """Each W + A B in W's place: the parameters of an ordinary model, which computes the same."""
+  """Returns parameters with W + A B in place of each W, and without adapters; the model computes the same."""
   if ADAPTERS[0] not in params:
     return {name: merge_adapters(leaf) if isinstance(leaf, Mapping) else leaf for name, leaf in params.items()}
   a, b = (params[name] for name in ADAPTERS)

@@ -1,4 +1,4 @@
-"""What a model is: frozen dataclasses and their JSON form."""
+"""The config of a model: frozen dataclasses, and their JSON form in config.json."""
 
 from __future__ import annotations
 
@@ -23,17 +23,18 @@ class RopeConfig:
   """Rotary position embedding (Su et al. 2021).
 
   Attributes:
-    base: theta in `theta^(-2i/K)`.
-    scaling: `linear` divides every frequency by `factor`; `llama3` and `yarn` divide the low ones and blend a band
-      between.
-    factor: the divisor.
-    low_freq_factor, high_freq_factor, original_max_positions: the band of `llama3`.
-    kind: `half` turns the features i and i + K/2 of a head together, `interleaved` 2i and 2i + 1. `by_head` is `half`
-      by a head's index in place of the token's position, as OpenLM's first models have it. `none` turns nothing.
-    beta_fast, beta_slow, original_max_positions: the band of `yarn` (Peng et al. 2023), in turns within the original
-      context.
-    truncate: `yarn`'s band begins and ends at whole features.
-    attention_factor: `yarn` multiplies q and k by it.
+    base: theta in `theta^(-2i/K)`, the frequency of feature pair i.
+    scaling: `linear` divides every frequency by `factor`. `llama3` and `yarn` divide low frequencies, keep high ones,
+      and blend both in a band between.
+    factor: the divisor of `scaling`.
+    low_freq_factor, high_freq_factor: ends of the band of `llama3`, in turns within `original_max_positions` tokens.
+    original_max_positions: length in tokens of the context before scaling, for `llama3` and `yarn`.
+    kind: pairs of features that are rotated together: `half` pairs the features i and i + K/2 of a head, `interleaved`
+      2i and 2i + 1. `by_head` pairs as `half` does, and rotates by the index of the head in place of the token's
+      position, as in OpenLM's first models. `none` rotates nothing.
+    beta_fast, beta_slow: ends of the band of `yarn` (Peng et al. 2023), in turns as for `llama3`.
+    truncate: whether the ends of `yarn`'s band are rounded to whole feature pairs.
+    attention_factor: factor on the rotated q and k, for `yarn`.
   """
 
   base: Annotated[float, POSITIVE] = 10_000.0
@@ -64,27 +65,34 @@ class RopeConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-  """A Llama-shaped language model whose layers each choose their mixer.
+  """Config of a Llama-like language model in which every layer has a mixer of its own.
 
   Attributes:
-    vocab_size, hidden_size, intermediate_size: rows of the embedding, D and F.
-    num_heads, num_kv_heads: H and G; G divides H.
+    vocab_size: number of rows of the embedding.
+    hidden_size: D, width of the model.
+    intermediate_size: F, width of the feed-forward layer.
+    num_heads: H, number of query heads.
+    num_kv_heads: G, number of key/value heads; G divides H.
     head_dim: K, the width of a query or key head.
-    value_head_dim: V; None means K.
-    layers: what each layer's mixer is told, an instance of the mixer's own `Config` (`registry.layer`): softmax
-      attention, linear attention in its place, or another. Its length is the number of layers.
+    value_head_dim: V, the width of a value head; None means K.
+    layers: the config of each layer's mixer (softmax attention, linear attention or another), made by `registry.layer`.
+      The model has as many layers as there are configs.
     norm: `rms_norm`, `layer_norm` (gain and bias) or `layer_norm_gain`.
-    norm_eps: epsilon of those norms (the GroupNorm of `supra` has its own, 1e-5).
-    rope: rotary positions, used by all mixers.
-    qk_norm: normalise the projected q and k, in all mixers: `head` over each head's K with one gain for all heads
-      (Qwen3), `all_heads` over all heads together (OpenLM). In a `supra` layer it stands before phi, where the teacher
-      has it, and is kept with the projections.
-    post_embed_norm: one more norm, right after the embedding.
-    sliding_window: how many tokens back, itself included, a `softmax` layer sees; None means all.
-    tie_embeddings: the unembedding is the embedding.
-    qkv_bias, output_bias, mlp_bias: biases on q, k, v; on the attention output; in the MLP.
-    max_positions: the longest sequence the teacher was trained on; None: not known.
-    bos_token_id, eos_token_ids: what starts a text and what ends one.
+    norm_eps: epsilon of these norms (the GroupNorm of `supra` has its own, 1e-5).
+    rope: rotary position embedding of all mixers.
+    qk_norm: normalisation of the projected q and k, in all mixers: `head` over the K features of each head, with one
+      gain for all heads (Qwen3); `all_heads` over all heads together (OpenLM); `none`. In a `supra` layer this norm
+      comes before phi, as in the teacher; `SupraConfig.qk_norm` is another norm, after phi.
+    post_embed_norm: whether one more norm follows the embedding.
+    sliding_window: number of tokens, the token itself and those before, that a token sees in a `softmax` layer; None
+      means all.
+    tie_embeddings: whether the unembedding is the transposed embedding.
+    qkv_bias: whether the projections of q, k and v have a bias.
+    output_bias: whether the output projection of attention, o_proj, has a bias.
+    mlp_bias: whether the feed-forward layer has biases.
+    max_positions: length in tokens of the longest sequence that the teacher was trained on; None: not known.
+    bos_token_id: id of the token that begins a text; None: there is none, or it is not known.
+    eos_token_ids: ids of the tokens that end a text; may be empty.
   """
 
   vocab_size: Annotated[int, POSITIVE]
@@ -139,7 +147,7 @@ class ModelConfig:
     return dataclasses.replace(self, **changes)
 
   def to_json(self) -> str:
-    """The config as JSON: each distinct mixer config once, and for each layer the label of its own."""
+    """Returns the config as JSON: each distinct mixer config once, under a label, and the labels of all layers."""
     values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "layers"}
     labels = _labels(self.layers)
     values["rope"] = dataclasses.asdict(self.rope)
@@ -149,19 +157,24 @@ class ModelConfig:
 
   @classmethod
   def from_json(cls, text: str) -> ModelConfig:
-    """Reads what `to_json` wrote; raises ValueError as `from_values`."""
+    """Returns the config that `to_json` wrote.
+
+    Raises:
+      ValueError: `text` is not JSON, or `from_values` rejects it.
+    """
     return cls.from_values(json.loads(text))
 
   @classmethod
   def from_values(cls, values: Any, path: str = "model config") -> ModelConfig:
-    """Reads what `to_json` wrote, parsed, and files of before mixers had configs of their own (key `supra`).
+    """Returns the config that parsed JSON describes.
 
     Args:
-      values: a mapping.
-      path: what it is called in errors.
+      values: parsed JSON that `to_json` wrote, or of the older format, where one key `supra` configures all mixers.
+      path: name of `values` in error messages.
 
     Raises:
-      ValueError: a key is unknown or missing, or a value has the wrong type, by name.
+      ValueError: a key is unknown or missing, or a value has the wrong type or is out of range; the message names the
+        key.
     """
     old = isinstance(values, Mapping) and "mixer_configs" not in values
     key = "supra" if old else "mixer_configs"
@@ -176,7 +189,7 @@ class ModelConfig:
 
 
 def _labels(layers: Sequence[MixerConfig]) -> dict[MixerConfig, str]:
-  """Each distinct config -> its label: the mixer's name, for further configs of that mixer `NAME.2` and so on."""
+  """Returns {config: label} of all distinct configs: NAME for the first of the mixer NAME, then `NAME.2` and so on."""
   labels: dict[MixerConfig, str] = {}
   for layer in dict.fromkeys(layers):
     number = 1 + sum(other.mixer == layer.mixer for other in labels)
@@ -185,7 +198,7 @@ def _labels(layers: Sequence[MixerConfig]) -> dict[MixerConfig, str]:
 
 
 def _layers(labels: Any, configs: Any, path: str, *, old: bool) -> tuple[MixerConfig, ...]:
-  """The config of each layer, from the labels and what config.json says of them."""
+  """Returns the config of each layer, given its label and {label: fields} (`old`: the fields of the key `supra`)."""
   if not isinstance(labels, list | tuple) or not all(isinstance(label, str) for label in labels):
     raise ValueError(f"{path}: mixers: wanted a list of names, got {labels!r}.")
   if not isinstance(configs, Mapping):
@@ -209,6 +222,6 @@ def _layers(labels: Any, configs: Any, path: str, *, old: bool) -> tuple[MixerCo
 
 
 def _of_supra_key(config: type[MixerConfig], supra: Mapping[str, Any], path: str) -> MixerConfig:
-  """A mixer's config of what one key `supra` said for all mixers; sinks came later, and were 0 before."""
+  """Returns a mixer's config, made of the old key `supra`, which had no sinks: the window attention then saw none."""
   whole = from_mapping(mixer_class("supra_window").Config, {"sinks": 0, **supra}, f"{path}: supra")
   return config(**{field.name: getattr(whole, field.name) for field in dataclasses.fields(config)})

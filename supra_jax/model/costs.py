@@ -1,4 +1,4 @@
-"""FLOPs a token, worked out by hand; MFU, their share of a device's peak; bytes of a state."""
+"""FLOPs per token by formula, model FLOPs utilisation (MFU), and the size of a model's state in bytes."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from supra_jax.model.config import ModelConfig
 from supra_jax.model.registry import mixer_class
 from supra_jax.model.transformer import Transformer
 
-# Multiply-accumulates of bfloat16 into float32, without sparsity; vendors often print twice that, "with sparsity". By
-# jax's `device_kind` in full: a part of a card (MIG) has a kind of its own, and must not pass for the whole.
+# Peak FLOP/s of multiply-accumulates of bfloat16 into float32, without sparsity; vendors often print twice that, "with
+# sparsity". The key is jax's `device_kind` in full: a part of a card (MIG) has a kind of its own, and must not be taken
+# for the whole card.
 PEAK_FLOPS: dict[str, float] = {
   # A device of jax is a chip, except for v3 and 7x, where it is one of a chip's two cores.
   # docs.cloud.google.com/tpu/docs/{v3,v4,v5e,v5p,v6e,tpu7x}, "peak compute per chip (bf16)"
@@ -50,24 +51,24 @@ PEAK_FLOPS: dict[str, float] = {
 
 
 def train_flops_per_token(config: ModelConfig, sequence_length: int) -> float:
-  """Model FLOPs of the forward and backward pass, a token.
+  """Returns the model FLOPs of the forward and backward pass per token.
 
-  A token needs W multiply-adds forward, two FLOPs each, and twice as many backward, for the gradients of both factors:
-  FLOPs = 6 W, with
+  The forward pass needs W multiply-adds per token, two FLOPs each, and the backward pass twice as many, for the
+  gradients of both factors: FLOPs = 6 W, with
 
-    W = sum over layers of (what its mixer's `flops` says + 3*D*F), and then D * vocabulary
+    W = sum over layers of (multiply-adds of the mixer, `Mixer.flops`, + 3*D*F) + D * vocab_size
 
-  The unembedding is counted, tied or not. The embedding's look-up, norms, activations, RoPE and decays are not, nor
-  what an implementation computes beyond the model: recomputation (remat), the products inside a chunk, the masked half
-  of attention. The result is the numerator of MFU (Chowdhery et al. 2022, PaLM, appendix B), without the masked half,
-  as in FlashAttention's counts.
+  The unembedding is counted, tied or not. Not counted are the embedding's look-up, norms, activations, RoPE and decays,
+  nor what an implementation computes beyond the model: recomputation (remat), the products inside a chunk, the masked
+  half of attention. The result is the numerator of MFU (Chowdhery et al. 2022, PaLM, appendix B), except that the
+  masked half of attention is left out, as in FlashAttention's counts.
 
   Args:
-    config: the model; all of its parameters are counted as trained.
-    sequence_length: T, number of tokens that see each other.
+    config: config of the model; all parameters are counted as trained.
+    sequence_length: T, length of a sequence in tokens.
 
   Raises:
-    ValueError: the sequence has no token.
+    ValueError: `sequence_length` is less than 1.
   """
   if sequence_length < 1:
     raise ValueError(f"sequence_length={sequence_length}: wanted at least 1.")
@@ -78,18 +79,33 @@ def train_flops_per_token(config: ModelConfig, sequence_length: int) -> float:
 
 
 def step_flops_per_token(config: ModelConfig, sequence_length: int, teacher: ModelConfig | None = None) -> float:
-  """`train_flops_per_token`, plus the forward pass of a teacher that runs in the step, a third of its count."""
+  """Returns the model FLOPs of a training step per token, with the forward pass of a teacher if the step runs one.
+
+  The forward pass is a third of the teacher's `train_flops_per_token`.
+
+  Raises:
+    ValueError: `sequence_length` is less than 1.
+  """
   own = train_flops_per_token(config, sequence_length)
   return own if teacher is None else own + train_flops_per_token(teacher, sequence_length) / 3
 
 
 def state_bytes(config: ModelConfig, tokens: int, dtype: Any = jnp.bfloat16) -> int:
-  """Bytes of a model's state after one sequence of so many tokens; `dtype` is that of keys and values."""
+  """Returns the size in bytes of a model's state for one sequence.
+
+  Args:
+    config: config of the model.
+    tokens: number of tokens that the state has room for.
+    dtype: dtype of the keys and values in the state; the state of linear attention is always float32.
+  """
   return sum(state_bytes_by_part(config, tokens, dtype).values())
 
 
 def state_bytes_by_part(config: ModelConfig, tokens: int, dtype: Any = jnp.bfloat16) -> dict[str, int]:
-  """`state_bytes` of each part that the mixers' PARTS name, summed over all layers."""
+  """Returns {part: size in bytes} of a model's state, summed over all layers, for the parts that `Mixer.PARTS` names.
+
+  For the arguments see `state_bytes`.
+  """
   states = jax.eval_shape(lambda: Transformer(config, dtype).init_state(1, tokens).layers)
   parts: dict[str, int] = {}
   for layer, state in zip(config.layers, states, strict=True):
@@ -100,10 +116,16 @@ def state_bytes_by_part(config: ModelConfig, tokens: int, dtype: Any = jnp.bfloa
 
 
 def peak_flops(device: jax.Device) -> float | None:
-  """Dense bfloat16 FLOP/s of the device; None where PEAK_FLOPS does not know its kind."""
+  """Returns the peak FLOP/s of a device in bfloat16 without sparsity; None if its kind is not in PEAK_FLOPS."""
   return PEAK_FLOPS.get(device.device_kind)
 
 
 def mfu(tokens_per_second_per_device: float, flops_per_token: float, peak: float | None) -> float | None:
-  """Model FLOPs utilisation: the share of the peak that the model's own FLOPs make up; None without a peak."""
+  """Returns the model FLOPs utilisation (MFU): model FLOP/s per device as a share of the device's peak FLOP/s.
+
+  Args:
+    tokens_per_second_per_device: speed of training.
+    flops_per_token: model FLOPs per token, from `train_flops_per_token` or `step_flops_per_token`.
+    peak: peak FLOP/s of the device; None: not known, and the result is None.
+  """
   return None if peak is None else tokens_per_second_per_device * flops_per_token / peak

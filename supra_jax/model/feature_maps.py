@@ -1,4 +1,4 @@
-"""phi(x) = relu(W x + b), the kernel feature map that takes the softmax's place (paper eq. 8; Kasai et al. 2021)."""
+"""phi(x) = relu(W x + b), the kernel feature map that replaces the softmax (paper eq. 8; Kasai et al. 2021)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ FeatureMapKind = Literal["dense", "per_head", "per_head_separate"]
 
 
 def _uniform_fan_in(fan_in: int) -> nn.initializers.Initializer:
-  """U(-1/sqrt(fan_in), 1/sqrt(fan_in)), torch's default for a linear layer and so the reference's."""
+  """Returns an initializer from U(-1/sqrt(fan_in), 1/sqrt(fan_in)), the default of torch's linear layer."""
   bound = 1 / math.sqrt(fan_in)
 
   def init(key, shape, dtype=jnp.float32):
@@ -27,7 +27,7 @@ def _uniform_fan_in(fan_in: int) -> nn.initializers.Initializer:
 
 
 class DenseFeatureMap(nn.Module):
-  """W over all heads together, [N*K, N*K], as released checkpoints have it."""
+  """phi with one W [N*K, N*K] over all N heads together, as in released checkpoints."""
 
   dtype: Any = jnp.float32
 
@@ -37,13 +37,19 @@ class DenseFeatureMap(nn.Module):
     init = _uniform_fan_in(heads * width)
     kernel = self.param("kernel", init, (heads * width, heads * width))
     bias = self.param("bias", init, (heads * width,))
-    # W mixes all heads: whole on every device, gathered once for the product and for the gradient of W.
+    # W mixes all heads, so every device needs x with all heads: gathered once, for the product and the gradient of W.
     x = constrain(x_BTNK.reshape(*lead, heads * width), "batch", "time", None)
     return nn.relu(add_bias(matmul(x, kernel, self.dtype), bias)).reshape(x_BTNK.shape)
 
 
 class PerHeadFeatureMap(nn.Module):
-  """`maps` matrices [K, K], as the paper writes it; head h uses map h // (heads / maps)."""
+  """phi with `maps` matrices W [K, K], as the paper writes it; head h uses matrix h // (heads / maps).
+
+  Attributes:
+    maps: number of matrices; divides the number of heads.
+    width: K.
+    dtype: dtype of the computation.
+  """
 
   maps: int
   width: int
@@ -61,7 +67,7 @@ class PerHeadFeatureMap(nn.Module):
 
 
 def make_feature_maps(config: ModelConfig, kind: FeatureMapKind, dtype: Any) -> tuple[nn.Module, nn.Module | None]:
-  """(map of q, map of k); the second is None where q's map serves k too."""
+  """Returns (feature map of q, feature map of k); the second is None where the map of q is also applied to k."""
   heads, groups, width = config.num_heads, config.num_kv_heads, config.head_dim
   if kind == "dense":
     return DenseFeatureMap(dtype), None if groups == heads else DenseFeatureMap(dtype)
@@ -71,6 +77,6 @@ def make_feature_maps(config: ModelConfig, kind: FeatureMapKind, dtype: Any) -> 
 
 
 def feature_map_flops(config: ModelConfig, kind: FeatureMapKind) -> float:
-  """Multiply-adds a token: (H K)^2 + (G K)^2 for a dense map, (H + G) K^2 for one per head."""
+  """Returns the multiply-adds per token of both maps: (H K)^2 + (G K)^2 if dense, (H + G) K^2 if per head."""
   heads, groups, key = config.num_heads, config.num_kv_heads, config.head_dim
   return (heads * key) ** 2 + (groups * key) ** 2 if kind == "dense" else (heads + groups) * key**2

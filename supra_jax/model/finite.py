@@ -1,4 +1,4 @@
-"""Where a model's numbers stop being finite, for the error that says so."""
+"""Finds where a model's numbers stop being finite, and makes the error that says so."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import numpy as np
 
 from supra_jax.model.transformer import STREAMS, DecodeState, Transformer
 
-_PIECE_TOKENS = 512  # read at once; memory does not grow with the text beyond the state
+_PIECE_TOKENS = 512  # tokens read at once, so that no memory but that of the state grows with the text
 
 
 class NotFiniteError(ValueError):
@@ -23,12 +23,13 @@ class NotFiniteError(ValueError):
 def not_finite(
   model: Transformer, params: Mapping[str, Any], windows: Sequence[Sequence[int]], *, before: int = 0
 ) -> NotFiniteError:
-  """The error for a text whose logits are not all finite; reads the text again to find the first.
+  """Returns the error for a text whose logits are not all finite; reads the text again to find the first such logits.
 
   Args:
-    model, params: parameters with one subtree a layer.
-    windows: the text, in windows that do not see each other.
-    before: how many tokens come before the first window.
+    model: the model, not stacked.
+    params: parameters with one subtree per layer.
+    windows: the token ids of the text, cut into windows that do not see each other.
+    before: number of tokens of the text before the first window.
   """
   for window in windows:
     state = model.init_state(1, len(window))
@@ -37,7 +38,7 @@ def not_finite(
       read = functools.partial(_read_finite, model, params, piece, state)
       (is_finite, _), state = read(len(piece))
       if not is_finite:
-        # In a parallel pass tokens that come before are NaN too: 0, their share of what they do not see, times NaN.
+        # In a parallel pass the logits of earlier tokens are NaN too, since a masked weight of 0 times NaN is NaN.
         at = bisect.bisect_left(range(1, len(piece)), True, key=lambda count: not read(count)[0][0])
         layers = np.flatnonzero(~np.asarray(read(at + 1)[0][1]))
         layer = f"; layer {layers[0]} is the first whose output is not finite" if layers.size else ""
@@ -50,7 +51,7 @@ def not_finite(
 
 
 def generated_not_finite(model: Transformer, count: int, token: int) -> NotFiniteError:
-  """The error for logits that are not finite after `count` new tokens, of which `token` is the last."""
+  """Returns the error for logits that are not finite after `count` generated tokens, the last with id `token`."""
   return NotFiniteError(f"The logits after new token {count} (id {token}) are not finite. {_advice(model)}")
 
 
@@ -65,7 +66,11 @@ def _advice(model: Transformer) -> str:
 def _read_finite(
   model: Transformer, params, tokens_T, state: DecodeState, count: int
 ) -> tuple[tuple[jax.Array, jax.Array], DecodeState]:
-  """Whether the logits of the first `count` tokens are finite, and what leaves each layer [L]; the state after all."""
+  """Reads a piece of a text, of which the first `count` tokens are checked.
+
+  Returns:
+    ((whether their logits are finite, bool [L]: whether the output of each layer is), the state after the whole piece).
+  """
   seen_T = jnp.arange(tokens_T.size) < count
   tokens_BT = jnp.where(seen_T, tokens_T, tokens_T[0])[None]
   (logits, state), kept = model.apply({"params": params}, tokens_BT, state, method="logits", mutable=[STREAMS])

@@ -1,7 +1,8 @@
-"""The parts of a block that all mixers share: norms, rotary positions, SwiGLU.
+"""Layers that all models and mixers share: dense projections, embedding, norms, SwiGLU.
 
-Shape suffixes, here and everywhere: B batch, T time, L layers, D width, H query heads, G key/value heads, R = H / G
-query heads a group, K key width, V value width, S slots of a key/value cache, F ffn.
+Shape suffixes, in this and all other modules: B batch, T time, L layers, D model width, H query heads, G key/value
+heads, R = H / G query heads per key/value head, K width of a key head, V width of a value head, S slots of a key/value
+cache, F width of the feed-forward layer. In BTNK, N is H or G.
 """
 
 from __future__ import annotations
@@ -21,30 +22,31 @@ GROUP_NORM_EPS = 1e-5  # the reference's GroupNorm keeps torch's default, whatev
 
 
 def at_least_float32(x: jax.Array) -> jax.Array:
-  """X in float32, or as it is where it is wider."""
+  """Returns `x` in float32, or unchanged if its dtype is wider."""
   return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def product(equation: str, dtype: Any, out_dtype: Any, x: jax.Array, kernel: jax.Array) -> jax.Array:
-  """An einsum of activations and a parameter, whose gradient reaches the parameter in float32 at least.
+  """Returns an einsum of activations and a parameter; the gradient of the parameter is computed in float32 at least.
 
-  Left to itself, autodiff rounds a kernel's gradient to the dtype of the computation before it is summed over
-  microbatches and devices; here products of bfloat16 are summed, and leave, as float32.
+  Plain autodiff would round a kernel's gradient to the dtype of the computation before the gradient is summed over
+  microbatches and devices. This function's backward pass sums products of bfloat16 in float32, and rounds the sum only
+  to the dtype of the stored kernel.
 
   Args:
-    equation: "...,...->..." without ellipses.
-    dtype: both factors are cast to it.
-    out_dtype: of the result.
+    equation: einsum equation with two inputs, `x` and `kernel`, and without ellipses.
+    dtype: dtype that both factors are cast to.
+    out_dtype: dtype of the result.
     x: activations.
-    kernel: the parameter, in the dtype that it is stored in.
+    kernel: the parameter, in the dtype in which it is stored.
   """
   return _product_forward(equation, dtype, out_dtype, x, kernel)[0]
 
 
 def _product_forward(equation, dtype, out_dtype, x, kernel):
   # Cast once: the backward pass, and what it recomputes, then share one copy of a kernel that is gathered from shards.
-  # An einsum in sight, not a call of `product`: a policy of what to save knows it as a product.
+  # A plain einsum, not a call of `product`: only then does a checkpoint policy (remat) see a matrix product to save.
   cast = kernel.astype(dtype)
   return jnp.einsum(equation, x.astype(dtype), cast, preferred_element_type=out_dtype), (x, cast, kernel)
 
@@ -64,27 +66,36 @@ product.defvjp(_product_forward, _product_backward)
 
 
 def matmul(x: jax.Array, kernel: jax.Array, dtype: Any, out_dtype: Any = None) -> jax.Array:
-  """`x @ kernel` over the last axis of x [..., I] and the first of the kernel [I, O], by `product`."""
+  """Returns x @ kernel [..., O] of x [..., I] and a kernel [I, O], with the gradient of `product`.
+
+  Args:
+    x: activations.
+    kernel: the parameter, in the dtype in which it is stored.
+    dtype: dtype that both factors are cast to.
+    out_dtype: dtype of the result; None means `dtype`.
+  """
   lead = "abcdefgh"[: x.ndim - 1]
   return product(f"{lead}i,io->{lead}o", dtype, out_dtype or dtype, x, kernel)
 
 
 def add_bias(x: jax.Array, bias: jax.Array) -> jax.Array:
-  """`x + bias` in x's dtype; the bias's gradient is summed in its own."""
+  """Returns `x + bias` in the dtype of `x`; the gradient of the bias is summed in the wider of the two dtypes."""
   return (x.astype(jnp.promote_types(x.dtype, bias.dtype)) + bias).astype(x.dtype)
 
 
-ADAPTERS = ("lora_a", "lora_b")  # beside a kernel
+ADAPTERS = ("lora_a", "lora_b")  # names of the adapters A and B beside a kernel
 
 
 class Dense(nn.Module):
-  """`x W + b`; flax's, but for the gradient that `product` has. With ADAPTERS A and B it is `x (W + A B) + b`.
+  """Dense layer `x W + b`, like Flax's, but with the gradient of `product`.
+
+  With low-rank adapters A and B (ADAPTERS) among the parameters, the layer computes `x (W + A B) + b`.
 
   Attributes:
     features: width of the result.
-    use_bias: whether there is a b.
-    dtype: of the computation and the result.
-    out_dtype: of the result, where it is another.
+    use_bias: whether the layer has a bias b.
+    dtype: dtype of the computation.
+    out_dtype: dtype of the result; None means `dtype`.
   """
 
   features: int
@@ -103,12 +114,12 @@ class Dense(nn.Module):
 
 
 class Embed(nn.Module):
-  """A table of one row a token id, and its transpose as unembedding.
+  """Embedding table with one row per token id; its transpose serves as unembedding (`attend`).
 
   Attributes:
-    rows: vocabulary.
-    features: D.
-    dtype: of the computation.
+    rows: number of rows, the size of the vocabulary.
+    features: D, width of a row.
+    dtype: dtype of the computation.
   """
 
   rows: int
@@ -120,24 +131,24 @@ class Embed(nn.Module):
     self.embedding = self.param("embedding", init, (self.rows, self.features))
 
   def __call__(self, ids: jax.Array) -> jax.Array:
-    # Cast after the lookup, so that its gradient, a sum over all places of a token, is float32. The table is gathered
-    # whole as other parameters are; else the compiler moves activations instead.
+    # Cast after the lookup, so that the gradient of a row, a sum over all positions of its token, is float32. The table
+    # is gathered over fsdp, as other parameters are; otherwise the compiler moves activations instead.
     return constrain(jnp.asarray(self.embedding), "vocabulary", None)[ids].astype(self.dtype)
 
   def attend(self, x: jax.Array) -> jax.Array:
-    """Logits [..., rows], float32 at least, of x [..., D]."""
+    """Returns the logits [..., rows], float32 at least, of x [..., D]."""
     lead = "abcdefgh"[: x.ndim - 1]
     wide = jnp.promote_types(self.dtype, jnp.float32)
     return product(f"{lead}i,oi->{lead}o", self.dtype, wide, x, self.embedding)
 
 
 class Norm(nn.Module):
-  """RMSNorm or LayerNorm over the last axis, computed in float32.
+  """RMSNorm or LayerNorm over the last axis, computed in float32 at least.
 
   Attributes:
     kind: `rms_norm`, `layer_norm` (gain and bias) or `layer_norm_gain`.
     eps: added to the mean square or the variance.
-    dtype: of the result.
+    dtype: dtype of the result.
   """
 
   kind: NormKind
@@ -160,9 +171,9 @@ class Norm(nn.Module):
 
 
 def group_norm(x_BTHV: jax.Array) -> jax.Array:
-  """GroupNorm with one group a head and no parameters: each head of each token to mean 0 and variance 1.
+  """Normalises each head of each token to mean 0 and variance 1: GroupNorm with one group per head, without parameters.
 
-  The paper's replacement for the softmax normaliser (eq. 9). Statistics are float32, the variance is the biased one.
+  The paper's replacement for the softmax normaliser (eq. 9). Mean and (biased) variance are float32 at least.
   """
   x = without_leading_ones(at_least_float32(x_BTHV))
   x = x - x.mean(-1, keepdims=True)
@@ -171,7 +182,7 @@ def group_norm(x_BTHV: jax.Array) -> jax.Array:
 
 
 class SwiGLU(nn.Module):
-  """`down(silu(gate x) * up x)` (Shazeer 2020)."""
+  """Feed-forward layer `down(silu(gate x) * up x)` (Shazeer 2020)."""
 
   config: ModelConfig
   dtype: Any = jnp.float32
@@ -185,5 +196,5 @@ class SwiGLU(nn.Module):
     return self.down_proj(self.hidden(x_BTD))
 
   def hidden(self, x_BTD: jax.Array) -> jax.Array:
-    """What `down_proj` reads, [B, T, F]."""
+    """Returns the input of `down_proj`, [B, T, F]."""
     return constrain(nn.silu(self.gate_proj(x_BTD)) * self.up_proj(x_BTD), "batch", "time", "ffn")

@@ -1,4 +1,4 @@
-"""Where a mesh has each parameter, and each array of a state."""
+"""How a mesh shards each parameter of a model, and each array of a model's state."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from supra_jax.model.config import ModelConfig
 from supra_jax.model.registry import MIXER, mixer_class, mixer_classes
 from supra_jax.model.transformer import DecodeState
 
-# Of what all models have: (regex of the parameter's path below its layer, names of its dimensions). Mixers have AXES of
-# their own; biases, gains and adapters are on every device whole, a thousandth of the parameters.
+# (regex of a parameter's path below its layer, names of the parameter's dimensions), for parameters outside the mixers;
+# for those of mixers see `Mixer.AXES`. Biases, gains and adapters, a thousandth of the parameters, are replicated.
 _MODEL_AXES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
   ("mlp/(gate_proj|up_proj)/kernel", ("embed", "ffn")),
   ("mlp/down_proj/kernel", ("ffn", "embed")),
@@ -29,25 +29,25 @@ _LAYER = re.compile(r"^(layers|run)_\d+/")
 
 
 def parameter_name(path: Sequence[Any]) -> str:
-  """What regexes are held against: "run_0/mlp/up_proj/kernel", of a path of `jax.tree_util` in nested dicts."""
+  """Returns the name of a parameter, "run_0/mlp/up_proj/kernel", given its path (`jax.tree_util`) in nested dicts."""
   return "/".join(key.key for key in path)
 
 
 def parameter_axes() -> list[tuple[str, tuple[str | None, ...]]]:
-  """(regex of a parameter's path below its layer, names of its dimensions), of the model and of all mixers."""
+  """Returns (regex of a parameter's path below its layer, names of its dimensions) for the model and all mixers."""
   return [*_MODEL_AXES] + [(f"{MIXER}/{name}", axes) for mixer in mixer_classes() for name, axes in mixer.AXES]
 
 
 def param_specs(params: Any, mesh: Mesh) -> Any:
-  """The PartitionSpec of every parameter.
+  """Returns the PartitionSpec of every parameter, in a tree like `params`.
 
   Args:
-    params: a tree of arrays or shapes, one subtree a layer, or one a stack of layers with a leading axis that is never
-      cut.
-    mesh: what the specs are for.
+    params: a tree of arrays or shapes, with one subtree per layer, or per stack of layers; the leading axis of a stack
+      is not sharded.
+    mesh: the device mesh.
 
   Raises:
-    ValueError: there is no line for a parameter, or a dimension cannot be cut evenly.
+    ValueError: no regex of `parameter_axes` matches a parameter, or a mesh axis does not divide a dimension.
   """
   known = parameter_axes()
 
@@ -70,7 +70,7 @@ def param_specs(params: Any, mesh: Mesh) -> Any:
 
 
 def state_shardings(state: DecodeState, config: ModelConfig, mesh: Mesh) -> DecodeState:
-  """Where a mesh has each array of a model's state, as the mixers' STATE_AXES say."""
+  """Returns the sharding of each array of a model's state, in a state like `state`; see `Mixer.STATE_AXES`."""
 
   def of(*axes: str | None) -> Any:
     return NamedSharding(mesh, dimensions_spec(*axes))
@@ -91,14 +91,23 @@ def _check_cuts(name: str, shape: Sequence[int], spec: PartitionSpec, mesh: Mesh
 
 
 def param_shardings(params: Any, mesh: Mesh) -> Any:
-  """`param_specs` as NamedShardings."""
+  """Returns the NamedSharding of every parameter; for the arguments and the ValueError see `param_specs`."""
   return jax.tree.map(lambda spec: NamedSharding(mesh, spec), param_specs(params, mesh), is_leaf=_is_spec)
 
 
 def like_params(tree: Any, params: Any, mesh: Mesh) -> Any:
-  """Shardings of a tree that holds copies of `params` (moments, say): theirs where path's end and shape agree.
+  """Returns shardings for a tree that holds copies of `params`, such as the moments of an optimizer.
 
-  Everything else, counters and Adafactor's row and column means, is on every device whole.
+  A leaf has the sharding of a parameter if the leaf's path ends in the parameter's path and both have the same shape.
+  Every other leaf, such as a counter or Adafactor's row and column means, is replicated.
+
+  Args:
+    tree: a tree of arrays or shapes.
+    params: the parameters, as in `param_specs`.
+    mesh: the device mesh.
+
+  Raises:
+    ValueError: as `param_specs`.
   """
   shardings = {
     tuple(_key(key) for key in path): (leaf.shape, sharding)

@@ -1,4 +1,4 @@
-"""The shapes of models that people have."""
+"""Configs of well-known models, and of a tiny one; the argument `mixer` is the mixer of all layers."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from supra_jax.model.registry import MixerConfig, layer
 
 
 def smollm2_135m(mixer: str | MixerConfig = "softmax") -> ModelConfig:
-  """SmolLM2-135M (HuggingFaceTB/SmolLM2-135M): nine query heads, three key/value heads, tied embeddings."""
+  """Returns the config of SmolLM2-135M (HuggingFaceTB/SmolLM2-135M), with grouped heads and tied embeddings."""
   return ModelConfig(
     vocab_size=49152,
     hidden_size=576,
@@ -25,7 +25,7 @@ def smollm2_135m(mixer: str | MixerConfig = "softmax") -> ModelConfig:
 
 
 def mistral_7b(mixer: str | MixerConfig = "softmax") -> ModelConfig:
-  """Mistral-7B-v0.1 (mistralai/Mistral-7B-v0.1), the paper's main teacher."""
+  """Returns the config of Mistral-7B-v0.1 (mistralai/Mistral-7B-v0.1), the paper's main teacher."""
   return ModelConfig(
     vocab_size=32000,
     hidden_size=4096,
@@ -42,7 +42,7 @@ def mistral_7b(mixer: str | MixerConfig = "softmax") -> ModelConfig:
 
 
 def llama2_7b(mixer: str | MixerConfig = "softmax") -> ModelConfig:
-  """Llama-2-7B (meta-llama/Llama-2-7b-hf), the paper's other teacher: as many key/value heads as query heads."""
+  """Returns the config of Llama-2-7B (meta-llama/Llama-2-7b-hf), the paper's other teacher."""
   return ModelConfig(
     vocab_size=32000,
     hidden_size=4096,
@@ -58,7 +58,7 @@ def llama2_7b(mixer: str | MixerConfig = "softmax") -> ModelConfig:
 
 
 def open_lm_1b(mixer: str | MixerConfig = "softmax") -> ModelConfig:
-  """The 1B of OpenLM (mlfoundations/open_lm, open_lm_1b.json), for GPT-NeoX's tokenizer; LayerNorm is its default."""
+  """Returns the config of OpenLM's 1B model (mlfoundations/open_lm, open_lm_1b.json), for GPT-NeoX's tokenizer."""
   return ModelConfig(
     vocab_size=50432,
     hidden_size=2048,
@@ -75,7 +75,7 @@ def open_lm_1b(mixer: str | MixerConfig = "softmax") -> ModelConfig:
 
 
 def tiny(mixer: str | MixerConfig = "supra") -> ModelConfig:
-  """Two small layers for tests and dry runs: grouped heads, no power of two."""
+  """Returns the config of a model of two small layers, for tests and dry runs: grouped heads, no power of two."""
   return ModelConfig(
     vocab_size=97,
     hidden_size=48,

@@ -1,4 +1,4 @@
-"""The mixers by name, as import strings: a config names a mixer before jax or the mixer's module is imported."""
+"""Registry of the mixers by name; a mixer's module, and with it jax, is imported when the mixer is first asked for."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, ClassVar, TypeVar
 
-# Name -> the module that registers it.
+# Name of a mixer -> the module that registers the mixer.
 _MODULES = {
   "softmax": "supra_jax.model.mixers.softmax",
   "supra": "supra_jax.model.mixers.supra",
   "supra_window": "supra_jax.model.mixers.supra_window",
 }
 _CLASSES: dict[str, Any] = {}
-MIXER = "self_attn"  # name of the mixer in a layer's parameters, Hugging Face's
+MIXER = "self_attn"  # name of the mixer in a layer's parameters, as in Hugging Face's models
 
 _Class = TypeVar("_Class", bound=type)
 
 
 @dataclasses.dataclass(frozen=True)
 class MixerConfig:
-  """What one layer's mixer is told; each mixer has a subclass of its own.
+  """Config of the mixer of one layer; each mixer has its own subclass.
 
   Attributes:
     mixer: name of the mixer, which `register` sets on the subclass.
@@ -32,10 +32,10 @@ class MixerConfig:
 
 
 def register(name: str) -> Callable[[_Class], _Class]:
-  """Class decorator: enters a mixer under its name, and writes the name into its `Config`.
+  """Returns a class decorator that registers a mixer under `name`, and sets `mixer` of the mixer's `Config` to `name`.
 
   Raises:
-    ValueError: the mixer's `Config` is that of another mixer.
+    ValueError: (the decorator) the mixer's `Config` is that of another mixer.
   """
 
   def enter(mixer: _Class) -> _Class:
@@ -50,15 +50,15 @@ def register(name: str) -> Callable[[_Class], _Class]:
 
 
 def mixer_names() -> tuple[str, ...]:
-  """Names of all mixers, those that come with this package first."""
+  """Returns the names of all mixers, those that come with this package first."""
   return tuple(dict.fromkeys([*_MODULES, *_CLASSES]))
 
 
 def mixer_class(name: str) -> Any:
-  """The mixer of that name; imports its module the first time.
+  """Returns the class of a mixer, given its name; imports the mixer's module the first time.
 
   Raises:
-    ValueError: there is none.
+    ValueError: there is no mixer of that name.
   """
   if name not in _CLASSES and name in _MODULES:
     importlib.import_module(_MODULES[name])
@@ -68,27 +68,31 @@ def mixer_class(name: str) -> Any:
 
 
 def mixer_classes() -> tuple[Any, ...]:
-  """All mixers."""
+  """Returns the classes of all mixers."""
   return tuple(mixer_class(name) for name in mixer_names())
 
 
 def new_parameters(mixers: Iterable[str]) -> str:
-  """Regex of the paths of the parameters that these mixers call new; "" where they have none."""
+  """Returns a regex found in the paths of the new parameters (`Mixer.NEW`) of these mixers; "" if there are none."""
   return "|".join(f"{MIXER}/.*({new})" for new in dict.fromkeys(mixer_class(mixer).NEW for mixer in mixers) if new)
 
 
 def takes_adapters(kernel: str) -> bool:
-  """Whether the kernel of that path is a `Dense` one in all mixers, beside which an adapter can stand."""
+  """Whether the kernel at a path can have adapters: whether its path below the mixer matches no mixer's NO_ADAPTERS."""
   _, _, below = kernel.partition(f"{MIXER}/")
   return not any(re.search(mixer.NO_ADAPTERS, below) for mixer in mixer_classes() if mixer.NO_ADAPTERS)
 
 
 def layer(mixer: str | MixerConfig, **fields: Any) -> MixerConfig:
-  """The `Config` of a mixer: `layer("supra_window", window=128)`; a config is returned as it is, or with other fields.
+  """Returns the config of a layer, as in `layer("supra_window", window=128)`.
+
+  Args:
+    mixer: name of a mixer, or a config.
+    **fields: fields of the mixer's `Config`; the others keep their defaults, or their values in the given config.
 
   Raises:
     ValueError: there is no such mixer, or a field is out of range.
-    TypeError: there is no such field.
+    TypeError: the config has no such field.
   """
   if isinstance(mixer, MixerConfig):
     return dataclasses.replace(mixer, **fields)
@@ -97,10 +101,14 @@ def layer(mixer: str | MixerConfig, **fields: Any) -> MixerConfig:
 
 
 def layers(mixers: Sequence[str], **fields: Any) -> tuple[MixerConfig, ...]:
-  """A config for each name; of the fields each mixer takes those that its `Config` has.
+  """Returns the configs of layers, one per name in `mixers`.
+
+  Args:
+    mixers: names of mixers.
+    **fields: fields of the mixers' configs; a config gets those fields that it has.
 
   Raises:
-    ValueError: there is no such mixer, a field is out of range, or no mixer has it.
+    ValueError: there is no such mixer, a field is out of range, or none of the configs has a field.
   """
   own = {name: {field.name for field in dataclasses.fields(mixer_class(name).Config)} for name in mixers}
   if unknown := sorted(set(fields).difference(*own.values())):

@@ -13,14 +13,14 @@ from supra_jax.model.layers import at_least_float32
 
 
 def rope_frequencies(rope: RopeConfig, head_dim: int) -> np.ndarray:
-  """Angles a position, float64 [head_dim / 2]: `base^(-2i/K)`, scaled as the config says."""
+  """Returns the angle per position of each feature pair i, float64 [K/2]: `base^(-2i/K)`, scaled as the config says."""
   frequency = rope.base ** (-np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
   if rope.scaling == "none":
     return frequency
   slow = frequency / rope.factor
   if rope.scaling == "linear":
     return slow
-  # Turns within the original context decide; few turns: slowed, many: kept, between: blended.
+  # A frequency with few turns within the original context is divided, one with many is kept; between, both are blended.
   if rope.scaling == "llama3":
     turns = rope.original_max_positions * frequency / (2 * np.pi)
     keep = np.clip((turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor), 0, 1)
@@ -30,27 +30,30 @@ def rope_frequencies(rope: RopeConfig, head_dim: int) -> np.ndarray:
 
 
 def _yarn_keep(rope: RopeConfig, head_dim: int) -> np.ndarray:
-  """How much of each frequency YaRN keeps: a ramp over the pairs, from `beta_fast` turns down to `beta_slow`."""
+  """Returns YaRN's weight of each unscaled frequency, [K/2]: a ramp over the feature pairs from 1 down to 0.
+
+  The ramp begins at the pair with `beta_fast` turns within the original context and ends at that with `beta_slow`.
+  """
 
   def pair(turns: float) -> float:
-    """The pair, if not a whole one, that makes so many turns within the original context."""
+    """Returns the index, maybe fractional, of the pair that makes `turns` turns within the original context."""
     return head_dim * np.log(rope.original_max_positions / (turns * 2 * np.pi)) / (2 * np.log(rope.base))
 
   first, last = pair(rope.beta_fast), pair(rope.beta_slow)
   if rope.truncate:
     first, last = np.floor(first), np.ceil(last)
-  # The last is held against the width and not against the number of pairs, in transformers and in YaRN's own code.
+  # `last` is limited by the width and not by the number of pairs, as in transformers and in YaRN's own code.
   first, last = max(first, 0), min(last, head_dim - 1)
   width = last - first or 0.001
   return 1 - np.clip((np.arange(head_dim // 2) - first) / width, 0, 1)
 
 
-_DIGIT_BITS = (11, 10, 10)  # of a position, low to high: 2^31 positions from three small tables
+_DIGIT_BITS = (11, 10, 10)  # bits of each digit of a position, lowest first: 2^31 positions from three small tables
 
 
 @functools.lru_cache(maxsize=16)
 def _rope_digits(rope: RopeConfig, head_dim: int) -> list[tuple[np.ndarray, np.ndarray]]:
-  """(cos, sin) float32 [2^bits, K/2] for every value of each digit of a position."""
+  """Returns (cos, sin), float32 [2^bits, K/2], of the angles of all values of a digit, for each digit of a position."""
   tables, shift = [], 0
   for bits in _DIGIT_BITS:
     angle = np.outer(np.arange(2**bits, dtype=np.float64) * 2**shift, rope_frequencies(rope, head_dim))
@@ -60,18 +63,19 @@ def _rope_digits(rope: RopeConfig, head_dim: int) -> list[tuple[np.ndarray, np.n
 
 
 def rope_table(rope: RopeConfig, head_dim: int, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """Cosine and sine of the rotary angles.
+  """Returns the cosine and sine of the rotary angles.
 
-  A float32 product position * frequency is off by 0.03 rad at a million. Here a position's digits each look up a unit
-  complex number made in float64, and their product has the sum of the angles: exact to float32 at any position.
+  A float32 product position * frequency is off by 0.03 rad at position one million. Here each digit of a position looks
+  up a unit complex number that was computed in float64. The angle of the product of these numbers is the sum of their
+  angles: exact to float32 at any position.
 
   Args:
-    rope: base and scaling.
+    rope: the model's RoPE config.
     head_dim: K, even.
     positions: int32 [...], each in [0, 2^31).
 
   Returns:
-    (cos, sin), float32 [..., K/2], times the attention factor.
+    (cos, sin), float32 [..., K/2], both multiplied by `rope.attention_factor`.
   """
   factors, shift = [], 0
   for bits, (cos_table, sin_table) in zip(_DIGIT_BITS, _rope_digits(rope, head_dim), strict=True):
@@ -87,8 +91,11 @@ def apply_rope(x_BTHK: jax.Array, cos: jax.Array, sin: jax.Array, *, interleaved
 
   Args:
     x_BTHK: q or k.
-    cos, sin: what broadcasts to [B, T, H, K/2].
-    interleaved: whether the pairs are (2i, 2i + 1) in place of (i, i + K/2).
+    cos, sin: of the angles, with shapes that broadcast to [B, T, H, K/2].
+    interleaved: whether the pairs of features are (2i, 2i + 1) in place of (i, i + K/2).
+
+  Returns:
+    The rotated `x_BTHK`, in its dtype; computed in float32 at least.
   """
   x = at_least_float32(x_BTHK)
   first, second = (x[..., ::2], x[..., 1::2]) if interleaved else jnp.split(x, 2, axis=-1)

@@ -1,4 +1,4 @@
-"""Shapes of a model's parameters, found without a device, and whether stored parameters have them."""
+"""Finds the shapes of a model's parameters without a device, and checks stored parameters against these shapes."""
 
 from __future__ import annotations
 
@@ -13,19 +13,24 @@ from supra_jax.model.placement import parameter_name
 from supra_jax.model.stacking import stacks
 from supra_jax.model.transformer import Transformer
 
-_NAMED = 3  # parameters that an error names
+_NAMED = 3  # largest number of parameters that an error names
 
 
 def parameter_shapes(model: Transformer) -> Any:
-  """jax.ShapeDtypeStruct of every parameter, float32: one subtree a layer, or a stack of layers if `model` is stacked.
+  """Returns a nested dict of the shape and dtype (float32) of every parameter, each a `jax.ShapeDtypeStruct`.
 
-  Runs on no device: the devices of the mesh that is set need not be here.
+  The dict has one subtree per layer, or per stack of layers if `model` is stacked. Nothing runs on a device: the
+  current mesh may consist of devices that this process does not have.
   """
   return jax.eval_shape(lambda: model.init(jax.random.key(0), least_tokens(), method="logits")["params"])
 
 
 def check_fit(config: ModelConfig, params: Mapping[str, Any]) -> None:
-  """Checks that parameters, or their shapes, one subtree a layer, are those of a model with this config.
+  """Checks that names and shapes of parameters are those of a model with this config.
+
+  Args:
+    config: config of the model.
+    params: nested dict of arrays or shapes, with one subtree per layer.
 
   Raises:
     ValueError: parameters are missing, left over, or have other shapes; the message names the first few.

@@ -1,4 +1,4 @@
-"""Consecutive equal layers as one subtree with stacked leaves, over which the model scans."""
+"""Stacks the parameters of consecutive equal layers into one subtree, over which the model scans (`nn.scan`)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ from supra_jax.model.registry import MixerConfig
 
 
 def stacks(layers: Sequence[MixerConfig]) -> list[tuple[int, int]]:
-  """(first layer, number of layers) of each maximal stack: consecutive layers with equal mixer configs."""
+  """Returns (index of the first layer, number of layers) of each stack.
+
+  A stack is a longest possible sequence of consecutive layers with equal mixer configs.
+  """
   found, first = [], 0
   for _, group in itertools.groupby(layers):
     length = len(list(group))
@@ -24,7 +27,10 @@ def stacks(layers: Sequence[MixerConfig]) -> list[tuple[int, int]]:
 
 
 def stack_layers(params: Mapping[str, Any], config: ModelConfig) -> dict[str, Any]:
-  """Stacks parameters: one subtree a layer, `layers_I` -> one subtree a stack, `run_FIRST`, with a new leading axis."""
+  """Returns parameters with one subtree per stack, `run_FIRST`, from parameters with one subtree per layer, `layers_I`.
+
+  FIRST is the index of the stack's first layer. Arrays of a stack have the layers as a new leading axis.
+  """
   stacked = {name: tree for name, tree in params.items() if not name.startswith("layers_")}
   for first, length in stacks(config.layers):
     layers = [params[f"layers_{i}"] for i in range(first, first + length)]
@@ -33,7 +39,7 @@ def stack_layers(params: Mapping[str, Any], config: ModelConfig) -> dict[str, An
 
 
 def unstack_layers(params: Mapping[str, Any], config: ModelConfig) -> dict[str, Any]:
-  """The inverse of `stack_layers`: one subtree a layer."""
+  """Returns parameters with one subtree per layer, `layers_I`, from those that `stack_layers` returns."""
   layers = {name: tree for name, tree in params.items() if not name.startswith("run_")}
   for first, length in stacks(config.layers):
     for i in range(length):

@@ -1,4 +1,4 @@
-"""The language model: one definition for teacher, RNN and hybrids; for training, prefill and decoding."""
+"""The language model: one definition for teacher, RNN and hybrids, and for training, prefill and decoding."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from supra_jax.model.stacking import stacks
 
 Padding = Literal["right", "left"]
 Remat = Literal["none", "matmuls", "block"]
-# What the forward pass saves of a layer whose backward pass recomputes the rest: products with parameters, or nothing.
+# What the forward pass saves of a layer if the backward pass recomputes the rest: products with parameters, or nothing.
 REMAT_POLICIES: dict[str, Any] = {
   "matmuls": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
   "block": None,
@@ -32,7 +32,7 @@ class DecodeState:
   """All that a model remembers of the tokens that it has read.
 
   Attributes:
-    layers: the state of each layer.
+    layers: the state of each layer's mixer.
     cached: int32 [B], number of tokens read.
     position: int32 [B], position of the next token in its document.
     segment: int32 [B], id of the last document; -1 before the first token that has an id.
@@ -45,34 +45,34 @@ class DecodeState:
 
   @property
   def capacity(self) -> int | None:
-    """How many tokens the states can hold; None where that is any number."""
+    """Number of tokens that the states of all layers can hold; None: any number."""
     return min((layer.capacity for layer in self.layers if layer.capacity is not None), default=None)
 
   def grow(self, capacity: int) -> DecodeState:
-    """The same state with room for at least `capacity` tokens."""
+    """Returns the same state with room for at least `capacity` tokens."""
     return dataclasses.replace(self, layers=tuple(layer.grow(capacity) for layer in self.layers))
 
   def take(self, rows: jax.typing.ArrayLike) -> DecodeState:
-    """The states of some rows of the batch, in that order; a row may be taken several times."""
+    """Returns the state of the given rows of the batch, in the given order; a row may be given several times."""
     counters = {name: getattr(self, name)[jnp.asarray(rows)] for name in _FRESH}
     return DecodeState(tuple(layer.take(rows) for layer in self.layers), **counters)
 
   def put(self, slots: jax.typing.ArrayLike, other: DecodeState) -> DecodeState:
-    """Returns this state with the rows of another one in place of rows `slots`."""
+    """Returns this state with row i of the state `other` in place of row `slots[i]`, for all i."""
     counters = {name: getattr(self, name).at[jnp.asarray(slots)].set(getattr(other, name)) for name in _FRESH}
     layers = tuple(ours.put(slots, theirs) for ours, theirs in zip(self.layers, other.layers, strict=True))
     return DecodeState(layers, **counters)
 
 
 STREAMS = "streams"  # name of the Flax collection that a Block fills when it is mutable
-_FRESH = {"cached": 0, "position": 0, "segment": -1}  # counters of a DecodeState before any token
+_FRESH = {"cached": 0, "position": 0, "segment": -1}  # counters of a DecodeState that has read no token
 
 
 class Block(nn.Module):
-  """`x + mixer(norm x)`, then `x + SwiGLU(norm x)`.
+  """One layer of the model: `x + mixer(norm x)`, then `x + SwiGLU(norm x)`.
 
-  When the collection STREAMS is mutable, the block writes three arrays [B, T, D] to it: `enters`, its input x;
-  `attended`, the output of the mixer; `leaves`, its result.
+  When the collection STREAMS is mutable, the block writes three arrays [B, T, D] to it: `enters`, the input x;
+  `attended`, the output of the mixer; `leaves`, the result of the block.
   """
 
   config: ModelConfig
@@ -94,11 +94,11 @@ class Block(nn.Module):
     return x_BTD, state
 
   def attend(self, x_BTD: jax.Array, state: MixerState | None, context: Context) -> tuple[jax.Array, MixerState]:
-    """Applies the input norm and the mixer."""
+    """Applies the input norm and the mixer; returns (mixer output [B, T, D], the state after the last real token)."""
     return self.self_attn(self.input_layernorm(x_BTD), state, context)
 
   def feed(self, x_BTD: jax.Array) -> jax.Array:
-    """Applies the second half of the block: x + SwiGLU(norm x)."""
+    """Applies the second half of the block; returns x + SwiGLU(norm x)."""
     return x_BTD + self.mlp(self.post_attention_layernorm(x_BTD))
 
   def _keep(self, **streams: jax.Array) -> None:
@@ -115,7 +115,7 @@ class Transformer(nn.Module):
       state and logits are computed in float32 at least.
     implementation: implementation of the linear attention op (`kernels_pallas.linear_attention`).
     stacked: whether parameters are stacked (`stacking.stack_layers`). Each stack of equal layers is then one `nn.scan`,
-      which compiles quickly; made for training.
+      which compiles faster; meant for training.
     remat: what the backward pass recomputes: `none`; `matmuls`, everything but products with parameters; `block`,
       whole layers.
   """
@@ -156,7 +156,12 @@ class Transformer(nn.Module):
 
   @nn.nowrap
   def init_state(self, batch: int, capacity: int = 0) -> DecodeState:
-    """The state before any token. `capacity` is the number of tokens that layers whose state grows make room for."""
+    """Returns the state before any token.
+
+    Args:
+      batch: B, number of rows.
+      capacity: number of tokens that layers whose state grows with the text (`Mixer.GROWS`) make room for.
+    """
     layers = tuple(
       mixer_class(layer.mixer)(self.config, layer, self.dtype).init_state(batch, capacity)
       for layer in self.config.layers
@@ -174,31 +179,31 @@ class Transformer(nn.Module):
     segment_ids: jax.Array | None = None,
     padding: Padding = "right",
   ) -> tuple[jax.Array, DecodeState]:
-    """Reads tokens after those that `state` has read.
+    """Reads tokens that follow those that `state` has read.
 
-    Cutting a sequence into several calls that pass the state on changes the result by rounding only; so does padding.
+    A sequence may be cut into several calls that pass the state on, or padded: both change the result by rounding only.
 
     Args:
       tokens_BT: int [B, T], T >= 1. Padding may hold any value.
-      state: the state that an earlier call returned, or `init_state`; None reads from the start.
+      state: the state that an earlier call or `init_state` returned; None reads from the start.
       lengths: int [B], number of real tokens in each row, 0 to T; None: all tokens are real.
-      segment_ids: int [B, T], document ids. State and position are reset where the id changes, and at token 0 if its
-        id differs from the state's last document. None: all tokens continue the state's document.
+      segment_ids: int [B, T], document ids. State and position are reset where the id changes, and at token 0 if the
+        id of token 0 differs from that of the state's last document. None: all tokens continue the state's document.
       padding: side of the row that the padding is on.
 
     Returns:
-      (hidden [B, T, D] after the last norm, input of `unembed`, undefined at padding; the state after the last real
-      token). If a row exceeds the capacity of its caches under jit, its hidden states are NaN.
+      (hidden, state): the activations [B, T, D] after the last norm, undefined at padding, which `unembed` takes; and
+      the state after the last real token. Under jit, hidden is NaN in rows whose tokens exceed the state's capacity.
 
     Raises:
-      ValueError: the tokens exceed the capacity of the state's caches, and this is known without running.
+      ValueError: `padding` is unknown; or, outside jit, the tokens exceed the capacity of the state's caches.
     """
     time = tokens_BT.shape[1]
     if padding not in ("right", "left"):
       raise ValueError(f"padding={padding!r}: wanted 'right' or 'left'.")
     shift = None
     if padding == "left" and lengths is not None:
-      # Mixers know right padding only: roll the real tokens of each row to its front, and the results back.
+      # Mixers support right padding only: roll the real tokens of each row to the front, and the results back.
       shift = time - lengths
       tokens_BT = _roll_rows(tokens_BT, -shift)
       segment_ids = None if segment_ids is None else _roll_rows(segment_ids, -shift)
@@ -224,19 +229,22 @@ class Transformer(nn.Module):
     return hidden_BTD if shift is None else _roll_rows(hidden_BTD, shift), end
 
   def embed(self, tokens_BT: jax.Array) -> jax.Array:
-    """The input of the first layer, [B, T, D]."""
+    """Returns the input of the first layer, [B, T, D], for tokens [B, T]."""
     x_BTD = self.embed_tokens(jnp.clip(tokens_BT, 0, self.config.vocab_size - 1))
     if self.config.post_embed_norm:
       x_BTD = self.post_embed_norm(x_BTD)
     return constrain(x_BTD, "batch", "time", None)
 
   def unembed(self, hidden_BTD: jax.Array) -> jax.Array:
-    """Logits over the vocabulary, float32 [B, T, vocabulary], of hidden [B, T, D]."""
+    """Returns the logits, [B, T, vocab_size] in float32 at least, of hidden [B, T, D]."""
     logits = self.embed_tokens.attend(hidden_BTD) if self.config.tie_embeddings else self.lm_head(hidden_BTD)
     return constrain(logits, "batch", *["time"] * (logits.ndim - 2), "vocabulary")
 
   def logits(self, tokens_BT: jax.Array, state: DecodeState | None = None, **kwargs) -> tuple[jax.Array, DecodeState]:
-    """Logits of every position, for scoring; also the method for `init`, since it uses all parameters."""
+    """Returns (logits of every position, state), for scoring; for the arguments see `__call__`.
+
+    Also the method to call `init` with, since it uses all parameters.
+    """
     hidden_BTD, state = self(tokens_BT, state, **kwargs)
     return self.unembed(hidden_BTD), state
 
@@ -248,7 +256,13 @@ class Transformer(nn.Module):
     lengths: jax.Array | None = None,
     segment_ids: jax.Array | None = None,
   ) -> tuple[Context, DecodeState]:
-    """The context of a call, and the state's counters after the last real token (with `layers` still empty)."""
+    """Returns the Context of a call, and a state with the counters after the last real token, whose `layers` is empty.
+
+    For the arguments see `__call__`; padding is on the right.
+
+    Raises:
+      ValueError: outside jit, the tokens exceed the capacity of the state's caches.
+    """
     batch, time = tokens_BT.shape
     step = jnp.broadcast_to(jnp.arange(time, dtype=jnp.int32), (batch, time))
     cached, position, segment = (
@@ -262,7 +276,7 @@ class Transformer(nn.Module):
     if segment_ids is None:
       position_BT = position[:, None] + step
     else:
-      # The ids of a row without real tokens are padding: the document goes on.
+      # A row without real tokens has only padding, whose ids say nothing: the state's document continues.
       continues = (segment_ids[:, 0] == segment) | (count == 0)
       changes = jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], ((0, 0), (1, 0)))
       start = jax.lax.cummax(jnp.where(changes, step, 0), axis=1)

@@ -1,4 +1,4 @@
-"""What disks can and cannot do, as far as Orbax has to know it; model directories and states of runs both ask here."""
+"""Adapts Orbax to the disk: free space, renaming of directories, fsync; for model directories and saved run states."""
 
 from __future__ import annotations
 
@@ -11,13 +11,18 @@ from orbax.checkpoint.options import AtomicityMode, AtomicityOptions
 
 from supra_jax.core.files import AnyPath, syncs_directories
 
-# With this Orbax renames no directory, which not every disk can; what it writes is whole once COMMIT_FILE is there.
+# With these options Orbax renames no directory, since not every disk can; a directory is complete once it holds
+# COMMIT_FILE.
 IN_PLACE = AtomicityOptions(mode=AtomicityMode.COMMIT_FILE)
 COMMIT_FILE = "commit_success.txt"  # Orbax's name
 
 
 def check_space(directory: AnyPath, arrays: Any) -> None:
-  """Raises OSError where the disk of a directory has no room for a tree of arrays."""
+  """Checks that the disk of an existing directory has room for a pytree of arrays; a bucket always has.
+
+  Raises:
+    OSError: the disk has fewer free bytes than the arrays.
+  """
   # Orbax fails on a full disk too, but late and with hundreds of lines on stderr.
   if not isinstance(directory, Path):
     return  # a bucket is never full
@@ -28,9 +33,10 @@ def check_space(directory: AnyPath, arrays: Any) -> None:
 
 
 def adapt_to_disk(directory: AnyPath) -> None:
-  """Switches tensorstore's fsync off in this process if the directory's disk cannot fsync directories: it would fail.
+  """Switches off tensorstore's fsync in this process if the directory's disk cannot fsync directories.
 
-  Whoever writes there then waits for the files with `files.sync_below`.
+  tensorstore would fail to write there. The caller has to sync the written files with `files.sync_below` instead. Makes
+  the directory if it does not exist.
   """
   if isinstance(directory, Path) and not syncs_directories(directory):
     # Orbax has no option for it; imported here, so that a release without these names serves all other disks.
@@ -41,5 +47,5 @@ def adapt_to_disk(directory: AnyPath) -> None:
 
 
 def first_line(error: Exception) -> str:
-  """The first line of an error's message, or of its repr if the message is empty."""
+  """Returns the first line of an error's message, or of its repr if the message is empty."""
   return (str(error).strip() or repr(error)).splitlines()[0]

@@ -39,7 +39,7 @@ class ModelCheckpoint:
 
   Attributes:
     config: the model's config.
-    params: nested dict of jax arrays, one subtree per layer.
+    params: nested dict of jax arrays, one subtree per layer; empty after `load_model_without_params`.
     tokenizer_files: file name -> contents of those TOKENIZER_FILES that the directory holds: tokenizer, chat template
       and generation settings.
     source: where the model came from, a JSON object.
@@ -53,7 +53,7 @@ class ModelCheckpoint:
 
 @contextlib.contextmanager
 def _new_shared_directory(path: str | os.PathLike[str]) -> Iterator[AnyPath]:
-  """`new_directory` for all processes together: process 0 makes and renames the directory, the others wait for it."""
+  """Yields to all processes what `new_directory` yields; process 0 makes and renames the directory, the others wait."""
   with contextlib.ExitStack() as stack:
     if jax.process_index() == 0:
       stack.enter_context(new_directory(path, last=CONFIG_FILE))
@@ -71,10 +71,10 @@ def save_model(
   tokenizer_files: Mapping[str, bytes],
   source: Mapping[str, Any] | Callable[[], Mapping[str, Any]],
 ) -> None:
-  """Writes a model directory atomically. All processes call it together; each writes its own shards.
+  """Writes a model directory atomically. All processes call `save_model` together; each writes its own shards.
 
   Args:
-    directory: directory to make, local or gs://; it must not exist, or be empty.
+    directory: directory to make, local or gs://; must be empty if it exists.
     config: the model's config.
     params: nested dict of jax arrays, numpy arrays or `UnreadArray`s, one subtree per layer.
     tokenizer_files: name -> contents, for any of TOKENIZER_FILES.
@@ -84,7 +84,8 @@ def save_model(
   Raises:
     FileExistsError: the directory is not empty.
     OSError: the directory could not be written.
-    ValueError: a name in `tokenizer_files` is unknown, or `directory` is a path that `core.files.place` rejects.
+    ValueError: a name in `tokenizer_files` is unknown, another process is making the same directory, or `directory` is
+      a path that `core.files.place` rejects.
   """
   unknown = sorted(set(tokenizer_files) - set(TOKENIZER_FILES))
   if unknown:
@@ -103,7 +104,7 @@ def save_model(
 def load_model(
   directory: str | os.PathLike[str], dtype: Any = None, *, shardings: Callable[[Params], Params] | None = None
 ) -> ModelCheckpoint:
-  """Reads a model directory.
+  """Loads a model from a model directory.
 
   Args:
     directory: a directory that `save_model` wrote, local or gs://.
@@ -112,8 +113,9 @@ def load_model(
       None puts all parameters on the first local device.
 
   Raises:
-    FileNotFoundError: `directory` is not a model directory, or a part of it is missing.
-    ValueError: its config.json does not describe a model, or its parameters are those of another one.
+    FileNotFoundError: `directory` is not a model directory: config.json or params/ is missing.
+    ValueError: config.json does not describe a model, source.json is not JSON, the stored parameters are not those of
+      the model that config.json describes, or `directory` is a path that `core.files.place` rejects.
   """
   model = load_model_without_params(directory)
   params = read_params(absolute(directory) / PARAMS_DIRECTORY, model.config, dtype, shardings)
@@ -121,7 +123,12 @@ def load_model(
 
 
 def load_model_without_params(directory: str | os.PathLike[str]) -> ModelCheckpoint:
-  """Like `load_model`, but leaves the parameters unread: `params` is an empty dict."""
+  """Loads all of a model directory but the parameters: `params` of the result is an empty dict.
+
+  Raises:
+    FileNotFoundError: as `load_model`.
+    ValueError: as `load_model`, except that the stored parameters are not checked.
+  """
   path = absolute(directory)
   for name in (CONFIG_FILE, PARAMS_DIRECTORY):
     if not (path / name).exists():

@@ -1,4 +1,4 @@
-"""Reads the parameters of a model directory one at a time, since those of a large model do not fit into memory."""
+"""Reads the parameters of a model directory one at a time, for models whose parameters do not all fit into memory."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ class ParameterReader:
   shapes: Mapping[tuple[str, ...], jax.ShapeDtypeStruct]
 
   def __init__(self, directory: str | os.PathLike[str]):
-    """Reads the shapes, and no parameters.
+    """Opens the checkpoint and reads the shapes and dtypes of all parameters, but no values.
 
     Args:
       directory: a model directory, local or gs://.
 
     Raises:
-      ValueError: the directory holds no parameters, or they are damaged.
+      ValueError: the directory holds no parameters, they are damaged, or `core.files.place` rejects `directory`.
     """
     self._path = absolute(directory) / PARAMS_DIRECTORY
     self._checkpointer = ocp.PyTreeCheckpointer()
@@ -48,10 +48,10 @@ class ParameterReader:
     }
 
   def read(self, path: tuple[str, ...]) -> np.ndarray:
-    """Reads the parameter at a path of `shapes`, with its stored shape and dtype.
+    """Returns the parameter at a path, a key of `shapes`, with its stored shape and dtype.
 
     Raises:
-      ValueError: the parameter is damaged.
+      ValueError: the parameter cannot be read.
     """
     # Orbax takes two trees with the parameter as their only leaf: what to read (any leaf will do), and how.
     wanted: Any = ...

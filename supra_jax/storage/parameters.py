@@ -18,17 +18,17 @@ from supra_jax.storage.disk import IN_PLACE, adapt_to_disk, first_line
 
 Params = Mapping[str, Any]
 
-# Size of the pieces that arrays are stored in: a device that holds a part of a parameter reads the pieces of its part.
+# Size in bytes of the pieces that an array is stored in: a device that holds a shard reads only its pieces.
 CHUNK_BYTES = 2**22
 
 
 @dataclasses.dataclass(frozen=True)
 class UnreadArray:
-  """A parameter that `save_model` reads just before it writes it, so that few parameters are in memory at a time.
+  """A parameter that `save_model` reads just before writing it, so that few parameters are in memory at a time.
 
   Attributes:
-    nbytes: its size in bytes.
-    read: returns it as a numpy array; called once.
+    nbytes: size of the parameter in bytes.
+    read: returns the parameter as a numpy array; called once.
   """
 
   nbytes: int
@@ -36,7 +36,7 @@ class UnreadArray:
 
 
 def write_params(path: AnyPath, params: Params) -> None:
-  """Writes parameters as an Orbax PyTree checkpoint. All processes call it together; each writes its own shards.
+  """Writes parameters as an Orbax PyTree checkpoint. All processes make this call together; each writes its own shards.
 
   Args:
     path: directory of the checkpoint.
@@ -56,7 +56,7 @@ def write_params(path: AnyPath, params: Params) -> None:
 
 
 class _Unread(ocp.type_handlers.NumpyHandler):
-  """Handler of `UnreadArray`: reads one array while the two before it are written; on disk all are numpy arrays."""
+  """Writes each `UnreadArray` as a numpy array; reads one array while the two before it are being written."""
 
   async def serialize(self, values, infos, args=None) -> Any:
     writing: list[Any] = []
@@ -81,15 +81,15 @@ def _wait(future: Any) -> None:
 
 
 def read_params(path: AnyPath, config: ModelConfig, dtype: Any, shardings: Callable[[Params], Params] | None) -> Params:
-  """Reads what `write_params` wrote.
+  """Returns the parameters in a checkpoint that `write_params` wrote, a nested dict of jax arrays.
 
   Args:
     path: directory of the checkpoint.
-    config: of the model whose parameters these are.
+    config: config of the model that the parameters have to belong to.
     dtype, shardings: see `storage.model_directory.load_model`.
 
   Raises:
-    ValueError: the stored parameters are not those of such a model; none was read.
+    ValueError: names or shapes of the stored parameters are not those of the model; nothing is read then.
   """
   with ocp.PyTreeCheckpointer() as checkpointer:
     metadata = checkpointer.metadata(path).item_metadata.tree

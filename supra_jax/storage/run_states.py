@@ -1,4 +1,4 @@
-"""The saved states of a run, from which it resumes."""
+"""Saves the states of a run, and restores the newest undamaged one, from which the run resumes."""
 
 from __future__ import annotations
 
@@ -30,20 +30,20 @@ UNSIGNED_FILES = (MANIFEST_FILE, "_CHECKPOINT_METADATA")  # have no digest in th
 class RunStates:
   """The saved states of a run: train state and position in the data, one directory for each saved step.
 
-  Each directory has a manifest with the sha256 of its files, or in a bucket with the storage's own checksums. Orbax's
-  arrays carry no checksum, so that without the manifest a flipped bit would be trained on. The manifest is written
+  Each directory has a manifest with the sha256 of its files, or in a bucket with the bucket's own checksums. Orbax
+  stores no checksum of arrays, so that without the manifest a flipped bit would go unnoticed. The manifest is written
   before the directory gets its final name; where directories cannot be renamed, before Orbax writes COMMIT_FILE.
 
   Attributes:
-    directory: holds the directories of the steps.
+    directory: the directory that holds one directory for each saved step.
   """
 
   def __init__(self, directory: str | os.PathLike[str], *, keep: int):
-    """Makes the directory, and removes what unfinished saves left there.
+    """Makes the directory, and removes from it what unfinished saves left.
 
     Args:
       directory: directory of the states, local or gs://.
-      keep: number of newest states to keep; older ones are removed.
+      keep: number of newest states to keep; older states are removed.
     """
     self.directory = absolute(directory)
     self._in_place = _agreed(lambda: not isinstance(self.directory, Path) or not renames_directories(self.directory))
@@ -62,19 +62,19 @@ class RunStates:
     self._saving = -1
 
   def latest_step(self) -> int | None:
-    """The newest step that was saved, damaged or not; None if there is none."""
+    """Returns the newest step that was saved, damaged or not; None if no step was saved."""
     return self._manager.latest_step()
 
   def save(self, step: int, state: Any, position: Mapping[str, Any]) -> None:
-    """Starts to write a state in the background. Call `wait` before it.
+    """Starts to write a state in the background. Call `wait` before the next `save`.
 
     Args:
       step: number of steps trained; name of the state's directory.
-      state: pytree of jax arrays; they may be donated as soon as `save` returns.
+      state: pytree of jax arrays; the arrays may be donated as soon as `save` returns.
       position: state of the data loader, a JSON object.
 
     Raises:
-      OSError: the state could not be written; older states are unchanged.
+      OSError: writing could not be started; older states are unchanged. Later errors are raised by `wait`.
     """
     args = ocp.args.Composite(state=ocp.args.StandardSave(state), position=ocp.args.JsonSave(dict(position)))
     self._saving = step
@@ -86,15 +86,15 @@ class RunStates:
       self._manager.save(step, args=args)
 
   def restore(self, like: Any) -> tuple[int, Any, dict[str, Any]] | None:
-    """Returns (step, state, position) of the newest undamaged checkpoint; None if none was saved yet.
+    """Returns (step, state, position) of the newest undamaged state; None if no state was saved yet.
 
-    Newer checkpoints that are damaged are reported on stderr and moved to the directory `damaged` beside `directory`.
+    Newer states that are damaged are reported on stderr and moved to the directory `damaged` beside `directory`.
 
     Args:
-      like: the state's pytree with a `jax.ShapeDtypeStruct` with a sharding in place of every array.
+      like: the state's pytree, where every array is replaced by a `jax.ShapeDtypeStruct` with a sharding.
 
     Raises:
-      ValueError: all checkpoints are damaged.
+      ValueError: all saved states are damaged; none is moved.
     """
     step = self._newest_whole_step()
     if step is None:
@@ -104,7 +104,11 @@ class RunStates:
     return step, restored["state"], restored["position"]
 
   def wait(self) -> None:
-    """Waits until the last `save` is written; raises OSError if it could not be."""
+    """Waits until the state of the last `save` is written.
+
+    Raises:
+      OSError: the state could not be written.
+    """
     with self._as_os_error():
       # If one of several processes fails, Orbax makes all of them wait for each other for 600 seconds: look for errors
       # instead of waiting in Orbax.
@@ -115,7 +119,11 @@ class RunStates:
       self._manager.wait_until_finished()
 
   def close(self) -> None:
-    """Waits as `wait` does, and ends Orbax's threads."""
+    """Waits until the state of the last `save` is written, and ends Orbax's threads.
+
+    Raises:
+      OSError: the state could not be written.
+    """
     self.wait()
     self._manager.close()
 
@@ -139,7 +147,7 @@ class RunStates:
       remove_directory(partial)
 
   def _partial(self, step: str) -> list[AnyPath]:
-    """Unfinished directories of a step; `step` is its number, or "*" for all steps."""
+    """Returns the unfinished directories of a step; `step` is the number of the step, or "*" for all steps."""
     if not self._in_place:
       return list(self.directory.glob(f"{step}.orbax-checkpoint-tmp*"))
     found = [path for path in self.directory.glob(step) if path.name.isdigit()]
@@ -197,7 +205,7 @@ def _agreed(ask: Callable[[], bool]) -> bool:
 
 
 def _watched_handler(errors: list[Exception]) -> ocp.StandardCheckpointHandler:
-  """A StandardCheckpointHandler whose threads add their errors to a list as soon as they occur."""
+  """Returns a StandardCheckpointHandler that appends each error of its background writes to `errors`."""
   handler = ocp.StandardCheckpointHandler()
   save = handler.async_save
 
@@ -222,7 +230,7 @@ class _Watched:
 
 
 def _digests(directory: AnyPath) -> dict[str, str]:
-  """Returns {relative path: digest} of all files below a directory but UNSIGNED_FILES."""
+  """Returns {path relative to `directory`: digest} of all files below a directory but UNSIGNED_FILES."""
   if not isinstance(directory, Path):
     found = bucket.checksums(directory)
     return {name: digest for name, digest in found.items() if name.rpartition("/")[2] not in UNSIGNED_FILES}
@@ -237,7 +245,7 @@ def _digests(directory: AnyPath) -> dict[str, str]:
 
 
 def _damage(directory: AnyPath) -> str:
-  """Returns what is wrong with a checkpoint, naming the file; an empty string if nothing is."""
+  """Returns what is wrong with a saved state, naming the damaged file; an empty string if the state is undamaged."""
   try:
     wanted = json.loads((directory / MANIFEST_FILE).read_text())
   except (OSError, ValueError) as error:

@@ -1,4 +1,4 @@
-"""What every mixer is: a Flax module with projections that all mixers share, the state that it keeps, and its facts."""
+"""Base classes of mixers, `Mixer` and `Projections`; of their states, `MixerState`; and the `Context` of a call."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from supra_jax.model.layers import Dense, Norm
 from supra_jax.model.registry import MixerConfig
 from supra_jax.model.rope import apply_rope, rope_table
 
-# Names of the dimensions of q, k and v, for the mesh.
+# Names (in `sharding.DIMENSIONS`) of the dimensions of q, k and v.
 HEADS = ("batch", "time", "heads", None)
 
 Rotation = tuple[jax.Array, jax.Array]
@@ -27,18 +27,18 @@ Axes = tuple[tuple[str, tuple[str | None, ...]], ...]
 
 @flax.struct.dataclass
 class Context:
-  """Where the tokens of one call stand; the same for all layers.
+  """Positions and documents of the tokens of one call; the same for all layers.
 
   Attributes:
-    rotation: (cos, sin), float32 [B, T, 1, K/2], of each token's position in its document; None where the model has no
-      RoPE by position.
-    far_rotations: {reach: (cos, sin)}, the rotation of min(position, reach), for each reach that a mixer of the model
-      asks for (`Mixer.reach`).
-    index: int32 [B, T], the number of each token among all that the state has read.
-    first: int32 [B, T], the index of the first token of its document.
-    lengths: int32 [B], how many tokens are real; None means all.
-    segment_ids: int32 [B, T], document ids; None means that no document starts inside.
-    continues: bool [B], whether token 0 goes on with the state's document; None means that all do.
+    rotation: (cos, sin), float32 [B, T, 1, K/2], of the RoPE angles at each token's position in its document; None if
+      the model has no RoPE by position.
+    far_rotations: {reach: (cos, sin)}, like `rotation` but at min(position, reach), for each value that a mixer of the
+      model returns from `Mixer.reach`.
+    index: int32 [B, T], the index of each token among all tokens of the row, from the first that the state has read.
+    first: int32 [B, T], the index of the first token of each token's document.
+    lengths: int32 [B], number of real tokens in each row; None means all.
+    segment_ids: int32 [B, T], document ids; None means that all tokens continue the state's document.
+    continues: bool [B], whether token 0 of a row continues the state's document; None means that it does in all rows.
   """
 
   rotation: Rotation | None
@@ -52,25 +52,25 @@ class Context:
 
 @flax.struct.dataclass
 class MixerState:
-  """What a layer remembers of the tokens that it has read: arrays whose first axis is the batch."""
+  """What a mixer remembers of the tokens that it has read: a pytree of arrays whose first axis is the batch."""
 
   @property
   def capacity(self) -> int | None:
-    """How many tokens the state can hold; None where that is any number."""
+    """Number of tokens that the state can hold; None: any number."""
     return None
 
   def grow(self, capacity: int) -> Self:
-    """The same state with room for at least `capacity` tokens."""
+    """Returns the same state with room for at least `capacity` tokens."""
     del capacity
     return self
 
   def take(self, rows: jax.typing.ArrayLike) -> Self:
-    """The states of some rows of the batch, in that order; a row may be taken several times."""
+    """Returns the state of the given rows of the batch, in the given order; a row may be given several times."""
     rows = jnp.asarray(rows)
     return jax.tree.map(lambda x: x[rows], self)
 
   def put(self, slots: jax.typing.ArrayLike, other: Self) -> Self:
-    """Returns this state with the rows of another one in place of rows `slots`."""
+    """Returns this state with row i of the state `other` in place of row `slots[i]`, for all i."""
     slots = jnp.asarray(slots)
     if self.capacity is not None:
       other = other.grow(self.capacity)
@@ -78,30 +78,31 @@ class MixerState:
 
 
 class Mixer(nn.Module):
-  """The part of a layer through which tokens see each other.
+  """The part of a layer that mixes tokens, such as attention.
 
-  A subclass is registered by name (`registry.register`), which `Config.mixer` then holds. Parameters that mean the same
+  `registry.register(NAME)` registers a subclass, and sets `Config.mixer` to the name. Parameters with the same meaning
   have the same name and shape in all mixers, so that a layer can change its mixer and keep what was trained.
 
   Attributes:
-    config: of the model.
-    layer: of this layer, an instance of `Config`.
-    dtype: of the computation.
-    implementation: of the linear attention op (`kernels_pallas.linear_attention`).
+    config: config of the model.
+    layer: config of this layer, an instance of `Config`.
+    dtype: dtype of the computation.
+    implementation: implementation of the linear attention op (`kernels_pallas.linear_attention`).
 
   Class attributes:
-    Config: frozen dataclass, a MixerConfig; in config.json under the mixer's name.
-    NEW: regex found in the names, below the mixer, of parameters that no softmax layer has; "" where there are none.
-      What linearising adds, and what training calls new weights.
-    NO_ADAPTERS: regex found in the names of kernels that are not computed by `layers.Dense`; "" where all are.
-    AXES: (regex of a parameter's name below the mixer, names of its dimensions) for `placement`. Biases, gains and
-      adapters need no line.
-    PARTS: {part: fields of the state}, for bytes a part and for ablation.
-    STATE_AXES: {field of the state: names of its dimensions}, how a mesh cuts a state.
+    Config: class of the mixer's config, a frozen dataclass derived from MixerConfig; config.json has its fields.
+    NEW: regex found in the names, below the mixer, of the parameters that a softmax layer does not have: those that
+      linearization adds, which training calls new weights. "": there are none.
+    NO_ADAPTERS: regex found in the names, below the mixer, of kernels that are not computed by `layers.Dense`, and
+      therefore cannot have adapters. "": there are none.
+    AXES: (regex of a parameter's name below the mixer, names of the parameter's dimensions) of every parameter but
+      biases, gains and adapters; tells `placement` how a mesh shards the parameter.
+    PARTS: {part: fields of the state}, to count bytes by part and to ablate a part.
+    STATE_AXES: {field of the state: names of the field's dimensions}; tells `placement` how a mesh shards the field.
     GROWS: whether the state grows with the number of tokens read.
-    begin: classmethod (drawn, start) -> parameters: how the new parameters begin when a trained softmax layer becomes
-      this mixer; `drawn` are they as `init` draws them, {name: tree}, and `start.phi` says whether feature maps are to
-      begin "random" or as the "identity". None: the mixer is only for models trained from nothing.
+    begin: classmethod (drawn, start) -> {name: tree}, the initial values of the new parameters when a trained softmax
+      layer becomes this mixer. `drawn`, {name: tree}, has the values that `init` draws; `start.phi` is "random" or
+      "identity", the initial feature maps. None: the mixer cannot replace a trained layer.
   """
 
   config: ModelConfig
@@ -120,47 +121,47 @@ class Mixer(nn.Module):
 
   @nn.nowrap
   def init_state(self, batch: int, capacity: int) -> Any:
-    """The state before any token; `capacity` tokens have to fit into it where it GROWS."""
+    """Returns the state before any token, for `batch` rows; if the mixer GROWS, with room for `capacity` tokens."""
     raise NotImplementedError
 
   def outputs(self, x_BTD: jax.Array, state: Any, context: Context) -> tuple[dict[str, jax.Array], Any]:
-    """All but the output projections.
+    """Computes everything but the output projections.
 
     Args:
-      x_BTD: the normalised stream; T is 1 while decoding.
-      state: what an earlier call returned, or `init_state`; None: nothing was read before.
-      context: where the tokens stand.
+      x_BTD: the layer's input after the norm; T is 1 while decoding.
+      state: the state that an earlier call or `init_state` returned; None: no tokens were read before.
+      context: positions and documents of the tokens.
 
     Returns:
-      ({name of an output projection: what it reads, [B, T, F]}, the state after the last real token).
+      ({name of an output projection: input of that projection, [B, T, width]}, the state after the last real token).
     """
     raise NotImplementedError
 
   def __call__(self, x_BTD: jax.Array, state: Any, context: Context) -> tuple[jax.Array, Any]:
-    """The sum of what the output projections make of `outputs`, [B, T, D]; and the state."""
+    """Returns (sum of the output projections of `outputs`, [B, T, D]; the state after the last real token)."""
     outputs, state = self.outputs(x_BTD, state, context)
     return functools.reduce(operator.add, (getattr(self, name)(x_BTF) for name, x_BTF in outputs.items())), state
 
   @classmethod
   def flops(cls, config: ModelConfig, layer: Any, tokens: int) -> float:
-    """Multiply-adds a token of the forward pass, a mean over a sequence of so many tokens."""
+    """Returns the multiply-adds per token of the forward pass, averaged over a sequence of `tokens` tokens."""
     raise NotImplementedError
 
   @classmethod
   def refusal(cls, config: ModelConfig, layer: Any) -> str | None:
-    """Why a layer with this config cannot take over a softmax layer of this model, as a sentence; None: it can."""
+    """Returns a sentence that says why a layer with this config cannot replace a softmax layer; None: it can."""
     del config, layer
     return None
 
   @classmethod
   def reach(cls, config: ModelConfig, layer: Any) -> int | None:
-    """The position at which `Context.far_rotations` is clamped for this mixer; None where it uses none."""
+    """Returns the largest position in the entry of `Context.far_rotations` that this mixer uses; None: it uses none."""
     del config, layer
     return None
 
 
 class Projections(Mixer):
-  """A mixer with the q, k, v and output projections of softmax attention, under the names of Hugging Face's Llama."""
+  """A mixer with the q, k, v and output projections of softmax attention, named as in Hugging Face's Llama."""
 
   AXES: ClassVar[Axes] = (
     ("[qkv]_proj/kernel", ("embed", "heads")),
@@ -179,7 +180,7 @@ class Projections(Mixer):
       self.k_proj_norm = Norm(c.norm, c.norm_eps, self.dtype)
 
   def project(self, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Q [B, T, H, K], k [B, T, G, K], v [B, T, G, V], normalised as the teacher does it."""
+    """Returns q [B, T, H, K], k [B, T, G, K], v [B, T, G, V] of x; q and k normalised as `ModelConfig.qk_norm` says."""
     c, lead = self.config, x_BTD.shape[:2]
     q, k, v = self.q_proj(x_BTD), self.k_proj(x_BTD), self.v_proj(x_BTD)
     if c.qk_norm == "all_heads":
@@ -192,16 +193,16 @@ class Projections(Mixer):
 
   @nn.nowrap
   def rotate(self, x_BTHK: jax.Array, rotation: Rotation | None) -> jax.Array:
-    """Applies RoPE by position; returns x where the model has none."""
+    """Applies RoPE by position; returns `x_BTHK` unchanged if `rotation` is None."""
     if rotation is None:
       return x_BTHK
     return apply_rope(x_BTHK, *rotation, interleaved=self.config.rope.kind == "interleaved")
 
   @nn.nowrap
   def rotate_by_head(self, x_BTNK: jax.Array) -> jax.Array:
-    """Applies RoPE by the index of the head, where the config has it (OpenLM's first models).
+    """Applies RoPE by the index of the head (OpenLM's first models); returns `x_BTNK` unchanged for any other RoPE.
 
-    Only softmax attention uses it: in linear attention q and k of a head would turn by the same angle.
+    Used in softmax attention only: in linear attention q and k of a head would be rotated by the same angle.
     """
     c = self.config
     if c.rope.kind != "by_head":
@@ -210,7 +211,7 @@ class Projections(Mixer):
 
   @classmethod
   def flops(cls, config: ModelConfig, layer: Any, tokens: int) -> float:
-    """Of the four projections: D (H K + G K + G V) + H V D."""
+    """Returns the multiply-adds per token of the four projections: D (H K + G K + G V) + H V D."""
     del layer, tokens
     c = config
     inputs = c.num_heads * c.head_dim + c.num_kv_heads * (c.head_dim + c.value_width)
@@ -218,5 +219,5 @@ class Projections(Mixer):
 
 
 def side_by_side(x_BTHV: jax.Array) -> jax.Array:
-  """[B, T, H, V] -> [B, T, H * V]."""
+  """Concatenates the heads: returns [B, T, H * V] of [B, T, H, V]."""
   return x_BTHV.reshape(*x_BTHV.shape[:2], -1)

@@ -1,4 +1,4 @@
-"""Softmax attention, the teacher's: causal, grouped, with RoPE and, where the config says so, a sliding window."""
+"""The teacher's softmax attention: causal, with grouped heads, RoPE and, if the config says so, a sliding window."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from supra_jax.model.registry import MixerConfig, register
 
 @dataclasses.dataclass(frozen=True)
 class SoftmaxConfig(MixerConfig):
-  """Softmax attention has no options of its own; `ModelConfig.sliding_window` holds for all softmax layers."""
+  """Config of softmax attention, without fields: `ModelConfig.sliding_window` holds for all softmax layers."""
 
 
 @flax.struct.dataclass
@@ -39,7 +39,7 @@ class KVCache(MixerState):
 
 @register("softmax")
 class SoftmaxAttention(Projections):
-  """softmax(q k^T / sqrt(K)) v over all tokens of the document so far, or the last `sliding_window`."""
+  """softmax(q k^T / sqrt(K)) v over all tokens of the document so far, or over the last `sliding_window` of them."""
 
   Config = SoftmaxConfig
   PARTS = {"cache": ("k", "v")}
@@ -70,7 +70,7 @@ class SoftmaxAttention(Projections):
 
 
 def _append(state: KVCache, k: jax.Array, v: jax.Array, context: Context) -> KVCache:
-  """Writes the real tokens' keys and values into their slots; those that do not fit are dropped."""
+  """Returns the cache with the keys and values of the real tokens added; those beyond the capacity are dropped."""
   slots, capacity = context.index, state.capacity
   if context.lengths is not None:
     padded = jnp.arange(slots.shape[1]) >= context.lengths[:, None]
@@ -80,9 +80,15 @@ def _append(state: KVCache, k: jax.Array, v: jax.Array, context: Context) -> KVC
 
 
 def attention_flops(config: ModelConfig, tokens: int, window: int | None) -> float:
-  """Multiply-adds a token of q k^T and of the weighted sum of values: H (K + V) n.
+  """Returns the multiply-adds per token of q k^T and of the weighted sum of values: H (K + V) n.
 
-  n is the number of keys that a token sees, averaged over a sequence: (T + 1) / 2, fewer with a window.
+  n is the number of keys that a token sees, averaged over a sequence of T = `tokens` tokens: (T + 1) / 2, fewer with a
+  window.
+
+  Args:
+    config: config of the model.
+    tokens: T.
+    window: largest number of tokens that a token sees; None: no window.
   """
   window = min(tokens, window or tokens)
   seen = window - window * (window - 1) / (2 * tokens)
@@ -90,12 +96,12 @@ def attention_flops(config: ModelConfig, tokens: int, window: int | None) -> flo
 
 
 def masked_softmax_attention(q_BTHK: jax.Array, k_BSGK: jax.Array, v_BSGV: jax.Array, mask_BTS: jax.Array) -> jax.Array:
-  """softmax(q k^T / sqrt(K)) v over the slots where the mask is true; float32 logits, [B, T, H, V]."""
+  """Returns softmax(q k^T / sqrt(K)) v over the slots where the mask is true, [B, T, H, V], with float32 logits."""
   return weighted_sum(attention_logits(q_BTHK, k_BSGK), v_BSGV, mask_BTS)
 
 
 def attention_logits(q_BTHK: jax.Array, k_BSGK: jax.Array) -> jax.Array:
-  """Q k^T / sqrt(K), float32 at least, [B, G, R, T, S] with R = H / G query heads a group."""
+  """Returns q k^T / sqrt(K), [B, G, R, T, S] with R = H / G query heads per key head, in float32 at least."""
   batch, time, heads, width = q_BTHK.shape
   groups = k_BSGK.shape[2]
   q = q_BTHK.reshape(batch, time, groups, heads // groups, width)
@@ -104,9 +110,9 @@ def attention_logits(q_BTHK: jax.Array, k_BSGK: jax.Array) -> jax.Array:
 
 
 def weighted_sum(logits_BGRTS: jax.Array, v_BSGV: jax.Array, mask_BTS: jax.Array) -> jax.Array:
-  """Values weighted by the softmax of the logits where the mask is true, [B, T, H, V]."""
+  """Returns the sum of values, weighted by the softmax of the logits where the mask is true, [B, T, H, V]."""
   batch, groups, repeats, time, _ = logits_BGRTS.shape
-  # A finite floor: a padded row that sees nothing stays finite, so that it cannot poison the rows that are real.
+  # A finite floor: the output of a padded token that sees nothing is finite, and cannot make other outputs NaN.
   logits = jnp.where(mask_BTS[:, None, None], logits_BGRTS, jnp.finfo(jnp.float32).min / 2)
   weights = jax.nn.softmax(logits, axis=-1).astype(v_BSGV.dtype)
   out = jnp.einsum("bgrts,bsgv->btgrv", weights, v_BSGV)

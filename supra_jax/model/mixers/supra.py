@@ -1,4 +1,4 @@
-"""SUPRA's linear attention (arXiv 2405.06640, section 3): parallel over a sequence, recurrent over a token."""
+"""SUPRA's linear attention (arXiv 2405.06640, section 3): parallel for a sequence, recurrent for a single token."""
 
 from __future__ import annotations
 
@@ -32,15 +32,15 @@ _LARGEST_SLOPE = 3.4e38  # slopes are float32
 
 @dataclasses.dataclass(frozen=True)
 class SupraConfig(MixerConfig):
-  """How linear attention departs from softmax attention (arXiv 2405.06640, section 3).
+  """Config of SUPRA's linear attention (arXiv 2405.06640, section 3).
 
   Attributes:
-    feature_map: W of phi(x) = relu(W x + b). `dense`: one [H*K, H*K] over all heads, and a [G*K, G*K] of its own for k
-      when G < H, as released checkpoints have it. `per_head`: [G, K, K], each shared by a group's queries and its key,
-      as the paper writes it. `per_head_separate`: [H, K, K] for q and [G, K, K] for k.
-    decay: the slopes s_h of gamma_h = exp(-s_h).
-    decay_start: the first lightning slope, where it is not the series' own ratio.
-    qk_norm: normalise the concatenated head features that phi gives q and k, before RoPE.
+    feature_map: kind of W in phi(x) = relu(W x + b). `dense`: one W [H*K, H*K] over all heads, and, if G < H, another W
+      [G*K, G*K] for k, as in released checkpoints. `per_head`: W [G, K, K], where each group of query heads shares a
+      [K, K] with its key head, as the paper writes it. `per_head_separate`: W [H, K, K] for q and [G, K, K] for k.
+    decay: kind of the decays gamma_h, see `head_slopes`; `none`: gamma_h = 1.
+    decay_start: first slope of the lightning series; None means the ratio of the series, see `head_slopes`.
+    qk_norm: whether q and k are normalised, over all heads together, after phi and before RoPE.
   """
 
   feature_map: FeatureMapKind = "dense"
@@ -54,16 +54,17 @@ class SupraConfig(MixerConfig):
 
 @flax.struct.dataclass
 class LinearState(MixerState):
-  """S = sum_j gamma^(T-1-j) k_j v_j^T, float32 [B, H, K, V]; k is the key after phi and RoPE."""
+  """S = sum_j gamma^(T-1-j) k_j v_j^T over the T tokens read, float32 [B, H, K, V]; k_j is a key after phi and RoPE."""
 
   s: jax.Array
 
 
 def head_slopes(config: SupraConfig, num_heads: int) -> np.ndarray:
-  """Slopes s_h >= 0 of the decays gamma_h = exp(-s_h), float32 [H].
+  """Returns the slopes s_h >= 0 of the decays gamma_h = exp(-s_h), float32 [H], for h = 0, ..., H - 1.
 
-  Lightning (Qin et al. 2023; ALiBi's series): `start * ratio^h` for a power of two, else the series of the power of two
-  below followed by every second slope of the one above. RetNet (Sun et al. 2023): gamma_h = 1 - 2^-(5+h).
+  Lightning (Qin et al. 2023; the series of ALiBi): if H is a power of two, s_h = start * ratio^h with ratio = 2^(-8/H)
+  and start = `config.decay_start` or else ratio. Otherwise the series for the largest power of two P below H, followed
+  by every second slope of the series for 2 P. RetNet (Sun et al. 2023): gamma_h = 1 - 2^-(5+h).
   """
   if config.decay == "none":
     return np.zeros(num_heads, np.float32)
@@ -84,13 +85,13 @@ def head_slopes(config: SupraConfig, num_heads: int) -> np.ndarray:
 
 
 class LinearProjections(Projections):
-  """The projections, the feature maps phi, and the linear attention that they feed."""
+  """A mixer with the projections of softmax attention, the feature maps phi, and linear attention of their results."""
 
   NEW = "feature_map|[qk]_norm"
   NO_ADAPTERS = "feature_map"
   AXES: ClassVar[Axes] = (
     *Projections.AXES,
-    # Dense, [N*K, N*K]; and one matrix a head, [N, K, K].
+    # Dense, [N*K, N*K]; and one matrix per head, [N, K, K].
     ("feature_map(_kv)?/kernel", ("embed", "heads")),
     ("feature_map(_kv)?/kernel", ("heads", "embed", None)),
   )
@@ -115,13 +116,20 @@ class LinearProjections(Projections):
   def attend_linearly(
     self, q: jax.Array, k: jax.Array, v: jax.Array, state: LinearState | None, context: Context
   ) -> tuple[jax.Array, jax.Array]:
-    """Linear attention of what `project` returned.
+    """Applies linear attention to the q, k and v that `project` returns.
 
     `o_i = GroupNorm(sum_{j<=i} gamma^(i-j) (q_i . k_j / sqrt(K)) v_j)` with q, k = RoPE(phi(W_q x)), RoPE(phi(W_k x)):
-    paper eq. 9 and 10, `LinearAttn` of TRI-ML/linear_open_lm. Steps in the order that released checkpoints need.
+    paper eq. 9 and 10, `LinearAttn` of TRI-ML/linear_open_lm. The order of the steps is that of released checkpoints.
+
+    Args:
+      q: [B, T, H, K].
+      k: [B, T, G, K].
+      v: [B, T, G, V].
+      state: the state before these tokens; None: no tokens were read before.
+      context: positions and documents of the tokens.
 
     Returns:
-      (o [B, T, H, V], S after the last real token).
+      (o [B, T, H, V], S after the last real token, float32 [B, H, K, V]).
     """
     q = self.feature_map(q)
     k = self.feature_map_kv(k) if self.has_own_k_map else self.feature_map(k)
@@ -144,7 +152,7 @@ class LinearProjections(Projections):
     return group_norm(out), s
 
   def _qk_norm(self, q_BTHK: jax.Array, k_BTGK: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Norms over all heads together. k's gains are one a query head, so that k leaves with H heads."""
+    """Normalises q and k over all heads together; k is first repeated to H heads, as its gains are per query head."""
     k_BTHK = jnp.repeat(k_BTGK, self.config.num_heads // self.config.num_kv_heads, axis=2)
     lead = q_BTHK.shape[:2]
     q = self.q_norm(q_BTHK.reshape(*lead, -1)).reshape(q_BTHK.shape)
@@ -152,13 +160,13 @@ class LinearProjections(Projections):
 
   @classmethod
   def flops(cls, config: ModelConfig, layer: Any, tokens: int) -> float:
-    """Adds the feature maps and 2 H K V: S += k v^T, then q S."""
+    """Adds to the projections the feature maps, and 2 H K V for S += k v^T and q S; returns multiply-adds per token."""
     state = 2 * config.num_heads * config.head_dim * config.value_width
     return super().flops(config, layer, tokens) + feature_map_flops(config, layer.feature_map) + state
 
   @classmethod
   def begin(cls, drawn: Mapping[str, Any], start: Any) -> Mapping[str, Any]:
-    """Feature maps as drawn, or where `start.phi` is "identity" with W = I (of each head) and b = 0."""
+    """Returns the new parameters as drawn, but if `start.phi` is "identity", feature maps with W = I and b = 0."""
     if start.phi == "random":
       return drawn
     return {name: _identity(tree) if name.startswith("feature_map") else tree for name, tree in drawn.items()}
@@ -170,7 +178,7 @@ def _identity(tree: Mapping[str, jax.Array]) -> Mapping[str, jax.Array]:
 
 
 def _sequence(q, k, v, slopes, initial_state, segment_ids, lengths, *, scale, implementation):
-  """What a device does with its rows, heads and tokens."""
+  """Runs the linear attention op on one device's own rows, heads and tokens."""
   op = linear_attention
   if current_time_shards() > 1:
     op = functools.partial(context_parallel.linear_attention, axis=TIME_AXIS)
@@ -197,7 +205,7 @@ class LinearAttention(LinearProjections):
 
   @nn.nowrap
   def init_state(self, batch: int, capacity: int) -> LinearState:
-    del capacity  # what makes it an RNN
+    del capacity  # not used: the state does not grow
     return LinearState(self.init_linear_state(batch))
 
   def outputs(

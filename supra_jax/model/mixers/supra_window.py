@@ -1,4 +1,4 @@
-"""SUPRA's linear attention, and beside it the teacher's softmax attention over the last tokens and the first few."""
+"""SUPRA's linear attention, and beside it the teacher's softmax attention over the last and the first few tokens."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from supra_jax.model.registry import register
 
 @dataclasses.dataclass(frozen=True)
 class WindowConfig(SupraConfig):
-  """Linear attention as `SupraConfig` describes it, and softmax attention over W + N tokens.
+  """Config of linear attention (see `SupraConfig`) with softmax attention over W + N tokens beside it.
 
   Attributes:
-    window: W, how many of the last tokens, the token itself included, the softmax attention sees.
-    sinks: N, how many of a document's first tokens the softmax attention sees as well (Xiao et al. 2023, arXiv
-      2309.17453). One does nearly as well as four.
+    window: W, number of last tokens, the token itself included, that the softmax attention sees.
+    sinks: N, number of first tokens of the document that the softmax attention sees as well (Xiao et al. 2023, arXiv
+      2309.17453). N = 1 does nearly as well as N = 4.
   """
 
   window: Annotated[int, POSITIVE] = 64
@@ -37,9 +37,10 @@ class WindowConfig(SupraConfig):
 
 @flax.struct.dataclass
 class WindowState(LinearState):
-  """S of the linear attention, and keys [B, N + W, G, K], after RoPE, and values [B, N + W, G, V].
+  """S of the linear attention; and for the softmax attention keys k [B, N + W, G, K], after RoPE, and values v.
 
-  Slots 0 to N - 1 hold the sinks. Token i of the last W is in ring slot N + i % W.
+  Values are [B, N + W, G, V]. Slots 0 to N - 1 hold the sinks. The other W slots are a ring: of the last W tokens, the
+  one with index i is in slot N + i % W.
   """
 
   k: jax.Array
@@ -48,10 +49,10 @@ class WindowState(LinearState):
 
 @register("supra_window")
 class WindowAttention(LinearProjections):
-  """`W_o softmax(q k^T / sqrt(K)) v`, of the last W tokens and the first N, plus `W_l o`; not in the paper.
+  """`W_o softmax(q k^T / sqrt(K)) v` over the last W tokens and the first N, plus `W_l o`; not in the paper.
 
   q, k, v and RoPE of the softmax attention are the teacher's. o is the output of the linear attention over all tokens.
-  The layer is an RNN still: its state does not grow.
+  The layer is still an RNN: the state does not grow.
   """
 
   Config = WindowConfig
@@ -94,7 +95,7 @@ class WindowAttention(LinearProjections):
 
   @classmethod
   def flops(cls, config: ModelConfig, layer: Any, tokens: int) -> float:
-    """Adds softmax attention over W + N keys, and the second output projection."""
+    """Adds softmax attention over W + N keys and the second output projection; returns multiply-adds per token."""
     softmax = attention_flops(config, tokens, layer.window + layer.sinks)
     return super().flops(config, layer, tokens) + softmax + config.num_heads * config.value_width * config.hidden_size
 
@@ -107,9 +108,10 @@ class WindowAttention(LinearProjections):
 
   @classmethod
   def reach(cls, config: ModelConfig, layer: Any) -> int | None:
-    """Largest distance at which q is rotated against the sinks: clamped to what the teacher has seen in training.
+    """Returns the largest position that q is rotated to when it meets the sinks; None: any position.
 
-    Never less than 2 W + N, up to which the sinks may still be inside the window. None: not clamped.
+    It is the largest distance between two tokens that the teacher has seen in training, but at least 2 W + N, as
+    `window_softmax_attention` requires.
     """
     seen = [tokens for tokens in (config.max_positions, config.sliding_window) if tokens is not None]
     if not seen or not layer.sinks or config.rope.kind not in ("half", "interleaved"):
@@ -118,18 +120,22 @@ class WindowAttention(LinearProjections):
 
   @classmethod
   def begin(cls, drawn: Mapping[str, Any], start: Any) -> Mapping[str, Any]:
-    """Feature maps as in `supra`; W_l is 0, so that the layer begins as the teacher's, cut to W + N tokens.
+    """Returns feature maps as for `supra`, and W_l = 0: the layer begins as the teacher's, limited to W + N tokens.
 
-    The gradient of W_l is not 0, nor after one step that of the feature maps.
+    W_l = 0 can be trained: the gradient of W_l is not 0, and after one step that of the feature maps is not 0 either.
     """
     begun = super().begin(drawn, start)
     return {**begun, "linear_o_proj": jax.tree.map(jnp.zeros_like, drawn["linear_o_proj"])}
 
 
 def ring_index(count_B: jax.Array, window: int) -> jax.Array:
-  """The token that each slot of a ring holds after `count` tokens, int32 [B, W]; negative where the slot is empty.
+  """Returns the index of the token that each slot of a ring holds, int32 [B, W]; negative where the slot is empty.
 
-  Slot s holds the last i < count with i % W = s.
+  Slot s holds the largest i < count with i % W = s.
+
+  Args:
+    count_B: int32 [B], number of tokens that were written to the ring.
+    window: W.
   """
   last_B1 = count_B[:, None] - 1
   return last_B1 - (last_B1 - jnp.arange(window)) % window
@@ -147,20 +153,22 @@ def window_softmax_attention(
   count_B: jax.Array,
   first_BT: jax.Array,
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-  """Softmax attention over the last W tokens, itself included, and the first N of its document, in O(T (W + N)).
+  """Computes softmax attention of each token over the last W tokens, itself included, and its document's first N.
+
+  Takes O(T (W + N)) time.
 
   Args:
-    q_BTHK, k_BTGK, v_BTGV: of T tokens, after RoPE.
+    q_BTHK, k_BTGK, v_BTGV: queries, keys and values of T tokens, q and k after RoPE.
     held: keys [B, N + W, G, K] and values [B, N + W, G, V] of earlier tokens, as `WindowState` holds them.
     sinks: N.
-    far_q_BTHK: the queries that meet sinks which are further back than the window; None: q. Up to 2 W + N tokens into a
-      document they have to equal q.
+    far_q_BTHK: queries that are multiplied with sinks outside the window; None: `q_BTHK`. At the first 2 W + N
+      positions of a document, they have to equal `q_BTHK`.
     cached_B: int32, number of tokens read before.
-    count_B: int32, how many of the T are real; these come first.
-    first_BT: int32, the index of the first token of each token's document, counted as `cached_B` is.
+    count_B: int32, number of real tokens among the T; padding is on the right.
+    first_BT: int32, the index of the first token of each token's document; `cached_B` is the index of token 0.
 
   Returns:
-    (out [B, T, H, V], keys and values to hold after the last real token).
+    (out [B, T, H, V]; (keys, values), to hold after the last real token, with the shapes of `held`).
   """
   far_q = q_BTHK if far_q_BTHK is None else far_q_BTHK
   new = (k_BTGK, v_BTGV)
@@ -171,9 +179,10 @@ def window_softmax_attention(
 
 
 def _attend_in_blocks(q_BTHK, far_q_BTHK, new, held, sinks, cached_B, first_BT):
-  """Cuts T into blocks of W; a block sees itself, the W tokens before it, and the N sinks where those lie further back.
+  """Cuts T into blocks of W tokens; a block sees itself, the W tokens before it, and N sinks that lie further back.
 
-  The sinks are those of the document that the block begins in: documents that begin later have theirs in sight.
+  The sinks are those of the document in which the block begins: a document that begins later in the block has its sinks
+  within the block.
   """
   (batch, time), window = q_BTHK.shape[:2], held[0].shape[1] - sinks
   size = min(time, window)
@@ -185,7 +194,7 @@ def _attend_in_blocks(q_BTHK, far_q_BTHK, new, held, sinks, cached_B, first_BT):
     return x.reshape(batch, blocks, size, *x.shape[2:])
 
   def seen(before: jax.Array, x: jax.Array) -> jax.Array:
-    """What each block sees, [B, blocks, W + size, ...]."""
+    """Returns the entries of `before` and `x` that each block sees, [B, blocks, W + size, ...]."""
     x = blocked(x)
     earlier = jnp.concatenate([before[:, None], x[:, :-1]], axis=1) if blocks > 1 else before[:, None]
     return jnp.concatenate([earlier, x], axis=2)
@@ -207,14 +216,14 @@ def _attend_in_blocks(q_BTHK, far_q_BTHK, new, held, sinks, cached_B, first_BT):
     )
     out_of_sight = begun[..., None] + number < query[:, :, 0] - window
     mask = jnp.concatenate([out_of_sight[:, :, None] & (first == begun[..., None, None]), mask], axis=-1)
-  # Blocks stay an axis of their own, which a mesh may cut as it cut the time.
+  # Blocks stay an axis of their own, which a mesh may shard as it sharded the time.
   attend = jax.vmap(functools.partial(_with_sinks, sinks=sinks), in_axes=1, out_axes=1)
   out = attend(blocked(q_BTHK), blocked(far_q_BTHK), k, v, mask)
   return out.reshape(batch, whole, *out.shape[3:])[:, :time]
 
 
 def _attend_one(q_BTHK, far_q_BTHK, new, held, sinks, cached_B, count_B, first_BT):
-  """One decoding step: overwrites the oldest ring slot (and a sink slot while position < N), then attends."""
+  """Does one decoding step: overwrites the oldest ring slot (and a sink slot while position < N), then attends."""
   batch, slots = held[0].shape[:2]
   window, first_B1 = slots - sinks, first_BT[:, :1]
   position_B1 = cached_B[:, None] - first_B1
@@ -230,7 +239,7 @@ def _attend_one(q_BTHK, far_q_BTHK, new, held, sinks, cached_B, count_B, first_B
 
 
 def _hold(new, held, sinks, cached_B, count_B, first_BT):
-  """Keys and values to hold after the last real token: its document's first N tokens, and the last W of all."""
+  """Returns the keys and values to hold after the last real token: of its document's first N, and the last W of all."""
   cached_B1, window = cached_B[:, None], held[0].shape[1] - sinks
   kept = ring_index(cached_B + count_B, window)
   slot = jnp.where(kept >= cached_B1, sinks + window + kept - cached_B1, sinks + jnp.arange(window))
@@ -242,12 +251,12 @@ def _hold(new, held, sinks, cached_B, count_B, first_BT):
 
 
 def _sink_slots(first, sinks: int, window: int, cached_B1, end_B1):
-  """Where the first N tokens of documents that begin at `first` lie in what is held followed by what is new.
+  """Returns the slots of the first N tokens of documents in the concatenation of held and new tokens.
 
   Args:
-    first: int32 [B, ...].
+    first: int32 [B, ...], index of the first token of each document.
     sinks, window: N and W.
-    cached_B1, end_B1: int32 [B, 1]; the new tokens have the indices from one to below the other.
+    cached_B1, end_B1: int32 [B, 1]; new tokens have the indices i with cached_B1 <= i < end_B1.
 
   Returns:
     int32 [B, ... * N].
@@ -259,7 +268,7 @@ def _sink_slots(first, sinks: int, window: int, cached_B1, end_B1):
 
 
 def _with_sinks(q, far_q, k, v, mask, sinks: int):
-  """`masked_softmax_attention` where the first slots, the sinks, meet another query."""
+  """Computes `masked_softmax_attention`, but with the queries `far_q` for the first `sinks` slots."""
   if not sinks:
     return masked_softmax_attention(q, k, v, mask)
   logits = [attention_logits(far_q, k[:, :sinks]), attention_logits(q, k[:, sinks:])]
