@@ -71,6 +71,22 @@ def random_params():
   return _random_params
 
 
+@pytest.fixture(scope="session")
+def start(tmp_path_factory):
+  """The model directory that runs start from; not to be written to."""
+  from supra_jax.experiments import tiny
+
+  return tiny.write_checkpoint(tmp_path_factory.mktemp("start") / "model", "supra")
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory):
+  """Path of a text to train on."""
+  from supra_jax.experiments import tiny
+
+  return tiny.write_text(tmp_path_factory.mktemp("text") / "topics.jsonl")
+
+
 # Tracing makes so many objects that collecting them takes time; `forgotten_programs` does it once a file.
 gc.disable()
 

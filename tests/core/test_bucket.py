@@ -37,16 +37,6 @@ def server(tmp_path_factory):
     yield
 
 
-@pytest.fixture(scope="module")
-def start(tmp_path_factory) -> Path:
-  return tiny.write_checkpoint(tmp_path_factory.mktemp("start") / "model", "supra")
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory) -> Path:
-  return tiny.write_text(tmp_path_factory.mktemp("text") / "topics.jsonl")
-
-
 def _there(directory: str) -> list[str]:
   return sorted(bucket.checksums(place(directory)))
 

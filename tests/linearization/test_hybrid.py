@@ -183,8 +183,7 @@ def how(tmp_path_factory):
 
 
 def _program(*flags):
-  command = [sys.executable, "-m", "supra_jax.bin.linearize", *flags]
-  return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"JAX_PLATFORMS": "cpu"})
+  return programs.run("supra_jax.bin.linearize", *flags)
 
 
 def test_from_the_command_line(tmp_path, teacher, how):
@@ -245,7 +244,10 @@ def test_wrong_numbers_are_named(tmp_path, teacher, how, keep, layers, message):
 
 
 def test_the_default_is_a_window_and_needs_no_text(tmp_path, teacher):
-  ran = _program(f"--checkpoint={teacher}", f"--output={tmp_path}/out", "--sinks=2")
+  # Started as it is typed; the other tests run the program in this process.
+  command = [sys.executable, "-m", "supra_jax.bin.linearize", f"--checkpoint={teacher}", f"--output={tmp_path}/out"]
+  environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+  ran = subprocess.run([*command, "--sinks=2"], cwd=ROOT, capture_output=True, text=True, env=environment)
   assert ran.returncode == 0, ran.stderr[-2000:]
   made = load_model(tmp_path / "out")
   assert made.config.layers == registry.layers(("supra_window",) * 4, window=64, sinks=2)

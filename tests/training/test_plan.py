@@ -10,12 +10,14 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.sharding import AbstractMesh
 
-from supra_jax.core.sharding import make_mesh
+from supra_jax.core.sharding import make_mesh, parse_mesh
 from supra_jax.data.packing import prepare
 from supra_jax.data.tokenizer import Tokenizer
 from supra_jax.experiments import tiny
@@ -46,14 +48,18 @@ def recipe(name, **changes):
   return TrainConfig.from_mapping(module.get_config().to_dict() | changes)
 
 
-def main(name: str, mesh: str) -> None:
-  """Prints the figures of a plan as JSON."""
+def main() -> None:
+  """Prints the figures of the plans of all cases as JSON."""
+  print(json.dumps([planned(*case) for case in CASES]))
+
+
+def planned(name: str, mesh: str) -> dict[str, Any]:
   config = recipe(name)
   made = planning.plan(config, planning.planned_model(config), planning.planned_mesh(mesh))
   figures = {field.name: getattr(made, field.name) for field in dataclasses.fields(made) if field.name != "config"}
   figures["memory"] = dataclasses.asdict(made.memory)
   figures["traffic"] = {kind: traffic.total_bytes for kind, traffic in made.traffic.items()}
-  print(json.dumps(figures))
+  return figures
 
 
 def child(*command, **variables):
@@ -70,11 +76,15 @@ def child(*command, **variables):
 
 
 @functools.cache
-def figures(case):
-  done = child("tests.training.test_plan", *CASES[case])
+def all_figures():
+  done = child("tests.training.test_plan")
   assert done.returncode == 0, done.stderr
   assert "Involuntary full rematerialization" not in done.stderr
   return json.loads(done.stdout)
+
+
+def figures(case):
+  return all_figures()[case]
 
 
 def layer_matrices(case):
@@ -242,9 +252,11 @@ class TestOutput:
     assert done.returncode == 1
     assert re.fullmatch(message, done.stderr)
 
-  def test_a_batch_that_cannot_be_cut(self):
-    # In a process of its own, which has as many devices as the mesh wants.
-    done = child("supra_jax.bin.plan", "--config=configs/tiny.py", "--mesh=fsdp:3")
+  def test_a_batch_that_cannot_be_cut(self, monkeypatch):
+    # This process has not as many devices as the mesh wants, and none is needed to tell.
+    shape = parse_mesh("fsdp:3", 3)
+    monkeypatch.setattr(planning, "planned_mesh", lambda _: AbstractMesh(tuple(shape.values()), tuple(shape)))
+    done = programs.run("supra_jax.bin.plan", f"--config={ROOT / 'configs' / 'tiny.py'}", "--mesh=fsdp:3")
     wanted = r"error: batch_size=8 in microbatches=2 parts of 4 rows cannot be cut over the 3 shards .*\n"
     assert done.returncode == 1 and re.fullmatch(wanted, done.stderr)
 
@@ -315,4 +327,4 @@ fits: 99\d\.\d\d MB of 1\.00 GB to spare\."""
 
 
 if __name__ == "__main__":
-  main(*sys.argv[1:])
+  main()
