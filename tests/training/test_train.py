@@ -314,21 +314,23 @@ def test_transfers_attention_first_and_then_distils_streams(start, text, teacher
   tokens = np.stack([row["tokens"] for row in loading.heldout_batches(tmp_path / "then/data/heldout", batch_size=1)])[
     :, 0
   ]
-  models = {}
-  for name in ("teacher", "start", "first", "then"):
-    lm = supra_jax.load({"teacher": teacher, "start": start}.get(name, tmp_path / name / "checkpoint"))
-    models[name] = Transformer(lm.config, stacked=True), stack_layers(lm.params, lm.config)
+  models = {
+    name: supra_jax.load({"teacher": teacher, "start": start}.get(name, tmp_path / name / "checkpoint"))
+    for name in ("teacher", "start", "first", "then")
+  }
+  module = {name: Transformer(lm.config, stacked=True) for name, lm in models.items()}
+  params = {name: stack_layers(lm.params, lm.config) for name, lm in models.items()}
+  ours, theirs = module["start"], module["teacher"]
 
-  def attention_error(name):
-    return float(layer_losses.attention_error(*models[name], *models["teacher"], tokens).mean())
+  @jax.jit
+  def errors(params, their_params):
+    attention = layer_losses.attention_error(ours, params, theirs, their_params, tokens)
+    streams = [layer_losses.read_streams(*model, tokens, None)[1] for model in ((ours, params), (theirs, their_params))]
+    return attention.mean(), layer_losses.streams_error(ours, streams[0], theirs, streams[1]).mean()
 
-  def streams_error(name):
-    model, theirs = models[name][0], models["teacher"][0]
-    streams = (layer_losses.read_streams(*models[which], tokens, None)[1] for which in (name, "teacher"))
-    return float(layer_losses.streams_error(model, next(streams), theirs, next(streams)).mean())
-
-  assert attention_error("first") < 0.98 * attention_error("start")
-  assert streams_error("then") < 0.9 * streams_error("start")
+  found = {name: errors(params[name], params["teacher"]) for name in ("start", "first", "then")}
+  assert found["first"][0] < 0.98 * found["start"][0]
+  assert found["then"][1] < 0.9 * found["start"][1]
 
 
 @pytest.mark.compat
