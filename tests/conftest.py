@@ -1,3 +1,4 @@
+import contextlib
 import functools
 import gc
 import os
@@ -76,7 +77,8 @@ def start(tmp_path_factory):
   """The model directory that runs start from; not to be written to."""
   from supra_jax.experiments import tiny
 
-  return tiny.write_checkpoint(tmp_path_factory.mktemp("start") / "model", "supra")
+  with _most_optimizations_off():  # made before the file's own `quick_compilation`
+    return tiny.write_checkpoint(tmp_path_factory.mktemp("start") / "model", "supra")
 
 
 @pytest.fixture(scope="session")
@@ -100,11 +102,20 @@ def forgotten_programs():
   gc.freeze()  # what is left are modules, which the next collection need not look at
 
 
-@pytest.fixture(scope="module")
-def quick_compilation():
-  """For tests of programs that run once or twice, here or in processes that are started: most of it is compilation."""
+@contextlib.contextmanager
+def _most_optimizations_off():
+  if "JAX_DISABLE_MOST_OPTIMIZATIONS" in os.environ:
+    yield
+    return
   jax.config.update("jax_disable_most_optimizations", True)
   os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
   yield
   jax.config.update("jax_disable_most_optimizations", False)
   del os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"]
+
+
+@pytest.fixture(scope="module")
+def quick_compilation():
+  """For tests of programs that run once or twice, here or in processes that are started: most of it is compilation."""
+  with _most_optimizations_off():
+    yield
