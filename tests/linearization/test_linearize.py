@@ -162,8 +162,8 @@ def test_a_window(random_params):
     WindowConfig(window=7),
   )
   tokens = np.zeros((1, 9), np.int32)
-  logits = jax.jit(functools.partial(Transformer(more.config).apply, method="logits"))({"params": more.params}, tokens)[0]
-  assert np.isfinite(logits).all()
+  logits = jax.jit(functools.partial(Transformer(more.config).apply, method="logits"))
+  assert np.isfinite(logits({"params": more.params}, tokens)[0]).all()
   for start, mixer in ((Window(window=7), None), (Identity(), WindowConfig(window=7))):
     with pytest.raises(ValueError, match="window=7: the teacher's own softmax sees 4 tokens"):
       linearize(kept, TEACHER.replace(sliding_window=4), start, mixer=mixer)
