@@ -15,6 +15,9 @@ import pytest
 if jax.__version_info__ < (0, 11) and "fusion_emitters" not in os.environ.get("XLA_FLAGS", ""):
   os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_use_fusion_emitters=false".strip()
 
+# Threads of torch wait for each other in a loop, and so burn more than half of the time of models as small as these.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 
 # Each takes minutes: begun last, one of them would keep one worker busy and all others waiting.
 FIRST = ("test_smollm2", "test_faults", "test_processes", "test_train")
