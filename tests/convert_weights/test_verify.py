@@ -172,11 +172,10 @@ def test_what_transformers_refuses_is_one_line(transformers, tmp_path):
   assert "\n" not in str(caught.value)
 
 
-def test_openlm_is_refused_by_name(tmp_path):
-  model = write_checkpoint(tmp_path / "model", "supra")
-  orbax_to_hf.convert(model, tmp_path / "openlm", "openlm")
+def test_openlm_is_refused_by_name(start, tmp_path):
+  orbax_to_hf.convert(start, tmp_path / "openlm", "openlm")
   with pytest.raises(ConversionError, match="transformers has no model for a source of the kind 'openlm'"):
-    verify.compare(tmp_path / "openlm", model)
+    verify.compare(tmp_path / "openlm", start)
 
 
 @pytest.mark.parametrize("which", ["source", "checkpoint"])
