@@ -45,6 +45,16 @@ def make_config(start: Path, text: str | Path, **changes) -> TrainConfig:
   return TrainConfig(**values, data=data, optimizer=optimizer)
 
 
+def write_recipe(config: TrainConfig, path: Path) -> Path:
+  """Writes a recipe, as `--config` takes it, of a config, and returns its path."""
+  path.parent.mkdir(parents=True, exist_ok=True)
+  path.write_text(
+    "import json\nimport ml_collections\n\n\ndef get_config():\n"
+    f"  return ml_collections.ConfigDict(json.loads({to_json(dataclasses.asdict(config))!r}))\n"
+  )
+  return path
+
+
 def losses(workdir: Path) -> dict[int, float]:
   """Returns {step: loss} of the losses written so far."""
   path = workdir / "metrics.jsonl"
@@ -98,12 +108,7 @@ class Run:
       cache: directory of compiled programs, shared with other runs.
       recipe: file to write the recipe to; None means a file beside the workdir.
     """
-    recipe = recipe or Path(f"{workdir}_recipe.py")
-    recipe.parent.mkdir(parents=True, exist_ok=True)
-    recipe.write_text(
-      "import json\nimport ml_collections\n\n\ndef get_config():\n"
-      f"  return ml_collections.ConfigDict(json.loads({to_json(dataclasses.asdict(config))!r}))\n"
-    )
+    recipe = write_recipe(config, recipe or Path(f"{workdir}_recipe.py"))
     command = [sys.executable, "-m", "supra_jax.bin.train", f"--config={recipe}", f"--workdir={workdir}", *flags]
     if processes > 1:
       command += ["--distributed", f"--coordinator_address=localhost:{free_port()}", f"--num_processes={processes}"]

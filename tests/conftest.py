@@ -1,3 +1,4 @@
+import contextlib
 import functools
 import gc
 import os
@@ -13,6 +14,9 @@ import pytest
 # do without. Releases after 0.10 have no others, and refuse the flag; so both are tested.
 if jax.__version_info__ < (0, 11) and "fusion_emitters" not in os.environ.get("XLA_FLAGS", ""):
   os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_use_fusion_emitters=false".strip()
+
+# Threads of torch wait for each other in a loop, and so burn more than half of the time of models as small as these.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 # Each takes minutes: begun last, one of them would keep one worker busy and all others waiting.
@@ -71,6 +75,23 @@ def random_params():
   return _random_params
 
 
+@pytest.fixture(scope="session")
+def start(tmp_path_factory):
+  """The model directory that runs start from; not to be written to."""
+  from supra_jax.experiments import tiny
+
+  with _most_optimizations_off():  # made before the file's own `quick_compilation`
+    return tiny.write_checkpoint(tmp_path_factory.mktemp("start") / "model", "supra")
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory):
+  """Path of a text to train on."""
+  from supra_jax.experiments import tiny
+
+  return tiny.write_text(tmp_path_factory.mktemp("text") / "topics.jsonl")
+
+
 # Tracing makes so many objects that collecting them takes time; `forgotten_programs` does it once a file.
 gc.disable()
 
@@ -84,11 +105,20 @@ def forgotten_programs():
   gc.freeze()  # what is left are modules, which the next collection need not look at
 
 
-@pytest.fixture(scope="module")
-def quick_compilation():
-  """For tests of programs that run once or twice, here or in processes that are started: most of it is compilation."""
+@contextlib.contextmanager
+def _most_optimizations_off():
+  if "JAX_DISABLE_MOST_OPTIMIZATIONS" in os.environ:
+    yield
+    return
   jax.config.update("jax_disable_most_optimizations", True)
   os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
   yield
   jax.config.update("jax_disable_most_optimizations", False)
   del os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"]
+
+
+@pytest.fixture(scope="module")
+def quick_compilation():
+  """For tests of programs that run once or twice, here or in processes that are started: most of it is compilation."""
+  with _most_optimizations_off():
+    yield

@@ -1,6 +1,6 @@
 """Thousands of damaged sources: each is converted right, or refused with a ConversionError.
 
-    python -m tests.convert_weights.fuzz --kind=safetensors [--examples=1000]
+    python -m tests.convert_weights.fuzz --kind safetensors [...] [--examples=1000]
 
 Hypothesis draws what is done to the files of a small source: bits, bytes, lengths, keys and values. The process has
 little memory to spare and each conversion little time, so that endless loops and absurd allocations are errors too.
@@ -315,13 +315,14 @@ def _limit_memory() -> None:
 
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-  parser.add_argument("--kind", choices=KINDS, required=True)
+  parser.add_argument("--kind", choices=KINDS, nargs="+", required=True)
   parser.add_argument("--examples", type=int, default=1000)
   given = parser.parse_args()
   faulthandler.enable()
   signal.signal(signal.SIGALRM, _too_long)
-  with tempfile.TemporaryDirectory() as workdir:
-    print(fuzz(given.kind, given.examples, Path(workdir)))
+  for kind in given.kind:
+    with tempfile.TemporaryDirectory() as workdir:
+      print(fuzz(kind, given.examples, Path(workdir)), flush=True)
 
 
 def _too_long(*_: Any) -> None:

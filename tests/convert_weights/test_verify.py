@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import subprocess
 import sys
 
 import numpy as np
@@ -15,6 +14,7 @@ from convert_weights.errors import ConversionError
 from convert_weights.hf_to_orbax import convert
 from convert_weights.open_source import open_source
 from supra_jax.experiments.tiny import write_checkpoint
+from tests.support import programs
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -55,8 +55,7 @@ def test_wrong(transformers, tmp_path, capsys):
   tensors |= {names[0]: tensors[names[1]], names[1]: tensors[names[0]]}
   save_file(tensors, source / "model.safetensors")
   # As a program: what it prints, and that it fails.
-  command = [sys.executable, "-m", "convert_weights.verify", f"--source={source}", f"--checkpoint={tmp_path / 'out'}"]
-  done = subprocess.run(command, capture_output=True, text=True)
+  done = programs.run("convert_weights.verify", f"--source={source}", f"--checkpoint={tmp_path / 'out'}")
   assert done.returncode == 1 and "more than the tolerance of 0.001" in done.stderr
   assert "Traceback" not in done.stderr and "512 of 512" not in done.stdout and "They are" not in done.stdout
   verify.report(verify.compare(source, tmp_path / "out"), 1000)
@@ -177,11 +176,10 @@ def test_what_transformers_refuses_is_one_line(transformers, tmp_path):
   assert "\n" not in str(caught.value)
 
 
-def test_openlm_is_refused_by_name(tmp_path):
-  model = write_checkpoint(tmp_path / "model", "supra")
-  orbax_to_hf.convert(model, tmp_path / "openlm", "openlm")
+def test_openlm_is_refused_by_name(start, tmp_path):
+  orbax_to_hf.convert(start, tmp_path / "openlm", "openlm")
   with pytest.raises(ConversionError, match="transformers has no model for a source of the kind 'openlm'"):
-    verify.compare(tmp_path / "openlm", model)
+    verify.compare(tmp_path / "openlm", start)
 
 
 @pytest.mark.parametrize("which", ["source", "checkpoint"])

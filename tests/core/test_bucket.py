@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 import signal
@@ -37,26 +38,20 @@ def server(tmp_path_factory):
     yield
 
 
-@pytest.fixture(scope="module")
-def start(tmp_path_factory) -> Path:
-  return tiny.write_checkpoint(tmp_path_factory.mktemp("start") / "model", "supra")
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory) -> Path:
-  return tiny.write_text(tmp_path_factory.mktemp("text") / "topics.jsonl")
-
-
 def _there(directory: str) -> list[str]:
   return sorted(bucket.checksums(place(directory)))
 
 
+# Of what is on the disk and stays as it is.
+_stored = functools.cache(load_model)
+
+
 def _assert_same_params(got, want):
-  jax.tree.map(np.testing.assert_array_equal, load_model(got).params, load_model(want).params)
+  jax.tree.map(np.testing.assert_array_equal, load_model(got).params, _stored(want).params)
 
 
 def _save(start, url, **changes):
-  model = load_model(start)
+  model = _stored(start)
   given = {"config": model.config, "params": model.params, "tokenizer_files": model.tokenizer_files, "source": {"a": 1}}
   save_model(url, **given | changes)
 
@@ -64,9 +59,9 @@ def _save(start, url, **changes):
 def test_a_model_is_what_was_saved(start):
   url = f"{GS}/models/a"
   _save(start, url)
-  got, want = load_model(url), load_model(start)
+  got, want = load_model(url), _stored(start)
   assert (got.config, got.tokenizer_files, got.source) == (want.config, want.tokenizer_files, {"a": 1})
-  _assert_same_params(url, start)
+  jax.tree.map(np.testing.assert_array_equal, got.params, want.params)
   with ParameterReader(Path(url)) as reader:  # pathlib takes a slash away
     path = ("embed_tokens", "embedding")
     np.testing.assert_array_equal(reader.read(path), want.params["embed_tokens"]["embedding"])
@@ -110,7 +105,7 @@ def test_a_bucket_that_is_not_there_is_named():
 
 
 def test_packed_rows_are_those_of_a_disk(start, text, tmp_path):
-  model = load_model(start)
+  model = _stored(start)
   tokenizer = Tokenizer.from_files(model.tokenizer_files, model.config)
   given = {"vocab_size": tiny.VOCAB, "sequence_length": 32, "heldout_every": 5, "workers": 0, "shard_bytes": 10_000}
   url, disk = f"{GS}/rows", str(tmp_path / "rows")

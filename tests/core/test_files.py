@@ -26,7 +26,7 @@ from supra_jax.storage.parameter_reader import ParameterReader
 from supra_jax.storage.run_states import RunStates
 from supra_jax.training.loop import train
 from supra_jax.training.metrics import MetricsWriter
-from tests.support import poor_disk
+from tests.support import poor_disk, programs
 
 
 @pytest.fixture(scope="module")
@@ -110,8 +110,8 @@ def test_where_no_bucket_will_do_it_is_refused(door, url, here):
 
 
 def test_programs_say_it_in_one_line(here):
-  command = [sys.executable, "-m", "supra_jax.bin.prepare_data", "--input=text.jsonl", "--output=s3://b/rows"]
-  done = subprocess.run([*command, "--tokenizer=model"], capture_output=True, text=True, env=runs.importable())
+  flags = ("--input=text.jsonl", "--output=s3://b/rows", "--tokenizer=model")
+  done = programs.run("supra_jax.bin.prepare_data", *flags)
   assert done.returncode == 1 and done.stderr.startswith("error: s3://b/rows") and done.stderr.count("\n") == 1
 
 
@@ -138,35 +138,34 @@ def _contents(directory: Path) -> dict[str, bytes]:
   return {str(p.relative_to(directory)): p.read_bytes() for p in sorted(directory.rglob("*")) if p.is_file()}
 
 
-def _on_a_poor_disk(what: str, here: Path, moves: int = 0) -> int:
+def _on_a_poor_disk(*what: str, moves: int = 0) -> int:
   """The exit status of `poor_disk`; what it says is shown where the test fails."""
-  command = [sys.executable, "-m", "tests.support.poor_disk", what, str(here), str(moves)]
+  command = [sys.executable, "-m", "tests.support.poor_disk", str(moves), *what]
   return subprocess.run(command, cwd=runs.ROOT).returncode
 
 
-def test_a_model_on_a_disk_that_renames_no_directories(here):
-  assert _on_a_poor_disk("model", here, moves=2) == -signal.SIGKILL
+def test_a_disk_that_renames_no_directories(files, tmp_path):
+  """Killed while it writes a model, and rows; then both, and states of a run, in one process."""
+  model, rows, states = (tmp_path / name for name in ("model", "rows", "states"))
+  for directory in (model, rows, states):
+    directory.mkdir()
+    for path in files.iterdir():
+      (directory / path.name).symlink_to(path)
+  assert _on_a_poor_disk(f"model={model}", moves=2) == -signal.SIGKILL
   with pytest.raises(FileNotFoundError, match=r"out is not a supra_jax model: config.json is missing"):
-    load_model("out")
-  assert _on_a_poor_disk("model", here) == 0
-  got, want = load_model("out"), load_model("model")
+    load_model(model / "out")
+  assert _on_a_poor_disk(f"rows={rows}", moves=3) == -signal.SIGKILL
+  assert _on_a_poor_disk(f"model={model}", f"rows={rows}", f"states={states}") == 0
+
+  got, want = load_model(model / "out"), load_model(model / "model")
   assert (got.config, got.tokenizer_files, got.source) == (want.config, want.tokenizer_files, want.source)
   jax.tree.map(np.testing.assert_array_equal, got.params, want.params)
-  assert _contents(here / "exported") == _contents(here / "source")
-  assert {path.name for path in here.iterdir()} == {"model", "text.jsonl", "source", "out", "exported"}
-  assert not list((here / "out").rglob("unfinished"))
+  assert _contents(model / "exported") == _contents(model / "source")
+  assert {path.name for path in model.iterdir()} == {"model", "text.jsonl", "source", "out", "exported"}
+  assert not list((model / "out").rglob("unfinished"))
 
-
-def test_packed_rows_on_a_disk_that_renames_no_directories(here):
-  assert _on_a_poor_disk("rows", here, moves=3) == -signal.SIGKILL
-  assert _on_a_poor_disk("rows", here) == 0
-  got = _contents(here / "out")
-  (here / "out").rename(here / "poor")
-  poor_disk.rows(here)
-  want = _contents(here / "out")
-  assert got == want
-  assert not (here / "out.partial").exists()
-
-
-def test_states_on_a_disk_that_renames_no_directories(here):
-  assert _on_a_poor_disk("states", here) == 0
+  packed = _contents(rows / "out")
+  (rows / "out").rename(rows / "poor")
+  poor_disk.rows(rows)
+  assert packed == _contents(rows / "out")
+  assert not (rows / "out.partial").exists()

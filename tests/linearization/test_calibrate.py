@@ -93,6 +93,7 @@ def _calibrated(params, *, batches, mesh="data:1", devices=1, layers=None, windo
     return calibrate(teacher, (place(student), student_config), batches, where, **options), student, student_config
 
 
+@functools.partial(jax.jit, static_argnums=1)
 def _logits(params, config, tokens):
   return Transformer(config).apply({"params": params}, tokens, method="logits")[0]
 
@@ -141,7 +142,7 @@ def test_a_layer_is_what_least_squares_says(random_params, window):
   def run(config, params):
     seen.clear()
     with nn.intercept_methods(watch):
-      Transformer(config).apply({"params": params}, tokens)
+      Transformer(config.replace(layers=config.layers[:1])).apply({"params": params}, tokens)
     return {name: x.reshape(tokens.size, -1) for name, x in seen.items() if x.shape[:2] == tokens.shape}
 
   def solved(features, missing, stream, prior=0.0, ridges=(50.0,)):
@@ -260,7 +261,6 @@ def test_a_checkpoint_nearer_to_its_teacher(tmp_path, packed):
 # Processes of two devices each; prints nothing.
 PROCESS = """
 import sys, jax
-jax.config.update("jax_num_cpu_devices", 2)
 jax.distributed.initialize(f"localhost:{sys.argv[1]}", 2, int(sys.argv[2]))
 from supra_jax.linearization.linearize import linearize_checkpoint
 from supra_jax.linearization.starts import Calibrated
@@ -279,7 +279,7 @@ def test_two_processes_leave_what_one_does(tmp_path):
   how = {"tokens": 500, "sequence_length": 48, "batch_size": 4, "keep_softmax": 1, "measured_tokens": 96}
   mixer = registry.layer("supra_window", window=8)
   config = linearize_checkpoint(teacher, tmp_path / "one", Calibrated(str(text), **how), mixer=mixer).config
-  environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"} | {"JAX_PLATFORMS": "cpu"}
+  environment = os.environ | runs.devices_environment(2) | {"JAX_PLATFORMS": "cpu"}
   port = str(runs.free_port())
   processes = [
     subprocess.Popen(

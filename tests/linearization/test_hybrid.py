@@ -32,7 +32,7 @@ ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 TEACHER = tiny("softmax").replace(
-  vocab_size=96, layers=registry.layers(("softmax",) * 4), hidden_size=24, num_heads=6, value_head_dim=12
+  vocab_size=96, layers=registry.layers(("softmax",) * 3), hidden_size=24, num_heads=6, value_head_dim=12
 )
 
 
@@ -55,50 +55,47 @@ def _measured(params, config, batches, *, layers=None, mesh="data:1", devices=1,
   return got, student, student_config
 
 
-def _plain_divergence(teacher, student, batches):
-  """Mean KL over all targets, from whole logits."""
-  total, count = 0.0, 0
-  for batch in batches:
-    ids = batch.get("segment_ids")
-    log_p, log_q = (
-      np.float64(
-        Transformer(config).apply(
-          {"params": params}, batch["tokens"][:, :-1], segment_ids=None if ids is None else ids[:, :-1], method="logits"
-        )[0]
-      )
-      for params, config in (teacher, student)
-    )
-    log_p, log_q = (x - np.log(np.exp(x).sum(-1, keepdims=True)) for x in (log_p, log_q))
-    counted = np.ones(log_p.shape[:2]) if ids is None else ids[:, 1:] == ids[:, :-1]
-    total, count = total + (counted * (np.exp(log_p) * (log_p - log_q)).sum(-1)).sum(), count + counted.sum()
-  return total / count
+def _log_probabilities(params, config, tokens, segment_ids):
+  inputs = tokens[:, :-1], None if segment_ids is None else segment_ids[:, :-1]
+  logits = np.float64(
+    Transformer(config).apply({"params": params}, inputs[0], segment_ids=inputs[1], method="logits")[0]
+  )
+  return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
 
 
 @pytest.mark.parametrize(
   ("documents", "layers", "changes"),
   [
     (False, None, {}),
-    (True, [0, 1, 3], {"tie_embeddings": True, "post_embed_norm": True, "norm": "layer_norm", "sliding_window": 5}),
+    (True, [0, 2], {"tie_embeddings": True, "post_embed_norm": True, "norm": "layer_norm", "sliding_window": 5}),
   ],
 )
 def test_divergences_are_those_of_whole_hybrids(random_params, documents, layers, changes):
   config = TEACHER.replace(**changes)
   params, batches, reported = random_params(config), [_batch(1, documents), _batch(2, documents, rows=4)], []
   got, student, student_config = _measured(params, config, batches, layers=layers, report=lambda *x: reported.append(x))
-  layers = [0, 1, 2, 3] if layers is None else layers
+  layers = [0, 1, 2] if layers is None else layers
   assert list(got.by_layer) == layers
   assert [x[:2] for x in reported] == [(i, len(layers)) for i in layers] * 2
-  teacher = params, config
-  np.testing.assert_allclose(got.student, _plain_divergence(teacher, (student, student_config), batches), rtol=1e-4)
+  # Rows of all batches at once, whole logits, the mean over all targets.
+  tokens, ids = (
+    np.concatenate([b[name] for b in batches]) if name in batches[0] else None for name in ("tokens", "segment_ids")
+  )
+  counted = np.ones((12, 16)) if ids is None else ids[:, 1:] == ids[:, :-1]
+  log_p = _log_probabilities(params, config, tokens, ids)
+
+  def divergence(params, config):
+    log_q = _log_probabilities(params, config, tokens, ids)
+    return (counted * (np.exp(log_p) * (log_p - log_q)).sum(-1)).sum() / counted.sum()
+
+  np.testing.assert_allclose(got.student, divergence(student, student_config), rtol=1e-4)
   for i in layers:
     taken_back = list(student_config.layers)
     taken_back[i] = config.layers[i]
     hybrid = student | {f"layers_{i}": params[f"layers_{i}"]}
-    want = _plain_divergence(teacher, (hybrid, student_config.replace(layers=tuple(taken_back))), batches)
+    want = divergence(hybrid, student_config.replace(layers=tuple(taken_back)))
     np.testing.assert_allclose(got.by_layer[i], want, rtol=1e-4)
-  assert got.tokens == (
-    sum((b["segment_ids"][:, 1:] == b["segment_ids"][:, :-1]).sum() for b in batches) if documents else 192
-  )
+  assert got.tokens == counted.sum()
 
 
 def test_all_of_a_teacher_taken_back_is_the_teacher(random_params):
@@ -109,7 +106,7 @@ def test_all_of_a_teacher_taken_back_is_the_teacher(random_params):
 def test_a_layer_that_matters_is_chosen(random_params):
   """Attention is 0 in all layers but one, so that what the others have lost, calibration gives back."""
   params = random_params(TEACHER)
-  for i in (0, 1, 3):
+  for i in (0, 2):
     kernel = params[f"layers_{i}"]["self_attn"]["o_proj"]["kernel"]
     params[f"layers_{i}"]["self_attn"]["o_proj"] = {"kernel": jnp.zeros_like(kernel)}
   mesh = make_mesh("data:1", jax.devices()[:1])
@@ -117,7 +114,7 @@ def test_a_layer_that_matters_is_chosen(random_params):
     made = linearize(params, TEACHER, Identity())
     student = calibrate((params, TEACHER), (made.params, made.config), [_batch(), _batch(2)], mesh, mlp=False)
     got = layer_divergences((params, TEACHER), (student, made.config), [_batch(3)], mesh)
-  assert choose_softmax_layers(got, 1) == [2] and got.by_layer[2] < 0.1 * got.student, got
+  assert choose_softmax_layers(got, 1) == [1] and got.by_layer[1] < 0.1 * got.student, got
 
 
 def test_the_least_divergences_are_chosen():
@@ -183,8 +180,7 @@ def how(tmp_path_factory):
 
 
 def _program(*flags):
-  command = [sys.executable, "-m", "supra_jax.bin.linearize", *flags]
-  return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"JAX_PLATFORMS": "cpu"})
+  return programs.run("supra_jax.bin.linearize", *flags)
 
 
 def test_from_the_command_line(tmp_path, teacher, how):
@@ -245,7 +241,10 @@ def test_wrong_numbers_are_named(tmp_path, teacher, how, keep, layers, message):
 
 
 def test_the_default_is_a_window_and_needs_no_text(tmp_path, teacher):
-  ran = _program(f"--checkpoint={teacher}", f"--output={tmp_path}/out", "--sinks=2")
+  # Started as it is typed; the other tests run the program in this process.
+  command = [sys.executable, "-m", "supra_jax.bin.linearize", f"--checkpoint={teacher}", f"--output={tmp_path}/out"]
+  environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+  ran = subprocess.run([*command, "--sinks=2"], cwd=ROOT, capture_output=True, text=True, env=environment)
   assert ran.returncode == 0, ran.stderr[-2000:]
   made = load_model(tmp_path / "out")
   assert made.config.layers == registry.layers(("supra_window",) * 4, window=64, sinks=2)

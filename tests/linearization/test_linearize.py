@@ -37,9 +37,18 @@ def _differ(a, b):
   return all((x != y).any() for x, y in drawn)
 
 
-@pytest.mark.parametrize("kind", ["dense", "per_head", "per_head_separate"])
-@pytest.mark.parametrize(("heads", "groups"), [(6, 2), (4, 4)])
-@pytest.mark.parametrize("qk_norm", [False, True])
+@pytest.mark.parametrize(
+  ("kind", "heads", "groups", "qk_norm"),
+  [
+    # Each kind with shared and with own keys, and each of both with and without norms.
+    ("dense", 6, 2, False),
+    ("dense", 4, 4, True),
+    ("per_head", 6, 2, True),
+    ("per_head", 4, 4, False),
+    ("per_head_separate", 6, 2, False),
+    ("per_head_separate", 4, 4, True),
+  ],
+)
 def test_what_is_kept_and_what_is_new(kind, heads, groups, qk_norm, random_params):
   teacher = TEACHER.replace(
     num_heads=heads,
@@ -153,7 +162,8 @@ def test_a_window(random_params):
     WindowConfig(window=7),
   )
   tokens = np.zeros((1, 9), np.int32)
-  assert np.isfinite(Transformer(more.config).apply({"params": more.params}, tokens, method="logits")[0]).all()
+  logits = jax.jit(functools.partial(Transformer(more.config).apply, method="logits"))
+  assert np.isfinite(logits({"params": more.params}, tokens)[0]).all()
   for start, mixer in ((Window(window=7), None), (Identity(), WindowConfig(window=7))):
     with pytest.raises(ValueError, match="window=7: the teacher's own softmax sees 4 tokens"):
       linearize(kept, TEACHER.replace(sliding_window=4), start, mixer=mixer)

@@ -1,4 +1,4 @@
-"""A process whose disk is a mounted bucket's: `python -m tests.support.poor_disk WHAT DIRECTORY MOVES`.
+"""A process whose disk is a mounted bucket's: `python -m tests.support.poor_disk MOVES WHAT=DIRECTORY ...`.
 
 It has no locks, no fsync of directories, renames no directory that holds files, and says that it has 0 bytes in all.
 After MOVES files that were moved into place one by one the process is killed; 0 is never.
@@ -100,5 +100,7 @@ def states(directory: Path) -> None:
 
 
 if __name__ == "__main__":
-  make_poor(int(sys.argv[3]))
-  {"model": model, "rows": rows, "states": states}[sys.argv[1]](Path(sys.argv[2]))
+  make_poor(int(sys.argv[1]))
+  for argument in sys.argv[2:]:
+    what, _, directory = argument.partition("=")
+    {"model": model, "rows": rows, "states": states}[what](Path(directory))

@@ -10,12 +10,14 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.sharding import AbstractMesh
 
-from supra_jax.core.sharding import make_mesh
+from supra_jax.core.sharding import make_mesh, parse_mesh
 from supra_jax.data.packing import prepare
 from supra_jax.data.tokenizer import Tokenizer
 from supra_jax.experiments import tiny
@@ -27,8 +29,12 @@ from supra_jax.storage.model_directory import load_model_without_params
 from supra_jax.training import plan as planning
 from supra_jax.training.compiled import Memory, Traffic
 from supra_jax.training.config import TrainConfig
+from supra_jax.training.setup import row_leaves
 from tests.model.test_flops import products
 from tests.support import programs
+
+# What a program takes is settled before the passes that this leaves out.
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = sorted(path.stem for path in (ROOT / "configs").glob("*.py") if path.stem != "base")
@@ -46,14 +52,18 @@ def recipe(name, **changes):
   return TrainConfig.from_mapping(module.get_config().to_dict() | changes)
 
 
-def main(name: str, mesh: str) -> None:
-  """Prints the figures of a plan as JSON."""
+def main() -> None:
+  """Prints the figures of the plans of all cases as JSON."""
+  print(json.dumps([planned(*case) for case in CASES]))
+
+
+def planned(name: str, mesh: str) -> dict[str, Any]:
   config = recipe(name)
   made = planning.plan(config, planning.planned_model(config), planning.planned_mesh(mesh))
   figures = {field.name: getattr(made, field.name) for field in dataclasses.fields(made) if field.name != "config"}
   figures["memory"] = dataclasses.asdict(made.memory)
   figures["traffic"] = {kind: traffic.total_bytes for kind, traffic in made.traffic.items()}
-  print(json.dumps(figures))
+  return figures
 
 
 def child(*command, **variables):
@@ -70,11 +80,15 @@ def child(*command, **variables):
 
 
 @functools.cache
-def figures(case):
-  done = child("tests.training.test_plan", *CASES[case])
+def all_figures():
+  done = child("tests.training.test_plan")
   assert done.returncode == 0, done.stderr
   assert "Involuntary full rematerialization" not in done.stderr
   return json.loads(done.stdout)
+
+
+def figures(case):
+  return all_figures()[case]
 
 
 def layer_matrices(case):
@@ -214,7 +228,7 @@ def test_packed_data_say_how_they_are_packed(tmp_path):
   config = dataclasses.replace(config, data=dataclasses.replace(config.data, **data))
   assert planning.plan(config, model, mesh).batch_bytes == 2 * 4 * config.batch_size * 65
   absent = dataclasses.replace(config, data=dataclasses.replace(config.data, sources="not/yet", heldout="not/yet"))
-  assert planning.plan(absent, model, mesh).batch_bytes == 4 * config.batch_size * 65
+  assert row_leaves(absent.data, model.vocab_size) == ("tokens",)
   longer = dataclasses.replace(config, data=dataclasses.replace(config.data, sequence_length=128))
   with pytest.raises(ValueError, match=r"packed/train does not fit: its sequence_length is 64, not 128"):
     planning.plan(longer, model, mesh)
@@ -242,9 +256,11 @@ class TestOutput:
     assert done.returncode == 1
     assert re.fullmatch(message, done.stderr)
 
-  def test_a_batch_that_cannot_be_cut(self):
-    # In a process of its own, which has as many devices as the mesh wants.
-    done = child("supra_jax.bin.plan", "--config=configs/tiny.py", "--mesh=fsdp:3")
+  def test_a_batch_that_cannot_be_cut(self, monkeypatch):
+    # This process has not as many devices as the mesh wants, and none is needed to tell.
+    shape = parse_mesh("fsdp:3", 3)
+    monkeypatch.setattr(planning, "planned_mesh", lambda _: AbstractMesh(tuple(shape.values()), tuple(shape)))
+    done = programs.run("supra_jax.bin.plan", f"--config={ROOT / 'configs' / 'tiny.py'}", "--mesh=fsdp:3")
     wanted = r"error: batch_size=8 in microbatches=2 parts of 4 rows cannot be cut over the 3 shards .*\n"
     assert done.returncode == 1 and re.fullmatch(wanted, done.stderr)
 
@@ -315,4 +331,4 @@ fits: 99\d\.\d\d MB of 1\.00 GB to spare\."""
 
 
 if __name__ == "__main__":
-  main(*sys.argv[1:])
+  main()
