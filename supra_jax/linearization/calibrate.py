@@ -104,6 +104,8 @@ def calibrate(
   """
   if not batches:
     raise ValueError("There are no batches to calibrate with.")
+  if teacher[1].layers == student[1].layers:
+    raise ValueError("There is no layer to calibrate: all mixers are the teacher's.")
   (teacher_params, teacher_config), (student_params, config) = teacher, student
   params = dict(student_params)
   run = _Run(teacher_config, config, jnp.dtype(dtype), mesh)
@@ -182,7 +184,9 @@ def _calibrate_layer(
   if not mlp:
     return student, missed
 
-  kernel, bias, _ = solve(total, ridge=ridge, bias=run.student.mlp_bias)
+  kernel, bias, missed_by_mlp = solve(total, ridge=ridge, bias=run.student.mlp_bias)
+  if not math.isfinite(missed_by_mlp):
+    return student, missed_by_mlp
   old = jax.tree.map(_whole, student["mlp"]["down_proj"])
   student = _replaced(student, "mlp", "down_proj", old["kernel"] + kernel, None if bias is None else old["bias"] + bias)
   for number in range(len(batches)):

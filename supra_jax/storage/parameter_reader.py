@@ -13,6 +13,7 @@ import orbax.checkpoint as ocp
 from supra_jax.core.files import absolute
 from supra_jax.storage.disk import first_line
 from supra_jax.storage.model_directory import PARAMS_DIRECTORY
+from supra_jax.storage.parameters import stored_shapes
 
 
 class ParameterReader:
@@ -35,17 +36,8 @@ class ParameterReader:
     """
     self._path = absolute(directory) / PARAMS_DIRECTORY
     self._checkpointer = ocp.PyTreeCheckpointer()
-    try:
-      metadata = self._checkpointer.metadata(self._path).item_metadata
-    except Exception as error:  # Orbax and tensorstore raise many types
-      raise ValueError(f"{self._path}: no parameters can be read: {first_line(error)}") from error
-    if metadata is None:
-      raise ValueError(f"{self._path}: no parameters can be read: it is no Orbax checkpoint, or a damaged one.")
-    tree = metadata.tree
-    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
-    self.shapes = {
-      tuple(key.key for key in path): jax.ShapeDtypeStruct(leaf.shape, np.dtype(leaf.dtype)) for path, leaf in leaves
-    }
+    leaves, _ = jax.tree_util.tree_flatten_with_path(stored_shapes(self._checkpointer, self._path))
+    self.shapes = {tuple(key.key for key in path): leaf for path, leaf in leaves}
 
   def read(self, path: tuple[str, ...]) -> np.ndarray:
     """Returns the parameter at a path, a key of `shapes`, with its stored shape and dtype.

@@ -80,6 +80,21 @@ def _wait(future: Any) -> None:
     raise OSError(f"The parameters could not be written: {first_line(error)}") from error
 
 
+def stored_shapes(checkpointer: ocp.Checkpointer, path: AnyPath) -> Params:
+  """Returns the nested dict of shapes and dtypes of a checkpoint's parameters, as jax.ShapeDtypeStruct.
+
+  Raises:
+    ValueError: the directory is no Orbax checkpoint, or a damaged one.
+  """
+  try:
+    metadata = checkpointer.metadata(path).item_metadata
+  except Exception as error:  # Orbax and tensorstore raise many types
+    raise ValueError(f"{path}: no parameters can be read: {first_line(error)}") from error
+  if metadata is None:
+    raise ValueError(f"{path}: no parameters can be read: it is no Orbax checkpoint, or a damaged one.")
+  return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, np.dtype(leaf.dtype)), metadata.tree)
+
+
 def read_params(path: AnyPath, config: ModelConfig, dtype: Any, shardings: Callable[[Params], Params] | None) -> Params:
   """Returns the parameters in a checkpoint that `write_params` wrote, a nested dict of jax arrays.
 
@@ -89,11 +104,11 @@ def read_params(path: AnyPath, config: ModelConfig, dtype: Any, shardings: Calla
     dtype, shardings: see `storage.model_directory.load_model`.
 
   Raises:
-    ValueError: names or shapes of the stored parameters are not those of the model; nothing is read then.
+    ValueError: names or shapes of the stored parameters are not those of the model, and nothing is read; or the
+      parameters are damaged.
   """
   with ocp.PyTreeCheckpointer() as checkpointer:
-    metadata = checkpointer.metadata(path).item_metadata.tree
-    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), metadata)
+    shapes = stored_shapes(checkpointer, path)
     try:
       check_fit(config, shapes)
     except ValueError as error:
@@ -110,4 +125,7 @@ def read_params(path: AnyPath, config: ModelConfig, dtype: Any, shardings: Calla
         wanted = np.dtype(dtype)
       return ocp.ArrayRestoreArgs(sharding=sharding, dtype=wanted, global_shape=leaf.shape)
 
-    return checkpointer.restore(path, restore_args=jax.tree.map(restore_args, shapes, places))
+    try:
+      return checkpointer.restore(path, restore_args=jax.tree.map(restore_args, shapes, places))
+    except Exception as error:
+      raise ValueError(f"{path}: the parameters cannot be read: {first_line(error)}") from error

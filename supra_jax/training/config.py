@@ -59,6 +59,10 @@ class DataConfig:
         f"data.input={self.input!r}, data.sources={self.sources!r}: wanted text to pack, or directories that "
         "`python -m supra_jax.bin.prepare_data` packed; one of the two."
       )
+    if self.input and self.heldout_every < 2:
+      raise ValueError(
+        f"data.heldout_every={self.heldout_every}: wanted 2 or more, to evaluate on every N-th document."
+      )
     if self.sources and not self.heldout:
       raise ValueError("data.heldout is empty: wanted a packed directory to evaluate on, beside data.sources.")
 

@@ -181,6 +181,7 @@ def short_number(number: float) -> str:
 # Name of a value in a record of training -> how the progress of a run shows the value.
 SHOWN: Mapping[str, Callable[[float], str]] = {
   "loss": lambda value: f"loss {value:.4f}",
+  "attention_error": lambda value: f"attention error {value:.4f}" if value is not False else "",
   "tokens_per_second": lambda value: f"{short_number(value)} tokens/s",
   "mfu": lambda value: f"MFU {value:.1%}",
   "skipped": lambda value: f"{value} skipped" if value else "",

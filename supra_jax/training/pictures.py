@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -86,7 +87,7 @@ def plot_curves(
   Args:
     curves: name of a curve -> its runs, which differ in their seed alone. A run is a list of points (x, loss in nats
       per token); all runs of a curve have the same number of points. The curve is the mean over the runs, with a band
-      from the lowest to the highest. At most six curves are drawn; further ones are left out.
+      from the lowest to the highest. Six colours are used in turn.
     output_png: the file to write.
     teacher_nll: loss of the transformer on the same text, in nats per token; drawn as a horizontal line.
     x: label of the x axis.
@@ -105,7 +106,7 @@ def plot_curves(
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short_number(value)))
     axes.xaxis.set_minor_locator(NullLocator())
     places = [place for place in places if place > 0]
-  for (name, runs), colour in zip(curves.items(), CURVES, strict=False):
+  for (name, runs), colour in zip(curves.items(), itertools.cycle(CURVES), strict=False):
     points = np.array(runs, float)  # [runs, points, 2]
     if tenth_of:
       points = points[:, points[0, :, 0] > 0]

@@ -127,7 +127,8 @@ class Reporter:
       mfu = flops.mfu(each, self._flops, self._peak) if each and self._peak else None
       speeds = {"tokens_per_second": speed, "tokens_per_second_per_device": each, "mfu": mfu, "data_wait": wait}
       self._write({"step": step, "tokens": step * self._tokens, **numbers, **speeds})
-      self._progress.advance_to(step, **numbers, **speeds)
+      # A transfer ends: its last error goes from the line.
+      self._progress.advance_to(step, **{"attention_error": False, **numbers}, **speeds)
 
   def evaluated(self, step: int, nll: float) -> None:
     """Writes and shows the held-out loss `nll` after a step, in nats per token."""

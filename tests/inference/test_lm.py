@@ -114,5 +114,7 @@ def test_evaluation_agrees_with_the_logits(lm):
   assert results[2][1] and not results[0][1]
   with pytest.raises(ValueError, match="empty"):
     evaluate.loglikelihoods(lm, [([], [1])])
+  with pytest.raises(ValueError, match="sequence_length=1: wanted at least 2"):
+    evaluate.text_nll(lm, [1, 2, 3], sequence_length=1)
   with pytest.raises(ValueError, match="max_tokens=512 does not fill one piece: sequence_length=1024"):
     evaluate.evaluate(lm, "any", max_tokens=512)

@@ -152,6 +152,23 @@ def test_nothing_is_left_though_a_thread_of_the_failed_write_goes_on(tmp_path):
   assert list(tmp_path.iterdir()) == []
 
 
+DAMAGES = {
+  "no metadata": lambda params: (params / "_METADATA").unlink(),
+  "half of the metadata": lambda params: (params / "_METADATA").write_bytes((params / "_METADATA").read_bytes()[:99]),
+  "nothing": lambda params: [shutil.rmtree(x) if x.is_dir() else x.unlink() for x in params.iterdir()],
+  "no manifest": lambda params: (params / "manifest.ocdbt").unlink(),
+  "short files": lambda params: [path.write_bytes(path.read_bytes()[:-9]) for path in params.glob("**/d/*")],
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_parameters_are_an_error_that_names_them(params, tmp_path, damage):
+  _save(tmp_path / "model", params)
+  DAMAGES[damage](tmp_path / "model" / "params")
+  with pytest.raises(ValueError, match=rf"{tmp_path}/model/params: (no|the) parameters can(not)? be read"):
+    load_model(tmp_path / "model")
+
+
 def test_odd_numbers_survive(params, tmp_path):
   size = params["norm"]["weight"].size
   weight = np.resize(np.array([np.nan, np.inf, -0.0, 1e-45, 3.4e38], np.float32), size)
