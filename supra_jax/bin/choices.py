@@ -52,11 +52,7 @@ def given(
 
 
 def whole_numbers(flag: flags.FlagHolder) -> list[int] | None:
-  """Returns the items of a list flag as integers; None if the flag is not set.
-
-  Raises:
-    ValueError: an item is not an integer; the message names the flag.
-  """
+  """Returns the items of a list flag as integers; None if it is not set. Raises ValueError if an item is no integer."""
   try:
     return None if flag.value is None else [int(item) for item in flag.value]
   except ValueError as error:

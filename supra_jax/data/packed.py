@@ -60,10 +60,8 @@ class Shard:
   """A file of rows.
 
   Attributes:
-    file: name of the file.
-    rows: number of rows in the file.
-    bytes: size of the file in bytes.
-    sha256: hexadecimal digest of the file.
+    file, rows: name of the file, and number of rows in it.
+    bytes, sha256: size of the file in bytes, and its hexadecimal digest.
   """
 
   file: str
@@ -78,8 +76,7 @@ class PackedInfo:
 
   Attributes:
     sequence_length: T; a row has T + 1 tokens, the last of which is the first of the next row.
-    rows: number of rows.
-    tokens: rows * T, the number of positions with a next token to predict.
+    rows, tokens: number of rows, and rows * T, the number of positions with a next token to predict.
     dropped_tokens: number of tokens at the end of the text that did not fill a row.
     documents: number of documents that have at least one token.
     join: how documents share a row, see `Documents`.
