@@ -27,8 +27,8 @@ REST = [(257, "Gk<Gv", OPTIONAL), (257, "Gk=H>Gv", ()), (1, "G<H", OPTIONAL), (5
 CASES += REST
 # The plain ones do the same for all lengths: each choice of options once, and what that leaves out.
 FEW = [CASES[3 * i + i % 3] for i in range(len(GIVEN))] + [REST[0], REST[-1]]
-# A kernel takes long to interpret: each length and each kind of groups, and all pairs of two options. Mosaic GPU's takes
-# ten times as long and has tests of its own.
+# A kernel takes long to interpret: each length and each kind of groups, and all pairs of two options. Mosaic GPU's
+# takes ten times as long and has tests of its own.
 FEWER = [
   *((1, "G=H", ()), (100, "G<H", ("initial_state",)), (257, "Gk=H>Gv", ("segment_ids",)), (64, "G=H", ("lengths",))),
   *(REST[0], REST[-1]),
