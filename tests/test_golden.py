@@ -1,5 +1,6 @@
 """The reference's own outputs, and those of transformers, stored under golden/."""
 
+import functools
 import json
 import shutil
 from pathlib import Path
@@ -26,6 +27,7 @@ RELEASED = "released_form_bin"
 HF = Path(__file__).parent / "golden" / "hf"
 
 
+@functools.cache
 def _load(name):
   """(model, params, golden)"""
   config, params = openlm.load(name)
@@ -160,7 +162,7 @@ def test_eight_optimizer_steps():
   )
   schedule, mesh = make_schedule(recipe, 8), make_mesh("", jax.devices()[:1])
   train_step, loss = TrainStep(model, recipe, 8), jax.jit(_mean_loss(model, tokens, recipe.z_loss))
-  state = train_step.init(jax.tree.map(jnp.asarray, params))
+  state = train_step.init(jax.tree.map(jnp.array, params))
   step, losses, norms = train_step.compiled(train_step.shardings(state, mesh)), [], []
   for _ in range(8):
     losses.append(loss(state.params)[0])  # z-loss included
@@ -178,14 +180,13 @@ def test_eight_optimizer_steps():
   _close(rows, golden["final_l0_totrain_embed_weight_rows0_8"], 2e-5)
 
 
-@pytest.mark.parametrize("spelling", ["config.json", "config_legacy.json"])
 @pytest.mark.parametrize("name", sorted(path.name for path in HF.iterdir() if path.is_dir()))
-def test_transformers(name, spelling, tmp_path):
+def test_transformers(name, tmp_path):
+  """That config_legacy.json gives the same model is in convert_weights/test_huggingface.py."""
   source = tmp_path / "source"
   source.mkdir()
-  for file in ("model.safetensors", "generation_config.json"):
+  for file in ("model.safetensors", "generation_config.json", "config.json"):
     shutil.copy(HF / name / file, source)
-  shutil.copy(HF / name / spelling, source / "config.json")
   hf_to_orbax.convert(source, tmp_path / "model")
   lm = supra_jax.load(tmp_path / "model")
   with np.load(HF / name / "golden.npz") as golden:
@@ -193,7 +194,7 @@ def test_transformers(name, spelling, tmp_path):
   logits, _ = lm(tokens)
   _close(logits, want)
   if name == "mistral_sw16":
-    assert lm.config.sliding_window == json.loads((HF / name / spelling).read_text())["sliding_window"] == 16
+    assert lm.config.sliding_window == json.loads((HF / name / "config.json").read_text())["sliding_window"] == 16
     first, state = lm(tokens[:, :20])  # the second piece's windows begin in the first
     second, _ = lm(tokens[:, 20:], state)
     _close(np.concatenate([first, second], 1), want)

@@ -10,15 +10,25 @@ import pytest
 import supra_jax
 from supra_jax.evaluation import likelihood as evaluate
 from supra_jax.experiments import tiny
+from supra_jax.model.registry import layers
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 TOKENS = np.random.default_rng(0).integers(0, tiny.VOCAB, (2, 37))
 
 
-@pytest.fixture(scope="module", params=["supra", "softmax", "supra_window"])
-def lm(request, tmp_path_factory):
-  return supra_jax.load(tiny.write_checkpoint(tmp_path_factory.mktemp("model") / "model", request.param))
+# A state that never grows, and one that does where there is a cache to grow.
+MODELS = {"supra": {}, "hybrid": {"layers": layers(("softmax", "supra_window"), window=5, sinks=2)}}
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def directory(request, tmp_path_factory):
+  return tiny.write_checkpoint(tmp_path_factory.mktemp("model") / "model", "supra", **MODELS[request.param])
+
+
+@pytest.fixture(scope="module")
+def lm(directory):
+  return supra_jax.load(directory)
 
 
 @pytest.mark.compat
@@ -41,12 +51,14 @@ def test_caches_grow_and_shapes_are_padded_without_a_trace(lm):
   plain, _ = jax.jit(lambda params: lm.model.apply({"params": params}, TOKENS, method="logits"))(lm.params)
   np.testing.assert_allclose(lm(TOKENS)[0], plain, atol=1e-4)
   state, pieces = None, []
-  for start, end in ((0, 1), (1, 4), (4, 21), (21, 37)):
+  for start, end in ((0, 1), (1, 18), (18, 37)):
     logits, state = lm(TOKENS[:, start:end], state)
     pieces.append(logits)
   np.testing.assert_allclose(np.concatenate(pieces, 1), plain, atol=1e-4)
-  if state.capacity is not None:
-    assert state.capacity == 64
+  if "softmax" in lm.config.mixers:
+    assert state.capacity == 64 and state.layers[1].k.shape[1] == 7
+  else:
+    assert state.capacity is None
 
 
 @pytest.mark.parametrize("padding", ["left", "right"])
@@ -71,8 +83,8 @@ def test_traced_calls_go_through(lm):
   np.testing.assert_allclose(logits, lm(TOKENS)[0], atol=1e-4)
 
 
-def test_dtype_is_of_parameters_and_computation(lm, tmp_path):
-  low = supra_jax.load(tiny.write_checkpoint(tmp_path / "m", lm.config.mixers[0]), dtype="bfloat16")
+def test_dtype_is_of_parameters_and_computation(lm, directory):
+  low = supra_jax.load(directory, dtype="bfloat16")
   assert {x.dtype for x in jax.tree.leaves(low.params)} == {jnp.dtype(jnp.bfloat16)}
   logits, _ = low(TOKENS)
   assert logits.dtype == jnp.float32

@@ -128,7 +128,7 @@ def direct(attend):
 
 def arrays(case, dtype):
   """The differentiable arguments, as a dict, and the rest."""
-  differentiable = {name: jnp.asarray(case[name]).astype(dtype) for name in ARRAYS if name in case}
+  differentiable = {name: jnp.asarray(case[name], dtype) for name in ARRAYS if name in case}
   if "initial_state" in differentiable and dtype == jnp.bfloat16:
     differentiable["initial_state"] = jnp.asarray(case["initial_state"])
   return differentiable, {name: jnp.asarray(case[name]) for name in OPTIONS if name in case}

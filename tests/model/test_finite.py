@@ -12,11 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from supra_jax.data.tokenizer import Tokenizer
 from supra_jax.evaluation import likelihood as evaluate
 from supra_jax.experiments import tiny
 from supra_jax.inference.decode import generate_tokens
-from supra_jax.inference.lm import LM, load
+from supra_jax.inference.lm import LM
 from supra_jax.model.finite import NotFiniteError
+from supra_jax.model.registry import layers
 from supra_jax.storage.model_directory import save_model
 from tests.support import programs
 
@@ -42,9 +44,12 @@ def overflowing(lm: LM) -> tuple[LM, LM, list[int], int]:
   return LM(lm.config, narrow, lm.tokenizer), LM(lm.config, wide, lm.tokenizer), prompt, token
 
 
-@pytest.fixture(scope="module", params=["softmax", "supra_window"])
-def case(request, tmp_path_factory):
-  return overflowing(load(tiny.write_checkpoint(tmp_path_factory.mktemp("model") / "m", request.param)))
+@pytest.fixture(scope="module")
+def case(random_params):
+  """In a model with a cache, a ring and a linear state."""
+  config = tiny.tiny_config("supra").replace(layers=layers(("softmax", "supra_window"), window=5, sinks=2))
+  files = {"tokenizer.json": tiny.tokenizer_json()}
+  return overflowing(LM(config, random_params(config), Tokenizer.from_files(files, config)))
 
 
 def test_evaluation_says_where(case):
@@ -82,8 +87,8 @@ def test_parameters_at_fault(case):
     list(generate_tokens(wide.model, params, prompt, max_new_tokens=3))
 
 
-def test_programs_fail(tmp_path):
-  narrow, _, prompt, token = overflowing(load(tiny.write_checkpoint(tmp_path / "m", "supra")))
+def test_programs_fail(case, tmp_path):
+  narrow, _, prompt, token = case
   files = {"tokenizer.json": tiny.tokenizer_json()}
   save_model(tmp_path / "f16", config=narrow.config, params=narrow.params, tokenizer_files=files, source={})
   text = tmp_path / "a.jsonl"

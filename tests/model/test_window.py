@@ -11,8 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from supra_jax.inference.decode import generate_tokens
-from supra_jax.inference.lm import LM
 from supra_jax.linearization.linearize import linearize
 from supra_jax.linearization.starts import Window
 from supra_jax.model.config import RopeConfig
@@ -70,15 +68,16 @@ def _in_calls(q, far_q, k, v, window, sinks, first, cuts, padding=0):
   return jnp.concatenate(outs, axis=1)
 
 
-@pytest.mark.parametrize("sinks", [0, 1, 3])
+# Each window with all kinds of sinks that matter to it: none, fewer than it, more than it.
 @pytest.mark.parametrize(
-  ("window", "cuts", "padding"),
+  ("window", "sinks", "cuts", "padding"),
   [
-    *((1, [], 0), (4, [], 0), (7, [], 0), (14, [], 0), (40, [], 3)),
-    *((1, [5], 3), (4, [1, 2, 3, 4, 9], 0), (5, [2, 13], 3), (14, [6], 0), (40, [4, 5], 1)),
+    *((1, 3, [], 0), (4, 0, [], 0), (4, 3, [], 0), (7, 1, [], 0), (14, 3, [], 0), (40, 1, [], 3)),
+    *((1, 1, [5], 3), (1, 3, [5], 3), (4, 0, [1, 2, 3, 4, 9], 0), (4, 3, [1, 2, 3, 4, 9], 0)),
+    *((5, 0, [2, 13], 3), (5, 3, [2, 13], 3), (14, 1, [6], 0), (40, 3, [4, 5], 1)),
   ],
 )
-def test_any_pieces_give_what_a_mask_gives(window, cuts, padding, sinks):
+def test_any_pieces_give_what_a_mask_gives(window, sinks, cuts, padding):
   """Values and gradients in float64; row 0 is one text, documents begin at 3 and 11 in row 1, at 1 and 2 in row 2."""
   with jax.enable_x64(True):
     q, k, v = _arrays(14, rows=3)
@@ -102,14 +101,15 @@ def test_rows_stand_where_they_stand(sinks):
   arrays, window = _arrays(20, dtype=np.float32), 4
   ring = tuple(jnp.zeros((2, sinks + window, *x.shape[2:])) for x in arrays[1:])
   first, at, outs = jnp.zeros((2, 11), jnp.int32), np.zeros(2, np.int32), [[], []]
+  attend = jax.jit(functools.partial(window_softmax_attention, sinks=sinks))
   for count in np.array([[3, 11], [9, 0], [5, 9]], np.int32):
     pieces = [np.stack([np.roll(row, -start, 0)[:11] for row, start in zip(x, at, strict=True)]) for x in arrays]
     where = {"cached_B": at, "count_B": count, "first_BT": first}
-    out, ring = window_softmax_attention(*pieces, ring, sinks=sinks, **where)
+    out, ring = attend(*pieces, ring, **where)
     for row in range(2):
       outs[row].append(out[row, : count[row]])
     at = at + count
-  want = _naive(arrays[0], *arrays, window, sinks, np.zeros((2, 20), np.int32))
+  want = jax.jit(lambda: _naive(arrays[0], *arrays, window, sinks, np.zeros((2, 20), np.int32)))()
   for row in range(2):
     np.testing.assert_allclose(np.concatenate(outs[row]), want[row, : at[row]], atol=1e-5)
 
@@ -119,9 +119,8 @@ def test_ring():
 
 
 @functools.cache
-def _made(random_params, changes=()):
-  config = WINDOW.replace(**dict(changes))
-  return config, random_params(config)
+def _made(random_params):
+  return WINDOW, random_params(WINDOW)
 
 
 def test_sinks_are_no_further_than_the_teacher_ever_saw():
@@ -171,11 +170,14 @@ def test_token_by_token_is_the_same_function_to_the_last_digits(random_params):
       return jnp.vdot(read({"params": params}, tokens)[0], weights)
 
     def recurrent(params):
-      state, total = model.init_state(2), 0.0
-      for at in range(tokens.shape[1]):
-        logits, state = read({"params": params}, tokens[:, at : at + 1], state)
-        total += jnp.vdot(logits[:, 0], weights[:, at])
-      return total
+      def step(state, now):
+        token, weight = now
+        logits, state = read({"params": params}, token[:, None], state)
+        return state, jnp.vdot(logits[:, 0], weight)
+
+      start = model.init_state(2)
+      start = start.replace(layers=jax.tree.map(lambda x: x.astype(jnp.float64), start.layers))
+      return jax.lax.scan(step, start, (tokens.T, weights.swapaxes(0, 1)))[1].sum()
 
     got, want = jax.jit(jax.value_and_grad(parallel))(params), jax.jit(jax.value_and_grad(recurrent))(params)
   jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-9, atol=1e-9), got, want)
@@ -194,35 +196,32 @@ def test_cost_grows_with_the_text_and_not_with_its_square(random_params):
   assert c - b == pytest.approx(b - a, rel=0.02)
 
 
-def test_generation_is_the_argmax_of_the_whole_text(random_params):
-  config, params = _made(random_params, (("layers", (WINDOW.layers[0], *layers(("softmax", "supra")))),))
-  lm, prompt = LM(config, params), np.random.default_rng(0).integers(0, 97, 23).tolist()
-  new = list(generate_tokens(lm.model, params, prompt, max_new_tokens=21))
-  logits, _ = lm(np.array([prompt + new]))
-  assert np.asarray(logits[0, 22:-1]).argmax(-1).tolist() == new
-  # A state that grows where there is a cache to grow.
-  pieces, held = [], None
-  for piece in np.split(np.array([prompt + new]), [1, 7, 30], axis=1):
-    more, held = lm(piece, held)
-    pieces.append(more)
-  np.testing.assert_allclose(np.concatenate(pieces, 1), logits, atol=1e-4)
-  assert held.capacity == 64 and held.layers[0].k.shape[1] == 7
-
-
-@pytest.mark.parametrize("rope", ["half", "interleaved", "by_head", "none"])
-def test_a_window_as_wide_as_the_text_begins_as_the_teacher(rope, random_params):
-  """The linear attention's projection being 0; and with the window it is the teacher that has that window."""
+def _begun(rope, window, random_params):
+  """(teacher, its parameters, tokens, student, its parameters)"""
   teacher = tiny("softmax").replace(rope=RopeConfig(kind=rope), num_heads=4, num_kv_heads=4, output_bias=True)
   params = random_params(teacher)
+  made = linearize(params, teacher, Window(window, sinks=0))
   tokens = np.random.default_rng(0).integers(0, 97, (2, 24)).astype(np.int32)
+  return teacher, params, tokens, made.config, made.params
 
-  def logits(params, config):
-    return Transformer(config).apply({"params": params}, tokens, method="logits")[0]
 
-  for window in (24, 6):
-    made = linearize(params, teacher, Window(window, sinks=0))
-    student, config = made.params, made.config
-    want = logits(params, teacher.replace(sliding_window=window))
-    np.testing.assert_allclose(logits(student, config), want, atol=1e-5)
-  grads = jax.grad(lambda params: (logits(params, config) ** 2).sum())(student)["layers_1"]["self_attn"]
+@functools.partial(jax.jit, static_argnums=0)
+def _logits(config, params, tokens):
+  return Transformer(config).apply({"params": params}, tokens, method="logits")[0]
+
+
+@pytest.mark.parametrize(
+  ("rope", "window"), [("half", 24), ("half", 6), ("interleaved", 6), ("by_head", 6), ("none", 24)]
+)
+def test_a_window_as_wide_as_the_text_begins_as_the_teacher(rope, window, random_params):
+  """The linear attention's projection being 0; and with the window it is the teacher that has that window."""
+  teacher, params, tokens, config, student = _begun(rope, window, random_params)
+  want = _logits(teacher.replace(sliding_window=window), params, tokens)
+  np.testing.assert_allclose(_logits(config, student, tokens), want, atol=1e-5)
+
+
+def test_the_first_gradient_reaches_the_projection_alone(random_params):
+  *_, tokens, config, student = _begun("half", 6, random_params)
+  grads = jax.jit(jax.grad(lambda params: (_logits(config, params, tokens) ** 2).sum()))(student)
+  grads = grads["layers_1"]["self_attn"]
   assert grads["linear_o_proj"]["kernel"].any() and not grads["feature_map"]["kernel"].any()

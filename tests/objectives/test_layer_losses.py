@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,14 +17,14 @@ from supra_jax.objectives.losses import Teacher, attention_transfer_loss, langua
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
-SOFTMAX = presets.tiny("softmax").replace(layers=layers(("softmax",) * 4))
-LINEAR = [1, 2, 3]  # the first stays, so that runs differ
+SOFTMAX = presets.tiny("softmax").replace(layers=layers(("softmax",) * 3))
+LINEAR = [1, 2]  # the first stays, so that runs differ
 
 
 @pytest.fixture(scope="module")
-def models():
+def models(random_params):
   """((model, stacked params) of the student, the same of the teacher, params of both with one subtree a layer)."""
-  init = Transformer(SOFTMAX).init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32), method="logits")["params"]
+  init = random_params(SOFTMAX)
   linear = linearize(init, SOFTMAX, Random(3), layers=LINEAR)
   made, hybrid = linear.params, linear.config
   return (
@@ -44,6 +46,13 @@ def _inputs(batch):
   return batch["tokens"][:, :-1], batch["segment_ids"][:, :-1] if "segment_ids" in batch else None
 
 
+@functools.partial(jax.jit, static_argnums=(0, 2))
+def _streams_error(student, params, teacher, teacher_params, inputs):
+  read, wanted = read_streams(student, params, *inputs), read_streams(teacher, teacher_params, *inputs)
+  return streams_error(student, read[1], teacher, wanted[1])
+
+
+@functools.partial(jax.jit, static_argnums=1)
 def _by_hand(params, made, batch):
   """Streams that enter each layer and leave the last, and each attention: the blocks' formulas, unstacked."""
   tokens, segment_ids = _inputs(batch)
@@ -58,7 +67,7 @@ def _by_hand(params, made, batch):
     mlp = params[f"layers_{i}"]["mlp"]
     gate, up, down = (mlp[f"{name}_proj"]["kernel"] for name in ("gate", "up", "down"))
     x = x + (jax.nn.silu(normed @ gate) * (normed @ up)) @ down
-  return [*streams, x], attended, context
+  return [*streams, x], attended
 
 
 def _attention(params, made, layer, x, context):
@@ -73,23 +82,21 @@ def _share(x, wanted, scale):
 def test_errors_are_those_of_the_formulas(models, batch):
   (student, params), (teacher, teacher_params), (made, init) = models
   inputs = _inputs(batch)
-  streams, _, context = _by_hand(made, student.config, batch)
-  theirs, attended, _ = _by_hand(init, SOFTMAX, batch)
+  streams, _ = _by_hand(made, student.config, batch)
+  theirs, attended = _by_hand(init, SOFTMAX, batch)
   wanted = np.mean([_share(x, y, y) for x, y in zip(streams[1:], theirs[1:], strict=True)], axis=0)
-  got = streams_error(
-    student, read_streams(student, params, *inputs)[1], teacher, read_streams(teacher, teacher_params, *inputs)[1]
-  )
+  got = _streams_error(student, params, teacher, teacher_params, inputs)
   np.testing.assert_allclose(got, wanted, rtol=2e-4)
 
+  @jax.jit
+  def attend(made, theirs):
+    context, _ = student.place(inputs[0], segment_ids=inputs[1])
+    return [_attention(made[f"layers_{i}"], student.config, layer("supra"), theirs[i], context) for i in LINEAR]
+
   each = [
-    _share(
-      _attention(made[f"layers_{i}"], student.config, layer("supra"), theirs[i], context),
-      attended[i],
-      theirs[i] + attended[i],
-    )
-    for i in LINEAR
+    _share(ours, attended[i], theirs[i] + attended[i]) for i, ours in zip(LINEAR, attend(made, theirs), strict=True)
   ]
-  got = attention_error(student, params, teacher, teacher_params, *inputs)
+  got = jax.jit(attention_error, static_argnums=(0, 2))(student, params, teacher, teacher_params, *inputs)
   np.testing.assert_allclose(got, np.mean(each, axis=0), rtol=2e-4)
   assert np.mean(wanted) > 0.01 and np.mean(each) > 0.01
 
@@ -122,9 +129,7 @@ def test_a_gradient_reaches_what_it_should(models, batch):
   (nll, plain), (more, both) = loss(0.0, 0.0), loss(0.0, 2.0)
   streams = jax.tree.map(lambda x, y: x - y, both[0], plain[0])
   inputs = _inputs(batch)
-  error = streams_error(
-    student, read_streams(student, params, *inputs)[1], teacher, read_streams(teacher, teacher_params, *inputs)[1]
-  )
+  error = _streams_error(student, params, teacher, teacher_params, inputs)
   weights = np.ones(error.shape) if inputs[1] is None else batch["segment_ids"][:, 1:] == batch["segment_ids"][:, :-1]
   np.testing.assert_allclose(more - nll, 2 * (error * weights).sum(), rtol=1e-4)
   assert not _reached(both[1]) and not _reached(plain[1])
@@ -134,4 +139,4 @@ def test_a_gradient_reaches_what_it_should(models, batch):
 def test_without_linear_layers_there_is_nothing_to_transfer_to(models, batch):
   _, (teacher, teacher_params), _ = models
   with pytest.raises(ValueError, match="No layer to transfer attention to"):
-    attention_error(teacher, teacher_params, teacher, teacher_params, *_inputs(batch))
+    jax.jit(attention_error, static_argnums=(0, 2))(teacher, teacher_params, teacher, teacher_params, *_inputs(batch))
