@@ -56,7 +56,7 @@ RESERVED = {
   "transformers": r"convert_weights\.(verify|for_transformers\..*)",
 }
 # Rooms without jax, since processes that only pack text import them.
-WITHOUT_JAX = r"supra_jax\.(__init__|core\.(plain_json|schema|files|bucket|progress)|model\.(__init__|config|registry))"
+WITHOUT_JAX = r"supra_jax\.(__init__|core\.(plain_json|schema|files|bucket|progress|programs)|model\.(__init__|config|registry))"
 WITHOUT_JAX += r"|supra_jax\.data\.(?!loading).*"
 KERNELS_MAY_IMPORT = {"jax", "numpy"}
 
