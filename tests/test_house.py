@@ -56,8 +56,8 @@ RESERVED = {
   "transformers": r"convert_weights\.(verify|for_transformers\..*)",
 }
 # Rooms without jax, since processes that only pack text import them.
-WITHOUT_JAX = r"supra_jax\.(__init__|core\.(plain_json|schema|files|bucket|progress|programs)|model\.(__init__|config|registry))"
-WITHOUT_JAX += r"|supra_jax\.data\.(?!loading).*"
+WITHOUT_JAX = r"supra_jax\.(__init__|core\.(plain_json|schema|files|bucket|progress|programs)|data\.(?!loading).*"
+WITHOUT_JAX += r"|model\.(__init__|config|registry))"
 KERNELS_MAY_IMPORT = {"jax", "numpy"}
 
 # Distributions whose name is not that of what they install.
