@@ -39,8 +39,9 @@ class Sampling:
 
     Args:
       generation: contents of generation_config.json, or empty. With `do_sample`, missing settings have the defaults of
-        the library transformers: temperature 1, top_k 50, top_p 1. A warning names settings that are not supported.
-      **given: field -> value to use in place of the one in `generation`; None: the one in `generation` is used.
+        the library transformers: temperature 1, top_k 50, top_p 1. Without it, its settings are ignored, and fields
+        have the defaults of this class. A warning names settings that are not supported.
+      **given: field -> value, which counts more than the file's and the defaults; None: not given.
 
     Raises:
       ValueError: a value is out of range or has the wrong type.

@@ -119,7 +119,9 @@ def set_apart(batches: Sequence[Batch], tokens: int, mesh: Mesh) -> tuple[list[B
 
 
 def table(kept: Mapping[str, Any]) -> str:
-  """Returns a table, as text, of the divergences that softmax layers were chosen by: a line per layer, the least first.
+  """Returns, as text, the student's KL from the teacher, and per layer the KL if that layer alone stays softmax.
+
+  The line with the least KL comes first; layers that were chosen to stay softmax are marked.
 
   Args:
     kept: the value of `kept_softmax` in `Linearized.report` or in source.json.

@@ -68,7 +68,7 @@ class Reporter:
       progress: where progress and messages are shown.
       first: number of steps that earlier calls of `train` did.
       last: number of the run's last step, counted from 1.
-      log_every: steps between two records.
+      log_every: steps between two records; the first and the last step are recorded too.
       max_skipped: number of skipped batches in a row at which the run ends with an error.
       tokens_a_step: number of tokens per step, over all devices.
       flops_per_token: FLOPs of a step per token.

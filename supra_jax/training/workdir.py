@@ -56,8 +56,9 @@ class TrainSummary:
 def claim(workdir: AnyPath, config: TrainConfig, model: ModelConfig, files: bucket.Copies) -> None:
   """Writes the configs of the run and of its model into the workdir, unless the workdir belongs to another run.
 
-  Options of MAY_CHANGE_ON_RESUME may differ from the configs that are there. All options may differ if the earlier run
-  wrote no metrics; the rows that it packed are then removed. Also appends to `runs.jsonl`. All processes call it.
+  Options of MAY_CHANGE_ON_RESUME may differ from the configs that are there. If the earlier run stopped before it wrote
+  metrics, any option may differ; if one outside MAY_CHANGE_ON_RESUME does, the rows that the earlier run packed are
+  removed. Also appends to `runs.jsonl`. All processes call it.
 
   Args:
     workdir: directory of the run.

@@ -62,9 +62,10 @@ class LinearState(MixerState):
 def head_slopes(config: SupraConfig, num_heads: int) -> np.ndarray:
   """Returns the slopes s_h >= 0 of the decays gamma_h = exp(-s_h), float32 [H], for h = 0, ..., H - 1.
 
-  Lightning (Qin et al. 2023; the series of ALiBi): if H is a power of two, s_h = start * ratio^h with ratio = 2^(-8/H)
-  and start = `config.decay_start` or else ratio. Otherwise the series for the largest power of two P below H, followed
-  by every second slope of the series for 2 P. RetNet (Sun et al. 2023): gamma_h = 1 - 2^-(5+h).
+  `config.decay` chooses them. `none`: 0. `retnet` (Sun et al. 2023): gamma_h = 1 - 2^-(5+h). `lightning` (Qin et al.
+  2023; the series of ALiBi): if H is a power of two, s_h = start * ratio^h with ratio = 2^(-8/H) and start =
+  `config.decay_start` or else ratio; otherwise the series for the largest power of two P below H, followed by the first
+  H - P of every second slope of the series for 2 P.
   """
   if config.decay == "none":
     return np.zeros(num_heads, np.float32)
