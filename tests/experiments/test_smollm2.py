@@ -22,7 +22,7 @@ from supra_jax.bin.demo import smollm2_gguf
 from supra_jax.evaluation.likelihood import text_nll
 from supra_jax.experiments import tiny
 from supra_jax.linearization.linearize import linearize
-from supra_jax.linearization.starts import Random
+from supra_jax.linearization.starts import Random, Window
 from supra_jax.model.stacking import stack_layers
 from supra_jax.model.transformer import Transformer
 from supra_jax.objectives.losses import language_model_loss
@@ -131,6 +131,21 @@ def _demo(workdir: Path, **changes) -> list[str]:
   return ["supra_jax.bin.demo", f"--workdir={workdir}", "--max_new_tokens=5", *flags]
 
 
+def test_a_window_begins_near_its_teacher(teacher, text_ids, quick_compilation):
+  tokens = np.array([text_ids[:257]], np.int32)
+
+  def loss(params, config):
+    sums = language_model_loss(Transformer(config, stacked=True), stack_layers(params, config), {"tokens": tokens})
+    return float(sums.nll / sums.weight)
+
+  window = linearize(teacher.params, teacher.config, Window())
+  random = linearize(teacher.params, teacher.config, Random())
+  near, far = (loss(made.params, made.config) for made in (window, random))
+  # Rows are four times the window.
+  assert abs(near - loss(teacher.params, teacher.config)) < 0.5 and far > near + 4
+
+
+@pytest.mark.slow
 def test_the_demo_leaves_what_it_promises(tmp_path, quick_compilation):
   workdir = tmp_path / "demo"
   ran = subprocess.run(

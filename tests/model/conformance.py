@@ -51,7 +51,7 @@ EXAMPLES: dict[str, list[ModelConfig]] = {
   ],
   "supra_window": [
     TINY.replace(
-      layers=layers(("softmax", "supra_window", "supra_window"), decay="none", window=3, sinks=2),
+      layers=layers(("softmax", "supra_window"), decay="none", window=3, sinks=2),
       num_heads=2,
       qk_norm="all_heads",
       post_embed_norm=True,
