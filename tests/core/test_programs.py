@@ -1,7 +1,6 @@
 """Compiled programs on disk: kept by default, whole, bounded, only the user's own, and as the user says."""
 
 import os
-import shutil
 import subprocess
 import sys
 import time
@@ -12,6 +11,7 @@ import pytest
 from benchmarks import runs
 from supra_jax.core import programs
 from supra_jax.experiments import tiny
+from tests.support import programs as support
 
 KEPT = "Compiled programs are kept in "
 
@@ -40,7 +40,6 @@ def _write(path, size=100, age=0.0):
 
 @pytest.mark.compat
 def test_a_second_start_loads_what_the_first_compiled(tmp_path):
-  """Real processes: `supra_jax.load` and a program."""
   model = tiny.write_checkpoint(tmp_path / "model", "supra")
   environment = {name: value for name, value in os.environ.items() if not name.startswith("JAX_")}
   environment |= {"XDG_CACHE_HOME": str(tmp_path / "cache"), "JAX_PLATFORMS": "cpu"}
@@ -61,14 +60,16 @@ print(supra_jax.load({str(model)!r}).generate("The ", max_new_tokens=9), sum(loa
     return ran
 
   root = tmp_path / "cache" / "supra_jax" / "programs"
-  program = start("-m", "supra_jax.bin.generate", f"--checkpoint={model}", "--prompt=The ", "--max_new_tokens=9")
-  assert program.stderr.count(f"{KEPT}{root}, 2 GiB at most") == 1 and root.stat().st_mode & 0o777 == 0o700
-  shutil.rmtree(root)
   first, second = start("-c", script), start("-c", script)
   (text, hits), (again, more) = (ran.stdout.rsplit(" ", 1) for ran in (first, second))
-  assert program.stdout.removeprefix("The ").strip() == text.strip() == again.strip()
-  assert int(hits) == 0 and int(more) >= 3
+  assert again == text and int(hits) == 0 and int(more) >= 3
   assert first.stderr.count(f"{KEPT}{root}, 2 GiB at most") == 1 and second.stderr == ""
+  assert root.stat().st_mode & 0o777 == 0o700
+
+
+def test_every_program_keeps_them(cache, tmp_path):
+  ran = support.run("supra_jax.bin.generate", f"--checkpoint={tmp_path}/none", "--prompt=The")
+  assert f"{KEPT}{cache}" in ran.stderr and cache.is_dir()
 
 
 def test_the_user_chooses(cache, tmp_path, capsys):
