@@ -140,6 +140,9 @@ def load_model_without_params(directory: str | os.PathLike[str]) -> ModelCheckpo
     config = ModelConfig.from_json((path / CONFIG_FILE).read_text())
   except ValueError as error:
     raise ValueError(f"{path / CONFIG_FILE}: {error}") from error
-  source = json.loads((path / SOURCE_FILE).read_text()) if (path / SOURCE_FILE).exists() else {}
+  try:
+    source = json.loads((path / SOURCE_FILE).read_text()) if (path / SOURCE_FILE).exists() else {}
+  except ValueError as error:
+    raise ValueError(f"{path / SOURCE_FILE}: {error}") from error
   tokenizer_files = {n: (path / n).read_bytes() for n in TOKENIZER_FILES if (path / n).exists()}
   return ModelCheckpoint(config, {}, tokenizer_files, source)

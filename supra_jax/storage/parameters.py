@@ -128,4 +128,5 @@ def read_params(path: AnyPath, config: ModelConfig, dtype: Any, shardings: Calla
     try:
       return checkpointer.restore(path, restore_args=jax.tree.map(restore_args, shapes, places))
     except Exception as error:
-      raise ValueError(f"{path}: the parameters cannot be read: {first_line(error)}") from error
+      said = first_line(error).partition(". See full")[0]
+      raise ValueError(f"{path}: the parameters cannot be read, a file is damaged or missing: {said}.") from error

@@ -169,6 +169,13 @@ def test_damaged_parameters_are_an_error_that_names_them(params, tmp_path, damag
     load_model(tmp_path / "model")
 
 
+def test_a_damaged_source_is_named(params, tmp_path):
+  _save(tmp_path / "model", params)
+  (tmp_path / "model" / "source.json").write_text("")
+  with pytest.raises(ValueError, match=f"{tmp_path}/model/source.json: Expecting value"):
+    load_model(tmp_path / "model")
+
+
 def test_odd_numbers_survive(params, tmp_path):
   size = params["norm"]["weight"].size
   weight = np.resize(np.array([np.nan, np.inf, -0.0, 1e-45, 3.4e38], np.float32), size)
