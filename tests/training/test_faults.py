@@ -36,11 +36,6 @@ def start(tmp_path_factory) -> Path:
   return tiny.write_checkpoint(tmp_path_factory.mktemp("start") / "model", "supra", hidden_size=96)
 
 
-@pytest.fixture(scope="module")
-def text(tmp_path_factory) -> Path:
-  return tiny.write_text(tmp_path_factory.mktemp("text") / "topics.jsonl")
-
-
 @pytest.fixture(scope="module", params=[120, pytest.param(300, marks=pytest.mark.slow)])
 def config(start, text, request):
   """Of a run that saves its state six times."""

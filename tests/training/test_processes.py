@@ -37,14 +37,7 @@ CUBE = "data:2,fsdp:2,tensor:2"
 
 
 @pytest.fixture(scope="module")
-def start(tmp_path_factory) -> Path:
-  return tiny.write_checkpoint(tmp_path_factory.mktemp("start") / "model", "supra")
-
-
-@pytest.fixture(scope="module")
-def configured(start, tmp_path_factory) -> Callable:
-  text = tiny.write_text(tmp_path_factory.mktemp("text") / "topics.jsonl")
-
+def configured(start, text) -> Callable:
   def make(**changes):
     optimizer = {"learning_rate": 1e-3, "end_learning_rate": 1e-4}
     return make_config(
