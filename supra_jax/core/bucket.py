@@ -197,13 +197,14 @@ def copies(target: Path | epath.Path, names: tuple[str, ...]) -> Iterator[Copies
 def cache_directory() -> Path:
   """Returns `$XDG_CACHE_HOME/supra_jax`, or else `~/.cache/supra_jax`, for downloads and compiled programs.
 
-  Makes the directory if it does not exist.
+  Makes the directory if it does not exist. A relative XDG_CACHE_HOME is ignored, as its specification wants.
 
   Raises:
     OSError: the directory cannot be made.
     RuntimeError: the user has no home directory.
   """
-  cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "supra_jax"
+  chosen = Path(os.environ.get("XDG_CACHE_HOME", ""))
+  cache = (chosen if chosen.is_absolute() else Path("~/.cache").expanduser()) / "supra_jax"
   cache.mkdir(parents=True, exist_ok=True)
   return cache
 

@@ -31,8 +31,8 @@ def keep_programs(max_bytes: int = MAX_BYTES) -> Path | None:
   """Makes jax keep compiled programs on disk, below the user's cache directory (`~/.cache/supra_jax/programs`).
 
   Says so on stderr the first time. Leaves jax's settings unchanged if jax is not imported, if the user chose another
-  directory (`JAX_COMPILATION_CACHE_DIR`) or no cache (`JAX_ENABLE_COMPILATION_CACHE=false`), if the directory cannot be
-  made, or, with a message on stderr, if other users may write there.
+  directory (`JAX_COMPILATION_CACHE_DIR`) or no cache (`JAX_ENABLE_COMPILATION_CACHE=false`), or, with a message on
+  stderr, if the directory cannot be made or other users may write there.
 
   Args:
     max_bytes: largest total size in bytes of the programs on disk; above it, the call first removes the least recently
@@ -51,13 +51,17 @@ def keep_programs(max_bytes: int = MAX_BYTES) -> Path | None:
     # A program that is loaded is run: nobody else may write one.
     status = root.stat()
     if status.st_uid != os.getuid() or status.st_mode & 0o022:
-      print(f"{root}: others may write here, so that no compiled programs are kept.", file=sys.stderr)
+      print(
+        f"{root}: no compiled programs are kept, since others may write here. Remove it, or: chmod 700 {root}",
+        file=sys.stderr,
+      )
       return None
     directory = root / _machine()
     directory.mkdir(mode=0o700, exist_ok=True)
-    _remove_damaged(directory)
-    _remove_oldest(root, max_bytes)
-  except (OSError, RuntimeError):  # no home, or a disk that is full or not to be written to
+    _tidy(root, max_bytes)
+  except (OSError, RuntimeError) as error:  # no home, or a disk that is full or not to be written to
+    cure = "XDG_CACHE_HOME names another directory, JAX_ENABLE_COMPILATION_CACHE=false needs none"
+    print(f"No compiled programs are kept: {error}. {cure}.", file=sys.stderr)
     return None
   if is_new:
     said = f"Compiled programs are kept in {root}, {max_bytes / 2**30:g} GiB at most, for quicker starts"
@@ -80,15 +84,27 @@ def _machine() -> str:
   return hashlib.sha256(repr(told).encode()).hexdigest()[:16]
 
 
-def _remove_damaged(directory: Path) -> None:
-  """Removes programs that a killed process left half-written: jax would fail to read them and never replace them."""
-  stamp = directory / _CHECKED
+def _tidy(root: Path, max_bytes: int) -> None:
+  """Removes programs that a killed process left half-written, then the least recently used ones beyond `max_bytes`.
+
+  jax would fail to read the half-written ones and never replace them.
+  """
+  stamp = root / _CHECKED
   checked = stamp.stat().st_mtime_ns if stamp.exists() else 0
   stamp.touch()
-  for path, status in _files(directory):
+  whole = []
+  for path, status in _files(root):
     with contextlib.suppress(FileNotFoundError):
       if path.name.endswith("-cache") and status.st_mtime_ns >= checked and not _is_whole(path.read_bytes()):
         path.unlink()
+      else:
+        whole.append((path, status))
+  total = sum(status.st_size for _, status in whole)
+  for path, status in sorted(whole, key=lambda file: max(file[1].st_atime_ns, file[1].st_mtime_ns)):
+    if total <= max_bytes:
+      return
+    path.unlink(missing_ok=True)
+    total -= status.st_size
 
 
 def _files(directory: Path) -> list[tuple[Path, os.stat_result]]:
@@ -107,14 +123,3 @@ def _is_whole(compressed: bytes) -> bool:
   except zstandard.ZstdError:
     return False
   return reader.eof
-
-
-def _remove_oldest(root: Path, max_bytes: int) -> None:
-  """Removes the least recently used programs until the files below `root` have at most `max_bytes` bytes in total."""
-  found = _files(root)
-  total = sum(status.st_size for _, status in found)
-  for path, status in sorted(found, key=lambda file: max(file[1].st_atime_ns, file[1].st_mtime_ns)):
-    if total <= max_bytes:
-      return
-    path.unlink(missing_ok=True)
-    total -= status.st_size

@@ -197,6 +197,8 @@ def _placed(x: jax.Array, sharding: NamedSharding) -> jax.Array:
 
 def _chosen_layers(config: ModelConfig, layers: Sequence[int] | None) -> list[int]:
   count = config.num_layers
+  if layers is not None and len(layers) == 0:
+    raise ValueError("layers is empty: wanted numbers of layers, or None for all softmax layers.")
   wanted = [i for i, mixer in enumerate(config.mixers) if mixer == _TRAINED] if layers is None else list(layers)
   if not wanted:
     raise ValueError(f"No layer to linearise: mixers are {config.mixers}.")

@@ -17,13 +17,14 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
+import orbax.checkpoint as ocp
 
 from supra_jax.core.distributed import together
 from supra_jax.core.files import AnyPath, absolute, new_directory, temporary_directory
 from supra_jax.core.plain_json import to_json
 from supra_jax.model.config import ModelConfig
 from supra_jax.storage.disk import check_space
-from supra_jax.storage.parameters import Params, read_params, write_params
+from supra_jax.storage.parameters import Params, checked_shapes, read_params, write_params
 
 CONFIG_FILE = "config.json"
 SOURCE_FILE = "source.json"
@@ -117,18 +118,24 @@ def load_model(
     ValueError: config.json does not describe a model, source.json is not JSON, the stored parameters are not those of
       the model that config.json describes, or `directory` is a path that `core.files.place` rejects.
   """
-  model = load_model_without_params(directory)
+  model = _read_files(directory)
   params = read_params(absolute(directory) / PARAMS_DIRECTORY, model.config, dtype, shardings)
   return dataclasses.replace(model, params=params)
 
 
 def load_model_without_params(directory: str | os.PathLike[str]) -> ModelCheckpoint:
-  """Loads all of a model directory but the parameters: `params` of the result is an empty dict.
+  """Loads all of a model directory but the values of the parameters: `params` of the result is an empty dict.
 
   Raises:
-    FileNotFoundError: as `load_model`.
-    ValueError: as `load_model`, except that the stored parameters are not checked.
+    FileNotFoundError, ValueError: as `load_model`; names and shapes of the stored parameters are checked too.
   """
+  model = _read_files(directory)
+  with ocp.PyTreeCheckpointer() as checkpointer:
+    checked_shapes(checkpointer, absolute(directory) / PARAMS_DIRECTORY, model.config)
+  return model
+
+
+def _read_files(directory: str | os.PathLike[str]) -> ModelCheckpoint:
   path = absolute(directory)
   for name in (CONFIG_FILE, PARAMS_DIRECTORY):
     if not (path / name).exists():

@@ -95,6 +95,25 @@ def stored_shapes(checkpointer: ocp.Checkpointer, path: AnyPath) -> Params:
   return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, np.dtype(leaf.dtype)), metadata.tree)
 
 
+def checked_shapes(checkpointer: ocp.Checkpointer, path: AnyPath, config: ModelConfig) -> Params:
+  """Returns what `stored_shapes` returns, if these are the parameters of a model.
+
+  Args:
+    checkpointer: reads the checkpoint.
+    path: directory of the checkpoint.
+    config: config of the model that the parameters have to belong to.
+
+  Raises:
+    ValueError: names or shapes of the stored parameters are not those of the model, or they are damaged.
+  """
+  shapes = stored_shapes(checkpointer, path)
+  try:
+    check_fit(config, shapes)
+  except ValueError as error:
+    raise ValueError(f"{path}: {error}") from error
+  return shapes
+
+
 def read_params(path: AnyPath, config: ModelConfig, dtype: Any, shardings: Callable[[Params], Params] | None) -> Params:
   """Returns the parameters in a checkpoint that `write_params` wrote, a nested dict of jax arrays.
 
@@ -108,11 +127,7 @@ def read_params(path: AnyPath, config: ModelConfig, dtype: Any, shardings: Calla
       parameters are damaged.
   """
   with ocp.PyTreeCheckpointer() as checkpointer:
-    shapes = stored_shapes(checkpointer, path)
-    try:
-      check_fit(config, shapes)
-    except ValueError as error:
-      raise ValueError(f"{path}: {error}") from error
+    shapes = checked_shapes(checkpointer, path, config)
     if shardings is None:
       first = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
       places = jax.tree.map(lambda _: first, shapes)

@@ -46,7 +46,7 @@ class DataConfig:
   text_key: str = "text"
   documents: Documents = "join"
   bos: bool = False
-  heldout_every: Annotated[int, AtLeast(0)] = 20
+  heldout_every: Annotated[int, AtLeast(0), "with data.input 2 or more"] = 20
   sources: str = ""
   heldout: str = ""
   heldout_rows: Annotated[int, AtLeast(0)] = 0
@@ -61,7 +61,8 @@ class DataConfig:
       )
     if self.input and self.heldout_every < 2:
       raise ValueError(
-        f"data.heldout_every={self.heldout_every}: wanted 2 or more, to evaluate on every N-th document."
+        f"data.heldout_every={self.heldout_every}: wanted 2 or more with data.input: every N-th document is held "
+        "out to evaluate on, the others train."
       )
     if self.sources and not self.heldout:
       raise ValueError("data.heldout is empty: wanted a packed directory to evaluate on, beside data.sources.")

@@ -69,10 +69,10 @@ def train(
     Preempted: SIGTERM ended the run after its state was saved.
   """
   directory = place(workdir)
-  directory.mkdir(parents=True, exist_ok=True)
   mesh = make_mesh(config.mesh)
   check_batch(config, mesh)
   start = load_model_without_params(config.init_checkpoint)
+  directory.mkdir(parents=True, exist_ok=True)
   with bucket.copies(directory, (METRICS_FILE, RUNS_FILE)) as files:
     claim(directory, config, start.config, files)
     metrics = files.directory / METRICS_FILE

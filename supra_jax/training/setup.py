@@ -140,7 +140,7 @@ def prepare_data(
       check_packed(path, sequence_length=config.sequence_length, vocab_size=vocab_size, tokenizer=tokenizer)
     return sources, heldout
   if tokenizer is None:
-    raise ValueError(f"The model has no tokenizer to read {config.input} with.")
+    raise ValueError(f"data.input={config.input!r}: the model of init_checkpoint has no tokenizer to read it with.")
   if jax.process_index() == 0:
     prepare(
       config.input,

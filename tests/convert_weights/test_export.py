@@ -253,15 +253,15 @@ def broken(model, directory, change):
   "change, said",
   [
     (lambda p: p["norm", "weight"].__setitem__(0, np.nan), "norm.weight holds numbers that are not finite"),
-    (lambda p: p.pop(("norm", "weight")), "missing tensors (1):\n  norm/weight [48]"),
-    (lambda p: p.update({("norm", "gain"): np.ones(3)}), "unknown tensors (1):\n  norm/gain [3]"),
-    (lambda p: p.update({("norm", "weight"): np.ones(3)}), "norm/weight: wanted [48], got [3]"),
-    (lambda p: p.update({("norm", "weight"): np.ones(48, np.int32)}), "cannot be read (1):\n  norm/weight: int32"),
+    (lambda p: p.pop(("norm", "weight")), "norm/weight is missing"),
+    (lambda p: p.update({("norm", "gain"): np.ones(3)}), "norm/gain is of no use to it"),
+    (lambda p: p.update({("norm", "weight"): np.ones(3)}), "norm/weight has shape (3,), wanted (48,)"),
+    (lambda p: p.update({("norm", "weight"): np.ones(48, np.int32)}), "norm.weight has dtype int32"),
   ],
 )  # fmt: skip
 def test_parameters_that_are_not_the_model_s_are_refused(model, change, said, tmp_path):
   source = broken(model, tmp_path / "first", change)
-  with pytest.raises(ConversionError) as caught:
+  with pytest.raises(ValueError) as caught:
     convert(source, tmp_path / "out")
   assert said in str(caught.value)
   assert {path.name for path in tmp_path.iterdir()} == {"first"}

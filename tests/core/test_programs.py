@@ -1,6 +1,7 @@
 """Compiled programs on disk: kept by default, whole, bounded, only the user's own, and as the user says."""
 
 import os
+import re
 import subprocess
 import sys
 import time
@@ -85,14 +86,25 @@ def test_a_directory_that_others_may_write_to_is_not_used(cache, capsys):
   cache.mkdir(parents=True)
   cache.chmod(0o775)
   assert programs.keep_programs() is None and jax.config.jax_compilation_cache_dir is None
-  assert f"{cache}: others may write here" in capsys.readouterr().err
+  (cure,) = re.findall(r"others may write here\. Remove it, or: (.*)", capsys.readouterr().err)
+  subprocess.run(cure, shell=True, check=True)
+  assert programs.keep_programs().parent == cache
 
 
 def test_no_directory_is_no_error(cache, monkeypatch, tmp_path, capsys):
   (tmp_path / "file").write_text("")
   monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
   assert programs.keep_programs() is None and jax.config.jax_compilation_cache_dir is None
-  assert capsys.readouterr().err == ""
+  said = capsys.readouterr().err
+  assert said.startswith("No compiled programs are kept: ") and "XDG_CACHE_HOME names another" in said
+
+
+def test_a_relative_directory_is_ignored(cache, monkeypatch, tmp_path):
+  monkeypatch.chdir(tmp_path)
+  monkeypatch.setenv("HOME", str(tmp_path / "home"))
+  monkeypatch.setenv("XDG_CACHE_HOME", "here")
+  assert programs.keep_programs().parents[1] == tmp_path / "home" / ".cache" / "supra_jax"
+  assert not (tmp_path / "here").exists()
 
 
 def test_the_oldest_are_removed(cache):

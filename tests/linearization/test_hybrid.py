@@ -271,6 +271,7 @@ def test_a_flag_of_another_method_is_refused(tmp_path, teacher, method, flag, ap
   ("flags", "said"),
   [
     (["--method=calibrated", "--measured_tokens=9"], "--measured_tokens does nothing without --keep_softmax."),
+    (["--layers="], "--layers=: wanted whole numbers, as in 0,1,-1."),
     (["--decay=none", "--decay_start=0.5"], "--decay_start does not apply to --decay=none, but to --decay=lightning."),
     (["--layers=0,a"], "--layers=0,a: wanted whole numbers, as in 0,1,-1."),
   ],

@@ -134,12 +134,17 @@ def test_new_parameters_have_the_dtype_of_the_old(random_params):
     ([0, -4], "Layer -4: the model has layers 0 to 2"),
     ([1, 0], "Layer 1 is a 'supra' layer"),
     ([-2], "Layer -2 is a 'supra' layer"),
-    ([], "No layer to linearise"),
+    ([], "layers is empty: wanted numbers of layers, or None for all softmax layers"),
   ],
 )
 def test_wrong_layers_are_named(layers, message):
   with pytest.raises(ValueError, match=message):
     linearize({}, TEACHER.replace(layers=registry.layers(("softmax", "supra", "softmax"))), layers=layers)
+
+
+def test_no_softmax_layer_is_left():
+  with pytest.raises(ValueError, match=r"No layer to linearise: mixers are \('supra', 'supra', 'supra'\)"):
+    linearize({}, TEACHER.replace(layers=registry.layers(("supra",) * 3)))
 
 
 def test_a_window(random_params):

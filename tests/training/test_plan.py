@@ -205,10 +205,14 @@ class TestPlannedModel:
     assert planning.planned_model(recipe("mistral_7b_supra"), "tiny") == presets.tiny("supra")
 
   def test_checkpoint_goes_before_the_recipes_preset(self, tmp_path):
-    model = presets.tiny("softmax").replace(vocab_size=101)
-    (tmp_path / "config.json").write_text(model.to_json())
-    (tmp_path / "params").mkdir()
-    assert planning.planned_model(recipe("tiny", init_checkpoint=str(tmp_path))) == model
+    there = tiny.write_checkpoint(tmp_path / "model", "softmax")
+    model = load_model_without_params(there).config
+    assert model != presets.tiny("softmax")
+    assert planning.planned_model(recipe("tiny", init_checkpoint=str(there))) == model
+    # Parameters that a run would refuse.
+    (there / "config.json").write_text(model.replace(intermediate_size=model.intermediate_size + 1).to_json())
+    with pytest.raises(ValueError, match=r"model/params: The parameters are not those of the model"):
+      planning.planned_model(recipe("tiny", init_checkpoint=str(there)))
 
   def test_nothing_to_go_by(self):
     with pytest.raises(ValueError, match=r"init_checkpoint='runs/no'.*preset='big' is none of .*mistral_7b"):

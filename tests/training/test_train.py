@@ -206,8 +206,6 @@ def test_overrides_and_errors_of_the_binary(start, text, tmp_path):
 @pytest.mark.parametrize(
   ("changes", "named"),
   [
-    ({"init_checkpoint": "nowhere"}, "nowhere is not a supra_jax model"),
-    ({"mesh": "fsdp:3"}, "fsdp:3"),
     ({"data": {"heldout_every": 100}}, "heldout part"),  # of 24 documents
     ({"trainable": "no_such_layer"}, "no_such_layer"),
     ({"num_steps": 0}, "num_steps=0"),
@@ -216,6 +214,29 @@ def test_overrides_and_errors_of_the_binary(start, text, tmp_path):
 def test_what_cannot_be_is_named(start, text, tmp_path, changes, named):
   with pytest.raises((ValueError, OSError), match=named):
     train.train(make_config(start, text, **changes), tmp_path)
+
+
+def _of_another_model(start, directory) -> str:
+  copy = shutil.copytree(start, directory)
+  config = load_model(start).config
+  (copy / "config.json").write_text(config.replace(intermediate_size=config.intermediate_size + 1).to_json())
+  return str(copy)
+
+
+@pytest.mark.parametrize(
+  ("changes", "named"),
+  [
+    (lambda start, other: {"init_checkpoint": "nowhere"}, "nowhere is not a supra_jax model"),
+    (lambda start, other: {"init_checkpoint": _of_another_model(start, other)}, "params: The parameters are not those"),
+    (lambda start, other: {"mesh": "fsdp:3"}, "fsdp:3"),
+    (lambda start, other: {"data": {"heldout_every": -1}}, r"heldout_every=-1: wanted .*with data.input 2 or more"),
+    (lambda start, other: {"data": {"heldout_every": 0}}, r"heldout_every=0: wanted 2 or more with data.input"),
+  ],
+)
+def test_what_cannot_be_is_named_before_anything_is_written(start, text, tmp_path, changes, named):
+  with pytest.raises((ValueError, OSError), match=named):
+    train.train(make_config(start, text, **changes(start, tmp_path / "other")), tmp_path / "run")
+  assert not (tmp_path / "run").exists()
 
 
 def test_another_config_in_the_same_workdir_is_refused(start, text, once, tmp_path):
@@ -264,8 +285,8 @@ def test_another_model_under_the_same_path_is_refused(start, text, once, tmp_pat
   config = make_config(model, text, num_steps=1, save_every=1)
   train.train(config, run)
   stored = load_model(model).config
-  (model / "config.json").write_text(stored.replace(intermediate_size=32).to_json())
-  with pytest.raises(ValueError, match=r"model.intermediate_size: 64 before, 32 now"):
+  (model / "config.json").write_text(stored.replace(norm_eps=1e-3).to_json())
+  with pytest.raises(ValueError, match=r"model.norm_eps: 1e-0\d before, 0.001 now"):
     train.train(config, run)
 
 
@@ -369,22 +390,15 @@ def test_stages_that_cannot_be_are_named(start, text):
     AdapterConfig(rank=-1)
 
 
-def _teacher_without_weights(directory: Path, **changes) -> Path:
-  """What a teacher is refused by."""
-  (directory / "params").mkdir(parents=True)
-  (directory / "config.json").write_text(tiny.tiny_config("softmax").replace(**changes).to_json())
-  return directory
-
-
 def test_a_teacher_of_another_depth_has_no_layers_to_compare(start, text, tmp_path):
-  teacher = _teacher_without_weights(tmp_path / "teacher", layers=layers(("softmax",) * 3))
+  teacher = tiny.write_checkpoint(tmp_path / "teacher", "softmax", layers=layers(("softmax",) * 3))
   config = make_config(start, text, distill_from=str(teacher), transfer_steps=1)
   with pytest.raises(ValueError, match=r"has num_layers=3, the model 2"):
     train.train(config, tmp_path / "run")
 
 
 def test_a_teacher_of_another_kind_is_refused(start, text, tmp_path):
-  teacher = _teacher_without_weights(tmp_path / "teacher", hidden_size=96)
+  teacher = tiny.write_checkpoint(tmp_path / "teacher", "softmax", hidden_size=96)
   config = make_config(start, text, distill_from=str(teacher))
   with pytest.raises(ValueError, match=r"has hidden_size=96, the model 48: wanted the transformer"):
     train.train(config, tmp_path / "run")
