@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import logging as python_logging
 import sys
 from collections.abc import Callable
 
-from absl import app, flags, logging
+from absl import app, flags
 
 from supra_jax.bin.options import find_base, unknown_option
+from supra_jax.bin.quiet import silence
 from supra_jax.core.programs import keep_programs
 
 DTYPES = ("float32", "bfloat16", "float16")  # dtypes that a model can run in
@@ -28,11 +28,7 @@ def run(main: Callable[[], None]) -> None:
     if argv[1:]:
       raise app.UsageError(f"Unknown arguments: {' '.join(argv[1:])}")
     if not flags.FLAGS["verbosity"].present:
-      logging.set_verbosity(logging.ERROR)  # jax and orbax log much that users need not know
-      # Orbax and the bucket clients log an error's traceback in each thread and task, and raise the error as well.
-      logging.get_absl_logger().addFilter(lambda record: "orbax" not in record.pathname)
-      for name in ("asyncio", "gcsfs"):
-        python_logging.getLogger(name).setLevel("CRITICAL")
+      silence()
     keep_programs()
     try:
       main()
