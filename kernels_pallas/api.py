@@ -1,13 +1,13 @@
 """The two public functions, the checks of their arguments, and the choice of an implementation."""
 
 import functools
-from typing import Any, NamedTuple, Protocol
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kernels_pallas import chunked_xla, decay, device, mosaic_gpu, mosaic_tpu, primitive, reference, triton
+from kernels_pallas import chunked_xla, decay, mosaic_gpu, mosaic_tpu, primitive, reference, triton, verdict
 
 
 class Implementation(Protocol):
@@ -51,36 +51,7 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
 }
 # Implementation -> function of q, k and v that says why it cannot run them, or returns None. Others run everything.
 REFUSALS = {"triton": triton.refusal, "tpu": primitive.refusal, "mosaic_gpu": mosaic_gpu.refusal}
-
-
-class Choice(NamedTuple):
-  """A row of the table that "auto" reads: the operands for which a kernel is chosen.
-
-  Attributes:
-    platform: name of the platform in `jax.lax.platform_dependent`.
-    capability: least compute capability of the GPU, times ten (80 is NVIDIA's 8.0); 0 on other platforms.
-    dtype: dtype of q, k and v.
-    widths: least and largest width of keys and values.
-    tokens: least number of tokens per row, T; shorter rows are as fast without a kernel.
-    implementation: a key of `IMPLEMENTATIONS`.
-  """
-
-  platform: str
-  capability: int
-  dtype: Any
-  widths: tuple[int, int]
-  tokens: int
-  implementation: str
-
-
-# For each platform, "auto" takes the first row that the operands satisfy. Without such a row, and on platforms that are
-# not listed, "auto" takes FALLBACK.
-CHOICES = (
-  Choice("cuda", 80, jnp.bfloat16, (16, 256), 64, "triton"),
-  Choice("cuda", 80, jnp.float32, (16, 128), 64, "triton"),
-  Choice("tpu", 0, jnp.bfloat16, (32, 256), 64, "tpu"),
-  Choice("tpu", 0, jnp.float32, (32, 256), 64, "tpu"),
-)
+# What "auto" takes where no choice of the verdict in force fits the operands.
 FALLBACK = "chunked_xla"
 
 
@@ -115,9 +86,9 @@ def linear_attention(
       same id occurs earlier in the row. None: each row is one document.
     lengths: [B] integer. Tokens t >= lengths[b] are padding: they may hold anything (even NaN), their output is 0, they
       get no gradient, and they neither add to the state nor decay it. None: no padding.
-    implementation: "auto" chooses, from the table `CHOICES`, the fastest implementation for the platform that the
-      program is compiled for. A key of `IMPLEMENTATIONS` names the implementation, which then runs or raises, without
-      fallback. On a CPU, kernels for GPUs and TPUs are interpreted.
+    implementation: "auto" takes the kernel that the verdict on this device names for such operands (`verdict`), and
+      `chunked_xla` if it names none or there is no verdict. A key of `IMPLEMENTATIONS` names the implementation, which
+      then runs or raises, without fallback. On a CPU, kernels for GPUs and TPUs are interpreted.
 
   Returns:
     The output [B, T, H, V] in v's dtype and the final state [B, H, K, V] in float32 (float64 if an input is float64).
@@ -216,27 +187,35 @@ def choose_implementations(implementation: str, q, k, v) -> tuple[tuple[str, str
     NotImplementedError: if the named implementation cannot run such operands.
   """
   if implementation == "auto":
-    chosen = {"default": FALLBACK}
-    for row in CHOICES:
-      if _fits(row, q, k, v):
-        chosen.setdefault(row.platform, row.implementation)
-    return tuple(chosen.items())
+    meaning = verdict.in_force()
+    if not isinstance(meaning, str):
+      chosen = {"default": FALLBACK}
+      for row in meaning:
+        if _fits(row, q, k, v):
+          chosen.setdefault(row.platform, row.implementation)
+      return tuple(chosen.items())
+    implementation = meaning
   if implementation not in IMPLEMENTATIONS:
     raise ValueError(f"implementation {implementation!r} is none of {['auto', *IMPLEMENTATIONS]}")
-  reason = REFUSALS[implementation](q, k, v) if implementation in REFUSALS else None
+  reason = _refusal(implementation, q, k, v)
   if reason is not None:
     shapes = ", ".join(f"{name} {x.dtype}{list(x.shape)}" for name, x in zip("qkv", (q, k, v), strict=True))
     raise NotImplementedError(f"implementation {implementation!r} cannot serve {shapes}: {reason}. {FALLBACK!r} can.")
   return (("default", implementation),)
 
 
-def _fits(row: Choice, q, k, v) -> bool:
+def _refusal(implementation: str, q, k, v) -> str | None:
+  return REFUSALS[implementation](q, k, v) if implementation in REFUSALS else None
+
+
+def _fits(row: verdict.Choice, q, k, v) -> bool:
   widths = sorted([q.shape[-1], v.shape[-1]])
   return (
-    all(x.dtype == row.dtype for x in (q, k, v))
+    all(x.dtype.name == row.dtype for x in (q, k, v))
     and (row.widths[0] <= widths[0] and widths[1] <= row.widths[1])
     and q.shape[1] >= row.tokens
-    and device.gpu().capability >= row.capability
+    and row.implementation in IMPLEMENTATIONS
+    and _refusal(row.implementation, q, k, v) is None
   )
 
 

@@ -53,9 +53,7 @@ def given(
 
 def whole_numbers(flag: flags.FlagHolder) -> list[int] | None:
   """Returns the items of a list flag as integers, None if it is not set; raises ValueError if it holds others."""
-  if flag.value is None:
-    return None
   try:
-    return [int(item) for item in flag.value or [""]]
+    return None if flag.value is None else [int(item) for item in flag.value or [""]]
   except ValueError as error:
     raise ValueError(f"--{flag.name}={','.join(flag.value)}: wanted whole numbers, as in 0,1,-1.") from error

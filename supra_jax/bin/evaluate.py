@@ -8,6 +8,7 @@ from absl import flags
 
 import supra_jax
 from supra_jax.bin.entry import DTYPES, run
+from supra_jax.bin.implementation import with_implementation
 from supra_jax.objectives.heldout import perplexity
 
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Model directory to evaluate.", required=True)
@@ -31,4 +32,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-  run(main)
+  run(with_implementation(main))

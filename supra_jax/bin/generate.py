@@ -9,6 +9,7 @@ from absl import flags
 
 import supra_jax
 from supra_jax.bin.entry import DTYPES, run
+from supra_jax.bin.implementation import with_implementation
 
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Model directory to generate with.", required=True)
 _PROMPT = flags.DEFINE_string("prompt", None, "Text to continue.", required=True)
@@ -45,4 +46,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-  run(main)
+  run(with_implementation(main))

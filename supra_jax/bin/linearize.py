@@ -8,6 +8,7 @@ from absl import flags
 
 from supra_jax.bin.choices import given, whole_numbers
 from supra_jax.bin.entry import run
+from supra_jax.bin.implementation import with_implementation
 from supra_jax.linearization.calibrate import shown
 from supra_jax.linearization.hybrid import costs, table
 from supra_jax.linearization.linearize import linearize_checkpoint
@@ -19,9 +20,8 @@ from supra_jax.model.registry import layer
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Model directory to start from.", required=True)
 _OUTPUT = flags.DEFINE_string("output", None, "Model directory to write; must not exist.", required=True)
 _METHOD_HELP = (
-  "How the layers begin. window: the teacher's softmax attention over the last tokens, with linear attention that "
-  "trains beside it. The others have linear attention alone. calibrated: output projections solved for on a text; "
-  "identity: phi(x) = relu(x); random: the paper's."
+  "How the layers begin. window: softmax attention over the last tokens, with linear attention that trains beside it. "
+  "The others: linear attention alone. calibrated: solved on a text; identity: phi(x) = relu(x); random: the paper's."
 )
 _METHOD = flags.DEFINE_enum("method", "window", list(STARTS), _METHOD_HELP)
 _LAYERS = flags.DEFINE_list("layers", None, "Layers to linearise, e.g. 0,1,-1. Default: all softmax layers.")
@@ -57,4 +57,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-  run(main)
+  run(with_implementation(main))

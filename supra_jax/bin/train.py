@@ -11,6 +11,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from supra_jax.bin.entry import run
+from supra_jax.bin.implementation import with_implementation
 from supra_jax.training.loop import Preempted, TrainConfig, train
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Recipe of the run, as configs/FILE.py.", lock_config=True)
@@ -52,4 +53,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-  run(main)
+  run(with_implementation(main))

@@ -23,13 +23,14 @@ from supra_jax.model.transformer import DecodeState, Padding, Transformer
 from supra_jax.storage import model_directory as checkpoint
 
 
-def load(directory: str | os.PathLike[str], dtype: Any = None) -> LM:
+def load(directory: str | os.PathLike[str], dtype: Any = None, *, implementation: str = "auto") -> LM:
   """Loads a model directory, and sets jax to keep compiled programs on disk (see `core.programs`).
 
   Args:
     directory: model directory, local or gs://, that `convert_weights.hf_to_orbax`, `supra_jax.bin.linearize` or
       `supra_jax.bin.train` wrote.
     dtype: dtype of the parameters and of the computation, e.g. `"bfloat16"`; None keeps the stored dtype.
+    implementation: implementation of linear attention, see `kernels_pallas.linear_attention`.
 
   Raises:
     FileNotFoundError: `directory` is not a model directory, or a part of it is missing.
@@ -41,7 +42,7 @@ def load(directory: str | os.PathLike[str], dtype: Any = None) -> LM:
   stored = checkpoint.load_model(directory, None if dtype is None else jnp.dtype(dtype))
   tokenizer = Tokenizer.from_files(stored.tokenizer_files, stored.config)
   generation = json.loads(stored.tokenizer_files.get("generation_config.json", b"{}"))
-  return LM(stored.config, stored.params, tokenizer, generation)
+  return LM(stored.config, stored.params, tokenizer, generation, implementation)
 
 
 class LM:
@@ -61,6 +62,7 @@ class LM:
     params: Mapping[str, Any],
     tokenizer: Tokenizer | None = None,
     generation: Mapping[str, Any] | None = None,
+    implementation: str = "auto",
   ):
     """Makes an LM from its parts; `load` makes one from a model directory.
 
@@ -69,12 +71,14 @@ class LM:
       params: nested dict of arrays, one subtree per layer. The computation has the dtype of the embedding.
       tokenizer: tokenizer of the model; None if it has none.
       generation: contents of a generation_config.json, which has the default sampling settings; None means greedy.
+      implementation: see `load`.
     """
     self.config = config
     self.params = params
     self.tokenizer = tokenizer
     self.generation = generation or {}
-    self.model = Transformer(config, dtype=params["embed_tokens"]["embedding"].dtype)
+    dtype = params["embed_tokens"]["embedding"].dtype
+    self.model = Transformer(config, dtype=dtype, implementation=implementation)
 
   def __call__(
     self,

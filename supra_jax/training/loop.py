@@ -14,6 +14,7 @@ from typing import Any
 import jax
 from jax.experimental import multihost_utils
 
+from kernels_pallas import verdict
 from supra_jax.core import bucket
 from supra_jax.core.distributed import together
 from supra_jax.core.files import place
@@ -31,6 +32,7 @@ from supra_jax.training.workdir import (
   PICTURE_FILE,
   TrainSummary,
   claim,
+  kernels_of_run,
   outcome,
   summary,
   write_model,
@@ -76,7 +78,7 @@ def train(
   with bucket.copies(directory, (METRICS_FILE, RUNS_FILE)) as files:
     claim(directory, config, start.config, files)
     metrics = files.directory / METRICS_FILE
-    with jax.set_mesh(mesh):
+    with jax.set_mesh(mesh), verdict.using(kernels_of_run(directory)):
       run = set_up(config, start, directory, mesh)
       try:
         params = _loop(config, run, files, profile_steps)

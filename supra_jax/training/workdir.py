@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 
+from kernels_pallas import verdict
 from supra_jax.core import bucket
 from supra_jax.core.distributed import together
 from supra_jax.core.files import AnyPath, remove_directory
@@ -23,6 +24,7 @@ from supra_jax.training.config import TrainConfig
 from supra_jax.training.metrics import read_metrics
 
 METRICS_FILE, PICTURE_FILE, CONFIG_FILE = "metrics.jsonl", "loss.png", "train_config.json"
+KERNELS_FILE = "kernels.json"
 MODEL_DIRECTORY, STATES_DIRECTORY, DATA_DIRECTORY = "checkpoint", "training", "data"
 # Options that may differ when a run resumes: they change neither the data nor, except by rounding, the result.
 MAY_CHANGE_ON_RESUME = (
@@ -98,6 +100,34 @@ def claim(workdir: AnyPath, config: TrainConfig, model: ModelConfig, files: buck
     write_run_record(files.directory, values)
     files.copy()
   together("config written")
+
+
+def kernels_of_run(workdir: AnyPath) -> verdict.Choices | str:
+  """Returns what "auto" means in a run, the same to all processes, and writes it into the workdir at the first start.
+
+  A run keeps to the kernels that it began with on a kind of device (`KERNELS_FILE`), whatever verdicts say later. What
+  `verdict.using` names has priority, as `--implementation` does.
+
+  Args:
+    workdir: directory of the run.
+
+  Raises:
+    ValueError: the file is damaged.
+  """
+  kind, _ = verdict.device()
+  meaning: verdict.Choices | str = ()
+  if jax.process_index() == 0:
+    path = workdir / KERNELS_FILE
+    try:
+      kept = json.loads(path.read_text()) if path.exists() else {}
+      meaning = verdict.parse(kept[kind]) if kind in kept else verdict.of_this_device()
+    except (ValueError, TypeError) as error:
+      raise ValueError(f"{path}: {error}. Remove it to choose kernels anew.") from error
+    if (named := verdict.used()) is not None:
+      meaning = named
+    if kind not in kept:
+      path.write_text(to_json(kept | {kind: verdict.to_json(meaning)}, indent=1) + "\n")
+  return verdict.agreed(meaning)
 
 
 def _described(config: TrainConfig, model: ModelConfig) -> dict[str, Any]:

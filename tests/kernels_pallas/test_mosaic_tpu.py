@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
-from kernels_pallas import by_platform, linear_attention, mosaic_tpu
+from kernels_pallas import by_platform, linear_attention, mosaic_tpu, verdict
 from kernels_pallas.api import choose_implementations
 from tests.kernels_pallas import cross, truth
 
@@ -88,7 +88,7 @@ def test_lowers_for_every_generation(kind):
   widths = (64, 128) if GENERATIONS.index(kind) % 2 else (128, 64)
   for dtype, width in zip((jnp.bfloat16, jnp.float32), widths, strict=True):
     function, operands = _program("auto", dtype, width)
-    with cross.described(kind, "tpu", 1):
+    with cross.described(kind, "tpu", 1), verdict.using(verdict.CANDIDATES):
       lowered = jax.jit(function).trace(*operands).lower(lowering_platforms=("tpu",))
     kernels = _kernels(lowered)
     assert len(kernels) == 4  # the output, and the gradients of q, k and v
@@ -96,10 +96,11 @@ def test_lowers_for_every_generation(kind):
     assert "stablehlo.while" not in lowered.as_text()
 
 
-def test_auto_reads_its_table():
+def test_auto_obeys_a_verdict():
   def chosen(tokens=64, width=64, dtype=jnp.bfloat16):
     x = SHAPE((1, tokens, 1, width), dtype)
-    return dict(choose_implementations("auto", x, x, x)).get("tpu")
+    with verdict.using(verdict.CANDIDATES):
+      return dict(choose_implementations("auto", x, x, x)).get("tpu")
 
   assert chosen() == chosen(width=256) == chosen(dtype=jnp.float32) == "tpu"
   assert chosen(tokens=63) is chosen(width=31) is chosen(width=257) is chosen(dtype=jnp.float64) is None

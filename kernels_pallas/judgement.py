@@ -1,0 +1,95 @@
+"""Makes a verdict, and a table to read, of what `checkup` found."""
+
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from kernels_pallas import verdict
+from kernels_pallas.api import FALLBACK
+from kernels_pallas.checkup import WIDTHS
+
+# Largest relative errors: three roundings to bfloat16, and sums of float32 products in another order.
+TOLERANCES = {"bfloat16": 1e-2, "float32": 1e-4}
+# A kernel is chosen if it takes at most so many times as long as FALLBACK does.
+SLOWEST = 1.05
+
+
+def wrong(found: Mapping[str, Any]) -> str:
+  """Returns what is wrong with a result of `checkup.examine`, as an English clause; empty if nothing is."""
+  if "failed" in found:
+    return found["failed"]
+  allowed = TOLERANCES[found["dtype"]]
+  beyond = {k: np.inf if x is None else x for k, x in found.get("errors", {}).items() if x is None or x > allowed}
+  if not beyond:
+    return ""
+  return f"{', '.join(beyond)} wrong: off by up to {max(beyond.values()):.1g} where {allowed:.0e} is allowed"
+
+
+def judge(found: Sequence[Mapping[str, Any]], candidates: verdict.Choices = verdict.CANDIDATES) -> verdict.Choices:
+  """Returns the choices of a verdict, the fastest first: candidates that are right, and not slower than FALLBACK.
+
+  Each candidate is judged at each of WIDTHS apart, and then serves the widths above the next smaller one too. Its
+  `tokens` becomes the least length from which on it is not slower. Where FALLBACK fails, what is right is chosen.
+
+  Args:
+    found: what `checkup.examine` yielded for FALLBACK and for kernels.
+    candidates: what may be chosen; those whose implementation was not examined are left out.
+  """
+
+  def times(name: str, dtype: str, width: int) -> dict[int, dict[str, float]]:
+    mine = [x for x in found if (x["implementation"], x["dtype"], x["width"]) == (name, dtype, width)]
+    return {} if any(map(wrong, mine)) else {x["tokens"]: x["seconds"] for x in mine if "seconds" in x}
+
+  speeds: dict[verdict.Choice, float] = {}
+  for row in candidates:
+    for below, width in itertools.pairwise((0, *WIDTHS)):
+      least, most = max(below + 1, row.widths[0]), min(width, row.widths[1])
+      mine, base = times(row.implementation, row.dtype, width), times(FALLBACK, row.dtype, width)
+      if least > most or not mine:
+        continue
+      lengths = sorted(mine, reverse=True)
+      fast = list(itertools.takewhile(lambda length: _is_fast(mine[length], base.get(length)), lengths))  # noqa: B023
+      if fast:
+        tokens = row.tokens if len(fast) == len(lengths) else fast[-1]
+        speeds[row._replace(widths=(least, most), tokens=tokens)] = mine[lengths[0]]["forward+backward"]
+  return tuple(sorted(speeds, key=speeds.__getitem__))
+
+
+def _is_fast(mine: Mapping[str, float], base: Mapping[str, float] | None) -> bool:
+  return base is None or all(mine[mode] <= SLOWEST * base[mode] for mode in base)
+
+
+def table(found: Sequence[Mapping[str, Any]]) -> str:
+  """Returns a table, in plain text, of what `checkup.examine` yielded: what is right, and what is fast.
+
+  Of FALLBACK the times of forward and backward pass are in milliseconds, of the others in parts of these.
+  """
+  cells: dict[tuple[str, str, int], list[Mapping[str, Any]]] = {}
+  for x in found:
+    cells.setdefault((x["implementation"], x["dtype"], x["width"]), []).append(x)
+  lengths = sorted({x["tokens"] for x in found if "tokens" in x})
+
+  def seconds(key: tuple[str, str, int], length: int) -> float | None:
+    return next((x["seconds"]["forward+backward"] for x in cells.get(key, ()) if x.get("tokens") == length), None)
+
+  columns = f"{'implementation':15}{'dtype':10}{'width':>5}  {'largest error':15}"
+  lines = [columns + "".join(f"{length:>11,}" for length in lengths) + " tokens"]
+  for key, mine in cells.items():
+    row = f"{key[0]:15}{key[1]:10}{key[2]:5}  "
+    said = next((f"no: {x['refused']}" for x in mine if "refused" in x), "")
+    said = next((f"WRONG: {wrong(x)}" for x in mine if wrong(x)), said)
+    checked: Mapping[str, float | None] = next((x["errors"] for x in mine if "errors" in x), {})
+    if said or not checked:
+      lines.append(row + (said or "not tried"))
+      continue
+    row += f"{max(x or 0.0 for x in checked.values()):<15.0e}"
+    for length in lengths:
+      mine_s, base = seconds(key, length), seconds((FALLBACK, *key[1:]), length)
+      if mine_s is None:
+        row += f"{'':11}"
+      else:
+        row += f"{mine_s * 1e3:>8.2f} ms" if key[0] == FALLBACK or base is None else f"{mine_s / base:>10.2f}x"
+    lines.append(row.rstrip())
+  return "\n".join(lines)

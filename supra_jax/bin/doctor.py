@@ -1,0 +1,57 @@
+"""Tries the kernels on this device; `auto` uses those that are right and fast: `python -m supra_jax.bin.doctor`.
+
+Exit status 1 if something is wrong.
+"""
+
+from __future__ import annotations
+
+import platform
+import sys
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+
+from kernels_pallas import checkup, judgement, verdict
+from supra_jax.bin.entry import run
+from supra_jax.core.progress import Progress
+
+_OUTPUT = flags.DEFINE_string("output", "", "File to write the report to as well, as JSON; for a bug report, say.")
+
+
+def _examined() -> list[dict[str, Any]]:
+  """Returns all that `examine_apart` yields; shows the progress."""
+  records = checkup.examine_apart()
+  found = [about := next(records)]
+  kind = f"{about['device']}, {about['devices']} of them" if about["devices"] > 1 else about["device"]
+  names = checkup.names_for(about["platform"])
+  total = sum(len(checkup.cells_of(name, about["platform"])) for name in names)
+  with Progress(total, f"{kind}: {{done}} of {{total}} tried", {"now": str}) as progress:
+    for record in records:
+      found.append(record)
+      cells = {(x["implementation"], x["dtype"], x["width"]) for x in found[1:]}
+      progress.advance_to(len(cells), now=f"{record['implementation']} {record['dtype']} {record['width']}")
+  return found
+
+
+def main() -> None:
+  about, *found = _examined()
+  choices = judgement.judge(found)
+  versions = ", ".join(f"{name} {version}" for name, version in verdict.versions().items())
+  print(f"{platform.platform()}, Python {platform.python_version()}, {versions}\n\n{judgement.table(found)}\n")
+  path = verdict.write(about["device"], choices, {"python": platform.python_version(), **about, "found": found})
+  if _OUTPUT.value:
+    Path(_OUTPUT.value).write_text(path.read_text())
+  for row in choices:
+    print(
+      f"auto: {row.dtype}, widths {row.widths[0]} to {row.widths[1]}, {row.tokens} tokens or more: {row.implementation}"
+    )
+  print(
+    f"auto: {'all else' if choices else 'always'} {checkup.FALLBACK}\nThe verdict, with all that was measured: {path}"
+  )
+  if any(map(judgement.wrong, found)):
+    sys.exit("Something is wrong; auto leaves it out. Please report it, with the file above.")
+
+
+if __name__ == "__main__":
+  run(main)

@@ -1,0 +1,130 @@
+"""What tries the kernels on a device: planted faults are found, and what is slow is not chosen."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks.runs import ROOT
+from kernels_pallas import checkup, judgement, verdict
+from kernels_pallas.checkup import FALLBACK, WIDTHS, Size
+
+KERNEL = verdict.Choice("cuda", "float32", (16, 128), 64, "triton")
+
+
+def _cell(name, seconds, width=64, error=1e-6, dtype="float32"):
+  """What `examine` yields of a cell, when each length takes so many seconds."""
+  what = {"implementation": name, "dtype": dtype, "width": width}
+  timed = [{**what, "tokens": t, "seconds": {"forward": s, "forward+backward": 3 * s}} for t, s in seconds.items()]
+  return [what, {**what, "errors": {"output": error, "d_q": 1e-7}}, *timed]
+
+
+BASE = _cell(FALLBACK, {256: 1.0, 2048: 2.0, 16384: 8.0})
+FAST, AT_LENGTH, SLOW = (
+  {256: 0.9, 2048: 1.0, 16384: 2.0},
+  {256: 3.0, 2048: 1.0, 16384: 2.0},
+  {256: 0.9, 2048: 1.0, 16384: 9.0},
+)
+
+
+@pytest.mark.parametrize(
+  ("found", "chosen"),
+  [
+    (_cell("triton", FAST), [(16, 64, 64)]),
+    (_cell("triton", AT_LENGTH), [(16, 64, 2048)]),
+    (_cell("triton", SLOW), []),
+    (_cell("triton", FAST, error=1e-3), []),
+    (_cell("triton", FAST, error=None), []),
+    (_cell("triton", {}), []),
+    ([*_cell("triton", FAST), {"implementation": "triton", "dtype": "float32", "width": 64, "failed": "crashed"}], []),
+    (_cell("triton", FAST, dtype="bfloat16"), []),
+    (_cell("triton", FAST, width=128) + _cell(FALLBACK, SLOW, width=128), [(65, 128, 64)]),
+    (_cell("triton", FAST, width=256) + _cell(FALLBACK, SLOW, width=256), []),
+    (
+      [{"implementation": FALLBACK, "dtype": "float32", "width": 64, "failed": "crashed"}, *_cell("triton", SLOW)],
+      [(16, 64, 64)],
+    ),
+  ],
+)
+def test_what_is_right_and_fast_is_chosen(found, chosen):
+  choices = judgement.judge([*BASE, *found], (KERNEL,))
+  assert [(*x.widths, x.tokens) for x in choices] == chosen
+  assert all(x.implementation == "triton" for x in choices)
+
+
+def test_the_fastest_goes_first():
+  rows = tuple(KERNEL._replace(implementation=name) for name in ("triton", "mosaic_gpu"))
+  quicker = {length: seconds / 2 for length, seconds in FAST.items()}
+  found = [*BASE, *_cell("triton", FAST), *_cell("mosaic_gpu", quicker)]
+  assert [x.implementation for x in judgement.judge(found, rows)] == ["mosaic_gpu", "triton"]
+
+
+def test_what_is_really_slow_is_not_chosen(monkeypatch):
+  """The recurrence takes many times as long as the chunked scan, and the chunked scan is no slower than it."""
+  sizes = (Size(1, 64, 1), Size(1, 256, 1))
+
+  def examined(name):
+    what = {"implementation": name, "dtype": "float32", "width": 64}
+    yield {**what, "errors": checkup.errors(name, "float32", 64)}
+    for size in sizes:
+      yield {**what, "tokens": size.tokens, "seconds": checkup.time_op(name, "float32", 64, size)}
+
+  found = [x for name in (FALLBACK, "recurrent") for x in examined(name)]
+  assert judgement.judge(found, (KERNEL._replace(implementation="recurrent"),)) == ()
+  monkeypatch.setattr(judgement, "FALLBACK", "recurrent")
+  (choice,) = judgement.judge(found, (KERNEL._replace(implementation=FALLBACK),))
+  assert choice.widths == (16, 64)
+  lines = judgement.table(found).splitlines()
+  assert len(lines) == 3 and lines[1].startswith(FALLBACK) and lines[1].count("x") >= 2  # of the recurrence's time
+
+
+def _planted(directory: Path, *changes: tuple[str, str, str]) -> Path:
+  """A copy of the package with faults: (file, what stands there, what is to)."""
+  package = shutil.copytree(ROOT / "kernels_pallas", directory / "kernels_pallas")
+  for name, old, new in changes:
+    text = (package / name).read_text()
+    assert old in text, (name, old)
+    (package / name).write_text(text.replace(old, new))
+  return directory
+
+
+WRONG_DECAY = ("triton.py", "* math.log2(math.e)", "* math.log2(math.e) * 1.02")
+CRASHES = ("api.py", '"tpu": mosaic_tpu.attend', '"tpu": lambda *_, **__: __import__("os").abort()')
+
+
+def test_a_kernel_with_a_wrong_decay_is_found(tmp_path):
+  command = [sys.executable, "-m", "kernels_pallas.checkup", "triton", "1"]
+  ran = subprocess.run(command, cwd=_planted(tmp_path, WRONG_DECAY), capture_output=True, text=True, check=True)
+  about, begun, checked = map(json.loads, ran.stdout.splitlines())
+  assert about["platform"] == "cpu" and begun == {"implementation": "triton", "dtype": "float32", "width": 64}
+  said = judgement.wrong(checked)
+  assert said.startswith("output, state, d_q, d_k, d_v, d_initial_state wrong: off by up to 0.0"), said
+
+
+@pytest.mark.slow
+def test_doctor_finds_what_is_planted(tmp_path, monkeypatch):
+  """A wrong kernel, and one that crashes its process; all else is right."""
+  monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+  monkeypatch.setenv("PYTHONPATH", str(_planted(tmp_path, WRONG_DECAY, CRASHES)))
+  command = [sys.executable, "-m", "supra_jax.bin.doctor", f"--output={tmp_path}/report.json"]
+  ran = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+  assert ran.returncode == 1 and "Something is wrong" in ran.stderr, ran.stderr
+  wrong = [line.split()[:2] for line in ran.stdout.splitlines() if "WRONG" in line]
+  assert wrong == [[name, dtype] for name in ("triton", "tpu") for dtype in checkup.DTYPES]
+  assert ran.stdout.count("its process ended with status -6") == 2
+  assert "auto: always chunked_xla" in ran.stdout
+  report = json.loads((tmp_path / "report.json").read_text())
+  assert report["choices"] == [] and report["versions"].keys() == verdict.versions().keys()
+  assert [path.read_text() for path in (tmp_path / "cache/supra_jax/verdicts").iterdir()] == [
+    json.dumps(report, indent=1) + "\n"
+  ]
+
+
+def test_names_are_those_of_the_platform():
+  assert checkup.names_for("cuda") == (FALLBACK, "reference", "recurrent", "triton", "mosaic_gpu")
+  assert checkup.names_for("tpu") == (FALLBACK, "reference", "recurrent", "tpu")
+  assert checkup.names_for("cpu")[0] == FALLBACK and len(checkup.names_for("cpu")) == 6
+  assert len(checkup.cells_of("triton", "cuda")) == 2 * len(WIDTHS)
