@@ -17,7 +17,6 @@ from __future__ import annotations
 import itertools
 import json
 import os
-import re
 import subprocess
 import sys
 import tempfile
@@ -29,6 +28,7 @@ from absl import app, flags
 
 from benchmarks.machine import described
 from benchmarks.runs import ROOT
+from kernels_pallas.verdict import slug
 from supra_jax.core.plain_json import to_json
 
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Model directory.", required=True)
@@ -114,8 +114,9 @@ def main(argv: list[str]) -> None:
     print(f"{name}: {found['text']!r}")
   machine = described()
   what = {"prompt": _PROMPT.value, "tokens": _TOKENS.value, "starts": starts}
-  name = re.sub(r"\W+", "_", machine["device"]).strip("_").lower()
-  Path(_OUTPUT.value, f"first_token_{name}.json").write_text(to_json(machine | what, indent=2) + "\n")
+  Path(_OUTPUT.value, f"first_token_{slug(machine['device'])}.json").write_text(
+    to_json(machine | what, indent=2) + "\n"
+  )
 
 
 if __name__ == "__main__":

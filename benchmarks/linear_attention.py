@@ -22,25 +22,23 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
-import re
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import matplotlib
 import numpy as np
 import torch
 from absl import app, flags
 
 from benchmarks.contestants import CONTESTANTS, MODES, Inputs, Run, Shape, is_gpu, make_inputs
-from benchmarks.machine import cpu_name
+from benchmarks.machine import ceilings, cpu_name
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+from kernels_pallas.verdict import slug
 from supra_jax.core.plain_json import to_json
 
 _SHAPES = flags.DEFINE_list("shapes", [], "BxTxHxGxD: rows, tokens, heads, key/value heads, width. Default: by device.")
@@ -141,23 +139,7 @@ def time_cell(shape: Shape, mode: str, names: list[str]) -> dict[str, dict]:
   return cell
 
 
-def measure_ceilings() -> dict[str, float]:
-  """Measures bytes/s of a copy and FLOP/s of a matrix product, in the dtype of the contestants; best of five."""
-  size, dtype = (16384, jnp.bfloat16) if is_gpu() else (4096, jnp.float32)
-  x = jnp.ones((size, size), dtype)
-
-  def best(function: Callable, work: float, calls: int) -> float:
-    function = jax.jit(function)
-    return max(work / turn((lambda: function(x), jax.block_until_ready), calls)[0] for _ in range(5))
-
-  calls = 10 if is_gpu() else 1
-  return {
-    "bytes_per_second": best(lambda x: x + 1, 2 * x.nbytes, calls),
-    "flops_per_second": best(lambda x: x @ x, 2 * size**3, calls),
-  }
-
-
-def _lines(shape: Shape, cells: dict[str, dict], ceilings: dict[str, float], itemsize: int) -> list[str]:
+def _lines(shape: Shape, cells: dict[str, dict], speeds: dict[str, float], itemsize: int) -> list[str]:
   lines, ours = [], next(iter(OURS["gpu" if is_gpu() else "cpu"]))
   for name in dict.fromkeys([name for mode in MODES for name in cells[mode]]):
     columns = ["x".join(map(str, shape)), name]
@@ -167,7 +149,7 @@ def _lines(shape: Shape, cells: dict[str, dict], ceilings: dict[str, float], ite
         columns += ["-"] * 4
         continue
       moved, flops = shape.floor(mode, itemsize)
-      shares = moved / ceilings["bytes_per_second"], flops / ceilings["flops_per_second"]
+      shares = moved / speeds["bytes_per_second"], flops / speeds["flops_per_second"]
       setting = f" ({found['setting']})" if "setting" in found else ""
       columns += [f"{found['seconds'] * 1e3:.3g}{setting}", f"{found['seconds'] / cells[mode][ours]['seconds']:.2f}x"]
       columns += [f"{share / found['seconds']:.0%}" if name != "SDPA" else "" for share in shares]
@@ -226,17 +208,19 @@ def main(_) -> None:
   names = [name for name in names if CONTESTANTS[name].enters(kind)]
   shapes = [Shape(*map(int, shape.split("x"))) for shape in _SHAPES.value] or SHAPES[kind]
   itemsize = 2 if is_gpu() else 4
-  ceilings = measure_ceilings()
+  speeds = ceilings()
   report = {
     "device": device,
     "threads": threads,
     "versions": versions,
     "command": " ".join(["python -m benchmarks.linear_attention", *sys.argv[1:]]),
-    "ceilings": ceilings,
+    "ceilings": speeds,
     "rows": [],
   }
+  output, stem = Path(_OUTPUT.value), f"linear_attention_{slug(_device())}"
+  output.mkdir(parents=True, exist_ok=True)
   print(f"{device}; {versions}; milliseconds, {'bfloat16' if is_gpu() else 'float32'}; in brackets block or chunk")
-  copy, product = ceilings["bytes_per_second"] / 1e9, ceilings["flops_per_second"] / 1e12
+  copy, product = speeds["bytes_per_second"] / 1e9, speeds["flops_per_second"] / 1e12
   print(f"A copy moves {copy:,.1f} GB/s, a product does {product:,.2f} TFLOP/s.")
   columns = ["ratio", "of the copy", "of the product"]
   print("| " + " | ".join(["B x T x H x G x D", "who", "forward", *columns, "forward + backward", *columns]) + " |")
@@ -252,12 +236,10 @@ def main(_) -> None:
         cells[mode] = time_cell(shape, mode, entrants)
         last[mode] = {name: cells[mode][name]["seconds"] if name in cells[mode] else np.inf for name in names}
         report["rows"].append({"shape": list(shape), "mode": mode, "times": cells[mode]})
-      print(*_lines(shape, cells, ceilings, itemsize), sep="\n", flush=True)
+      print(*_lines(shape, cells, speeds, itemsize), sep="\n", flush=True)
+      # Written each time: what comes after may not be reached.
+      (output / f"{stem}.json").write_text(to_json(report, indent=1) + "\n")
 
-  output = Path(_OUTPUT.value)
-  output.mkdir(parents=True, exist_ok=True)
-  stem = "linear_attention_" + re.sub(r"[^a-z0-9]+", "_", _device().lower()).strip("_")
-  (output / f"{stem}.json").write_text(to_json(report, indent=1) + "\n")
   dtype = "bfloat16" if is_gpu() else "float32"
   _plot(report["rows"], output / f"{stem}.png", f"{device}: median wall-clock time, {dtype}")
 

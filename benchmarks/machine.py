@@ -3,10 +3,13 @@
 import os
 import platform
 import re
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 
 def described() -> dict[str, Any]:
@@ -25,3 +28,30 @@ def cpu_name() -> str:
     return f"{name} (family {family}, model {model})"
   except (OSError, AttributeError):
     return platform.processor() or platform.machine()
+
+
+def ceilings() -> dict[str, float]:
+  """Measures bytes/s of a copy of a large array, and FLOP/s of a large matrix product; best of five.
+
+  In bfloat16 on an accelerator, and in float32 on a CPU.
+  """
+  on_cpu = jax.default_backend() == "cpu"
+  size, dtype, calls = (4096, jnp.float32, 1) if on_cpu else (16384, jnp.bfloat16, 10)
+  # Random: zeros and ones take less power, and so are multiplied faster.
+  x = jax.jit(lambda key: jax.random.normal(key, (size, size), dtype))(jax.random.key(0))
+
+  def best(function: Callable, work: float) -> float:
+    run, speeds = jax.jit(function), []
+    jax.block_until_ready(run(x))
+    for _ in range(5):
+      began = time.perf_counter()
+      for _ in range(calls):
+        result = run(x)
+      jax.block_until_ready(result)
+      speeds.append(work * calls / (time.perf_counter() - began))
+    return max(speeds)
+
+  return {
+    "bytes_per_second": best(lambda x: x + 1, 2 * x.nbytes),
+    "flops_per_second": best(lambda x: x @ x, 2 * size**3),
+  }

@@ -54,6 +54,7 @@ from typing import Any
 from absl import app, flags
 
 from benchmarks.machine import cpu_name
+from kernels_pallas.verdict import slug
 from supra_jax.core.plain_json import to_json
 from supra_jax.model.config import ModelConfig
 from supra_jax.model.costs import PEAK_FLOPS, mfu, train_flops_per_token
@@ -368,6 +369,8 @@ def main(_) -> None:
   print(f"{report['device']}; {report['versions']}{'' if has_torch else '; torch and transformers are not here'}")
   print("| T | remat | contestant | s/step | process s | tokens/s | ratio | peak GB | layers | MFU |")
   print("| --- " * 10 + "|")
+  output = Path(_OUTPUT.value)
+  output.mkdir(parents=True, exist_ok=True)
   for tokens, remat in lengths:
     ours: dict[str, Any] = {}
     for name in entrants:
@@ -375,13 +378,11 @@ def main(_) -> None:
       ours = found if name == "supra_jax" else ours
       report["rows"].append({"tokens": tokens, "remat": remat, "contestant": name, **found})
       print(_row(tokens, remat, name, found, ours), flush=True)
-
-  gpus = {row["device"] for row in report["rows"] if row.get("device", "cpu") != "cpu"}
-  report["device"] = ", ".join(gpus) or report["device"]
-  output = Path(_OUTPUT.value)
-  output.mkdir(parents=True, exist_ok=True)
-  stem = "train_step_" + re.sub(r"[^a-z0-9]+", "_", (", ".join(gpus) or cpu_name()).lower()).strip("_")
-  (output / f"{stem}.json").write_text(to_json(report, indent=1) + "\n")
+      # Written each time: what comes after may not be reached.
+      gpus = {row["device"] for row in report["rows"] if row.get("device", "cpu") != "cpu"}
+      report["device"] = ", ".join(gpus) or report["device"]
+      stem = f"train_step_{slug(', '.join(gpus) or cpu_name())}"
+      (output / f"{stem}.json").write_text(to_json(report, indent=1) + "\n")
   _plot(report["rows"], output / f"{stem}.png", f"{_PRESET.value}, a training step\n{report['device']}")
 
 

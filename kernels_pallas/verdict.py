@@ -74,10 +74,15 @@ def versions() -> dict[str, str]:
   return found | {"kernels_pallas": hashlib.sha256(sources).hexdigest()[:12]}
 
 
+def slug(name: str) -> str:
+  """Returns the name of a device as a part of a file's name."""
+  return re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_")
+
+
 def path_of(kind: str) -> Path:
   """Returns the path of the verdict on a kind of device (`jax.Device.device_kind`), under the versions installed."""
   key = hashlib.sha256(repr((kind, sorted(versions().items()))).encode()).hexdigest()[:8]
-  return directory() / f"{re.sub(r'[^a-z0-9]+', '_', kind.lower()).strip('_')}_{key}.json"
+  return directory() / f"{slug(kind)}_{key}.json"
 
 
 def write(kind: str, choices: Choices, report: Mapping[str, Any]) -> Path:

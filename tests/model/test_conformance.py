@@ -47,7 +47,12 @@ from tests.support import programs
 MESH = "data:2,fsdp:2,tensor:2"
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 MIXERS = mixer_names()
-IN_MODELS = [pytest.param(c, id=f"{mixer}{i or ''}") for mixer in MIXERS for i, c in enumerate(examples(mixer))]
+# A mixer's further models have other options of the model, each of which some mixer's first model has.
+IN_MODELS = [
+  pytest.param(c, id=f"{mixer}{i or ''}", marks=[pytest.mark.slow] * (i > 0))
+  for mixer in MIXERS
+  for i, c in enumerate(examples(mixer))
+]
 mixers = pytest.mark.parametrize("mixer", MIXERS)
 in_models = pytest.mark.parametrize("config", IN_MODELS)
 
