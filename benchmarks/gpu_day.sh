@@ -49,7 +49,7 @@ doctor() { run doctor "$1" supra_jax.bin.doctor --output="$out/doctor.json"; }
 
 case "$half$dry" in
   training)
-    doctor 110
+    doctor 150
     run op 75 benchmarks.linear_attention --output="$out" --budget=0.2 \
       --shapes=8x2048x32x32x128,1x8192x96x96x128,4x2048x16x16x128,1x32768x32x8x128
     run step 90 benchmarks.train_step --output="$out" --preset=mistral_7b --layers=-1 --remat=block --tokens=2048 \
@@ -57,9 +57,9 @@ case "$half$dry" in
     run forms 60 benchmarks.tune_triton --output="$out" --shapes=8x2048x32x128 --seconds=50 --budget=0.05
     ;;
   inference)
-    doctor 110
-    run decode 150 benchmarks.decode --output="$out" --preset=mistral_7b --batches=1,16
-    run long 60 benchmarks.decode --output="$out/long" --preset=mistral_7b --batches=1 --prompt=16384 \
+    doctor 150
+    run decode 150 benchmarks.decode --output="$out" --preset=mistral_7b --layers=8 --batches=1,16
+    run long 60 benchmarks.decode --output="$out/long" --preset=mistral_7b --layers=8 --batches=1 --prompt=16384 \
       --contestants=supra_window,transformers
     ;;
   trainingyes)

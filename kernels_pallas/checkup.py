@@ -26,6 +26,7 @@ from kernels_pallas.api import FALLBACK, IMPLEMENTATIONS, REFUSALS, linear_atten
 
 DTYPES = ("bfloat16", "float32")
 WIDTHS = (64, 128, 256)
+MODES = ("forward", "forward+backward")
 _ROUND = 0.02  # seconds of the calls that are timed together
 _ROUNDS = 5
 _REPEATS_BELOW = 0.5  # a call that takes longer, in seconds, is timed once
@@ -81,23 +82,30 @@ def named(implementation: str) -> Callable:
 
 
 def names_for(platform: str) -> tuple[str, ...]:
-  """Returns the implementations to examine on a platform, as `verdict.device` names it, FALLBACK first."""
-  kernels = {row.implementation: row.platform for row in verdict.CANDIDATES}
-  names = (name for name in IMPLEMENTATIONS if platform == "cpu" or kernels.get(name, platform) == platform)
-  return tuple(sorted(names, key=lambda name: name != FALLBACK))
+  """Returns the implementations to examine on a platform, as `verdict.device` names it: FALLBACK, then the kernels.
+
+  On a CPU all of them.
+  """
+  kernels = [row.implementation for row in verdict.CANDIDATES if row.platform == platform]
+  return tuple(dict.fromkeys([FALLBACK, *(IMPLEMENTATIONS if platform == "cpu" else kernels)]))
 
 
 def cells_of(name: str, platform: str) -> list[tuple[str, int]]:
   """Returns (dtype, width) of all cells that `examine` tries of an implementation on a platform."""
-  return list(itertools.product(DTYPES, WIDTHS[:1] if name in REFUSALS and platform == "cpu" else WIDTHS))
+  if name not in REFUSALS:
+    return list(itertools.product(DTYPES, WIDTHS))
+  rows = [row for row in verdict.CANDIDATES if row.implementation == name]
+  cells = [(row.dtype, width) for row in rows for width in WIDTHS if row.widths[0] <= width <= row.widths[1]]
+  return [cell for cell in cells if platform != "cpu" or cell[1] == WIDTHS[0]]
 
 
 def examine(name: str, *, first: int = 0, sizes: Sequence[Size] | None = None) -> Iterator[dict[str, Any]]:
   """Tries an implementation on this device.
 
   A check compares output, final state and all gradients with `truth.by_loop`, on a small case that has documents,
-  padding, an initial state and grouped heads. FALLBACK and kernels are timed too: the forward pass, and it with all
-  gradients. On a CPU kernels are interpreted: they are not timed, and checked at one width.
+  padding, an initial state and grouped heads. FALLBACK and kernels are timed too: the forward pass with all gradients,
+  and at the middle size the forward pass alone. On a CPU kernels are interpreted: they are not timed, and checked at
+  one width.
 
   Args:
     name: a key of `IMPLEMENTATIONS`.
@@ -124,23 +132,35 @@ def examine(name: str, *, first: int = 0, sizes: Sequence[Size] | None = None) -
     try:
       yield {**what, "errors": errors(name, dtype, width)}
       for size in sizes if timed and (platform != "cpu" or width == WIDTHS[0]) else ():
-        yield {**what, "tokens": size.tokens, "seconds": time_op(name, dtype, width, size)}
+        modes = MODES if size == sizes[len(sizes) // 2] else MODES[1:]
+        yield {**what, "tokens": size.tokens, "seconds": time_op(name, dtype, width, size, modes)}
     except Exception as error:  # compilers raise many types
       yield {**what, "failed": (str(error).strip() or repr(error)).splitlines()[0]}
 
 
 def errors(name: str, dtype: str, width: int) -> dict[str, float | None]:
-  """Returns {result or gradient: relative error} of an implementation on a small case; None where it is not finite."""
+  """Returns {result or gradient: error} of an implementation on a small case; None where it is not finite.
+
+  An error is the largest over heads of ||found - wanted|| / ||wanted||: over all heads together, and by the largest
+  number, a decay that is wrong by two percent would pass for rounding to bfloat16.
+  """
   case = rounded(truth.make_case(150, 2, 1, heads=4, key_width=width, value_width=width), dtype)
   # Otherwise accelerators round float32 operands to fewer bits.
   with jax.default_matmul_precision("highest"):
     found, wanted = run(named(name), case, jnp.dtype(dtype)), truth.by_loop(case)
-  errors = {what: truth.relative_error(np.asarray(found[what]), wanted[what]) for what in wanted}
-  return {what: error if np.isfinite(error) else None for what, error in errors.items()}
+
+  def error(what: str) -> float | None:
+    axis = 1 if "state" in what else 2
+    off, size = np.asarray(found[what], np.float64) - wanted[what], wanted[what]
+    norms = [np.sqrt((np.moveaxis(x, axis, 0) ** 2).reshape(x.shape[axis], -1).sum(1)) for x in (off, size)]
+    largest = float(np.max(norms[0] / norms[1]))
+    return largest if np.isfinite(largest) else None
+
+  return {what: error(what) for what in wanted}
 
 
-def time_op(name: str, dtype: str, width: int, size: Size) -> dict[str, float]:
-  """Returns seconds of a call: {"forward": ..., "forward+backward": ...}, medians."""
+def time_op(name: str, dtype: str, width: int, size: Size, modes: Sequence[str] = MODES) -> dict[str, float]:
+  """Returns {mode: median seconds of a call}, for modes of MODES."""
   op, shape = named(name), (size.rows, size.tokens, size.heads, width)
   slopes = jnp.asarray(2.0 ** -np.linspace(1, 8, size.heads), jnp.float32)
 
@@ -159,7 +179,8 @@ def time_op(name: str, dtype: str, width: int, size: Size) -> dict[str, float]:
     return output, pullback(d_output)
 
   inputs = jax.block_until_ready(draw(jax.random.key(0)))
-  return {"forward": _seconds(forward, inputs), "forward+backward": _seconds(both, inputs)}
+  calls = dict(zip(MODES, (forward, both), strict=True))
+  return {mode: _seconds(calls[mode], inputs) for mode in modes}
 
 
 def _seconds(call: Callable, inputs: tuple) -> float:

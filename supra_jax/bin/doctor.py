@@ -14,6 +14,7 @@ from absl import flags
 
 from kernels_pallas import checkup, judgement, verdict
 from supra_jax.bin.entry import run
+from supra_jax.core.plain_json import to_json
 from supra_jax.core.progress import Progress
 
 _OUTPUT = flags.DEFINE_string("output", "", "File to write the report to as well, as JSON; for a bug report, say.")
@@ -31,6 +32,8 @@ def _examined() -> list[dict[str, Any]]:
       found.append(record)
       cells = {(x["implementation"], x["dtype"], x["width"]) for x in found[1:]}
       progress.advance_to(len(cells), now=f"{record['implementation']} {record['dtype']} {record['width']}")
+      if _OUTPUT.value:  # each time: should this end early, there is a report all the same
+        Path(_OUTPUT.value).write_text(to_json({**about, "found": found[1:]}, indent=1) + "\n")
   return found
 
 
