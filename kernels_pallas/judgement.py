@@ -1,6 +1,7 @@
 """Makes a verdict, and a table to read, of what `checkup` found."""
 
 import itertools
+import platform
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,6 +15,14 @@ from kernels_pallas.checkup import WIDTHS
 TOLERANCES = {"bfloat16": 5e-3, "float32": 1e-5}
 # A kernel is chosen if it takes at most so many times as long as FALLBACK does.
 SLOWEST = 1.05
+
+
+def title(about: Mapping[str, Any]) -> str:
+  """Returns a line that says what was tried: devices and their memory, driver, versions. `about`: of `described`."""
+  memory = f" of {about['memory'] / 2**30:.1f} GiB" if about["memory"] else ""
+  devices = f"{about['devices']} x {about['device']}{memory}, {about['driver']}"
+  versions = ", ".join(f"{name} {version}" for name, version in verdict.versions().items())
+  return f"{devices}; {platform.platform()}; Python {platform.python_version()}, {versions}"
 
 
 def wrong(found: Mapping[str, Any]) -> str:

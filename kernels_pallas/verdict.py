@@ -58,9 +58,17 @@ _used: Choices | str | None = None
 
 
 def directory() -> Path:
-  """Returns the directory of verdicts; supra_jax keeps its compiled programs beside it."""
+  """Returns the directory of verdicts; supra_jax keeps its compiled programs beside it.
+
+  Raises:
+    OSError: the user has no home directory, nor XDG_CACHE_HOME.
+  """
   chosen = Path(os.environ.get("XDG_CACHE_HOME", ""))
-  return (chosen if chosen.is_absolute() else Path("~/.cache").expanduser()) / "supra_jax" / "verdicts"
+  try:
+    cache = chosen if chosen.is_absolute() else Path("~/.cache").expanduser()
+  except RuntimeError as error:
+    raise FileNotFoundError("You have no home directory for the verdict: set XDG_CACHE_HOME to a directory.") from error
+  return cache / "supra_jax" / "verdicts"
 
 
 @functools.cache
@@ -128,7 +136,7 @@ def _read(kind: str) -> Choices | None:
     if isinstance(choices, str):
       raise ValueError(f"{choices!r}: wanted choices of kernels")
     return choices
-  except (FileNotFoundError, RuntimeError):  # no verdict, or a user without a home
+  except FileNotFoundError:
     return None
   except (OSError, ValueError, KeyError, TypeError) as error:
     _say(f"{path}: this verdict on kernels cannot be read ({error}): run `python -m supra_jax.bin.doctor` again.")

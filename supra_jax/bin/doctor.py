@@ -24,10 +24,9 @@ def _examined() -> list[dict[str, Any]]:
   """Returns all that `examine_apart` yields; shows the progress."""
   records = checkup.examine_apart()
   found = [about := next(records)]
-  kind = f"{about['device']}, {about['devices']} of them" if about["devices"] > 1 else about["device"]
   names = checkup.names_for(about["platform"])
   total = sum(len(checkup.cells_of(name, about["platform"])) for name in names)
-  with Progress(total, f"{kind}: {{done}} of {{total}} tried", {"now": str}) as progress:
+  with Progress(total, f"{about['device']}: {{done}} of {{total}} tried", {"now": str}) as progress:
     for record in records:
       found.append(record)
       cells = {(x["implementation"], x["dtype"], x["width"]) for x in found[1:]}
@@ -40,8 +39,7 @@ def _examined() -> list[dict[str, Any]]:
 def main() -> None:
   about, *found = _examined()
   choices = judgement.judge(found)
-  versions = ", ".join(f"{name} {version}" for name, version in verdict.versions().items())
-  print(f"{platform.platform()}, Python {platform.python_version()}, {versions}\n\n{judgement.table(found)}\n")
+  print(f"{judgement.title(about)}\n\n{judgement.table(found)}\n")
   path = verdict.write(about["device"], choices, {"python": platform.python_version(), **about, "found": found})
   if _OUTPUT.value:
     Path(_OUTPUT.value).write_text(path.read_text())
@@ -53,7 +51,7 @@ def main() -> None:
     f"auto: {'all else' if choices else 'always'} {checkup.FALLBACK}\nThe verdict, with all that was measured: {path}"
   )
   if any(map(judgement.wrong, found)):
-    sys.exit("Something is wrong; auto leaves it out. Please report it, with the file above.")
+    sys.exit("Something is wrong. auto takes no kernel that is wrong. Please report it, with the file above.")
 
 
 if __name__ == "__main__":
