@@ -25,7 +25,7 @@ from supra_jax.bin.entry import run
 from supra_jax.core.plain_json import to_json
 from supra_jax.core.sharding import least_tokens
 from supra_jax.data.loading import heldout_batches
-from supra_jax.inference.decode import generate_tokens
+from supra_jax.inference.engine import generate_tokens
 from supra_jax.linearization.calibrate import shown
 from supra_jax.linearization.linearize import linearize_checkpoint
 from supra_jax.linearization.starts import Calibrated, Start, Window

@@ -8,6 +8,7 @@ from supra_jax.core.xla_gpu import avoid_crash
 if TYPE_CHECKING:
   from supra_jax.evaluation.likelihood import evaluate
   from supra_jax.inference.lm import LM, load
+  from supra_jax.inference.state import load_state
   from supra_jax.linearization.linearize import linearize
   from supra_jax.linearization.starts import Calibrated, Identity, Random, Window
   from supra_jax.model.config import ModelConfig
@@ -16,11 +17,12 @@ if TYPE_CHECKING:
 
 __all__ = [
   "LM", "Calibrated", "Identity", "ModelConfig", "Random", "TrainConfig", "Window", "evaluate", "linearize", "load",
-  "train",
+  "load_state", "train",
 ]  # fmt: skip
 _MODULES = {
   "evaluation.likelihood": ("evaluate",),
   "inference.lm": ("LM", "load"),
+  "inference.state": ("load_state",),
   "linearization.linearize": ("linearize",),
   "linearization.starts": ("Calibrated", "Identity", "Random", "Window"),
   "model.config": ("ModelConfig",),

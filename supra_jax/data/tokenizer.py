@@ -114,13 +114,15 @@ class Tokenizer:
     """The end-of-text ids, any of which ends a generated text; may be empty."""
     return self._eos_ids
 
-  def encode(self, text: str, *, bos: bool | None = None) -> list[int]:
+  def encode(self, text: str, *, bos: bool | None = None, continues: bool = False) -> list[int]:
     """Encodes a text to ids.
 
     Args:
       text: any text; special tokens spelled out in it become their ids.
       bos: whether the ids start with `bos_id`, which is added only if the text does not begin with it. None: as the
         tokenizer's own files say.
+      continues: whether the text continues an earlier one: there is no begin-of-text id then, nor the space that some
+        tokenizers put before a text.
 
     Raises:
       ValueError: `bos` is True and there is no `bos_id`; the text has a token without a row in the model's embedding,
@@ -133,8 +135,8 @@ class Tokenizer:
         f"The text has half a surrogate pair, {text[error.start]!r}, as its character {error.start}, which UTF-8 "
         "cannot encode: was the text read with the wrong encoding?"
       ) from error
-    ids = self._backend.encode(text)
-    if self._bos_by_default if bos is None else bos:
+    ids = self._backend.encode(text, continues=continues)
+    if (self._bos_by_default and not continues) if bos is None else bos:
       if self._bos_id is None:
         raise ValueError("bos=True: this tokenizer has no token that begins a text.")
       if ids[:1] != [self._bos_id]:

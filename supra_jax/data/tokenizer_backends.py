@@ -21,8 +21,8 @@ NO_DUMMY_PREFIX = b"\x1a\x02\x18\x00"
 class Backend(Protocol):
   """Interface of an opened tokenizer file.
 
-  `encode` adds no begin- or end-of-text id. `token_id` and `token` return None for what the file does not have. `piece`
-  returns the bytes that one id decodes to.
+  `encode` adds no begin- or end-of-text id, and with `continues` no space before the text. `token_id` and `token`
+  return None for what the file does not have. `piece` returns the bytes that one id decodes to.
 
   Attributes:
     vocab_size: one more than the largest id.
@@ -40,7 +40,7 @@ class Backend(Protocol):
   eos_id: int | None
   leading_spaces: int
 
-  def encode(self, text: str) -> list[int]: ...
+  def encode(self, text: str, *, continues: bool = False) -> list[int]: ...
 
   def token_id(self, token: str) -> int | None: ...
 
@@ -65,6 +65,7 @@ class JsonBackend:
       raise ValueError(f"tokenizer.json cannot be read: {error}") from error
     self._tokenizer.no_truncation()
     self._tokenizer.no_padding()
+    self._description, self._bare = description, None
     added = self._tokenizer.get_added_tokens_decoder()
     self._added = {i: token.content for i, token in added.items()}
     self.special: Mapping[int, str] = {i: token.content for i, token in added.items() if token.special}
@@ -85,8 +86,14 @@ class JsonBackend:
       )
     return whole[: starts[0]]
 
-  def encode(self, text: str) -> list[int]:
-    return self._tokenizer.encode(text, add_special_tokens=False).ids
+  def encode(self, text: str, *, continues: bool = False) -> list[int]:
+    if continues and self._bare is None:
+      parts = {name: _without_prefix_space(self._description.get(name)) for name in ("normalizer", "pre_tokenizer")}
+      self._bare = tokenizers.Tokenizer.from_str(to_json(self._description | parts))
+      self._bare.no_truncation()
+      self._bare.no_padding()
+    tokenizer = self._bare if continues else self._tokenizer
+    return tokenizer.encode(text, add_special_tokens=False).ids
 
   def token_id(self, token: str) -> int | None:
     return self._tokenizer.token_to_id(token)
@@ -99,6 +106,21 @@ class JsonBackend:
       return self._decoder.replaced(self._added[token_id]).encode("utf-8")
     token = self.token(token_id) if token_id < self.vocab_size else None
     return b"" if token is None else self._decoder(token)
+
+
+def _without_prefix_space(section: Any) -> Any:
+  """Returns a normalizer or pre_tokenizer of a tokenizer.json without the rules that put a space before a text."""
+  if not isinstance(section, dict) or section.get("type") == "Prepend":
+    return None
+  changed = dict(section)
+  for name in ("normalizers", "pretokenizers"):
+    if name in section:
+      changed[name] = [bare for part in section[name] if (bare := _without_prefix_space(part)) is not None]
+  if section.get("type") == "Metaspace":
+    changed["prepend_scheme"] = "never"
+  if "add_prefix_space" in section:
+    changed["add_prefix_space"] = False
+  return changed
 
 
 class _PieceDecoder:
@@ -178,14 +200,15 @@ class SentencePieceBackend:
     by_length = sorted(self.special.values(), key=len, reverse=True)
     self._special_pattern = re.compile("(" + "|".join(map(re.escape, by_length)) + ")") if by_length else None
 
-  def encode(self, text: str) -> list[int]:
+  def encode(self, text: str, *, continues: bool = False) -> list[int]:
     ids: list[int] = []
     parts = self._special_pattern.split(text) if self._special_pattern else [text]
     for i, part in enumerate(parts):
       if i % 2:
         ids.append(self._model.piece_to_id(part))
       elif part:
-        ids += (self._model if i == 0 or self._always_prefix else self._bare_model).encode(part)
+        spaced = not continues if i == 0 else self._always_prefix
+        ids += (self._model if spaced else self._bare_model).encode(part)
     return ids
 
   def token_id(self, token: str) -> int | None:

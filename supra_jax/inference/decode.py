@@ -1,17 +1,16 @@
-"""Token generation: a prefill that reads the prompt in pieces, then a compiled decode loop."""
+"""The compiled programs of generation: reading prompts in pieces, and steps of decoding with draws."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from supra_jax.inference.sampling import Sampling, sample
-from supra_jax.model.finite import generated_not_finite, not_finite
+from supra_jax.inference.sampling import Drawn, Draws, draw
 from supra_jax.model.transformer import DecodeState, Transformer
 
 PREFILL_TOKENS = 512  # most tokens of a piece of the prompt, so that activations do not grow with the prompt
@@ -26,118 +25,127 @@ def round_up_length(n: int) -> int:
   return -(-n // step) * step
 
 
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=3)
-def _prefill(model: Transformer, params, tokens_BT, state: DecodeState, lengths_B) -> tuple[jax.Array, DecodeState]:
-  """Returns (logits [B, V] after each row's last real token, state after these tokens)."""
-  bound = model.bind({"params": params})
-  hidden_BTD, state = bound(tokens_BT, state, lengths=lengths_B)
-  last = jnp.take_along_axis(hidden_BTD, jnp.maximum(lengths_B - 1, 0)[:, None, None], axis=1)
-  return bound.unembed(last)[:, 0], state
+def capacity_for(tokens: int) -> int:
+  """Returns the capacity of a state for a text of so many tokens, prompt and answer.
+
+  It has room for DECODE_TOKENS more, since the last call of `decode_steps` may draw more than are wanted. It is rounded
+  up, so that texts of about the same length share their programs.
+  """
+  return max(round_up_length(tokens + DECODE_TOKENS), SHORTEST_CACHE)
 
 
-def prefill(model: Transformer, params: Mapping[str, Any], tokens_BT: np.ndarray, state: DecodeState):
-  """Reads a prompt in pieces of PREFILL_TOKENS, and returns the logits and the state after its last token.
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=(3, 4))
+def _read(model: Transformer, params, tokens_BT, state: DecodeState, hidden_BD, lengths_B):
+  """Returns (hidden [B, D] after each row's last real token so far, state after these tokens)."""
+  hidden_BTD, state = model.apply({"params": params}, tokens_BT, state, lengths=lengths_B)
+  last = jnp.take_along_axis(hidden_BTD, jnp.maximum(lengths_B - 1, 0)[:, None, None], axis=1)[:, 0]
+  return jnp.where((lengths_B > 0)[:, None], last, hidden_BD), state
+
+
+def pieces(longest: int) -> list[tuple[int, int]]:
+  """Returns (start, tokens with padding) of each piece that a prompt of so many tokens is read in."""
+  found = []
+  for start in range(0, longest, PREFILL_TOKENS):
+    count = min(PREFILL_TOKENS, longest - start)
+    found.append((start, max(round_up_length(count), SHORTEST_PREFILL)))
+  return found
+
+
+def read_piece(
+  model: Transformer,
+  params: Mapping[str, Any],
+  tokens_BT: np.ndarray,
+  lengths_B: np.ndarray,
+  piece: tuple[int, int],
+  hidden_BD: jax.Array,
+  state: DecodeState,
+) -> tuple[jax.Array, DecodeState]:
+  """Reads one of `pieces` of a prompt.
 
   Args:
     model: the model, not stacked.
     params: the model's parameters, one subtree per layer.
-    tokens_BT: int32 [B, T] without padding, T >= 1.
-    state: the state to continue from, with room for T more tokens; it is donated.
+    tokens_BT: int32 [B, T], padded on the right.
+    lengths_B: number of real tokens in each row.
+    piece: which piece.
+    hidden_BD: what the piece before this one returned; `no_hidden` before the first. Donated.
+    state: the state to continue from, with room for the tokens; donated.
 
   Returns:
-    (logits float32 [B, vocabulary] after the last token, state after the last token).
+    (activations after each row's last real token, [B, D], which `unembed` takes; state after it).
+  """
+  start, width = piece
+  tokens = tokens_BT[:, start : start + PREFILL_TOKENS]
+  counts = np.clip(np.asarray(lengths_B) - start, 0, tokens.shape[1]).astype(np.int32)
+  tokens = np.pad(tokens, ((0, 0), (0, width - tokens.shape[1])))
+  return _read(model, params, tokens.astype(np.int32), state, hidden_BD, counts)
+
+
+def no_hidden(model: Transformer, batch: int) -> jax.Array:
+  """Returns the activations of rows that have read nothing."""
+  return jnp.zeros((batch, model.config.hidden_size), model.dtype)
+
+
+def prefill(
+  model: Transformer,
+  params: Mapping[str, Any],
+  tokens_BT: np.ndarray,
+  state: DecodeState,
+  lengths_B: np.ndarray | None = None,
+) -> tuple[jax.Array, DecodeState]:
+  """Reads a prompt in pieces of PREFILL_TOKENS.
+
+  Args:
+    model: the model, not stacked.
+    params: the model's parameters, one subtree per layer.
+    tokens_BT: int32 [B, T], T >= 1, padded on the right.
+    state: the state to continue from, with room for T more tokens; it is donated.
+    lengths_B: number of real tokens in each row; None means T.
+
+  Returns:
+    (activations after the last token of each row, [B, D], which `unembed` takes; state after that token).
   """
   batch, time = tokens_BT.shape
-  for start in range(0, time, PREFILL_TOKENS):
-    piece = tokens_BT[:, start : start + PREFILL_TOKENS]
-    count = piece.shape[1]
-    piece = np.pad(piece, ((0, 0), (0, max(round_up_length(count), SHORTEST_PREFILL) - count)))
-    logits, state = _prefill(model, params, piece, state, np.full(batch, count, np.int32))
-  return logits, state
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=5)
-def decode_steps(model: Transformer, sampling: Sampling, steps: int, params, token_B, state: DecodeState, key):
-  """Decodes `steps` tokens: each step reads the last token and draws the next. The state is donated.
-
-  Returns:
-    ((tokens int32 [steps, B], whether all logits were finite, bool [steps, B]), last token [B], state, key).
-  """
-
-  def step(carry, _):
-    token, state, key = carry
-    key, draw = jax.random.split(key)
-    logits, state = model.bind({"params": params}).logits(token[:, None], state)
-    token = sample(logits[:, 0], draw, sampling)
-    return (token, state, key), (token, jnp.isfinite(logits[:, 0]).all(-1))
-
-  (token_B, state, key), drawn = jax.lax.scan(step, (token_B, state, key), length=steps)
-  return drawn, token_B, state, key
+  lengths = np.full(batch, time) if lengths_B is None else lengths_B
+  hidden = no_hidden(model, batch)
+  for piece in pieces(time):
+    hidden, state = read_piece(model, params, tokens_BT, lengths, piece, hidden, state)
+  return hidden, state
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _first(sampling: Sampling, logits_BV: jax.Array, key):
-  """Draws the token after the prompt.
+def unembed(model: Transformer, params, hidden_BD: jax.Array) -> jax.Array:
+  """Returns the logits [B, V] of activations [B, D]."""
+  return model.apply({"params": params}, hidden_BD[:, None], method="unembed")[:, 0]
 
-  Compiled, so that the results are on the same devices as those of `decode_steps`, which so compiles only once.
+
+@functools.partial(jax.jit, static_argnums=0)
+def first_token(model: Transformer, params, hidden_BD: jax.Array, draws: Draws, alternatives) -> tuple[Drawn, Draws]:
+  """Draws the token after the prompt of each row."""
+  return draw(unembed(model, params, hidden_BD), draws, alternatives)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=(4, 5))
+def decode_steps(
+  model: Transformer, steps: int, params, token_B: jax.Array, state: DecodeState, draws: Draws, alternatives
+) -> tuple[Drawn, jax.Array, DecodeState, Draws]:
+  """Decodes `steps` tokens: each step reads the last token and draws the next. State and draws are donated.
 
   Returns:
-    ((tokens int32 [1, B], whether all logits were finite, bool [1, B]), token [B], key).
+    (what was drawn, each array [steps, B, ...]; last token [B]; state; draws).
   """
-  key, draw = jax.random.split(key)
-  token_B = sample(logits_BV, draw, sampling)
-  return (token_B[None], jnp.isfinite(logits_BV).all(-1)[None]), token_B, key
+
+  def step(carry, _):
+    token, state, draws = carry
+    logits, state = model.apply({"params": params}, token[:, None], state, method="logits")
+    drawn, draws = draw(logits[:, 0], draws, alternatives)
+    return (drawn.token, state, draws), drawn
+
+  (token_B, state, draws), drawn = jax.lax.scan(step, (token_B, state, draws), length=steps)
+  return drawn, token_B, state, draws
 
 
-def generate_tokens(
-  model: Transformer,
-  params: Mapping[str, Any],
-  prompt_ids: Sequence[int],
-  *,
-  max_new_tokens: int,
-  sampling: Sampling = Sampling(),
-  seed: int = 0,
-  stop_ids: Collection[int] = (),
-) -> Iterator[int]:
-  """Yields the tokens that the model generates after a prompt.
-
-  Args:
-    model: the model, not stacked.
-    params: the model's parameters, one subtree per layer.
-    prompt_ids: token ids of the prompt, at least one.
-    max_new_tokens: number of tokens after which generation ends; below 1: no token is generated.
-    sampling: how a token is drawn; greedy by default.
-    seed: seeds the draws, which do not depend on DECODE_TOKENS.
-    stop_ids: token ids that end the text; they are not yielded.
-
-  Raises:
-    NotFiniteError: the logits after a token are not finite; the message says after which token.
-    ValueError: the prompt is empty; raised when the first token is asked for.
-  """
-  if not prompt_ids:
-    raise ValueError("The prompt is empty, and the model has no token that starts or ends a text: give at least one.")
-  if max_new_tokens < 1:
-    return
-  # Room for DECODE_TOKENS more: each call of `decode_steps` runs all its steps, so the last may draw too many.
-  # Rounded up, so that texts of about the same length share their programs.
-  capacity = len(prompt_ids) + max_new_tokens + DECODE_TOKENS
-  state = model.init_state(1, max(round_up_length(capacity), SHORTEST_CACHE))
-  logits, state = prefill(model, params, np.asarray([prompt_ids], np.int32), state)
-  ready, token_B, key = _first(sampling, logits, jax.random.key(seed))
-  done, last = 0, prompt_ids[-1]
-  while True:
-    # Dispatched first, so that the device computes the next tokens while the host turns these into text.
-    following = None
-    if max_new_tokens - done > len(ready[0]):
-      following, token_B, state, key = decode_steps(model, sampling, DECODE_TOKENS, params, token_B, state, key)
-    tokens, finite = (np.asarray(x)[: max_new_tokens - done, 0].tolist() for x in ready)
-    for token, is_finite in zip(tokens, finite, strict=True):
-      if not is_finite:
-        raise generated_not_finite(model, done, last) if done else not_finite(model, params, [prompt_ids])
-      if token in stop_ids:
-        return
-      last, done = token, done + 1
-      yield token
-    if following is None:
-      return
-    ready = following
+@functools.partial(jax.jit, donate_argnums=(0, 1, 2))
+def put_rows(token_B, state: DecodeState, draws: Draws, slots, token_N, other: DecodeState, other_draws: Draws):
+  """Puts N rows, which have read their prompts and drawn a token, into slots; returns (token_B, state, draws)."""
+  return token_B.at[slots].set(token_N), state.put(slots, other), draws.put(slots, other_draws)

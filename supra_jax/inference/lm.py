@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
+import dataclasses
 import functools
-import itertools
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -14,13 +15,20 @@ import jax.numpy as jnp
 import numpy as np
 
 from supra_jax.core.programs import keep_programs
-from supra_jax.data.tokenizer import StreamDecoder, Tokenizer
-from supra_jax.inference import decode as generate
-from supra_jax.inference.sampling import Sampling
+from supra_jax.core.progress import Progress
+from supra_jax.data.tokenizer import Tokenizer
+from supra_jax.inference import decode
+from supra_jax.inference.chat import ChatTemplate, Memory, Message, template_of
+from supra_jax.inference.engine import NOTHING, Engine, Request, not_finite_at
+from supra_jax.inference.sampling import TOP, Sampling
+from supra_jax.inference.state import State
+from supra_jax.inference.text import Completion, NoText, TextBuilder
 from supra_jax.model.config import ModelConfig
 from supra_jax.model.registry import mixer_class
 from supra_jax.model.transformer import DecodeState, Padding, Transformer
 from supra_jax.storage import model_directory as checkpoint
+
+ROWS = 16  # most texts that decode at a time, unless told otherwise
 
 
 def load(directory: str | os.PathLike[str], dtype: Any = None, *, implementation: str = "auto") -> LM:
@@ -42,7 +50,9 @@ def load(directory: str | os.PathLike[str], dtype: Any = None, *, implementation
   stored = checkpoint.load_model(directory, None if dtype is None else jnp.dtype(dtype))
   tokenizer = Tokenizer.from_files(stored.tokenizer_files, stored.config)
   generation = json.loads(stored.tokenizer_files.get("generation_config.json", b"{}"))
-  return LM(stored.config, stored.params, tokenizer, generation, implementation)
+  template = template_of(stored.tokenizer_files)
+  known = checkpoint.fingerprint(directory)
+  return LM(stored.config, stored.params, tokenizer, generation, implementation, known, template)
 
 
 class LM:
@@ -53,6 +63,8 @@ class LM:
     params: nested dict of arrays, one subtree per layer.
     tokenizer: tokenizer of the model; None if it has none.
     generation: contents of the model directory's generation_config.json, which has the default sampling settings.
+    template: the checkpoint's chat template; None if it has none.
+    checkpoint: fingerprint of the model directory, by which states know their model; None if there is none.
     model: the Flax module; use `model.apply({"params": params}, ...)` for what this class does not offer.
   """
 
@@ -63,6 +75,8 @@ class LM:
     tokenizer: Tokenizer | None = None,
     generation: Mapping[str, Any] | None = None,
     implementation: str = "auto",
+    fingerprint: str | None = None,
+    template: ChatTemplate | None = None,
   ):
     """Makes an LM from its parts; `load` makes one from a model directory.
 
@@ -72,11 +86,17 @@ class LM:
       tokenizer: tokenizer of the model; None if it has none.
       generation: contents of a generation_config.json, which has the default sampling settings; None means greedy.
       implementation: see `load`.
+      fingerprint: see `State.checkpoint`.
+      template: chat template; None if there is none.
     """
     self.config = config
     self.params = params
     self.tokenizer = tokenizer
     self.generation = generation or {}
+    self.checkpoint = fingerprint
+    self.template = template
+    self._memory = Memory()
+    self._grows = any(mixer_class(mixer).GROWS for mixer in config.mixers)
     dtype = params["embed_tokens"]["embedding"].dtype
     self.model = Transformer(config, dtype=dtype, implementation=implementation)
 
@@ -113,57 +133,237 @@ class LM:
     run = self._apply if traced else self._apply_concrete
     return run(inputs.pop("tokens"), state, padding=padding, **inputs)
 
-  def generate(self, prompt: str, **kwargs: Any) -> str:
-    """Generates the text that follows `prompt`; for the arguments see `stream`."""
-    return "".join(self.stream(prompt, **kwargs))
-
-  def stream(
-    self,
-    prompt: str,
-    *,
-    max_new_tokens: int = 100,
-    temperature: float | None = None,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    seed: int = 0,
-  ) -> Iterator[str]:
-    """Yields the text that follows `prompt` in pieces, until an end-of-text token or after `max_new_tokens`.
-
-    temperature, top_k and top_p default to the settings in `generation` (see `Sampling.of_checkpoint`).
+  def read(self, text: str | Sequence[int], state: State | None = None) -> State:
+    """Reads a text, and returns what the model remembers of it; no logits are kept.
 
     Args:
-      prompt: the text to continue; may be empty if the model has a begin- or end-of-text token.
-      max_new_tokens: number of tokens after which generation ends.
-      temperature: divides the logits; 0 takes the likeliest token each time.
-      top_k: draws from the k likeliest tokens; 0 means all.
-      top_p: draws from the fewest likeliest tokens whose probabilities add up to top_p; 1 means all.
-      seed: seeds the draws.
+      text: the text, or its token ids. A text that follows a state is read without begin-of-text token, and without the
+        space that some tokenizers put before a text.
+      state: the state to continue from, of one row, which stays as it is; None: a fresh one.
 
     Raises:
-      ValueError: the model has no tokenizer, or temperature, top_k or top_p is out of range; raised by the call itself.
-        Or the prompt is empty and the model has no begin- or end-of-text token; raised at the first piece.
-      NotFiniteError: the logits after a token are not finite; raised while the text is generated.
+      ValueError: there is nothing to read; the state is another model's or has several rows; or there is a text and the
+        model has no tokenizer.
     """
-    if self.tokenizer is None:
-      raise ValueError(
-        "This checkpoint has no tokenizer: use supra_jax.inference.decode.generate_tokens with token ids."
+    ids = self._ids(text, state)
+    if state is None:
+      if not ids:
+        raise ValueError(NOTHING)
+      known = np.zeros(0, np.int32)
+      decoded = self.model.init_state(1, decode.capacity_for(len(ids)) if self._grows else 0)
+    else:
+      self._check_state(state, (1,))
+      if not ids:
+        return state
+      known = state.tokens[0]
+      decoded = state.decode.take([0])
+      decoded = decoded.grow(decode.capacity_for(known.size + len(ids))) if self._grows else decoded
+    hidden, decoded = decode.prefill(self.model, self.params, np.asarray([ids], np.int32), decoded)
+    return State(decoded, hidden, (np.concatenate([known, np.asarray(ids, np.int32)]),), self.config, self.checkpoint)
+
+  def generate(self, prompt: str | Sequence[str], **how: Any) -> str | list[str]:
+    """Returns the text that follows a prompt, or a list of texts for a list of prompts; for `how` see `complete`."""
+    if isinstance(prompt, str):
+      return self.complete([prompt], **how)[0].text
+    return [completion.text for completion in self.complete(prompt, **how)]
+
+  def complete(
+    self,
+    prompts: Sequence[str | Sequence[int]],
+    *,
+    state: State | None = None,
+    max_new_tokens: int | Sequence[int] = 100,
+    stop: Sequence[str] = (),
+    logprobs: int = 0,
+    keep_state: bool = False,
+    rows: int = ROWS,
+    progress: bool = False,
+    **sampling: Any,
+  ) -> list[Completion]:
+    """Generates the texts that follow prompts, `rows` of them at a time.
+
+    What follows a prompt does not depend on the other prompts.
+
+    Args:
+      prompts: texts, or their token ids, of any lengths. A prompt may be empty if there is a state, or if the model has
+        a begin- or end-of-text token.
+      state: what the model has read before the prompts: one row for all of them, or one each. It stays as it is.
+      max_new_tokens: number of tokens after which a text ends; one for all, or a list with one each.
+      stop: strings that end a text, which is cut before them.
+      logprobs: number of likeliest tokens to return with each token, at most `sampling.TOP`.
+      keep_state: whether each `Completion` has the state after its last token.
+      rows: most texts that decode at a time.
+      progress: whether to show progress on stderr.
+      **sampling: fields of `Sampling`; a value for all prompts, or a list with one each. What is not given, or None, is
+        as `generation` says. A single seed is that of the first prompt; those that follow have the next numbers.
+
+    Returns:
+      A `Completion` for each prompt, in order.
+
+    Raises:
+      NotFiniteError: the logits of a text are not finite.
+      ValueError: an argument is out of range, the state is another model's, or there are texts and the model has no
+        tokenizer.
+    """
+    if isinstance(prompts, str):
+      raise ValueError("prompts is a text: wanted a list of texts; `generate` takes either.")
+    if not 0 <= logprobs <= TOP or rows < 1:
+      raise ValueError(f"logprobs={logprobs}, rows={rows}: wanted 0 to {TOP}, and at least 1.")
+    texts = self._texts(prompts, state, max_new_tokens, stop, sampling)
+    # Prompts of about the same length together, so that few programs are compiled.
+    order = sorted(texts, key=lambda request: len(request.prompt))
+    with Progress(len(texts), "{done}/{total} texts", enabled=progress) as shown:
+      for request, _ in self._generated(order, texts, rows, alternatives=logprobs > 0):
+        if texts[request].finish:
+          shown.advance(1)
+    made = []
+    for number, (request, builder) in enumerate(texts.items()):
+      after = None
+      if keep_state:
+        of_row = None if state is None else state.take([number if state.rows > 1 else 0])
+        after = self.read([*request.prompt, *builder.tokens], of_row)
+      made.append(builder.completion(logprobs, after))
+    return made
+
+  def stream(self, prompt: str | Sequence[int], **how: Any) -> Iterator[str]:
+    """Yields the text that follows `prompt` in pieces, as soon as they are certain.
+
+    For the arguments see `complete`; without logprobs, keep_state, rows and progress.
+
+    Raises:
+      NotFiniteError, ValueError: as `complete`; a ValueError is raised by the call itself.
+    """
+    texts = self._texts([prompt], how.pop("state", None), how.pop("max_new_tokens", 100), how.pop("stop", ()), how)
+    return filter(None, (piece for _, piece in self._generated(list(texts), texts, 1)))
+
+  def chat(self, messages: Sequence[Message], **how: Any) -> str:
+    """Returns the reply to messages; for the arguments see `stream_chat`."""
+    return "".join(self.stream_chat(messages, **how))
+
+  def stream_chat(self, messages: Sequence[Message], **how: Any) -> Iterator[str]:
+    """Yields the reply to messages in pieces.
+
+    Messages are rendered by the checkpoint's own template. What an earlier call has read is not read again where these
+    messages begin with it, as those of a conversation do; a warning says where they do not.
+
+    Args:
+      messages: each {"role": "system" | "user" | "assistant" | ..., "content": text}.
+      **how: arguments of `stream`, but `state`.
+
+    Raises:
+      NotFiniteError: as `complete`.
+      ValueError: the model has no tokenizer or no chat template, the template refuses the messages, or an argument is
+        out of range; raised by the call itself.
+    """
+    if self.tokenizer is None or self.template is None:
+      raise ValueError("This checkpoint has no chat template: use `generate` with a text.")
+    ids = self.tokenizer.encode(self.template.render(messages), bos=False)
+    before = self._memory.longest(ids[:-1])
+    known = 0 if before is None else before.tokens[0].size
+    asked = self.read(ids[known:], before)
+    texts = self._texts([[]], asked, how.pop("max_new_tokens", 100), how.pop("stop", ()), how)
+    return self._reply(texts, asked)
+
+  def _reply(self, texts: dict[Request, TextBuilder], asked: State) -> Iterator[str]:
+    yield from filter(None, (piece for _, piece in self._generated(list(texts), texts, 1)))
+    (builder,) = texts.values()
+    self._memory.keep(asked, self.read(builder.tokens, asked))
+
+  async def astream(self, prompt: str | Sequence[int], **how: Any) -> AsyncIterator[str]:
+    """Yields what `stream` yields, asynchronously: the event loop goes on while the model works."""
+    pieces = self.stream(prompt, **how)
+    while (piece := await asyncio.to_thread(next, pieces, None)) is not None:
+      yield piece
+
+  def _generated(
+    self, order: Sequence[Request], texts: Mapping[Request, TextBuilder], rows: int, *, alternatives: bool = False
+  ) -> Iterator[tuple[Request, str]]:
+    """Generates texts in an engine; yields (request, text that is certain now) for each token."""
+    order = [request for request in order if request.max_new_tokens]
+    if not order:
+      return
+    most = max(len(request.read) + len(request.prompt) + request.max_new_tokens for request in order)
+    engine = Engine(self.model, self.params, rows=min(rows, len(order)), capacity=most, alternatives=alternatives)
+    for request in order:
+      engine.submit(request)
+    while engine.is_busy:
+      for request, token in engine.step():
+        builder = texts[request]
+        if builder.finish:
+          continue  # drawn before its end was known
+        if not token.finite:
+          raise not_finite_at(self.model, self.params, [*request.read, *request.prompt], token, builder.last)
+        piece = builder.push(token)
+        if builder.finish:
+          engine.finish(request)
+        yield request, piece
+
+  def _texts(
+    self,
+    prompts: Sequence[str | Sequence[int]],
+    state: State | None,
+    max_new_tokens: int | Sequence[int],
+    stop: Sequence[str],
+    sampling: Mapping[str, Any],
+  ) -> dict[Request, TextBuilder]:
+    """Returns a request for each prompt, with the builder of its text."""
+    count = len(prompts)
+    if unknown := sampling.keys() - {field.name for field in dataclasses.fields(Sampling)}:
+      raise TypeError(f"Unknown arguments: {', '.join(sorted(unknown))}.")
+    if isinstance(stop, str):
+      stop = (stop,)
+    if state is not None:
+      self._check_state(state, (1, count))
+    most = _each("max_new_tokens", max_new_tokens, count)
+    values = {name: _each(name, value, count) for name, value in sampling.items() if value is not None}
+    if "seed" in values and not isinstance(sampling["seed"], list | tuple):
+      values["seed"] = [(sampling["seed"] + i) % 2**32 for i in range(count)]
+    elif "seed" not in values:
+      values["seed"] = list(range(count))
+    texts = {}
+    for i, prompt in enumerate(prompts):
+      ids = self._ids(prompt, state)
+      row = None if state is None else i if state.rows > 1 else 0
+      before: dict[str, Any] = {}
+      if state is not None:
+        assert row is not None
+        before = {"state": state.decode.take([row]), "hidden": state.hidden[row : row + 1], "read": state.tokens[row]}
+      how = Sampling.of_checkpoint(self.generation, **{name: value[i] for name, value in values.items()})
+      if most[i] < 0 or not isinstance(most[i], int | np.integer):
+        raise ValueError(f"max_new_tokens={most[i]!r}: wanted a whole number, 0 or more.")
+      request = Request(ids, how, most[i], **before)
+      decoder = (
+        NoText()
+        if self.tokenizer is None
+        else self.tokenizer.stream_decoder(continues=bool(len(prompt)) or state is not None)
       )
-    prompt_ids = self.tokenizer.encode(prompt)
-    if not prompt_ids:
+      texts[request] = TextBuilder(decoder, most=most[i], stop=stop, stop_ids=self.config.eos_token_ids)
+    return texts
+
+  def _ids(self, text: str | Sequence[int], state: State | None) -> list[int]:
+    """Returns the token ids of a prompt; of an empty one without a state the token that begins a text."""
+    if not isinstance(text, str):
+      ids = [int(i) for i in text]
+      if outside := [i for i in ids if not 0 <= i < self.config.vocab_size]:
+        raise ValueError(f"Token {outside[0]} is not in the vocabulary, 0 to {self.config.vocab_size - 1}.")
+    elif self.tokenizer is None:
+      raise ValueError("This checkpoint has no tokenizer: give token ids in place of a text.")
+    else:
+      ids = self.tokenizer.encode(text, continues=state is not None)
+    if not ids and state is None:
       start = [self.config.bos_token_id, *self.config.eos_token_ids]
-      prompt_ids = [i for i in start if i is not None][:1]
-    # With an empty prompt, the decoder drops the space that SentencePiece adds before the start of a text.
-    decoder = self.tokenizer.stream_decoder(continues=bool(prompt))
-    tokens = generate.generate_tokens(
-      self.model,
-      self.params,
-      prompt_ids,
-      max_new_tokens=max_new_tokens,
-      sampling=Sampling.of_checkpoint(self.generation, temperature=temperature, top_k=top_k, top_p=top_p),
-      seed=seed,
-      stop_ids=self.config.eos_token_ids,
-    )
-    return filter(None, itertools.chain(map(decoder.push, tokens), _flushed(decoder)))
+      ids = [i for i in start if i is not None][:1]
+    return ids
+
+  def _check_state(self, state: State, rows: Collection[int]) -> None:
+    if state.rows not in rows:
+      raise ValueError(f"The state has {state.rows} rows: wanted {' or '.join(map(str, sorted(set(rows))))}.")
+    if self.checkpoint and state.checkpoint and self.checkpoint != state.checkpoint:
+      raise ValueError(f"The state is of the checkpoint {state.checkpoint}, and this model of {self.checkpoint}.")
+    if state.config != self.config or state.hidden.dtype != self.model.dtype:
+      raise ValueError(
+        f"The state is of another model: its config or dtype, {state.hidden.dtype}, is not this model's."
+      )
 
   def _apply_concrete(self, tokens, state, *, lengths, segment_ids, padding):
     if tokens.ndim != 2 or not np.issubdtype(tokens.dtype, np.integer) or tokens.shape[1] < 1:
@@ -181,11 +381,11 @@ class LM:
     if outside.size:
       raise ValueError(f"Token {outside[0]} is not in the vocabulary, 0 to {self.config.vocab_size - 1}.")
 
-    if any(mixer_class(mixer).GROWS for mixer in self.config.mixers):
+    if self._grows:
       held = np.zeros(batch, np.int64) if state is None else np.asarray(state.cached)
       state = _with_capacity(self.model, state, batch, int((held + count).max()))
     # jit compiles a program per shape: rounding T up keeps them few, and padding does not change the result.
-    fill = generate.round_up_length(time) - time
+    fill = decode.round_up_length(time) - time
     if fill and lengths is None:
       lengths = count
     sides = (0, fill) if padding == "right" else (fill, 0)
@@ -200,8 +400,13 @@ class LM:
     return _logits(self.model, self.params, tokens, state, **kwargs)
 
 
-def _flushed(decoder: StreamDecoder) -> Iterator[str]:
-  yield decoder.flush()  # a generator, so that flush runs after the last token
+def _each(name: str, value: Any, count: int) -> list[Any]:
+  """Returns a value for each of `count` prompts."""
+  if not isinstance(value, list | tuple):
+    return [value] * count
+  if len(value) != count:
+    raise ValueError(f"{name} has {len(value)} values for {count} prompts.")
+  return list(value)
 
 
 @functools.partial(jax.jit, static_argnums=0, static_argnames="padding")

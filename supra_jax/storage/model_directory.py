@@ -11,9 +11,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -29,6 +31,7 @@ from supra_jax.storage.parameters import Params, checked_shapes, read_params, wr
 CONFIG_FILE = "config.json"
 SOURCE_FILE = "source.json"
 PARAMS_DIRECTORY = "params"
+_SMALL_BYTES = 2**16
 TOKENIZER_FILES = (
   "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "chat_template.jinja", "generation_config.json",
 )  # fmt: skip
@@ -133,6 +136,25 @@ def load_model_without_params(directory: str | os.PathLike[str]) -> ModelCheckpo
   with ocp.PyTreeCheckpointer() as checkpointer:
     checked_shapes(checkpointer, absolute(directory) / PARAMS_DIRECTORY, model.config)
   return model
+
+
+def fingerprint(directory: str | os.PathLike[str]) -> str:
+  """Returns a hash that tells a model directory from any other, whatever its path, without reading the parameters.
+
+  It is of config.json, and of names, sizes and, if they are small, contents of the files in params/; Orbax draws the
+  names at random for each save.
+
+  Raises:
+    FileNotFoundError: `directory` is not a model directory.
+  """
+  path = absolute(directory)
+  digest = hashlib.sha256((path / CONFIG_FILE).read_bytes())
+  for file in sorted(x for x in (path / PARAMS_DIRECTORY).rglob("*") if not x.is_dir()):
+    size = file.stat().st_size if isinstance(file, Path) else file.stat().length
+    digest.update(f"{file.relative_to(path / PARAMS_DIRECTORY)} {size}".encode())
+    if size <= _SMALL_BYTES:
+      digest.update(file.read_bytes())
+  return digest.hexdigest()[:32]
 
 
 def _read_files(directory: str | os.PathLike[str]) -> ModelCheckpoint:

@@ -19,7 +19,7 @@ from supra_jax import LM
 from supra_jax.data import tokenizer
 from supra_jax.data.tokenizer_backends import BYTE_OF, SentencePieceBackend
 from supra_jax.experiments.tiny import byte_bpe
-from supra_jax.inference.decode import generate_tokens
+from supra_jax.inference.engine import generate_tokens
 from supra_jax.inference.sampling import Sampling
 from supra_jax.model.presets import tiny
 
@@ -345,7 +345,7 @@ def test_a_text_that_begins_with_nothing_begins_without_a_space(model, tmp_path,
   lm = LM(config, random_params(config), read(write(tmp_path, tokenizer_model=model)))
   spaces = 0
   for seed in range(12):
-    how = {"max_new_tokens": 1, "sampling": Sampling(temperature=1.0), "seed": seed}
+    how = {"max_new_tokens": 1, "sampling": Sampling(temperature=1.0, seed=seed)}
     (drawn,) = generate_tokens(lm.model, lm.params, [1], **how)
     assert lm.generate("", max_new_tokens=1, temperature=1.0, seed=seed) == lm.tokenizer.decode([1, drawn])
     spaces += lm.tokenizer.decode([drawn], continues=True) != lm.tokenizer.decode([drawn])

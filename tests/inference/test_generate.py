@@ -8,16 +8,15 @@ import sys
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import supra_jax
 from supra_jax.experiments import tiny
 from supra_jax.inference import decode as generate
-from supra_jax.inference.decode import generate_tokens
+from supra_jax.inference.engine import generate_tokens
 from supra_jax.inference.lm import LM
-from supra_jax.inference.sampling import Sampling, sample
+from supra_jax.inference.sampling import Sampling
 from supra_jax.model.registry import layers
 from tests.support import programs
 
@@ -61,7 +60,7 @@ def test_greedy_is_the_argmax_of_the_whole_text(models, kind, monkeypatch):
 def test_how_the_loop_is_cut_does_not_change_the_draws(models, monkeypatch):
   lm = models["supra"]
   draw = lambda: list(  # noqa: E731
-    generate_tokens(lm.model, lm.params, [5, 6], max_new_tokens=19, sampling=Sampling(1.0, 50, 0.9), seed=3)
+    generate_tokens(lm.model, lm.params, [5, 6], max_new_tokens=19, sampling=Sampling(1.0, 50, 0.9, seed=3))
   )
   whole = draw()
   monkeypatch.setattr(generate, "DECODE_TOKENS", 3)
@@ -77,25 +76,6 @@ def test_stop_tokens_end_the_text(models):
   assert list(generate_tokens(lm.model, lm.params, [5], max_new_tokens=0)) == []
   with pytest.raises(ValueError, match="prompt is empty"):
     next(generate_tokens(lm.model, lm.params, [], max_new_tokens=1))
-
-
-def test_sampling_keeps_to_top_k_and_top_p_and_to_the_probabilities():
-  logits = jnp.log(jnp.array([0.5, 0.3, 0.15, 0.05]))
-  keys = jax.random.split(jax.random.key(0), 4000)
-
-  def frequencies(sampling):
-    drawn = jax.vmap(lambda key: sample(logits[None], key, sampling)[0])(keys)
-    return np.bincount(np.asarray(drawn), minlength=4) / len(keys)
-
-  np.testing.assert_allclose(frequencies(Sampling(1.0)), [0.5, 0.3, 0.15, 0.05], atol=0.03)
-  np.testing.assert_allclose(frequencies(Sampling(1.0, top_k=2)), [0.625, 0.375, 0, 0], atol=0.03)
-  np.testing.assert_allclose(frequencies(Sampling(1.0, top_p=0.79)), [0.625, 0.375, 0, 0], atol=0.03)
-  np.testing.assert_allclose(frequencies(Sampling(1.0, top_p=0.81)), np.array([10, 6, 3, 0]) / 19, atol=0.03)
-  np.testing.assert_allclose(frequencies(Sampling(0.5)), np.array([100, 36, 9, 1]) / 146, atol=0.03)
-  assert frequencies(Sampling(0.0)).tolist() == [1, 0, 0, 0]
-  for name, bad in (("temperature", -1.0), ("top_k", -1), ("top_k", 1.5), ("top_p", 0.0)):
-    with pytest.raises(ValueError, match=f"{name}={bad}: wanted a "):
-      Sampling(**{name: bad})
 
 
 def test_lengths_are_rounded_up_by_a_quarter_at_most():

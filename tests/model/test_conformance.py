@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from supra_jax.core.sharding import make_mesh, put_batch
-from supra_jax.inference.decode import generate_tokens
+from supra_jax.inference.engine import generate_tokens
 from supra_jax.inference.lm import LM
 from supra_jax.linearization.hybrid import layer_divergences
 from supra_jax.linearization.linearize import linearize

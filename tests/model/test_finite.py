@@ -15,7 +15,7 @@ import pytest
 from supra_jax.data.tokenizer import Tokenizer
 from supra_jax.evaluation import likelihood as evaluate
 from supra_jax.experiments import tiny
-from supra_jax.inference.decode import generate_tokens
+from supra_jax.inference.engine import generate_tokens
 from supra_jax.inference.lm import LM
 from supra_jax.model.finite import NotFiniteError
 from supra_jax.model.registry import layers

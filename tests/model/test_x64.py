@@ -12,7 +12,7 @@ import pytest
 
 import supra_jax
 from supra_jax.experiments import tiny
-from supra_jax.inference.decode import generate_tokens
+from supra_jax.inference.engine import generate_tokens
 from supra_jax.model.registry import layers
 
 ROOT = Path(__file__).resolve().parents[2]

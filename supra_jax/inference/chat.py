@@ -1,0 +1,115 @@
+"""Conversations: messages are rendered by the checkpoint's own template, and only what is new is read."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jinja2
+import jinja2.ext
+import jinja2.sandbox
+
+from supra_jax.core.plain_json import to_json
+from supra_jax.inference.state import State
+
+Message = Mapping[str, Any]
+_SNAPSHOTS = 8  # states that a conversation may go on from
+
+
+class ChatTemplate:
+  """A chat template in jinja2, rendered as the library transformers renders it, in a sandbox."""
+
+  def __init__(self, source: str, special: Mapping[str, str]):
+    """Parses a template.
+
+    Args:
+      source: contents of chat_template.jinja.
+      special: {"bos_token": ..., "eos_token": ...}: texts of special tokens that templates may use.
+
+    Raises:
+      ValueError: the template cannot be parsed.
+    """
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+      trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols]
+    )
+    environment.filters["tojson"] = lambda value, **how: to_json(value, ensure_ascii=False, **how)
+    environment.globals["raise_exception"] = _raise
+    environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
+    self._special = dict(special)
+    try:
+      self._template = environment.from_string(source)
+    except jinja2.TemplateError as error:
+      raise ValueError(f"chat_template.jinja cannot be parsed: {error}") from error
+
+  def render(self, messages: Sequence[Message], *, reply: bool = True, **variables: Any) -> str:
+    """Returns the text of a conversation.
+
+    Args:
+      messages: each {"role": "system" | "user" | "assistant" | ..., "content": text}.
+      reply: whether the text ends with what begins an answer.
+      **variables: further variables of the template.
+
+    Raises:
+      ValueError: a message has no role or content, or the template refuses the messages.
+    """
+    for number, message in enumerate(messages):
+      if not isinstance(message, Mapping) or not isinstance(message.get("role"), str) or "content" not in message:
+        raise ValueError(f"messages[{number}] is {message!r}: wanted {{'role': ..., 'content': ...}}.")
+    given = self._special | variables
+    try:
+      return self._template.render(messages=list(messages), add_generation_prompt=reply, **given)
+    except (jinja2.TemplateError, TypeError) as error:
+      raise ValueError(f"chat_template.jinja refuses these messages: {error}") from error
+
+
+def _raise(message: str) -> None:
+  raise jinja2.TemplateError(message)
+
+
+def template_of(files: Mapping[str, bytes]) -> ChatTemplate | None:
+  """Returns the chat template of a model directory; None if it has none.
+
+  Args:
+    files: file name -> contents, of chat_template.jinja and tokenizer_config.json.
+
+  Raises:
+    ValueError: the template cannot be parsed.
+  """
+  if "chat_template.jinja" not in files:
+    return None
+  settings = json.loads(files.get("tokenizer_config.json", b"{}"))
+  special = {}
+  for name in ("bos_token", "eos_token", "unk_token", "pad_token"):
+    token = settings.get(name)
+    token = token.get("content") if isinstance(token, dict) else token
+    if isinstance(token, str):
+      special[name] = token
+  return ChatTemplate(files["chat_template.jinja"].decode(), special)
+
+
+class Memory:
+  """The states of a conversation: what was read is not read again."""
+
+  def __init__(self) -> None:
+    """Begins with nothing read."""
+    self._states: list[State] = []
+
+  def longest(self, ids: Sequence[int]) -> State | None:
+    """Returns the state that has read the longest beginning of these tokens, if any has read one; warns if it is not
+    the newest one."""
+    fits = [state for state in self._states if list(ids[: state.tokens[0].size]) == state.tokens[0].tolist()]
+    found = max(fits, key=lambda state: state.tokens[0].size, default=None)
+    if self._states and found is not self._states[-1]:
+      known = 0 if found is None else found.tokens[0].size
+      warnings.warn(
+        f"These messages do not go on from the last reply: {len(ids) - known} of their {len(ids)} tokens are read.",
+        stacklevel=4,
+      )
+    return found
+
+  def keep(self, *states: State) -> None:
+    """Remembers states, the newest last; forgets the oldest."""
+    self._states = [*self._states, *states][-_SNAPSHOTS:]

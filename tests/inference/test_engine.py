@@ -1,0 +1,181 @@
+"""Many texts at a time: each is what it is alone, however the rows are shared."""
+
+from __future__ import annotations
+
+import asyncio
+
+import jax
+import numpy as np
+import pytest
+
+from supra_jax.experiments import tiny
+from supra_jax.inference import decode
+from supra_jax.inference.engine import Engine, Request
+from supra_jax.inference.lm import LM
+from supra_jax.inference.sampling import Sampling
+from supra_jax.model.registry import layers
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+MIXERS = {
+  "supra": layers(("supra",) * 2),
+  "hybrid": layers(("softmax", "supra_window"), window=5, sinks=2),
+}
+PROMPTS = ["The name", "A", "Once upon a time there was", "x" * 40, "In the beginning", "1 2 3 4 5 6 7 8 9"]
+
+
+@pytest.fixture(scope="module", params=MIXERS)
+def lm(request, random_params, tmp_path_factory):
+  directory = tiny.write_checkpoint(tmp_path_factory.mktemp("model") / "model", "supra", layers=MIXERS[request.param])
+  from supra_jax.storage.model_directory import load_model
+
+  stored = load_model(directory)
+  from supra_jax.data.tokenizer import Tokenizer
+
+  return LM(stored.config, random_params(stored.config), Tokenizer.from_files(stored.tokenizer_files, stored.config))
+
+
+def test_a_list_is_its_texts_alone(lm):
+  alone = [lm.generate(prompt, max_new_tokens=20) for prompt in PROMPTS]
+  assert lm.generate(PROMPTS, max_new_tokens=20, rows=4) == alone
+  assert lm.generate(PROMPTS, max_new_tokens=20, rows=16) == alone
+  assert ["".join(lm.stream(prompt, max_new_tokens=20)) for prompt in PROMPTS] == alone
+  assert lm.generate([], max_new_tokens=3) == [] and lm.generate([PROMPTS[0]], max_new_tokens=0) == [""]
+
+
+def test_rows_of_one_program_do_not_change_each_other(lm):
+  """To the bit: log-probabilities of a text among others, in another order, beside texts that draw in other ways."""
+  how = {"rows": 3, "max_new_tokens": [15, 4, 9, 30, 2, 21], "seed": list(range(6))}
+  temperatures, top_ks, penalties = [1.0, 0.0, 0.7, 1.3, 0.0, 1.0], [0, 0, 5, 600, 3, 0], [1.0, 1.2, 1.0, 1.0, 1.5, 1.0]
+  ways = {"temperature": temperatures, "top_k": top_ks, "repetition_penalty": penalties}
+  together = lm.complete(PROMPTS, **how, **ways)
+  order = [4, 2, 0, 5, 3, 1]
+  turned = {name: [value[i] for i in order] for name, value in (ways | how).items() if name != "rows"}
+  again = lm.complete([PROMPTS[i] for i in order], rows=3, **turned)
+  for i, completion in zip(order, again, strict=True):
+    assert completion == together[i]
+  assert [len(x.tokens) for x in together] == how["max_new_tokens"]
+
+
+def test_nothing_compiles_anew(lm):
+  def run(**ways):
+    lm.complete(["The name", "A"], max_new_tokens=9, rows=2, **ways)
+
+  run()
+  before = decode.decode_steps._cache_size(), decode.first_token._cache_size(), decode.put_rows._cache_size()
+  run(temperature=[1.0, 0.3], top_k=7, top_p=0.5, min_p=0.1, seed=4)
+  run(repetition_penalty=1.2, presence_penalty=0.5, frequency_penalty=0.1, logit_bias={5: 2.0}, stop=["x"], logprobs=3)
+  assert (decode.decode_steps._cache_size(), decode.first_token._cache_size(), decode.put_rows._cache_size()) == before
+
+
+def test_draws_depend_on_the_seed_and_the_number_alone(lm):
+  same = lm.complete(["A"] * 3, max_new_tokens=12, temperature=1.0, seed=[5, 5, 6])
+  assert same[0] == same[1] != same[2]
+  # One seed for all: those that follow have the next numbers.
+  for i, completion in enumerate(lm.complete(["A"] * 3, max_new_tokens=12, temperature=1.0, seed=4)):
+    assert completion.tokens == lm.complete(["A"], max_new_tokens=12, temperature=1.0, seed=4 + i)[0].tokens
+
+
+def test_log_probabilities_are_the_models(lm):
+  (made,) = lm.complete(["The name"], max_new_tokens=9, temperature=1.0, seed=3, logprobs=4)
+  prompt = lm.tokenizer.encode("The name")
+  logits, _ = lm(np.asarray([[*prompt, *made.tokens]]))
+  wanted = np.asarray(jax.nn.log_softmax(logits))[0, len(prompt) - 1 : -1]
+  np.testing.assert_allclose(made.logprobs, wanted[np.arange(9), list(made.tokens)], atol=1e-3)
+  for top, row in zip(made.top_logprobs, wanted, strict=True):
+    assert list(top) == np.argsort(-row)[:4].tolist()
+    np.testing.assert_allclose(list(top.values()), np.sort(row)[::-1][:4], atol=1e-3)
+
+
+def test_stop_strings_end_a_text_wherever_they_lie(lm):
+  whole = lm.generate("The name", max_new_tokens=40)
+  for start, end in ((3, 5), (6, 11), (1, 2), (len(whole) - 2, len(whole))):
+    stop = whole[start:end]
+    (made,) = lm.complete(["The name"], max_new_tokens=40, stop=["never in it", stop])
+    assert (made.text, made.finish) == (whole[: whole.index(stop)], "stop")
+    pieces = list(lm.stream("The name", max_new_tokens=40, stop=stop))
+    assert "".join(pieces) == made.text and len(pieces) > (start > 5)
+  (made,) = lm.complete(["The name"], max_new_tokens=40, stop=["never in it"])
+  assert (made.text, made.finish, len(made.tokens)) == (whole, "length", 40)
+  with pytest.raises(ValueError, match="an empty string is everywhere"):
+    lm.generate("The name", stop=["a", ""])
+
+
+def test_a_stream_is_asynchronous_too(lm):
+  async def both():
+    found = [[], []]
+
+    async def follow(i):
+      async for piece in lm.astream(PROMPTS[i], max_new_tokens=20):
+        found[i].append(piece)
+
+    await asyncio.gather(follow(0), follow(1))
+    return ["".join(pieces) for pieces in found]
+
+  assert asyncio.run(both()) == [lm.generate(prompt, max_new_tokens=20) for prompt in PROMPTS[:2]]
+
+
+def test_a_long_prompt_does_not_hold_up_the_others(lm, monkeypatch):
+  monkeypatch.setattr(decode, "PREFILL_TOKENS", 32)
+  engine = Engine(lm.model, lm.params, rows=2, capacity=400)
+  short, long = Request([5, 6], max_new_tokens=40), Request(np.arange(300) % 90 + 1, max_new_tokens=3)
+  engine.submit(short)
+  engine.step()
+  engine.submit(long)
+  order = [request for _ in range(20) for request, _ in engine.step()]
+  assert order.count(short) >= 39 and order.count(long) == 3
+  assert order.index(long) > 30 and not engine.is_busy
+  # The rows are free again.
+  engine.submit(Request([7], max_new_tokens=5))
+  assert sum(len(engine.step()) for _ in range(5)) == 5
+
+
+def test_what_is_finished_early_leaves_its_row(lm):
+  engine = Engine(lm.model, lm.params, rows=1, capacity=100)
+  first, second = Request([5], max_new_tokens=60), Request([6], max_new_tokens=4)
+  engine.submit(first)
+  engine.submit(second)
+  tokens = [token for _ in range(2) for _, token in engine.step()]
+  assert [token.number for token in tokens] == list(range(len(tokens)))
+  engine.finish(first)
+  rest = [request for _ in range(6) for request, _ in engine.step()]
+  assert rest == [second] * 4 and not engine.is_busy
+  engine.finish(first)  # once more changes nothing
+
+
+@pytest.mark.parametrize(
+  ("how", "said"),
+  [
+    ({"prompts": "The name"}, "prompts is a text: wanted a list"),
+    ({"logprobs": 99}, "logprobs=99, rows=16: wanted 0 to 20"),
+    ({"rows": 0}, "rows=0"),
+    ({"temperature": [1.0]}, "temperature has 1 values for 2 prompts"),
+    ({"max_new_tokens": -1}, "max_new_tokens=-1: wanted a whole number"),
+    ({"max_new_tokens": [1, 2, 3]}, "max_new_tokens has 3 values for 2 prompts"),
+    ({"top_p": 2.0}, "top_p=2.0: wanted"),
+    ({"prompts": [[1], [10_000]]}, "Token 10000 is not in the vocabulary"),
+    ({"logit_bias": {10_000: 1.0}}, "logit_bias has the token 10000"),
+  ],
+)
+def test_what_cannot_be_is_named(lm, how, said):
+  with pytest.raises(ValueError, match=said):
+    lm.complete(**{"prompts": ["The name", "A"], "max_new_tokens": 2} | how)
+
+
+def test_odd_arguments_are_type_errors(lm):
+  with pytest.raises(TypeError, match="Unknown arguments: temprature"):
+    lm.generate("The name", temprature=1.0)
+
+
+def test_what_does_not_fit_is_refused(lm):
+  engine = Engine(lm.model, lm.params, rows=1, capacity=20)
+  with pytest.raises(ValueError, match="max_new_tokens=0: wanted at least 1"):
+    engine.submit(Request([5], max_new_tokens=0))
+  with pytest.raises(ValueError, match="The prompt is empty"):
+    engine.submit(Request([]))
+  if "softmax" in lm.config.mixers:
+    with pytest.raises(
+      ValueError, match="A text of 21 tokens, prompt and answer, is longer than the 20 of this engine"
+    ):
+      engine.submit(Request([5], Sampling(), 20))
+  else:
+    engine.submit(Request([5], Sampling(), 20))
