@@ -13,6 +13,7 @@ from kernels_pallas.checkup import WIDTHS
 
 # Of `checkup.errors`. Kernels that are right have up to 3.5e-3, by rounding to bfloat16 a few times, and 1e-6.
 TOLERANCES = {"bfloat16": 5e-3, "float32": 1e-5}
+_NO_MEMORY = "RESOURCE_EXHAUSTED"  # what XLA's error begins with: others may use the device, and nothing is wrong
 # A kernel is chosen if it takes at most so many times as long as FALLBACK does.
 SLOWEST = 1.05
 
@@ -22,25 +23,34 @@ def title(about: Mapping[str, Any]) -> str:
   memory = f" of {about['memory'] / 2**30:.1f} GiB" if about["memory"] else ""
   devices = f"{about['devices']} x {about['device']}{memory}, {about['driver']}"
   versions = ", ".join(f"{name} {version}" for name, version in verdict.versions().items())
-  return f"{devices}; {platform.platform()}; Python {platform.python_version()}, {versions}"
+  plugins = [name for name in verdict.versions() if "plugin" in name or name == "libtpu"]
+  idle = (
+    f"\nNOTE: {', '.join(plugins)} is installed, and jax uses the CPU."
+    if plugins and about["platform"] == "cpu"
+    else ""
+  )
+  return f"{devices}; {platform.platform()}; Python {platform.python_version()}, {versions}{idle}"
 
 
 def wrong(found: Mapping[str, Any]) -> str:
   """Returns what is wrong with a result of `checkup.examine`, as an English clause; empty if nothing is."""
   if "failed" in found:
-    return found["failed"]
-  allowed = TOLERANCES[found["dtype"]]
-  beyond = {k: np.inf if x is None else x for k, x in found.get("errors", {}).items() if x is None or x > allowed}
+    return "" if _NO_MEMORY in found["failed"] else found["failed"]
+  # Beside FALLBACK both are rounded.
+  allowed = TOLERANCES[found["dtype"]] * (2 if "long_errors" in found else 1)
+  errors = found.get("errors", found.get("long_errors", {}))
+  beyond = {k: np.inf if x is None else x for k, x in errors.items() if x is None or x > allowed}
   if not beyond:
     return ""
-  return f"{', '.join(beyond)} wrong: off by up to {max(beyond.values()):.1g} where {allowed:.0e} is allowed"
+  where = f" at {found['tokens']:,} tokens" if "long_errors" in found else ""
+  return f"{', '.join(beyond)} wrong{where}: off by up to {max(beyond.values()):.1g} where {allowed:.0e} is allowed"
 
 
 def judge(found: Sequence[Mapping[str, Any]], candidates: verdict.Choices = verdict.CANDIDATES) -> verdict.Choices:
   """Returns the choices of a verdict, the fastest first: candidates that are right, and not slower than FALLBACK.
 
   Each candidate is judged at each of WIDTHS apart, and then serves the widths above the next smaller one too. Its
-  `tokens` becomes the least length from which on it is not slower. Where FALLBACK fails, what is right is chosen.
+  `tokens` becomes the least length from which on it is not slower. Where FALLBACK has no time, what is right is fast.
 
   Args:
     found: what `checkup.examine` yielded for FALLBACK and for kernels.
@@ -88,6 +98,7 @@ def table(found: Sequence[Mapping[str, Any]]) -> str:
   for key, mine in cells.items():
     row = f"{key[0]:15}{key[1]:10}{key[2]:5}  "
     said = next((f"no: {x['refused']}" for x in mine if "refused" in x), "")
+    said = next((f"no memory: {x['failed']}" for x in mine if _NO_MEMORY in x.get("failed", "")), said)
     said = next((f"WRONG: {wrong(x)}" for x in mine if wrong(x)), said)
     checked: Mapping[str, float | None] = next((x["errors"] for x in mine if "errors" in x), {})
     if said or not checked:
