@@ -47,10 +47,11 @@ def wrong(found: Mapping[str, Any]) -> str:
 
 
 def judge(found: Sequence[Mapping[str, Any]], candidates: verdict.Choices = verdict.CANDIDATES) -> verdict.Choices:
-  """Returns the choices of a verdict, the fastest first: candidates that are right, and not slower than FALLBACK.
+  """Selects the kernels that "auto" may choose, the fastest first: those that are right and not slower than FALLBACK.
 
-  Each candidate is judged at each of WIDTHS apart, and then serves the widths above the next smaller one too. Its
-  `tokens` becomes the least length from which on it is not slower. Where FALLBACK has no time, what is right is fast.
+  A candidate is judged separately at each of WIDTHS, and what is found at a width holds for all widths above the next
+  smaller one too. `Choice.tokens` is the shortest row from which on the candidate is not slower. Where FALLBACK has no
+  time, every candidate that is right is selected.
 
   Args:
     found: what `checkup.examine` yielded for FALLBACK and for kernels.

@@ -49,6 +49,21 @@ class Backend(Protocol):
   def piece(self, token_id: int) -> bytes: ...
 
 
+def open_tokenizer_json(contents: bytes) -> tokenizers.Tokenizer:
+  """Opens the contents of a tokenizer.json with the package `tokenizers`.
+
+  Raises:
+    ValueError: the file cannot be read.
+  """
+  try:
+    return tokenizers.Tokenizer.from_str(contents.decode("utf-8"))
+  except BaseException as error:
+    # The package raises bare Exceptions, and panics of Rust, which are BaseExceptions.
+    if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+      raise
+    raise ValueError(f"tokenizer.json cannot be read: {error}") from error
+
+
 class JsonBackend:
   """A tokenizer.json, read by the `tokenizers` package."""
 
@@ -59,10 +74,7 @@ class JsonBackend:
       ValueError: the file cannot be read, or has a decoder or rules for special tokens that are not supported.
     """
     description = json_object("tokenizer.json", contents)
-    try:
-      self._tokenizer = tokenizers.Tokenizer.from_str(contents.decode("utf-8"))
-    except Exception as error:  # the package raises bare Exceptions
-      raise ValueError(f"tokenizer.json cannot be read: {error}") from error
+    self._tokenizer = open_tokenizer_json(contents)
     self._tokenizer.no_truncation()
     self._tokenizer.no_padding()
     added = self._tokenizer.get_added_tokens_decoder()
