@@ -89,13 +89,14 @@ def table(found: Sequence[Mapping[str, Any]]) -> str:
   cells: dict[tuple[str, str, int], list[Mapping[str, Any]]] = {}
   for x in found:
     cells.setdefault((x["implementation"], x["dtype"], x["width"]), []).append(x)
-  lengths = sorted({x["tokens"] for x in found if "tokens" in x})
+  lengths = sorted({x["tokens"] for x in found if "seconds" in x})
 
   def seconds(key: tuple[str, str, int], length: int) -> float | None:
-    return next((x["seconds"]["forward+backward"] for x in cells.get(key, ()) if x.get("tokens") == length), None)
+    timed = [x for x in cells.get(key, ()) if "seconds" in x and x["tokens"] == length]
+    return timed[0]["seconds"]["forward+backward"] if timed else None
 
   columns = f"{'implementation':15}{'dtype':10}{'width':>5}  {'largest error':15}"
-  lines = [columns + "".join(f"{length:>11,}" for length in lengths) + " tokens"]
+  lines = [columns + "".join(f"{length:>13,}" for length in lengths) + " tokens"]
   for key, mine in cells.items():
     row = f"{key[0]:15}{key[1]:10}{key[2]:5}  "
     said = next((f"no: {x['refused']}" for x in mine if "refused" in x), "")
@@ -109,8 +110,8 @@ def table(found: Sequence[Mapping[str, Any]]) -> str:
     for length in lengths:
       mine_s, base = seconds(key, length), seconds((FALLBACK, *key[1:]), length)
       if mine_s is None:
-        row += f"{'':11}"
+        row += f"{'':13}"
       else:
-        row += f"{mine_s * 1e3:>8.2f} ms" if key[0] == FALLBACK or base is None else f"{mine_s / base:>10.2f}x"
+        row += f"{mine_s * 1e3:>10.2f} ms" if key[0] == FALLBACK or base is None else f"{mine_s / base:>12.2f}x"
     lines.append(row.rstrip())
   return "\n".join(lines)

@@ -19,7 +19,8 @@ def _cell(name, seconds, width=64, error=1e-6, dtype="float32"):
   """What `examine` yields of a cell, when each length takes so many seconds."""
   what = {"implementation": name, "dtype": dtype, "width": width}
   timed = [{**what, "tokens": t, "seconds": {"forward": s, "forward+backward": 3 * s}} for t, s in seconds.items()]
-  return [what, {**what, "errors": {"output": error, "d_q": 1e-7}}, *timed]
+  long = [{**what, "tokens": t, "long_errors": {"output": 1e-6}} for t in seconds]
+  return [what, {**what, "errors": {"output": error, "d_q": 1e-7}}, *long, *timed]
 
 
 BASE = _cell(FALLBACK, {256: 1.0, 2048: 2.0, 16384: 8.0})
@@ -60,6 +61,19 @@ def test_the_fastest_goes_first():
   quicker = {length: seconds / 2 for length, seconds in FAST.items()}
   found = [*BASE, *_cell("triton", FAST), *_cell("mosaic_gpu", quicker)]
   assert [x.implementation for x in judgement.judge(found, rows)] == ["mosaic_gpu", "triton"]
+
+
+def test_the_table_says_what_is_right_and_fast():
+  refused = {"implementation": "tpu", "dtype": "float32", "width": 64, "refused": "not here"}
+  no_memory = {"implementation": "tpu", "dtype": "float32", "width": 128, "failed": "RESOURCE_EXHAUSTED: 9 GB"}
+  wrong = _cell("mosaic_gpu", {}, error=0.5)
+  found = [*BASE, *_cell("triton", FAST), *wrong, refused, no_memory]
+  base, triton, mosaic, no, memory = judgement.table(found).splitlines()[1:]
+  assert base.split() == [FALLBACK, "float32", "64", "1e-06", "3000.00", "ms", "6000.00", "ms", "24000.00", "ms"]
+  assert triton.split()[-3:] == ["0.90x", "0.50x", "0.25x"]
+  assert "WRONG: output wrong: off by up to 0.5 where 1e-05 is allowed" in mosaic
+  assert "no: not here" in no and "no memory: RESOURCE_EXHAUSTED" in memory
+  assert not judgement.wrong(no_memory) and not judgement.wrong(refused)
 
 
 def test_what_is_really_slow_is_not_chosen(monkeypatch):
