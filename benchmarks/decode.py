@@ -190,6 +190,8 @@ def main(_) -> None:
     print(to_json(measure(_WORKER.value, int(_BATCHES.value[0]))))
     return
   has_torch = all(importlib.util.find_spec(name) for name in ("torch", "transformers"))
+  if unknown := set(_CONTESTANTS.value) - {"supra_window", "supra", "transformers"}:
+    raise app.UsageError(f"--contestants={', '.join(unknown)}: wanted supra_window, supra, transformers.")
   entrants = [name for name in _CONTESTANTS.value if name != "transformers" or has_torch]
   what = {"preset": _PRESET.value, "prompt": _PROMPT.value, "new_tokens": _NEW.value}
   report: dict[str, Any] = {**what, "command": " ".join(["python -m benchmarks.decode", *sys.argv[1:]]), "rows": []}
@@ -206,6 +208,8 @@ def main(_) -> None:
       print(_line(row, copy), flush=True)
       device = next((row["device"] for row in report["rows"] if "device" in row), "unknown")
       (output / f"decode_{slug(device)}.json").write_text(to_json(report, indent=1) + "\n")
+  if any("failed" in row for row in report["rows"]):
+    sys.exit("Not all of it was measured.")
 
 
 if __name__ == "__main__":

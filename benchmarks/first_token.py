@@ -114,6 +114,7 @@ def main(argv: list[str]) -> None:
     print(f"{name}: {found['text']!r}")
   machine = described()
   what = {"prompt": _PROMPT.value, "tokens": _TOKENS.value, "starts": starts}
+  Path(_OUTPUT.value).mkdir(parents=True, exist_ok=True)
   Path(_OUTPUT.value, f"first_token_{slug(machine['device'])}.json").write_text(
     to_json(machine | what, indent=2) + "\n"
   )

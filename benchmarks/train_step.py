@@ -383,6 +383,8 @@ def main(_) -> None:
       report["device"] = ", ".join(gpus) or report["device"]
       stem = f"train_step_{slug(', '.join(gpus) or cpu_name())}"
       (output / f"{stem}.json").write_text(to_json(report, indent=1) + "\n")
+  if any("failed" in row for row in report["rows"] if row["contestant"] == "supra_jax"):
+    sys.exit("Not all of ours was measured.")
   _plot(report["rows"], output / f"{stem}.png", f"{_PRESET.value}, a training step\n{report['device']}")
 
 

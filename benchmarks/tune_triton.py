@@ -128,6 +128,8 @@ def main(argv: list[str]) -> None:
   gpu = device.gpu()
   print(f"{jax.devices()[0].device_kind}, compute capability {gpu.capability / 10}, jax {jax.__version__}")
   choose, tables = triton.choose_form, []
+  if _OUTPUT.value:
+    Path(_OUTPUT.value).mkdir(parents=True, exist_ok=True)
   end = time.perf_counter() + _SECONDS.value
   for shape, dtype in itertools.product(_SHAPES.value, _DTYPES.value):
     triton.choose_form = choose

@@ -16,7 +16,7 @@ from convert_weights.byte_level import KINDS, byte_level_bpe, ranked_bpe
 from convert_weights.errors import read_json_object, refuse_pointer
 from convert_weights.sentencepiece_tokenizer import sentencepiece_bpe
 from convert_weights.tokenizer_probe import first_difference
-from supra_jax.data.tokenizer_backends import NO_DUMMY_PREFIX, SentencePieceBackend
+from supra_jax.data.tokenizer_backends import NO_DUMMY_PREFIX, SentencePieceBackend, open_tokenizer_json
 
 # Tokenizer class -> kind of pre-tokenizer (`byte_level.KINDS`) for vocab.json and merges.txt, which do not name it.
 _CLASSES = {"GPT2Tokenizer": "gpt-2", "Qwen2Tokenizer": "qwen2"}
@@ -49,10 +49,7 @@ class Vocabulary:
 def _tokenizer_json(directory: Path, settings: Mapping[str, Any]) -> Vocabulary:
   contents = (directory / "tokenizer.json").read_bytes()
   read_json_object(directory / "tokenizer.json")  # raises ConversionError if the file is no JSON object
-  try:
-    return Vocabulary(Tokenizer.from_str(contents.decode("utf-8")), {}, contents=contents)
-  except Exception as error:  # the package raises bare Exceptions
-    raise ValueError(f"tokenizer.json cannot be read: {error}") from error
+  return Vocabulary(open_tokenizer_json(contents), {}, contents=contents)
 
 
 def _tokenizer_model(directory: Path, settings: Mapping[str, Any]) -> Vocabulary:

@@ -4,15 +4,16 @@
 yield JSON values, of which `judgement` makes a verdict and a table.
 """
 
-import contextlib
 import functools
 import itertools
 import json
 import os
+import re
 import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -21,12 +22,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kernels_pallas import truth, verdict
+from kernels_pallas import device, truth, verdict
 from kernels_pallas.api import FALLBACK, IMPLEMENTATIONS, REFUSALS, linear_attention
 
 DTYPES = ("bfloat16", "float32")
 WIDTHS = (64, 128, 256)
 MODES = ("forward", "forward+backward")
+CELL_SECONDS = 180.0  # longest time between two results of a process, compilation included
 _ROUND = 0.02  # seconds of the calls that are timed together
 _ROUNDS = 5
 _REPEATS_BELOW = 0.5  # a call that takes longer, in seconds, is timed once
@@ -40,8 +42,10 @@ class Size(NamedTuple):
   heads: int
 
 
-SIZES = (Size(4, 256, 16), Size(4, 2048, 16), Size(1, 16384, 16))
+# On a GPU the kernels cut the last one into parts along time, and the middle one not.
+SIZES = (Size(4, 256, 16), Size(16, 2048, 16), Size(1, 16384, 16))
 SIZES_ON_CPU = (Size(1, 256, 8), Size(1, 1024, 8), Size(1, 4096, 8))
+INTERPRETED = Size(1, 1024, 2)  # at which an interpreted kernel is compared with FALLBACK
 
 
 def rounded(case: truth.Case, dtype: Any) -> truth.Case:
@@ -131,6 +135,10 @@ def examine(name: str, *, first: int = 0, sizes: Sequence[Size] | None = None) -
       continue
     try:
       yield {**what, "errors": errors(name, dtype, width)}
+      # The small case is a chunk or two; a kernel's loop and its parts are what may break on long rows.
+      for size in (INTERPRETED,) if platform == "cpu" else sizes if is_kernel else ():
+        if is_kernel:
+          yield {**what, "tokens": size.tokens, "long_errors": long_errors(name, dtype, width, size)}
       for size in sizes if timed and (platform != "cpu" or width == WIDTHS[0]) else ():
         modes = MODES if size == sizes[len(sizes) // 2] else MODES[1:]
         yield {**what, "tokens": size.tokens, "seconds": time_op(name, dtype, width, size, modes)}
@@ -148,38 +156,55 @@ def errors(name: str, dtype: str, width: int) -> dict[str, float | None]:
   # Otherwise accelerators round float32 operands to fewer bits.
   with jax.default_matmul_precision("highest"):
     found, wanted = run(named(name), case, jnp.dtype(dtype)), truth.by_loop(case)
-
-  def error(what: str) -> float | None:
-    axis = 1 if "state" in what else 2
-    off, size = np.asarray(found[what], np.float64) - wanted[what], wanted[what]
-    norms = [np.sqrt((np.moveaxis(x, axis, 0) ** 2).reshape(x.shape[axis], -1).sum(1)) for x in (off, size)]
-    largest = float(np.max(norms[0] / norms[1]))
-    return largest if np.isfinite(largest) else None
-
-  return {what: error(what) for what in wanted}
+  return {what: _error(found[what], wanted[what], axis=1 if "state" in what else 2) for what in wanted}
 
 
-def time_op(name: str, dtype: str, width: int, size: Size, modes: Sequence[str] = MODES) -> dict[str, float]:
-  """Returns {mode: median seconds of a call}, for modes of MODES."""
-  op, shape = named(name), (size.rows, size.tokens, size.heads, width)
-  slopes = jnp.asarray(2.0 ** -np.linspace(1, 8, size.heads), jnp.float32)
+def _error(found: Any, wanted: Any, axis: int) -> float | None:
+  """Returns the largest ||found - wanted|| / ||wanted|| over the heads, which are an axis; None if it is not finite."""
+  found, wanted = np.asarray(found, np.float64), np.asarray(wanted, np.float64)
+  norms = [np.sqrt((np.moveaxis(x, axis, 0) ** 2).reshape(x.shape[axis], -1).sum(1)) for x in (found - wanted, wanted)]
+  largest = float(np.max(norms[0] / norms[1]))
+  return largest if np.isfinite(largest) else None
+
+
+def long_errors(name: str, dtype: str, width: int, size: Size) -> dict[str, float | None]:
+  """Returns {result or gradient: error}, like `errors`, beside FALLBACK at a size that is timed."""
+  inputs = _draw(dtype, width, size)
+  # An interpreted kernel is cut as for a GPU so small that each part has several chunks.
+  with jax.default_matmul_precision("highest"), device.assuming(device.Gpu(90, 4)):
+    found, wanted = (jax.jit(_both(named(which), width, size))(*inputs) for which in (name, FALLBACK))
+  pairs = zip(("output", "d_q", "d_k", "d_v"), jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True)
+  return {what: _error(x, y, axis=2) for what, x, y in pairs}
+
+
+def _draw(dtype: str, width: int, size: Size) -> tuple[jax.Array, ...]:
+  """Returns q, k and v as features are, and the cotangent of the output, drawn on the device."""
+  shape = (size.rows, size.tokens, size.heads, width)
 
   @jax.jit
   def draw(key):
     q, k, v, d_output = (jax.random.normal(key, shape) for key in jax.random.split(key, 4))
     return tuple(x.astype(dtype) for x in (jax.nn.relu(q), jax.nn.relu(k), v, d_output))
 
-  @jax.jit
-  def forward(q, k, v, d_output):
-    return op(q, k, v, slopes, scale=width**-0.5)[0]
+  return jax.block_until_ready(draw(jax.random.key(0)))
 
-  @jax.jit
+
+def _both(op: Callable, width: int, size: Size) -> Callable:
+  """Returns the function (q, k, v, cotangent) -> (output, gradients)."""
+  slopes = jnp.asarray(2.0 ** -np.linspace(1, 8, size.heads), jnp.float32)
+
   def both(q, k, v, d_output):
     output, pullback = jax.vjp(lambda *x: op(*x, slopes, scale=width**-0.5)[0], q, k, v)
     return output, pullback(d_output)
 
-  inputs = jax.block_until_ready(draw(jax.random.key(0)))
-  calls = dict(zip(MODES, (forward, both), strict=True))
+  return both
+
+
+def time_op(name: str, dtype: str, width: int, size: Size, modes: Sequence[str] = MODES) -> dict[str, float]:
+  """Returns {mode: median seconds of a call}, for modes of MODES."""
+  inputs, both = _draw(dtype, width, size), jax.jit(_both(named(name), width, size))
+  # What is not returned is not computed.
+  calls = dict(zip(MODES, (jax.jit(lambda *x: _both(named(name), width, size)(*x)[0]), both), strict=True))
   return {mode: _seconds(calls[mode], inputs) for mode in modes}
 
 
@@ -207,63 +232,111 @@ def described() -> dict[str, Any]:
   return {"device": kind, "platform": platform, "devices": jax.device_count(), "memory": memory, "driver": driver}
 
 
-def examine_apart() -> Iterator[dict[str, Any]]:
+def examine_apart(cell_seconds: float = CELL_SECONDS) -> Iterator[dict[str, Any]]:
   """Tries all implementations that there are for this device, each in a process of its own.
 
-  A process that ends early has failed at the cell that it was at; another one goes on behind that. The caller's process
-  must not use a device, since not all kinds can be shared.
+  A process that ends early, or says nothing for `cell_seconds`, has failed at the cell that it was at; another one goes
+  on behind that. The caller's process must not use a device, since not all kinds can be shared.
 
   Yields:
     What `described` returns; then what `examine` yields.
 
   Raises:
-    OSError: no process can use the device; the message is the last line of what it said.
+    OSError: no process can use the device; the message is what the process said.
   """
   about: dict[str, Any] | None = None
   names = [FALLBACK]
   while names:
-    name, begun, status = names.pop(0), 0, 1
-    while status:
+    name, begun, complete, retried = names.pop(0), 0, False, False
+    while not complete:
       cell: dict[str, Any] = {}
-      with _process(name, begun) as (records, ended):
-        for record in records:
-          if "implementation" not in record:
+      failed = False
+      with _Process(name, begun, cell_seconds) as process:
+        for record in process.records():
+          if "platform" in record:
             if about is None:
               about = record
               names += names_for(about["platform"])[1:]
               yield about
-            continue
-          if record.keys() == {"implementation", "dtype", "width"}:
-            cell, begun = record, begun + 1
-          yield record
-        status, said = ended()
-      if status and not cell:
-        raise OSError(f"The device cannot be used: {said}")
-      if status:
-        yield {**cell, "failed": f"its process ended with status {status}: {said}"}
+          elif "complete" in record:
+            complete = True
+          else:
+            if record.keys() == {"implementation", "dtype", "width"}:
+              cell, begun, failed = record, begun + 1, False
+            failed |= "failed" in record
+            yield record
+        status, said = process.ended()
+      if about is None:
+        raise OSError(f"The device cannot be used: {_reason(said)}")
+      if complete:
+        break
+      if not cell and not retried:
+        retried = True
+        time.sleep(3)  # the process before it may still hold the device
+        continue
+      cells = cells_of(name, about["platform"])
+      if not cell:
+        dtype, width = cells[begun]
+        cell, begun = {"implementation": name, "dtype": dtype, "width": width}, begun + 1
+        yield cell
+      if not failed:
+        why = f"no answer for {cell_seconds:.0f} s" if process.timed_out else f"its process ended with status {status}"
+        yield {**cell, "failed": f"{why}: {_reason(said)}", "said": said[-3000:]}
+      complete = begun == len(cells)
 
 
-@contextlib.contextmanager
-def _process(name: str, first: int) -> Iterator[tuple[Iterator[dict[str, Any]], Callable[[], tuple[int, str]]]]:
-  """Yields what a process of this module prints, and a function that waits for (exit status, last line on stderr)."""
-  command = [sys.executable, "-m", "kernels_pallas.checkup", name, str(first)]
-  # The memory of the process before this one may not be free yet: take no more than is needed.
-  environment = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"} | os.environ
-  with (
-    tempfile.TemporaryFile("w+") as errors,
-    subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment) as child,
-  ):
+class _Process:
+  """A process of this module, which tries the cells of an implementation from one on."""
 
-    def ended() -> tuple[int, str]:
-      status = child.wait()
-      errors.seek(0)
-      return status, (errors.read().strip().splitlines() or ["it said nothing"])[-1]
+  def __init__(self, name: str, first: int, seconds: float):
+    self._command = [sys.executable, "-m", "kernels_pallas.checkup", name, str(first)]
+    self._seconds = seconds
+    self.timed_out = False
 
-    assert child.stdout is not None
-    try:
-      yield (json.loads(line) for line in child.stdout if line.startswith("{")), ended
-    finally:
-      child.kill()  # where the caller stops early
+  def __enter__(self) -> "_Process":
+    # The memory of the process before this one may not be free yet: take no more than is needed.
+    environment = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"} | os.environ
+    self._said = tempfile.TemporaryFile("w+")
+    self._child = subprocess.Popen(self._command, stdout=subprocess.PIPE, stderr=self._said, text=True, env=environment)
+    return self
+
+  def __exit__(self, *_: object) -> None:
+    self._child.kill()  # where the caller stops early
+    self._child.wait()
+    self._said.close()
+
+  def records(self) -> Iterator[dict[str, Any]]:
+    """Yields the JSON objects that the process prints; kills it if there is none for too long."""
+    assert self._child.stdout is not None
+    timer = self._timer()
+    for line in self._child.stdout:
+      timer.cancel()
+      if line.startswith("{"):
+        yield json.loads(line)
+      timer = self._timer()
+    timer.cancel()
+
+  def _timer(self) -> threading.Timer:
+    timer = threading.Timer(self._seconds, self._kill)
+    timer.daemon = True
+    timer.start()
+    return timer
+
+  def _kill(self) -> None:
+    self.timed_out = True
+    self._child.kill()
+
+  def ended(self) -> tuple[int, str]:
+    """Waits for the end; returns (exit status, what was printed on stderr)."""
+    status = self._child.wait()
+    self._said.seek(0)
+    return status, self._said.read().strip()
+
+
+def _reason(said: str) -> str:
+  """Returns the line of a process' stderr that tells the most."""
+  lines = said.splitlines() or ["it said nothing"]
+  return next((line for line in lines if re.match(r"F\d{4} |.*(Check failed|\w+Error:|Fatal)", line)), lines[-1])
 
 
 if __name__ == "__main__":
@@ -271,3 +344,6 @@ if __name__ == "__main__":
   print(json.dumps(described(), allow_nan=False), flush=True)
   for result in examine(sys.argv[1], first=int(sys.argv[2])):
     print(json.dumps(result, allow_nan=False), flush=True)
+    if "failed" in result:
+      os._exit(3)  # an error on the device may leave it of no use to this process
+  print(json.dumps({"complete": True}, allow_nan=False), flush=True)

@@ -13,6 +13,7 @@ from kernels_pallas.checkup import WIDTHS
 
 # Of `checkup.errors`. Kernels that are right have up to 3.5e-3, by rounding to bfloat16 a few times, and 1e-6.
 TOLERANCES = {"bfloat16": 5e-3, "float32": 1e-5}
+_NO_MEMORY = "RESOURCE_EXHAUSTED"  # what XLA's error begins with: others may use the device, and nothing is wrong
 # A kernel is chosen if it takes at most so many times as long as FALLBACK does.
 SLOWEST = 1.05
 
@@ -22,25 +23,35 @@ def title(about: Mapping[str, Any]) -> str:
   memory = f" of {about['memory'] / 2**30:.1f} GiB" if about["memory"] else ""
   devices = f"{about['devices']} x {about['device']}{memory}, {about['driver']}"
   versions = ", ".join(f"{name} {version}" for name, version in verdict.versions().items())
-  return f"{devices}; {platform.platform()}; Python {platform.python_version()}, {versions}"
+  plugins = [name for name in verdict.versions() if "plugin" in name or name == "libtpu"]
+  idle = (
+    f"\nNOTE: {', '.join(plugins)} is installed, and jax uses the CPU."
+    if plugins and about["platform"] == "cpu"
+    else ""
+  )
+  return f"{devices}; {platform.platform()}; Python {platform.python_version()}, {versions}{idle}"
 
 
 def wrong(found: Mapping[str, Any]) -> str:
   """Returns what is wrong with a result of `checkup.examine`, as an English clause; empty if nothing is."""
   if "failed" in found:
-    return found["failed"]
-  allowed = TOLERANCES[found["dtype"]]
-  beyond = {k: np.inf if x is None else x for k, x in found.get("errors", {}).items() if x is None or x > allowed}
+    return "" if _NO_MEMORY in found["failed"] else found["failed"]
+  # Beside FALLBACK both are rounded.
+  allowed = TOLERANCES[found["dtype"]] * (2 if "long_errors" in found else 1)
+  errors = found.get("errors", found.get("long_errors", {}))
+  beyond = {k: np.inf if x is None else x for k, x in errors.items() if x is None or x > allowed}
   if not beyond:
     return ""
-  return f"{', '.join(beyond)} wrong: off by up to {max(beyond.values()):.1g} where {allowed:.0e} is allowed"
+  where = f" at {found['tokens']:,} tokens" if "long_errors" in found else ""
+  return f"{', '.join(beyond)} wrong{where}: off by up to {max(beyond.values()):.1g} where {allowed:.0e} is allowed"
 
 
 def judge(found: Sequence[Mapping[str, Any]], candidates: verdict.Choices = verdict.CANDIDATES) -> verdict.Choices:
-  """Returns the choices of a verdict, the fastest first: candidates that are right, and not slower than FALLBACK.
+  """Selects the kernels that "auto" may choose, the fastest first: those that are right and not slower than FALLBACK.
 
-  Each candidate is judged at each of WIDTHS apart, and then serves the widths above the next smaller one too. Its
-  `tokens` becomes the least length from which on it is not slower. Where FALLBACK fails, what is right is chosen.
+  A candidate is judged separately at each of WIDTHS, and what is found at a width holds for all widths above the next
+  smaller one too. `Choice.tokens` is the shortest row from which on the candidate is not slower. Where FALLBACK has no
+  time, every candidate that is right is selected.
 
   Args:
     found: what `checkup.examine` yielded for FALLBACK and for kernels.
@@ -78,16 +89,18 @@ def table(found: Sequence[Mapping[str, Any]]) -> str:
   cells: dict[tuple[str, str, int], list[Mapping[str, Any]]] = {}
   for x in found:
     cells.setdefault((x["implementation"], x["dtype"], x["width"]), []).append(x)
-  lengths = sorted({x["tokens"] for x in found if "tokens" in x})
+  lengths = sorted({x["tokens"] for x in found if "seconds" in x})
 
   def seconds(key: tuple[str, str, int], length: int) -> float | None:
-    return next((x["seconds"]["forward+backward"] for x in cells.get(key, ()) if x.get("tokens") == length), None)
+    timed = [x for x in cells.get(key, ()) if "seconds" in x and x["tokens"] == length]
+    return timed[0]["seconds"]["forward+backward"] if timed else None
 
   columns = f"{'implementation':15}{'dtype':10}{'width':>5}  {'largest error':15}"
-  lines = [columns + "".join(f"{length:>11,}" for length in lengths) + " tokens"]
+  lines = [columns + "".join(f"{length:>13,}" for length in lengths) + " tokens"]
   for key, mine in cells.items():
     row = f"{key[0]:15}{key[1]:10}{key[2]:5}  "
     said = next((f"no: {x['refused']}" for x in mine if "refused" in x), "")
+    said = next((f"no memory: {x['failed']}" for x in mine if _NO_MEMORY in x.get("failed", "")), said)
     said = next((f"WRONG: {wrong(x)}" for x in mine if wrong(x)), said)
     checked: Mapping[str, float | None] = next((x["errors"] for x in mine if "errors" in x), {})
     if said or not checked:
@@ -97,8 +110,8 @@ def table(found: Sequence[Mapping[str, Any]]) -> str:
     for length in lengths:
       mine_s, base = seconds(key, length), seconds((FALLBACK, *key[1:]), length)
       if mine_s is None:
-        row += f"{'':11}"
+        row += f"{'':13}"
       else:
-        row += f"{mine_s * 1e3:>8.2f} ms" if key[0] == FALLBACK or base is None else f"{mine_s / base:>10.2f}x"
+        row += f"{mine_s * 1e3:>10.2f} ms" if key[0] == FALLBACK or base is None else f"{mine_s / base:>12.2f}x"
     lines.append(row.rstrip())
   return "\n".join(lines)

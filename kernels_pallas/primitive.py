@@ -104,7 +104,8 @@ class Kernels(Protocol):
 
   @property
   def parts(self) -> Parts:
-    """How a row is cut into parts and chunks."""
+    """How a row is cut: into chunks of tokens, each of which is a matrix product, and chunks into parts, which run in
+    parallel."""
     ...
 
   def attend(

@@ -59,7 +59,13 @@ FORMS = (
 
 
 def choose_form(capability: int, dtype: jnp.dtype, width: int) -> Form:
-  """Returns the form of the first row of FORMS that applies. `width` is max(K, V): the backward pass swaps K and V."""
+  """Returns the block sizes of the kernel: the form of the first row of FORMS that fits the GPU and the operands.
+
+  Args:
+    capability: compute capability of the GPU, times ten.
+    dtype: dtype of q, k and v.
+    width: max(K, V), since the backward pass runs the kernel with K and V swapped.
+  """
   fits = lambda row: capability in row[0] and dtype.itemsize == row[1] and width <= row[2]  # noqa: E731
   return next(row[3] for row in FORMS if fits(row))
 

@@ -52,7 +52,15 @@ CANDIDATES: Choices = (
   Choice("tpu", "float32", (32, 256), 64, "tpu"),
 )
 # Distributions whose versions a verdict belongs to, of those that are installed.
-_VERSIONED = ("jax", "jaxlib", "jax-cuda12-plugin", "jax-cuda13-plugin", "nvidia-cuda-nvcc-cu12", "libtpu")
+_VERSIONED = (
+  "jax",
+  "jaxlib",
+  "jax-cuda12-plugin",
+  "jax-cuda13-plugin",
+  "nvidia-cuda-nvcc-cu12",
+  "nvidia-cuda-nvcc",
+  "libtpu",
+)
 _PLATFORMS = {"gpu": "cuda"}  # jax's name of a device's platform -> its name in a `Choice`
 _used: Choices | str | None = None
 

@@ -31,7 +31,9 @@ def _examined() -> list[dict[str, Any]]:
       found.append(record)
       cells = {(x["implementation"], x["dtype"], x["width"]) for x in found[1:]}
       progress.advance_to(len(cells), now=f"{record['implementation']} {record['dtype']} {record['width']}")
-      if _OUTPUT.value:  # each time: should this end early, there is a report all the same
+      if record.keys() == {"implementation", "dtype", "width"}:  # the cell before it is done: should this end early
+        verdict.write(about["device"], judgement.judge(found[1:]), {**about, "found": found[1:]})
+      if _OUTPUT.value:
         Path(_OUTPUT.value).write_text(to_json({**about, "found": found[1:]}, indent=1) + "\n")
   return found
 

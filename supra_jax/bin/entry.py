@@ -19,9 +19,9 @@ _CLIENTS = ("aiohttp", "gcsfs", "google")
 def run(main: Callable[[], None]) -> None:
   """Parses the flags and calls `main`.
 
-  Bad overrides of a recipe, bad input (ValueError or OSError from `main`) and network errors of the bucket clients end
-  the program with one line on stderr and exit status 1. Flags that do not exist or have bad values end it as absl does.
-  Any other exception is a defect of the program and keeps its traceback.
+  Bad overrides of a recipe, bad input (ValueError, OSError or NotImplementedError from `main`) and network errors of
+  the bucket clients end the program with one line on stderr and exit status 1. Flags that do not exist or have bad
+  values end it as absl does. Any other exception is a defect of the program and keeps its traceback.
   """
 
   def absl_main(argv: list[str]) -> None:
@@ -32,7 +32,7 @@ def run(main: Callable[[], None]) -> None:
     keep_programs()
     try:
       main()
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, NotImplementedError) as error:
       sys.exit(f"error: {error}")
     except Exception as error:
       if type(error).__module__.partition(".")[0] not in _CLIENTS:

@@ -6,6 +6,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from supra_jax.bin.entry import run
+from supra_jax.model.registry import mixer_names
 from supra_jax.training.config import TrainConfig
 from supra_jax.training.plan import CPU_NOTE, parse_bytes, plan, planned_mesh, planned_model, planned_teacher, render
 
@@ -18,7 +19,7 @@ _MODEL = flags.DEFINE_string(
   "",
   "Preset for model and teacher, such as mistral_7b. Default: the checkpoint that the recipe names, or its preset.",
 )
-_MIXER = flags.DEFINE_string("mixer", "supra", "Mixer of a preset's layers: supra, or supra_window.")
+_MIXER = flags.DEFINE_enum("mixer", None, mixer_names(), "Mixer of a preset's layers. Default: supra.")
 _DEVICE_MEMORY = flags.DEFINE_string(
   "device_memory", "", "Memory of a device, such as 80GB; the plan then says whether a step fits."
 )

@@ -13,6 +13,7 @@ import dataclasses
 import functools
 import math
 import numbers
+import re
 import sys
 import types
 import typing
@@ -60,6 +61,14 @@ class Above:
 
 
 POSITIVE = Above(0)
+
+
+def check_regex(name: str, value: str) -> None:
+  """Raises ValueError, which names the field, if a value is not a regular expression."""
+  try:
+    re.compile(value)
+  except re.error as error:
+    raise ValueError(f"{name}={value!r}: wanted a regular expression: {error}.") from error
 
 
 def check(config: Any, path: str = "") -> None:

@@ -12,6 +12,7 @@ import tokenizers
 
 from supra_jax.core.plain_json import to_json
 
+MOST_IDS = 2**24  # larger than any vocabulary
 _SPACE = "▁"  # how SentencePiece writes a space
 # `normalizer_spec { add_dummy_prefix: false }` as a serialised protobuf message. Protobuf merges these bytes into a
 # serialised model that they are appended to: the sentencepiece package has no option to switch the prefix off.
@@ -49,6 +50,29 @@ class Backend(Protocol):
   def piece(self, token_id: int) -> bytes: ...
 
 
+def open_tokenizer_json(contents: bytes) -> tokenizers.Tokenizer:
+  """Opens the contents of a tokenizer.json with the package `tokenizers`.
+
+  Raises:
+    ValueError: the file cannot be read, or has ids that are no tokenizer's.
+  """
+  description = json_object("tokenizer.json", contents)
+  vocabulary = (description.get("model") or {}).get("vocab") if isinstance(description.get("model"), dict) else None
+  added = description.get("added_tokens")
+  ids = [*vocabulary.values()] if isinstance(vocabulary, dict) else []
+  ids += [token.get("id") for token in added if isinstance(token, dict)] if isinstance(added, list) else []
+  # The package allocates memory for all ids up to the largest.
+  if any(isinstance(i, int) and not 0 <= i <= MOST_IDS for i in ids):
+    raise ValueError(f"tokenizer.json cannot be read: it has ids outside 0 to {MOST_IDS}.")
+  try:
+    return tokenizers.Tokenizer.from_str(contents.decode("utf-8"))
+  except BaseException as error:
+    # The package raises bare Exceptions, and panics of Rust, which are BaseExceptions.
+    if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+      raise
+    raise ValueError(f"tokenizer.json cannot be read: {error}") from error
+
+
 class JsonBackend:
   """A tokenizer.json, read by the `tokenizers` package."""
 
@@ -59,10 +83,7 @@ class JsonBackend:
       ValueError: the file cannot be read, or has a decoder or rules for special tokens that are not supported.
     """
     description = json_object("tokenizer.json", contents)
-    try:
-      self._tokenizer = tokenizers.Tokenizer.from_str(contents.decode("utf-8"))
-    except Exception as error:  # the package raises bare Exceptions
-      raise ValueError(f"tokenizer.json cannot be read: {error}") from error
+    self._tokenizer = open_tokenizer_json(contents)
     self._tokenizer.no_truncation()
     self._tokenizer.no_padding()
     self._description, self._bare = description, None

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from kernels_pallas.api import IMPLEMENTATIONS
 from supra_jax.core.programs import keep_programs
 from supra_jax.core.progress import Progress
 from supra_jax.data.tokenizer import Tokenizer
@@ -42,10 +43,12 @@ def load(directory: str | os.PathLike[str], dtype: Any = None, *, implementation
 
   Raises:
     FileNotFoundError: `directory` is not a model directory, or a part of it is missing.
-    ValueError: config.json does not describe a model, the parameters are those of another model, or the tokenizer or
-      generation_config.json cannot be read.
+    ValueError: `implementation` is unknown, config.json does not describe a model, the parameters are those of another
+      model, or the tokenizer or generation_config.json cannot be read.
     TypeError: `dtype` is not the name of a dtype.
   """
+  if implementation not in ("auto", *IMPLEMENTATIONS):
+    raise ValueError(f"implementation={implementation!r}: wanted one of auto, {', '.join(IMPLEMENTATIONS)}.")
   keep_programs()
   stored = checkpoint.load_model(directory, None if dtype is None else jnp.dtype(dtype))
   tokenizer = Tokenizer.from_files(stored.tokenizer_files, stored.config)

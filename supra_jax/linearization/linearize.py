@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import functools
 import os
@@ -154,13 +155,17 @@ def linearize_checkpoint(
   devices = make_mesh(mesh) if calibrates else None
   shardings = None if devices is None else functools.partial(param_shardings, mesh=devices)
   teacher = load_model(checkpoint, shardings=shardings)
+  try:
+    tokenizer = Tokenizer.from_files(teacher.tokenizer_files, teacher.config)  # or a damaged one would be passed on
+  except ValueError as error:
+    raise ValueError(f"{checkpoint}: {error}") from error
   made = linearize(
     teacher.params,
     teacher.config,
     start,
     mixer=mixer,
     layers=layers,
-    tokenizer=Tokenizer.from_files(teacher.tokenizer_files, teacher.config) if calibrates else None,
+    tokenizer=tokenizer,
     mesh=devices,
     progress=progress,
   )
@@ -201,7 +206,8 @@ def _chosen_layers(config: ModelConfig, layers: Sequence[int] | None) -> list[in
     raise ValueError("layers is empty: wanted numbers of layers, or None for all softmax layers.")
   wanted = [i for i, mixer in enumerate(config.mixers) if mixer == _TRAINED] if layers is None else list(layers)
   if not wanted:
-    raise ValueError(f"No layer to linearise: mixers are {config.mixers}.")
+    has = ", ".join(f"{count} of {name}" for name, count in collections.Counter(config.mixers).items())
+    raise ValueError(f"No layer to linearise: its layers are {has}; wanted the transformer that it was made from.")
   for i in wanted:
     if not -count <= i < count:
       raise ValueError(f"Layer {i}: the model has layers 0 to {count - 1}.")

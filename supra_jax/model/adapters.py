@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import jax
 import jax.numpy as jnp
 
-from supra_jax.core.schema import AtLeast, check
+from supra_jax.core.schema import AtLeast, check, check_regex
 from supra_jax.model.layers import ADAPTERS
 from supra_jax.model.registry import takes_adapters
 
@@ -32,6 +32,7 @@ class AdapterConfig:
 
   def __post_init__(self):
     check(self, "adapters")
+    check_regex("adapters.kernels", self.kernels)
 
 
 def add_adapters(params: Mapping[str, Any], config: AdapterConfig, seed: int) -> dict[str, Any]:

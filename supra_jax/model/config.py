@@ -198,7 +198,15 @@ def _labels(layers: Sequence[MixerConfig]) -> dict[MixerConfig, str]:
 
 
 def _layers(labels: Any, configs: Any, path: str, *, old: bool) -> tuple[MixerConfig, ...]:
-  """Returns the config of each layer, given its label and {label: fields} (`old`: the fields of the key `supra`)."""
+  """Returns the mixer config of each layer of a config.json.
+
+  Args:
+    labels: one label a layer, from the key `mixers`.
+    configs: {label: fields}, from the key `mixer_configs`; with `old`, the fields of the key `supra`, which hold for
+      all layers.
+    path: name of the config in error messages.
+    old: whether the file is from before `mixer_configs`.
+  """
   if not isinstance(labels, list | tuple) or not all(isinstance(label, str) for label in labels):
     raise ValueError(f"{path}: mixers: wanted a list of names, got {labels!r}.")
   if not isinstance(configs, Mapping):

@@ -167,11 +167,15 @@ def _read_files(directory: str | os.PathLike[str]) -> ModelCheckpoint:
       )
   try:
     config = ModelConfig.from_json((path / CONFIG_FILE).read_text())
+  except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    raise ValueError(f"{path / CONFIG_FILE}: not JSON, or a damaged file: {error}") from error
   except ValueError as error:
     raise ValueError(f"{path / CONFIG_FILE}: {error}") from error
   try:
     source = json.loads((path / SOURCE_FILE).read_text()) if (path / SOURCE_FILE).exists() else {}
   except ValueError as error:
-    raise ValueError(f"{path / SOURCE_FILE}: {error}") from error
+    raise ValueError(f"{path / SOURCE_FILE}: not JSON, or a damaged file: {error}") from error
+  if not isinstance(source, dict):
+    raise ValueError(f"{path / SOURCE_FILE}: wanted a JSON object, got {str(source)[:40]}")
   tokenizer_files = {n: (path / n).read_bytes() for n in TOKENIZER_FILES if (path / n).exists()}
   return ModelCheckpoint(config, {}, tokenizer_files, source)

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from supra_jax.core.schema import POSITIVE, AtLeast, AtMost, check, from_mapping
+from supra_jax.core.schema import POSITIVE, AtLeast, AtMost, check, check_regex, from_mapping
 from supra_jax.data.packed import Documents
 from supra_jax.model.adapters import AdapterConfig
 from supra_jax.model.config import ModelConfig
@@ -138,6 +138,8 @@ class TrainConfig:
 
   def __post_init__(self):
     check(self)
+    for name in ("trainable", "new_weights", "transfer"):
+      check_regex(name, getattr(self, name))
     for name in ("distill_hidden", "transfer_steps"):
       if getattr(self, name) and not self.distill_from:
         raise ValueError(f"{name}={getattr(self, name)}: wanted distill_from, the transformer it came from.")

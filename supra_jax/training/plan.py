@@ -82,7 +82,7 @@ class Plan:
     return None if self.memory is None else self.memory.peak - self.memory.arguments
 
 
-def planned_model(config: TrainConfig, preset: str = "", mixer: str = "supra") -> ModelConfig:
+def planned_model(config: TrainConfig, preset: str = "", mixer: str | None = None) -> ModelConfig:
   """Returns the config of the model that a recipe trains.
 
   The config is that of the argument `preset` if it is not empty; else that of `init_checkpoint` if this directory
@@ -91,11 +91,12 @@ def planned_model(config: TrainConfig, preset: str = "", mixer: str = "supra") -
   Args:
     config: the recipe.
     preset: a name from `PRESETS`; empty: none.
-    mixer: name of the mixer of all layers, if a preset is used.
+    mixer: name of the mixer of all layers of a preset; None means supra.
 
   Raises:
     FileNotFoundError: `init_checkpoint` exists and is not a model directory.
-    ValueError: a preset or the mixer is unknown, or neither a preset nor an existing checkpoint is given.
+    ValueError: a preset or the mixer is unknown, neither a preset nor an existing checkpoint is given, or there is a
+      mixer for a checkpoint.
   """
   return _planned(config, "init_checkpoint", preset, mixer)
 
@@ -111,14 +112,16 @@ def planned_teacher(config: TrainConfig, preset: str = "") -> ModelConfig | None
   return _planned(config, "distill_from", preset, "softmax") if config.distill_from else None
 
 
-def _planned(config: TrainConfig, field: str, preset: str, mixer: str) -> ModelConfig:
+def _planned(config: TrainConfig, field: str, preset: str, mixer: str | None) -> ModelConfig:
   path = getattr(config, field)
   if not preset and path and place(path).exists():
+    if mixer is not None and field == "init_checkpoint":
+      raise ValueError(f"mixer={mixer!r} is for presets: the layers of {field}={path!r} have mixers of their own.")
     return load_model_without_params(path).config
   name = preset or config.preset
   if name not in PRESETS:
     raise ValueError(f"{field}={path!r} is not there, and preset={name!r} is none of {', '.join(PRESETS)}.")
-  return PRESETS[name](mixer)
+  return PRESETS[name](mixer or "supra")
 
 
 def planned_mesh(text: str) -> Mesh:

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import statistics
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -115,19 +116,27 @@ def kernels_of_run(workdir: AnyPath) -> verdict.Choices | str:
     ValueError: the file is damaged.
   """
   kind, _ = verdict.device()
-  meaning: verdict.Choices | str = ()
+  meaning = verdict.used()
   if jax.process_index() == 0:
     path = workdir / KERNELS_FILE
+    kept: dict[str, Any] = {}
     try:
-      kept = json.loads(path.read_text()) if path.exists() else {}
-      meaning = verdict.parse(kept[kind]) if kind in kept else verdict.of_this_device()
+      if path.exists():
+        kept = dict(json.loads(path.read_text()))
+      before = verdict.parse(kept[kind]) if kind in kept else None
     except (ValueError, TypeError) as error:
       raise ValueError(f"{path}: {error}. Remove it to choose kernels anew.") from error
-    if (named := verdict.used()) is not None:
-      meaning = named
-    if kind not in kept:
+    if meaning is None:
+      now = verdict.of_this_device()
+      meaning = now if before is None else before
+      if meaning != now:
+        print(
+          f"This run keeps to the kernels that it began with; doctor has others now. To take these, remove {path}.",
+          file=sys.stderr,
+        )
+    if before is None:
       path.write_text(to_json(kept | {kind: verdict.to_json(meaning)}, indent=1) + "\n")
-  return verdict.agreed(meaning)
+  return verdict.agreed(() if meaning is None else meaning)
 
 
 def _described(config: TrainConfig, model: ModelConfig) -> dict[str, Any]:

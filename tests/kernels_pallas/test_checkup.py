@@ -19,7 +19,8 @@ def _cell(name, seconds, width=64, error=1e-6, dtype="float32"):
   """What `examine` yields of a cell, when each length takes so many seconds."""
   what = {"implementation": name, "dtype": dtype, "width": width}
   timed = [{**what, "tokens": t, "seconds": {"forward": s, "forward+backward": 3 * s}} for t, s in seconds.items()]
-  return [what, {**what, "errors": {"output": error, "d_q": 1e-7}}, *timed]
+  long = [{**what, "tokens": t, "long_errors": {"output": 1e-6}} for t in seconds]
+  return [what, {**what, "errors": {"output": error, "d_q": 1e-7}}, *long, *timed]
 
 
 BASE = _cell(FALLBACK, {256: 1.0, 2048: 2.0, 16384: 8.0})
@@ -62,6 +63,19 @@ def test_the_fastest_goes_first():
   assert [x.implementation for x in judgement.judge(found, rows)] == ["mosaic_gpu", "triton"]
 
 
+def test_the_table_says_what_is_right_and_fast():
+  refused = {"implementation": "tpu", "dtype": "float32", "width": 64, "refused": "not here"}
+  no_memory = {"implementation": "tpu", "dtype": "float32", "width": 128, "failed": "RESOURCE_EXHAUSTED: 9 GB"}
+  wrong = _cell("mosaic_gpu", {}, error=0.5)
+  found = [*BASE, *_cell("triton", FAST), *wrong, refused, no_memory]
+  base, triton, mosaic, no, memory = judgement.table(found).splitlines()[1:]
+  assert base.split() == [FALLBACK, "float32", "64", "1e-06", "3000.00", "ms", "6000.00", "ms", "24000.00", "ms"]
+  assert triton.split()[-3:] == ["0.90x", "0.50x", "0.25x"]
+  assert "WRONG: output wrong: off by up to 0.5 where 1e-05 is allowed" in mosaic
+  assert "no: not here" in no and "no memory: RESOURCE_EXHAUSTED" in memory
+  assert not judgement.wrong(no_memory) and not judgement.wrong(refused)
+
+
 def test_what_is_really_slow_is_not_chosen(monkeypatch):
   """The recurrence takes many times as long as the chunked scan, and the chunked scan is no slower than it."""
 
@@ -90,16 +104,42 @@ def _planted(directory: Path, *changes: tuple[str, str, str]) -> Path:
 
 
 WRONG_DECAY = ("triton.py", "* math.log2(math.e)", "* math.log2(math.e) * 1.02")
+# What a chunk leaves is forgotten from the second one on: rows of a chunk or two are right.
+WRONG_LOOP = ("triton.py", "carry * state + dot", "jnp.where(i == 0, carry, 0.0) * state + dot")
 CRASHES = ("api.py", '"tpu": mosaic_tpu.attend', '"tpu": lambda *_, **__: __import__("os").abort()')
 
 
-def test_a_kernel_with_a_wrong_decay_is_found(tmp_path):
-  command = [sys.executable, "-m", "kernels_pallas.checkup", "triton", "1"]
-  ran = subprocess.run(command, cwd=_planted(tmp_path, WRONG_DECAY), capture_output=True, text=True, check=True)
-  about, begun, checked = map(json.loads, ran.stdout.splitlines())
+def _examined(directory: Path, *arguments: str) -> list[dict]:
+  command = [sys.executable, "-m", "kernels_pallas.checkup", *arguments]
+  ran = subprocess.run(command, cwd=directory, capture_output=True, text=True, check=False)
+  return [json.loads(line) for line in ran.stdout.splitlines()]
+
+
+@pytest.mark.parametrize("fault", [WRONG_DECAY, WRONG_LOOP])
+def test_a_wrong_kernel_is_found(tmp_path, fault):
+  about, begun, checked, long, _ = _examined(_planted(tmp_path, fault), "triton", "1")
   assert about["platform"] == "cpu" and begun == {"implementation": "triton", "dtype": "float32", "width": 64}
-  said = judgement.wrong(checked)
-  assert said.startswith("output, state, d_q, d_k, d_v, d_initial_state wrong: off by up to 0.02 "), said
+  everything = "output, state, d_q, d_k, d_v, d_initial_state wrong: off by up to 0.02 "
+  assert judgement.wrong(checked).startswith(everything if fault is WRONG_DECAY else "")
+  assert judgement.wrong(long).startswith("output, d_q, d_k, d_v wrong at 1,024 tokens")
+
+
+@pytest.mark.slow
+def test_a_process_that_fails_or_hangs_is_left_behind(tmp_path, monkeypatch):
+  """Of two cells the first raises, and the process ends; of another implementation all hang."""
+  hangs = ("api.py", '"tpu": mosaic_tpu.attend', '"tpu": lambda *_, **__: __import__("time").sleep(1e6)')
+  raises = (
+    "api.py",
+    '"triton": triton.attend',
+    '"triton": lambda q, *a, **k: triton.attend(q, *a, **k) if q.dtype == "float32" else [][1]',
+  )
+  monkeypatch.chdir(_planted(tmp_path, hangs, raises))
+  monkeypatch.setattr(checkup, "names_for", lambda platform: (FALLBACK, "triton", "tpu"))
+  found = list(checkup.examine_apart(cell_seconds=40))[1:]
+  failed = [(x["implementation"], x["dtype"], x["failed"][:16]) for x in found if "failed" in x]
+  no_answer = [("tpu", dtype, "no answer for 40") for dtype in checkup.DTYPES]
+  assert failed == [("triton", "bfloat16", "list index out o"), *no_answer]
+  assert [x["dtype"] for x in found if x["implementation"] == "triton" and "long_errors" in x] == ["float32"]
 
 
 @pytest.mark.slow

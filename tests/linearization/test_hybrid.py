@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -279,3 +280,12 @@ def test_a_flag_of_another_method_is_refused(tmp_path, teacher, method, flag, ap
 def test_flags_that_say_nothing_are_refused(tmp_path, teacher, flags, said):
   ran = _program(f"--checkpoint={teacher}", f"--output={tmp_path}/out", *flags)
   assert ran.returncode == 1 and ran.stderr == f"error: {said}\n"
+
+
+def test_a_damaged_tokenizer_is_not_passed_on(tmp_path, teacher):
+  shutil.copytree(teacher, tmp_path / "cut")
+  path = tmp_path / "cut" / "tokenizer.json"
+  path.write_bytes(path.read_bytes()[:200])
+  ran = _program(f"--checkpoint={tmp_path}/cut", f"--output={tmp_path}/out")
+  assert ran.returncode == 1 and ran.stderr.startswith(f"error: {tmp_path}/cut: tokenizer.json"), ran.stderr
+  assert not (tmp_path / "out").exists()

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from supra_jax.experiments.tiny import tokenizer_json
 from supra_jax.linearization.linearize import linearize, linearize_checkpoint
 from supra_jax.linearization.starts import Calibrated, Identity, Random, Window
 from supra_jax.model import registry
@@ -143,7 +144,7 @@ def test_wrong_layers_are_named(layers, message):
 
 
 def test_no_softmax_layer_is_left():
-  with pytest.raises(ValueError, match=r"No layer to linearise: mixers are \('supra', 'supra', 'supra'\)"):
+  with pytest.raises(ValueError, match=r"No layer to linearise: its layers are 3 of supra; wanted the transformer"):
     linearize({}, TEACHER.replace(layers=registry.layers(("supra",) * 3)))
 
 
@@ -202,7 +203,7 @@ def test_nothing_left_to_linearise():
 
 def test_checkpoint_to_checkpoint(tmp_path, random_params):
   params = random_params(TEACHER)
-  files = {"tokenizer.json": b"{}", "tokenizer_config.json": b'{"a": 1}'}
+  files = {"tokenizer.json": tokenizer_json(), "tokenizer_config.json": b'{"a": 1}'}
   save_model(tmp_path / "teacher", config=TEACHER, params=params, tokenizer_files=files, source={"name": "theirs"})
   made = linearize_checkpoint(tmp_path / "teacher", tmp_path / "rnn", Random(5), layers=[0, -1])
   got = load_model(tmp_path / "rnn")

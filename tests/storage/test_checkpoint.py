@@ -169,10 +169,20 @@ def test_damaged_parameters_are_an_error_that_names_them(params, tmp_path, damag
     load_model(tmp_path / "model")
 
 
-def test_a_damaged_source_is_named(params, tmp_path):
+@pytest.mark.parametrize(
+  ("name", "contents", "said"),
+  [
+    ("source.json", b"", "not JSON, or a damaged file: Expecting value"),
+    ("source.json", b"[]", r"wanted a JSON object, got \[\]"),
+    ("config.json", b"", "not JSON, or a damaged file: Expecting value"),
+    ("config.json", b"\xff\xfe", "not JSON, or a damaged file: 'utf-8' codec"),
+    ("config.json", b"[]", "wanted an object"),
+  ],
+)
+def test_a_damaged_file_is_named(params, tmp_path, name, contents, said):
   _save(tmp_path / "model", params)
-  (tmp_path / "model" / "source.json").write_text("")
-  with pytest.raises(ValueError, match=f"{tmp_path}/model/source.json: Expecting value"):
+  (tmp_path / "model" / name).write_bytes(contents)
+  with pytest.raises(ValueError, match=f"{tmp_path}/model/{name}: .*{said}"):
     load_model(tmp_path / "model")
 
 

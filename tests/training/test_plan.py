@@ -209,6 +209,8 @@ class TestPlannedModel:
     model = load_model_without_params(there).config
     assert model != presets.tiny("softmax")
     assert planning.planned_model(recipe("tiny", init_checkpoint=str(there))) == model
+    with pytest.raises(ValueError, match="mixer='supra' is for presets: the layers of init_checkpoint="):
+      planning.planned_model(recipe("tiny", init_checkpoint=str(there)), mixer="supra")
     # Parameters that a run would refuse.
     (there / "config.json").write_text(model.replace(intermediate_size=model.intermediate_size + 1).to_json())
     with pytest.raises(ValueError, match=r"model/params: The parameters are not those of the model"):

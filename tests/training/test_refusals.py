@@ -21,6 +21,8 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
   [
     ({"data": {"heldout_every": 100}}, "heldout part"),  # of 24 documents
     ({"trainable": "no_such_layer"}, "no_such_layer"),
+    ({"trainable": "(["}, r"trainable='\(\[': wanted a regular expression: unterminated"),
+    ({"new_weights": "*"}, r"new_weights='\*': wanted a regular expression: nothing to repeat"),
     ({"num_steps": 0}, "num_steps=0"),
   ],
 )
