@@ -58,8 +58,8 @@ def ours(config: ModelConfig, batch: int) -> tuple[Run, dict[str, Any]]:
   import jax.numpy as jnp
   import numpy as np
 
-  from supra_jax.inference.decode import DECODE_TOKENS, decode_steps, prefill, round_up_length
-  from supra_jax.inference.sampling import Sampling
+  from supra_jax.inference.decode import DECODE_TOKENS, capacity_for, decode_steps, first_token, prefill
+  from supra_jax.inference.sampling import Draws, Sampling
   from supra_jax.model.costs import state_bytes
   from supra_jax.model.transformer import Transformer
 
@@ -73,17 +73,19 @@ def ours(config: ModelConfig, batch: int) -> tuple[Run, dict[str, Any]]:
 
   params = jax.block_until_ready(draw(jax.random.key(0)))
   prompt = np.random.default_rng(0).integers(0, config.vocab_size, (batch, _PROMPT.value), np.int32)
-  capacity = round_up_length(_PROMPT.value + _NEW.value + DECODE_TOKENS)
+  capacity = capacity_for(_PROMPT.value + _NEW.value)
+  blank = Draws.of([Sampling()] * batch, [()] * batch, config.vocab_size)
 
   def run() -> tuple[float, float]:
     state = jax.block_until_ready(model.init_state(batch, capacity))
     began = time.perf_counter()
-    logits, state = jax.block_until_ready(prefill(model, params, prompt, state))
+    hidden, state = jax.block_until_ready(prefill(model, params, prompt, state))
+    first, draws = first_token(model, params, hidden, blank, np.False_)
+    token = jax.block_until_ready(first.token)
     read = time.perf_counter()
-    token, key = logits.argmax(-1).astype(jnp.int32), jax.random.key(0)
     calls = math.ceil(_NEW.value / DECODE_TOKENS)
     for _ in range(calls):
-      drawn, token, state, key = decode_steps(model, Sampling(), DECODE_TOKENS, params, token, state, key)
+      drawn, token, state, draws = decode_steps(model, DECODE_TOKENS, params, token, state, draws, np.False_)
     jax.block_until_ready(drawn)
     return read - began, (time.perf_counter() - read) / (calls * DECODE_TOKENS)
 

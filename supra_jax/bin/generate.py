@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 import warnings
 from collections.abc import Iterable
@@ -16,48 +17,43 @@ _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Model directory to genera
 _PROMPT = flags.DEFINE_string("prompt", None, "Text to continue; with --chat or --interactive, the first message.")
 _CHAT = flags.DEFINE_bool("chat", False, "Answer --prompt as a message, by the checkpoint's chat template.")
 _INTERACTIVE = flags.DEFINE_bool("interactive", False, "Converse: messages are read from the terminal, line by line.")
-_MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 100, "Tokens to generate at most.", lower_bound=0)
+flags.DEFINE_integer("max_new_tokens", 100, "Tokens to generate at most.", lower_bound=0)
 _OWN = "Default: as generation_config.json in the model directory says;"
-flags.DEFINE_float(
-  "temperature", None, f"Divides the logits; 0 takes the likeliest token. {_OWN} else 0.", lower_bound=0
-)
+_NUMBERS = {
+  "temperature": f"Divides the logits; 0 takes the likeliest token. {_OWN} else 0.",
+  "top_p": f"Draw from the fewest tokens whose probabilities add up to this. {_OWN} else 1.",
+  "min_p": f"Draw from tokens at least so many times as likely as the likeliest. {_OWN} else 0.",
+  "repetition_penalty": f"Divides logits of tokens in prompt and text. {_OWN} else 1.",
+}
+_ = [flags.DEFINE_float(name, None, said) for name, said in _NUMBERS.items()]
 flags.DEFINE_integer("top_k", None, f"Draw from the k likeliest tokens; 0: all. {_OWN} else 0.", lower_bound=0)
-flags.DEFINE_float("top_p", None, f"Draw from the fewest tokens whose probabilities add up to this. {_OWN} else 1.")
-flags.DEFINE_float("min_p", None, f"Draw from tokens at least so many times as likely as the likeliest. {_OWN} else 0.")
-flags.DEFINE_float("repetition_penalty", None, f"Divides logits of tokens in prompt and text. {_OWN} else 1.")
-_STOP = flags.DEFINE_multi_string("stop", [], "Text before which the answer ends; may be given several times.")
+flags.DEFINE_multi_string("stop", [], "Text before which the answer ends; may be given several times.")
 flags.DEFINE_integer("seed", 0, "Seeds the draws of tokens.")
 _DTYPE = flags.DEFINE_enum("dtype", None, DTYPES, "Dtype of parameters and computation. Default: as stored.")
-_DRAWS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
 
 
-def _shown(texts: Iterable[str]) -> str:
-  """Prints texts as they come, and returns them as one."""
-  found = []
+def _shown(texts: Iterable[str], whole: str = "") -> str:
   for text in texts:
     print(text, end="", flush=True)
-    found.append(text)
+    whole += text
   print()
-  return "".join(found)
+  return whole
 
 
 def main() -> None:
   warnings.showwarning = lambda message, *_: print(f"note: {message}", file=sys.stderr)
-  if _PROMPT.value is None and not _INTERACTIVE.value:
+  first = [] if _PROMPT.value is None else [_PROMPT.value]
+  if not first and not _INTERACTIVE.value:
     raise ValueError("--prompt is not given: wanted a text to continue, or --interactive.")
-  how = {name: flags.FLAGS[name].value for name in _DRAWS}
-  how |= {"max_new_tokens": _MAX_NEW_TOKENS.value, "stop": _STOP.value}
+  how = {name: flags.FLAGS[name].value for name in (*_NUMBERS, "top_k", "seed", "max_new_tokens", "stop")}
   lm = supra_jax.load(_CHECKPOINT.value, _DTYPE.value)
   if not (_CHAT.value or _INTERACTIVE.value):
-    texts = lm.stream(_PROMPT.value, **how)
-    print(_PROMPT.value, end="", flush=True)
-    _shown(texts)
+    _shown(itertools.chain(first, lm.stream(first[0], **how)))
     return
-  messages: list[dict[str, str]] = []
-  asked = [_PROMPT.value] if _PROMPT.value else []
-  for text in (*asked, *(map(str.rstrip, sys.stdin) if _INTERACTIVE.value else ())):
-    messages.append({"role": "user", "content": text})
-    messages.append({"role": "assistant", "content": _shown(lm.stream_chat(messages, **how))})
+  messages = []
+  for text in (*first, *(map(str.rstrip, sys.stdin) if _INTERACTIVE.value else ())):
+    messages += [{"role": "user", "content": text}]
+    messages += [{"role": "assistant", "content": _shown(lm.stream_chat(messages, **how))}]
 
 
 if __name__ == "__main__":

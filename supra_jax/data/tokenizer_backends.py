@@ -86,7 +86,8 @@ class JsonBackend:
     self._tokenizer = open_tokenizer_json(contents)
     self._tokenizer.no_truncation()
     self._tokenizer.no_padding()
-    self._description, self._bare = description, None
+    self._description = description
+    self._bare: tokenizers.Tokenizer | None = None
     added = self._tokenizer.get_added_tokens_decoder()
     self._added = {i: token.content for i, token in added.items()}
     self.special: Mapping[int, str] = {i: token.content for i, token in added.items() if token.special}
@@ -110,10 +111,11 @@ class JsonBackend:
   def encode(self, text: str, *, continues: bool = False) -> list[int]:
     if continues and self._bare is None:
       parts = {name: _without_prefix_space(self._description.get(name)) for name in ("normalizer", "pre_tokenizer")}
-      self._bare = tokenizers.Tokenizer.from_str(to_json(self._description | parts))
-      self._bare.no_truncation()
-      self._bare.no_padding()
-    tokenizer = self._bare if continues else self._tokenizer
+      bare = tokenizers.Tokenizer.from_str(to_json(self._description | parts))
+      bare.no_truncation()
+      bare.no_padding()
+      self._bare = bare
+    tokenizer = self._bare if continues and self._bare is not None else self._tokenizer
     return tokenizer.encode(text, add_special_tokens=False).ids
 
   def token_id(self, token: str) -> int | None:

@@ -37,7 +37,7 @@ def capacity_for(tokens: int) -> int:
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=(3, 4))
 def _read(model: Transformer, params, tokens_BT, state: DecodeState, hidden_BD, lengths_B):
   """Returns (hidden [B, D] after each row's last real token so far, state after these tokens)."""
-  hidden_BTD, state = model.apply({"params": params}, tokens_BT, state, lengths=lengths_B)
+  hidden_BTD, state = model.bind({"params": params})(tokens_BT, state, lengths=lengths_B)
   last = jnp.take_along_axis(hidden_BTD, jnp.maximum(lengths_B - 1, 0)[:, None, None], axis=1)[:, 0]
   return jnp.where((lengths_B > 0)[:, None], last, hidden_BD), state
 
@@ -116,7 +116,7 @@ def prefill(
 @functools.partial(jax.jit, static_argnums=0)
 def unembed(model: Transformer, params, hidden_BD: jax.Array) -> jax.Array:
   """Returns the logits [B, V] of activations [B, D]."""
-  return model.apply({"params": params}, hidden_BD[:, None], method="unembed")[:, 0]
+  return model.bind({"params": params}).unembed(hidden_BD[:, None])[:, 0]
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -137,7 +137,7 @@ def decode_steps(
 
   def step(carry, _):
     token, state, draws = carry
-    logits, state = model.apply({"params": params}, token[:, None], state, method="logits")
+    logits, state = model.bind({"params": params}).logits(token[:, None], state)
     drawn, draws = draw(logits[:, 0], draws, alternatives)
     return (drawn.token, state, draws), drawn
 

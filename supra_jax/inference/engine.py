@@ -205,7 +205,7 @@ class Engine:
     if self._reading is None and free and self._waiting:
       request = self._waiting.popleft()
       # The programs consume what they are given, so that what belongs to the caller is copied.
-      state = self.model.init_state(1, self._capacity) if request.state is None else request.state.take([0])
+      state = self.model.init_state(1, self._capacity) if request.state is None else request.state.take(np.array([0]))
       state = state.grow(self._capacity) if self._grows else state
       hidden = decode.no_hidden(self.model, 1) if request.hidden is None else jnp.array(request.hidden)
       self._reading = _Reading(request, free[0], decode.pieces(len(request.prompt)), hidden, state)

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import functools
 import json
 import os
-from collections.abc import AsyncIterator, Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -21,6 +20,7 @@ from supra_jax.data.tokenizer import Tokenizer
 from supra_jax.inference import decode
 from supra_jax.inference.chat import ChatTemplate, Memory, Message, template_of
 from supra_jax.inference.engine import NOTHING, Engine, Request, not_finite_at
+from supra_jax.inference.logits import logits_of
 from supra_jax.inference.sampling import TOP, Sampling
 from supra_jax.inference.state import State
 from supra_jax.inference.text import Completion, NoText, TextBuilder
@@ -129,12 +129,7 @@ class LM:
       ValueError: `padding` is neither "right" nor "left"; or, outside jit: `tokens` are not integers [B, T], shapes do
         not fit each other, a length is not in 0 to T, or a real token is not in the vocabulary.
     """
-    inputs: dict[str, Any] = {"tokens": tokens, "lengths": lengths, "segment_ids": segment_ids}
-    traced = any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((inputs, state)))
-    to_array: Callable[[Any], Any] = jnp.asarray if traced else np.asarray
-    inputs = {name: None if x is None else to_array(x) for name, x in inputs.items()}
-    run = self._apply if traced else self._apply_concrete
-    return run(inputs.pop("tokens"), state, padding=padding, **inputs)
+    return logits_of(self.model, self.params, tokens, state, lengths=lengths, segment_ids=segment_ids, padding=padding)
 
   def read(self, text: str | Sequence[int], state: State | None = None) -> State:
     """Reads a text, and returns what the model remembers of it; no logits are kept.
@@ -159,7 +154,7 @@ class LM:
       if not ids:
         return state
       known = state.tokens[0]
-      decoded = state.decode.take([0])
+      decoded = state.decode.take(np.array([0]))
       decoded = decoded.grow(decode.capacity_for(known.size + len(ids))) if self._grows else decoded
     hidden, decoded = decode.prefill(self.model, self.params, np.asarray([ids], np.int32), decoded)
     return State(decoded, hidden, (np.concatenate([known, np.asarray(ids, np.int32)]),), self.config, self.checkpoint)
@@ -261,7 +256,7 @@ class LM:
     if self.tokenizer is None or self.template is None:
       raise ValueError("This checkpoint has no chat template: use `generate` with a text.")
     ids = self.tokenizer.encode(self.template.render(messages), bos=False)
-    before = self._memory.longest(ids[:-1])
+    before = self._memory.longest(ids)
     known = 0 if before is None else before.tokens[0].size
     asked = self.read(ids[known:], before)
     texts = self._texts([[]], asked, how.pop("max_new_tokens", 100), how.pop("stop", ()), how)
@@ -330,7 +325,11 @@ class LM:
       before: dict[str, Any] = {}
       if state is not None:
         assert row is not None
-        before = {"state": state.decode.take([row]), "hidden": state.hidden[row : row + 1], "read": state.tokens[row]}
+        before = {
+          "state": state.decode.take(np.array([row])),
+          "hidden": state.hidden[row : row + 1],
+          "read": state.tokens[row],
+        }
       how = Sampling.of_checkpoint(self.generation, **{name: value[i] for name, value in values.items()})
       if most[i] < 0 or not isinstance(most[i], int | np.integer):
         raise ValueError(f"max_new_tokens={most[i]!r}: wanted a whole number, 0 or more.")
@@ -368,40 +367,6 @@ class LM:
         f"The state is of another model: its config or dtype, {state.hidden.dtype}, is not this model's."
       )
 
-  def _apply_concrete(self, tokens, state, *, lengths, segment_ids, padding):
-    if tokens.ndim != 2 or not np.issubdtype(tokens.dtype, np.integer) or tokens.shape[1] < 1:
-      raise ValueError(f"tokens are {tokens.dtype} {list(tokens.shape)}: wanted integers [B, T] with T >= 1.")
-    batch, time = tokens.shape
-    for name, array, shape in (("lengths", lengths, (batch,)), ("segment_ids", segment_ids, (batch, time))):
-      if array is not None and array.shape != shape:
-        raise ValueError(f"{name} have shape {list(array.shape)}: wanted {list(shape)}.")
-    count = np.full(batch, time) if lengths is None else lengths
-    if count.min() < 0 or count.max() > time:
-      raise ValueError(f"lengths are {count.tolist()}: wanted 0 to {time}.")
-    step = np.arange(time)
-    real = step < count[:, None] if padding == "right" else step >= time - count[:, None]
-    outside = tokens[real & ((tokens < 0) | (tokens >= self.config.vocab_size))]
-    if outside.size:
-      raise ValueError(f"Token {outside[0]} is not in the vocabulary, 0 to {self.config.vocab_size - 1}.")
-
-    if self._grows:
-      held = np.zeros(batch, np.int64) if state is None else np.asarray(state.cached)
-      state = _with_capacity(self.model, state, batch, int((held + count).max()))
-    # jit compiles a program per shape: rounding T up keeps them few, and padding does not change the result.
-    fill = decode.round_up_length(time) - time
-    if fill and lengths is None:
-      lengths = count
-    sides = (0, fill) if padding == "right" else (fill, 0)
-    tokens = np.pad(tokens, ((0, 0), sides))
-    segment_ids = None if segment_ids is None else np.pad(segment_ids, ((0, 0), sides))
-    logits, state = self._apply(
-      tokens.astype(np.int32), state, lengths=lengths, segment_ids=segment_ids, padding=padding
-    )
-    return logits[:, sides[0] : sides[0] + time], state
-
-  def _apply(self, tokens, state, **kwargs):
-    return _logits(self.model, self.params, tokens, state, **kwargs)
-
 
 def _each(name: str, value: Any, count: int) -> list[Any]:
   """Returns a value for each of `count` prompts."""
@@ -410,16 +375,3 @@ def _each(name: str, value: Any, count: int) -> list[Any]:
   if len(value) != count:
     raise ValueError(f"{name} has {len(value)} values for {count} prompts.")
   return list(value)
-
-
-@functools.partial(jax.jit, static_argnums=0, static_argnames="padding")
-def _logits(model, params, tokens, state, **kwargs):
-  return model.apply({"params": params}, tokens, state, method="logits", **kwargs)
-
-
-def _with_capacity(model: Transformer, state: DecodeState | None, batch: int, wanted: int) -> DecodeState:
-  """Returns a new or grown state with room for `wanted` tokens, rounded up to a power of two to compile few shapes."""
-  capacity = 1 << max(wanted - 1, 0).bit_length()
-  if state is None:
-    return model.init_state(batch, capacity)
-  return state if state.capacity is None or state.capacity >= wanted else state.grow(capacity)

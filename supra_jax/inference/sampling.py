@@ -140,9 +140,11 @@ class Draws:
       prompt[row, np.asarray(ids, np.int64)] = True
     kinds = {"top_k": np.int32, "seed": np.uint32}
     names = [field.name for field in dataclasses.fields(Sampling) if field.name != "logit_bias"]
-    values = {n: np.asarray([getattr(s, n) for s in samplings], kinds.get(n, np.float32)) for n in names}
-    drawn = np.zeros((batch, vocab_size), np.int32)
-    return cls(**values, number=np.zeros(batch, np.int32), bias=bias, prompt=prompt, drawn=drawn)
+    values: dict[str, Any] = {
+      name: np.asarray([getattr(s, name) for s in samplings], kinds.get(name, np.float32)) for name in names
+    }
+    values |= {"number": np.zeros(batch, np.int32), "drawn": np.zeros((batch, vocab_size), np.int32)}
+    return cls(**values | {"bias": bias, "prompt": prompt})
 
   def put(self, slots: jax.Array, other: Draws) -> Draws:
     """Returns these with row i of `other` in place of row `slots[i]`, for all i."""
@@ -198,7 +200,7 @@ def draw(logits_BV: jax.Array, draws: Draws, alternatives: jax.Array) -> tuple[D
 
   tops = jax.lax.cond(alternatives, likeliest, none, logits_BV)
   drawn = Drawn(token, jnp.isfinite(logits_BV).all(-1), logits_BV[rows, token] - norm, *tops)
-  return drawn, draws.replace(number=draws.number + 1, drawn=draws.drawn.at[rows, token].add(1))
+  return drawn, dataclasses.replace(draws, number=draws.number + 1, drawn=draws.drawn.at[rows, token].add(1))
 
 
 def _padded(x_BN: jax.Array) -> jax.Array:

@@ -95,7 +95,11 @@ class State:
     }
     file = local(path)
     with into_place(file) as temporary:
-      safetensors.flax.save_file({name: jnp.asarray(x) for name, x in arrays.items()}, temporary, about)
+      try:
+        safetensors.flax.save_file({name: jnp.asarray(x) for name, x in arrays.items()}, temporary, about)
+      except safetensors.SafetensorError as error:
+        temporary.unlink(missing_ok=True)
+        raise OSError(f"{file} cannot be written: {error}") from error
 
 
 def load_state(path: str | os.PathLike[str]) -> State:

@@ -15,7 +15,10 @@ from supra_jax.storage.model_directory import load_model, save_model
 from tests.support import programs
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
-SIMPLE = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\\n' }}{% endfor %}{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
+SIMPLE = (
+  "{% for m in messages %}{{ m['role'] + ':' + m['content'] + '\\n' }}{% endfor %}"
+  "{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
+)
 TEMPLATES = {
   "simple": SIMPLE,
   "blocks": """{%- if messages[0].role == 'system' %}
@@ -82,18 +85,22 @@ def lm(directory):
 
 
 def test_a_conversation_goes_on_from_its_state(lm, monkeypatch, recwarn):
+  # Replies whose text has the tokens that were drawn, as a trained model's have.
+  (the,) = lm.tokenizer.encode(" the")
+  assert lm.tokenizer.encode("assistant:" + " the" * 7)[-7:] == [the] * 7
+  how = {"max_new_tokens": 7, "logit_bias": {the: 100.0}}
   talk, read = [{"role": "user", "content": "What is in a name?"}], []
   reading = lm.read
   monkeypatch.setattr(lm, "read", lambda ids, state=None: (read.append(len(ids)), reading(ids, state))[1])
   for question in ("Why?", "And then?"):
     text = lm.template.render(talk)
-    reply = lm.chat(talk, max_new_tokens=7)
-    assert reply == lm.generate(text, max_new_tokens=7)
+    reply = lm.chat(talk, **how)
+    assert reply == lm.generate(text, **how) == " the" * 7
     talk += [{"role": "assistant", "content": reply}, {"role": "user", "content": question}]
   assert not recwarn.list
+  # All is read once: the first message, its reply, what is new in the second turn, its reply.
   total = len(lm.tokenizer.encode(lm.template.render(talk[:3])))
-  # Each reply is read as it was drawn, and of the second turn what is new.
-  assert read[1] == 7 and read[0] + 7 + read[2] >= total - 7 and read[2] < total - read[0]
+  assert read[1] == read[3] == 7 and read[0] + read[1] + read[2] == total
   # Other messages: read from the start, which is said.
   other = [{"role": "user", "content": "Other"}]
   with pytest.warns(UserWarning, match="These messages do not go on from the last reply"):
@@ -102,7 +109,7 @@ def test_a_conversation_goes_on_from_its_state(lm, monkeypatch, recwarn):
   del read[:]
   with pytest.warns(UserWarning, match="These messages do not go on from the last reply"):
     lm.chat(other, max_new_tokens=5)
-  assert read[0] < len(lm.tokenizer.encode(lm.template.render(other)))
+  assert read[0] == 0
 
 
 def test_without_a_template(tmp_path):
