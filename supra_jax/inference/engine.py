@@ -216,6 +216,8 @@ class Engine:
     request = reading.request
     read = [*request.read, *request.prompt]
     draws = Draws.of([request.sampling], [read], self.model.config.vocab_size)
+    # A float64 model's state is wider than `init_state` has it.
+    self._state = jax.tree.map(lambda x, read: x.astype(read.dtype), self._state, reading.state)
     drawn, draws = decode.first_token(self.model, self.params, reading.hidden, draws, self._alternatives)
     self._token, self._state, self._draws = decode.put_rows(
       self._token, self._state, self._draws, np.asarray([reading.slot]), drawn.token, reading.state, draws

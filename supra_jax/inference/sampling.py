@@ -218,7 +218,7 @@ def _adjusted(logits_BV: jax.Array, draws: Draws) -> jax.Array:
 def _random(logits_BV: jax.Array, draws: Draws) -> jax.Array:
   scaled = logits_BV / jnp.where(draws.temperature == 0, 1, draws.temperature)[:, None]
   cut = (draws.top_k > 0) | (draws.top_p < 1)
-  none = jnp.full(len(cut), -jnp.inf)
+  none = jnp.full(len(cut), -jnp.inf, jnp.float32)
   floor = jax.lax.cond(cut.any(), _threshold, lambda *_: none, scaled, draws.top_k, draws.top_p)
   floor = jnp.where(cut, floor, none)
   floor = jnp.maximum(floor, scaled.max(-1) + jnp.log(draws.min_p))

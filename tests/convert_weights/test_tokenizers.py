@@ -335,8 +335,11 @@ def test_sampling_that_cannot_be_names_its_file(wrong):
 
 
 def test_sampling_that_is_not_supported_is_said():
-  with pytest.warns(UserWarning, match="asks for repetition_penalty=1.05, which is not supported"):
-    Sampling.of_checkpoint({"repetition_penalty": 1.05, "typical_p": 1.0, "min_p": None})
+  with pytest.warns(UserWarning, match="asks for typical_p=0.9, which is not supported"):
+    sampling = Sampling.of_checkpoint({"repetition_penalty": 1.05, "typical_p": 0.9, "min_p": None})
+  assert sampling == Sampling(repetition_penalty=1.05)
+  drawn = Sampling.of_checkpoint({"do_sample": True, "min_p": 0.1, "top_p": 0.9}, top_p=0.8)
+  assert drawn == Sampling(1.0, 50, 0.8, 0.1)
 
 
 def test_a_text_that_begins_with_nothing_begins_without_a_space(model, tmp_path, random_params):
