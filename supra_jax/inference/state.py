@@ -143,7 +143,8 @@ def _assembled(about: Mapping[str, str], arrays: dict[str, jax.Array]) -> State:
     values = {}
     for field in dataclasses.fields(layer):
       name, shape = f"layers.{number}.{field.name}", getattr(layer, field.name)
-      values[field.name] = _checked(name, arrays.pop(name), shape.shape, shape.dtype)
+      wide = jnp.promote_types(shape.dtype, hidden.dtype)
+      values[field.name] = _checked(name, arrays.pop(name), shape.shape, wide)
     layers.append(type(layer)(**values))
   if arrays:
     raise ValueError(f"arrays that are of no use to it: {', '.join(sorted(arrays)[:3])}")
