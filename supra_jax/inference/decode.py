@@ -119,15 +119,24 @@ def unembed(model: Transformer, params, hidden_BD: jax.Array) -> jax.Array:
   return model.bind({"params": params}).unembed(hidden_BD[:, None])[:, 0]
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def first_token(model: Transformer, params, hidden_BD: jax.Array, draws: Draws, alternatives) -> tuple[Drawn, Draws]:
+@functools.partial(jax.jit, static_argnums=(0, 5))
+def first_token(
+  model: Transformer, params, hidden_BD: jax.Array, draws: Draws, alternatives, plain: bool = False
+) -> tuple[Drawn, Draws]:
   """Draws the token after the prompt of each row."""
-  return draw(unembed(model, params, hidden_BD), draws, alternatives)
+  return draw(unembed(model, params, hidden_BD), draws, alternatives, plain)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=(4, 5))
+@functools.partial(jax.jit, static_argnums=(0, 1, 7), donate_argnums=(4, 5))
 def decode_steps(
-  model: Transformer, steps: int, params, token_B: jax.Array, state: DecodeState, draws: Draws, alternatives
+  model: Transformer,
+  steps: int,
+  params,
+  token_B: jax.Array,
+  state: DecodeState,
+  draws: Draws,
+  alternatives,
+  plain: bool = False,
 ) -> tuple[Drawn, jax.Array, DecodeState, Draws]:
   """Decodes `steps` tokens: each step reads the last token and draws the next. State and draws are donated.
 
@@ -138,7 +147,7 @@ def decode_steps(
   def step(carry, _):
     token, state, draws = carry
     logits, state = model.bind({"params": params}).logits(token[:, None], state)
-    drawn, draws = draw(logits[:, 0], draws, alternatives)
+    drawn, draws = draw(logits[:, 0], draws, alternatives, plain)
     return (drawn.token, state, draws), drawn
 
   (token_B, state, draws), drawn = jax.lax.scan(step, (token_B, state, draws), length=steps)

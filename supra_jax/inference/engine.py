@@ -147,7 +147,14 @@ class Engine:
     self._read()
     if any(request is not None for request in self._slots):
       drawn, self._token, self._state, self._draws = decode.decode_steps(
-        self.model, decode.DECODE_TOKENS, self.params, self._token, self._state, self._draws, self._alternatives
+        self.model,
+        decode.DECODE_TOKENS,
+        self.params,
+        self._token,
+        self._state,
+        self._draws,
+        self._alternatives,
+        self._is_plain(self._slots),
       )
       self._ready.append((list(self._slots), drawn))
     # The newest call goes on while the host looks at the one before it.
@@ -155,6 +162,9 @@ class Engine:
     while len(self._ready) > (1 if self._is_decoding() else 0):
       found += list(self._look(*self._ready.popleft()))
     return found
+
+  def _is_plain(self, requests: Sequence[Request | None]) -> bool:
+    return not self._alternatives and all(request.sampling.plain for request in requests if request is not None)
 
   def _is_decoding(self) -> bool:
     return any(
@@ -218,7 +228,8 @@ class Engine:
     draws = Draws.of([request.sampling], [read], self.model.config.vocab_size)
     # A float64 model's state is wider than `init_state` has it.
     self._state = jax.tree.map(lambda x, read: x.astype(read.dtype), self._state, reading.state)
-    drawn, draws = decode.first_token(self.model, self.params, reading.hidden, draws, self._alternatives)
+    plain = self._is_plain([request])
+    drawn, draws = decode.first_token(self.model, self.params, reading.hidden, draws, self._alternatives, plain)
     self._token, self._state, self._draws = decode.put_rows(
       self._token, self._state, self._draws, np.asarray([reading.slot]), drawn.token, reading.state, draws
     )

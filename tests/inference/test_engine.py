@@ -60,6 +60,7 @@ def test_nothing_compiles_anew(lm):
   def run(**ways):
     lm.complete(["The name", "A"], max_new_tokens=9, rows=2, **ways)
 
+  run(seed=1, temperature=0.5)  # one program serves all that is not greedy, another what is
   run()
   before = decode.decode_steps._cache_size(), decode.first_token._cache_size(), decode.put_rows._cache_size()
   run(temperature=[1.0, 0.3], top_k=7, top_p=0.5, min_p=0.1, seed=4)
