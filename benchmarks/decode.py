@@ -32,6 +32,7 @@ from typing import Any
 
 from absl import app, flags
 
+from benchmarks.random_checkpoint import hf_shape
 from kernels_pallas.verdict import slug
 from supra_jax.core.plain_json import to_json
 from supra_jax.model.config import ModelConfig
@@ -90,13 +91,11 @@ def ours(config: ModelConfig, batch: int) -> tuple[Run, dict[str, Any]]:
     return read - began, (time.perf_counter() - read) / (calls * DECODE_TOKENS)
 
   remembered = 2 * batch * state_bytes(config, capacity, dtype)
-  return run, _facts(jax.devices()[0].device_kind, dtype.dtype.name, params, remembered)
-
-
-def _facts(device: str, dtype: str, params: Any, remembered: int) -> dict[str, Any]:
-  import jax
-
   weights = sum(x.nbytes for x in jax.tree.leaves(params))
+  return run, _facts(jax.devices()[0].device_kind, dtype.dtype.name, weights, remembered)
+
+
+def _facts(device: str, dtype: str, weights: int, remembered: int) -> dict[str, Any]:
   return {"device": device, "dtype": dtype, "weight_bytes": weights, "step_bytes": weights + remembered}
 
 
@@ -108,17 +107,9 @@ def theirs(config: ModelConfig, batch: int) -> tuple[Run, dict[str, Any]]:
   gpu = torch.cuda.is_available()
   device, dtype = ("cuda", torch.bfloat16) if gpu else ("cpu", torch.float32)
   shape = transformers.MistralConfig(
-    vocab_size=config.vocab_size,
-    hidden_size=config.hidden_size,
-    intermediate_size=config.intermediate_size,
-    num_hidden_layers=config.num_layers,
-    num_attention_heads=config.num_heads,
-    num_key_value_heads=config.num_kv_heads,
-    head_dim=config.head_dim,
+    **hf_shape(config),
     max_position_embeddings=32768,
     sliding_window=None,
-    tie_word_embeddings=config.tie_embeddings,
-    attn_implementation="sdpa",
   )
   torch.manual_seed(0)
   torch.set_default_dtype(dtype)
@@ -143,12 +134,7 @@ def theirs(config: ModelConfig, batch: int) -> tuple[Run, dict[str, Any]]:
   itemsize = torch.finfo(dtype).bits // 8
   cache = 2 * config.num_layers * config.num_kv_heads * config.head_dim * batch * _PROMPT.value * itemsize
   name = torch.cuda.get_device_name() if gpu else "cpu"
-  return run, {
-    "device": name,
-    "dtype": str(dtype).split(".")[1],
-    "weight_bytes": weights,
-    "step_bytes": weights + cache,
-  }
+  return run, _facts(name, str(dtype).split(".")[1], weights, cache)
 
 
 def measure(name: str, batch: int) -> dict[str, Any]:

@@ -1,11 +1,28 @@
 """Writes random Hugging Face checkpoints of any size, one tensor at a time; for tests and benchmarks."""
 
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
 
 from supra_jax.core.plain_json import to_json
+from supra_jax.model.config import ModelConfig
+
+
+def hf_shape(config: ModelConfig) -> dict[str, Any]:
+  """Returns the arguments of transformers' LlamaConfig or MistralConfig that give a model the shape of ours."""
+  return {
+    "vocab_size": config.vocab_size,
+    "hidden_size": config.hidden_size,
+    "intermediate_size": config.intermediate_size,
+    "num_hidden_layers": config.num_layers,
+    "num_attention_heads": config.num_heads,
+    "num_key_value_heads": config.num_kv_heads,
+    "head_dim": config.head_dim,
+    "tie_word_embeddings": config.tie_embeddings,
+    "attn_implementation": "sdpa",
+  }
 
 
 def write(directory: Path, **config) -> Path:

@@ -54,6 +54,7 @@ from typing import Any
 from absl import app, flags
 
 from benchmarks.machine import cpu_name
+from benchmarks.random_checkpoint import hf_shape
 from kernels_pallas.verdict import slug
 from supra_jax.core.plain_json import to_json
 from supra_jax.model.config import ModelConfig
@@ -151,17 +152,9 @@ def torch_step(config: ModelConfig, tokens: int, remat: str, *, compiled: bool =
   gpu = torch.cuda.is_available()
   device = torch.device("cuda" if gpu else "cpu")
   shape = transformers.LlamaConfig(
-    vocab_size=config.vocab_size,
-    hidden_size=config.hidden_size,
-    intermediate_size=config.intermediate_size,
-    num_hidden_layers=config.num_layers,
-    num_attention_heads=config.num_heads,
-    num_key_value_heads=config.num_kv_heads,
-    head_dim=config.head_dim,
+    **hf_shape(config),
     max_position_embeddings=max(tokens, config.max_positions or 0),
-    tie_word_embeddings=config.tie_embeddings,
     use_cache=False,
-    attn_implementation="sdpa",
   )
   with device:
     model = transformers.LlamaForCausalLM(shape).train()

@@ -126,6 +126,7 @@ def examine(name: str, *, first: int = 0, sizes: Sequence[Size] | None = None) -
     sizes = SIZES_ON_CPU if platform == "cpu" else SIZES
   is_kernel = name in REFUSALS
   timed = name == FALLBACK or (is_kernel and platform != "cpu")
+  long_sizes = () if not is_kernel else (INTERPRETED,) if platform == "cpu" else sizes
   for dtype, width in cells_of(name, platform)[first:]:
     what = {"implementation": name, "dtype": dtype, "width": width}
     yield what
@@ -136,9 +137,8 @@ def examine(name: str, *, first: int = 0, sizes: Sequence[Size] | None = None) -
     try:
       yield {**what, "errors": errors(name, dtype, width)}
       # The small case is a chunk or two; a kernel's loop and its parts are what may break on long rows.
-      for size in (INTERPRETED,) if platform == "cpu" else sizes if is_kernel else ():
-        if is_kernel:
-          yield {**what, "tokens": size.tokens, "long_errors": long_errors(name, dtype, width, size)}
+      for size in long_sizes:
+        yield {**what, "tokens": size.tokens, "long_errors": long_errors(name, dtype, width, size)}
       for size in sizes if timed and (platform != "cpu" or width == WIDTHS[0]) else ():
         modes = MODES if size == sizes[len(sizes) // 2] else MODES[1:]
         yield {**what, "tokens": size.tokens, "seconds": time_op(name, dtype, width, size, modes)}

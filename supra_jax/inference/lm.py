@@ -218,8 +218,7 @@ class LM:
     for number, (request, builder) in enumerate(texts.items()):
       after = None
       if keep_state:
-        of_row = None if state is None else state.take([number if state.rows > 1 else 0])
-        after = self.read([*request.prompt, *builder.tokens], of_row)
+        after = self.read([*request.prompt, *builder.tokens], None if state is None else state.of(number))
       made.append(builder.completion(logprobs, after))
     return made
 
@@ -321,15 +320,10 @@ class LM:
     texts = {}
     for i, prompt in enumerate(prompts):
       ids = self._ids(prompt, state)
-      row = None if state is None else i if state.rows > 1 else 0
       before: dict[str, Any] = {}
       if state is not None:
-        assert row is not None
-        before = {
-          "state": state.decode.take(np.array([row])),
-          "hidden": state.hidden[row : row + 1],
-          "read": state.tokens[row],
-        }
+        row = state.of(i)
+        before = {"state": row.decode, "hidden": row.hidden, "read": row.tokens[0]}
       how = Sampling.of_checkpoint(self.generation, **{name: value[i] for name, value in values.items()})
       if most[i] < 0 or not isinstance(most[i], int | np.integer):
         raise ValueError(f"max_new_tokens={most[i]!r}: wanted a whole number, 0 or more.")

@@ -58,6 +58,10 @@ class State:
     index = np.asarray(rows, np.int32)
     return dataclasses.replace(self, decode=self.decode.take(index), hidden=self.hidden[index], tokens=tokens)
 
+  def of(self, number: int) -> State:
+    """Returns the state of prompt `number` of a list: that row, or the only one, which is not copied."""
+    return self if self.rows == 1 else self.take([number])
+
   def fork(self, count: int) -> State:
     """Returns a state of `count` rows, each a copy of this state's only row.
 
