@@ -3,6 +3,8 @@
 import os
 import platform
 import re
+import resource
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -28,6 +30,15 @@ def cpu_name() -> str:
     return f"{name} (family {family}, model {model})"
   except (OSError, AttributeError):
     return platform.processor() or platform.machine()
+
+
+def resident_bytes(*, peak: bool = False) -> int:
+  """Returns the resident memory of this process now, or its peak; where the system does not say, the peak for both."""
+  try:
+    # Not getrusage, which may return the peak of the parent process.
+    return 1024 * int(re.search(rf"{'VmHWM' if peak else 'VmRSS'}:\s*(\d+)", Path("/proc/self/status").read_text())[1])
+  except OSError:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def ceilings() -> dict[str, float]:

@@ -41,8 +41,6 @@ import json
 import math
 import os
 import platform
-import re
-import resource
 import statistics
 import subprocess
 import sys
@@ -53,7 +51,7 @@ from typing import Any
 
 from absl import app, flags
 
-from benchmarks.machine import cpu_name
+from benchmarks.machine import cpu_name, resident_bytes
 from benchmarks.random_checkpoint import hf_shape
 from kernels_pallas.verdict import slug
 from supra_jax.core.plain_json import to_json
@@ -277,18 +275,10 @@ def measure(name: str, tokens: int, remat: str) -> dict[str, Any]:
       raise AssertionError(f"the loss is {loss}")
   facts["seconds"], facts["process_seconds"] = (statistics.median(column) for column in zip(*times, strict=True))
   facts |= {"steps": len(times), "all_seconds": [wall for wall, _ in times]}
-  facts["peak_bytes"] = gpu_memory() or _peak_resident_bytes()
+  facts["peak_bytes"] = gpu_memory() or resident_bytes(peak=True)
   facts["tokens_per_second"] = tokens / facts["seconds"]
   peak = PEAK_FLOPS.get(facts["device"]) if facts["dtype"] == "bfloat16" else None
   return facts | {"mfu": mfu(facts["tokens_per_second"], facts["flops_per_token"], peak)}
-
-
-def _peak_resident_bytes() -> int:
-  try:
-    # Not getrusage, which may return the peak of the parent process.
-    return 1024 * int(re.search(r"VmHWM:\s*(\d+)", Path("/proc/self/status").read_text())[1])
-  except OSError:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def run_process(name: str, tokens: int, remat: str, layers: int) -> dict[str, Any]:
