@@ -8,8 +8,8 @@ One row of an `Engine` draws at temperature 1; tokens that end a text do not end
 
 - tokens a second of CPU time, of all threads together, and tokens a second of wall clock. Wall clock counts when the
   process is stopped (SIGSTOP) or waits for a core, CPU time does not.
-- the same of a fresh text, an eighth as long, right after it. What else runs on the machine slows both: their ratio
-  shows what the length of the text does.
+- the same of a fresh text, for an eighth of that time, right after it. What else runs on the machine slows both: their
+  ratio shows what the length of the text does.
 - resident memory; bytes of all arrays of jax, parameters included; bytes of the text's state.
 
 Each point is written to stream_<name>_<device>.json. The state of the text is saved beside it, as `LM.read` and
@@ -57,8 +57,8 @@ _CPU_HOURS = flags.DEFINE_float("cpu_hours", float("inf"), "Hours of CPU time, o
 _EVERY = flags.DEFINE_float("every", 60.0, "Seconds of CPU time between points.", lower_bound=0.1)
 _OUTPUT = flags.DEFINE_string("output", "benchmarks/results", "Directory of the JSON, the plot and the state.")
 
-FRESH = 8  # a fresh text has this part of the tokens of an interval, but at least SHORTEST
-SHORTEST = 32
+FRESH = 1 / 8  # time for a fresh text, as a share of `--every`
+UNTIMED = 3  # steps in which what other texts have under way comes to its end
 MIB = 2**20
 
 
@@ -92,14 +92,14 @@ def begin(lm: supra_jax.LM, state: State, tokens: int) -> Engine:
   return engine
 
 
-def advance(engine: Engine, seconds: float = float("inf")) -> tuple[list[int], Spent]:
+def advance(engine: Engine, seconds: float) -> tuple[list[int], Spent]:
   """Generates for so many seconds of CPU time, or until the engine's text ends.
 
   Returns:
-    (ids of all tokens, what those after the first step took). A step returns when the call of the next is under way:
-    the clock starts with one call under way, and stops with one or with the end of the text.
+    (ids of all tokens, what those after the first UNTIMED steps took). A step returns when the call of the next is
+    under way: so it is when the clock starts, and when it stops.
   """
-  ids = step(engine)
+  ids = [i for _ in range(UNTIMED) for i in step(engine)]
   first, began, began_cpu = len(ids), time.monotonic(), cpu_seconds()
   while engine.is_busy and cpu_seconds() - began_cpu < seconds:
     ids += step(engine)
@@ -133,12 +133,12 @@ def stream(lm: supra_jax.LM, report: dict[str, Any], stem: Path) -> None:
   state = lm.read([], supra_jax.load_state(saved)) if points else beginning
   start = points[-1]["start"] + 1 if points else 0
   before = sum({point["start"]: point["cpu_seconds_of_start"] for point in points}.values())
-  advance(begin(lm, beginning, SHORTEST))  # compiles
+  advance(begin(lm, beginning, _TOKENS.value), 0.0)  # compiles
   engine = begin(lm, state, _TOKENS.value - state.tokens[0].size)
   unread: list[int] = []
   while engine.is_busy and before + cpu_seconds() < 3600 * _CPU_HOURS.value:
     ids, interval = advance(engine, _EVERY.value)
-    _, fresh = advance(begin(lm, beginning, max(interval.tokens // FRESH, SHORTEST)))
+    _, fresh = advance(begin(lm, beginning, _TOKENS.value), _EVERY.value * FRESH)
     # Whole pieces only: each other length is one more program, which stays in memory.
     unread += ids
     whole = len(unread) // PREFILL_TOKENS * PREFILL_TOKENS
