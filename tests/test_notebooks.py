@@ -15,7 +15,8 @@ NOTEBOOKS = sorted((ROOT / "supra_jax" / "colabs").glob("*.ipynb"))
 
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
 def test_notebook(notebook, tmp_path):
-  pytest.importorskip("torch")
+  if "import torch" in notebook.read_text():
+    pytest.importorskip("torch")
   copy = shutil.copy(notebook, tmp_path)
   settings = {
     "PYTHONPATH": str(ROOT),
