@@ -240,10 +240,10 @@ def main(_) -> None:
   machine, name = described(), _NAME.value or name
   stem = Path(_OUTPUT.value, f"stream_{name}_{slug(machine['device'])}")
   stem.parent.mkdir(parents=True, exist_ok=True)
-  report: dict[str, Any] = {"name": name, **machine, "mixers": sorted(set(lm.config.mixers)), "points": []}
+  report: dict[str, Any] = {"name": name, **machine, "mixers": sorted(set(lm.config.mixers)), "every": _EVERY.value}
+  report["points"] = []
   if stem.with_suffix(".json").exists():
     report = json.loads(stem.with_suffix(".json").read_text())
-  report["command"] = " ".join(["python -m benchmarks.stream", *sys.argv[1:]])
   print("     tokens | tokens/s |    fresh |     wall |   resident |       peak |     arrays |      state |    softmax")
   if not report["points"] or report["points"][-1]["tokens"] < _TOKENS.value:
     stream(lm, report, stem)
