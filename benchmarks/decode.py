@@ -17,10 +17,10 @@ up, and then measures work of at least `--seconds`; medians over the turns, of w
 time. What a text costs once, such as the set-up of `generate`, is part of prefill, not of a step. A contestant passes
 over a cell that takes more memory than is free.
 
-The floor of a step is the time in which a copy of a large array moves the bytes of the step: parameters and the cache
-of keys and values once, the state of linear attention twice, since it is read and written. A `product` cell measures
-the product of a batch of activations with the model's largest matrix, in jax and in torch; a step's FLOPs a second are
-compared with the faster one's.
+A `product` cell measures the product of a batch of activations with the model's largest matrix, in jax and in torch. A
+step's FLOPs a second are compared with the faster one's. The bytes of a step, which are the parameters and the cache of
+keys and values once, and the state of linear attention twice, since it is read and written, are compared with what the
+machine moves: the matrix in the product of one row, or a copy of a large array, whichever is faster.
 
 Cells come in the order of their worth. Each is written to decode_<device>.json as soon as it is there, and a second
 call with the same output goes on where the first one stopped. The goals and a plot come last.
@@ -115,7 +115,9 @@ def wanted_cells() -> list[Cell]:
   cells = [Cell("decode", batch, tokens) for batch in batches for tokens in contexts]
   cells.sort(key=lambda cell: (cell.batch > 1 and cell.tokens > min(contexts), cell.batch * cell.tokens))
   cells = (
-    [Cell("product", batch, 0) for batch in batches] + cells + [Cell("prefill", 1, int(n)) for n in _PROMPTS.value]
+    [Cell("product", batch, 0) for batch in sorted({1, *batches})]
+    + cells
+    + [Cell("prefill", 1, int(n)) for n in _PROMPTS.value]
   )
   return [cell for cell in FIRST if cell in cells] + [cell for cell in cells if cell not in FIRST]
 
@@ -156,13 +158,16 @@ def product_rate(results: Results, batch: int) -> float | None:
   """Returns the FLOP/s of the faster product of a batch."""
   found = results.get(Cell("product", batch, 0), {})
   times = [result["seconds"] for result in found.values() if "seconds" in result]
-  config = PRESETS[_PRESET.value]()
+  config = PRESETS[_PRESET.value]("softmax")
   return 2 * batch * config.hidden_size * config.vocab_size / min(times) if times else None
 
 
-def lines(cell: Cell, results: Results, copy: float | None) -> Iterator[str]:
-  """Yields a cell's lines of the table."""
+def lines(cell: Cell, results: Results, about: dict[str, Any]) -> Iterator[str]:
+  """Yields a cell's lines of the table; `about` is what the workers said, with `ceilings`."""
   found, rate = results[cell], product_rate(results, cell.batch)
+  bytes_rate = about["ceilings"].get("bytes_per_second", 0)
+  if read := product_rate(results, 1):
+    bytes_rate = max(bytes_rate, read / 2 * (4 if about["dtype"] == "float32" else 2))
   peer = best(found, THEIRS)
   for label, result in found.items():
     cells = [cell.kind, str(cell.batch), str(cell.tokens or ""), label]
@@ -173,8 +178,8 @@ def lines(cell: Cell, results: Results, copy: float | None) -> Iterator[str]:
     cells += [f"{seconds * 1e3:.2f}", f"{result['process_seconds'] * 1e3:.2f}"]
     count = cell.batch if cell.kind == "decode" else cell.tokens
     cells += [f"{count / seconds:,.1f}" if count else "", f"{peer['seconds'] / seconds:.2f}x" if peer else ""]
-    floor, flops = result.get("step_bytes"), result.get("step_flops")
-    cells += [f"{floor / copy / seconds:.0%}" if floor and copy else ""]
+    moved, flops = result.get("step_bytes"), result.get("step_flops")
+    cells += [f"{moved / bytes_rate / seconds:.0%}" if moved and bytes_rate else ""]
     cells += [f"{flops / rate / seconds:.0%}" if flops and rate else ""]
     if cell.kind == "product" and rate:
       cells[-1] = f"{rate * min(r['seconds'] for r in found.values() if 'seconds' in r) / seconds / 1e9:,.0f} GFLOP/s"
@@ -268,9 +273,8 @@ def main(_) -> None:
   speeds = report.get("ceilings") or workers[names[0]].ask({})
   report = settings | {"python": platform.python_version(), "turns": _TURNS.value, "seconds": _SECONDS.value}
   report |= {"command": " ".join(["python -m benchmarks.decode", *sys.argv[1:]]), "ceilings": speeds}
-  copy = speeds.get("bytes_per_second")
   print(f"{about['device']}, {threads()} threads; {report}")
-  print("| what | rows | tokens | who | ms | CPU ms | tokens/s | speed-up | of the copy | of the product | |")
+  print("| what | rows | tokens | who | ms | CPU ms | tokens/s | speed-up | of bytes/s | of FLOP/s | |")
   print("| --- " * 11 + "|")
   for cell in wanted_cells():
     labels = entrants(cell, names)
@@ -278,7 +282,7 @@ def main(_) -> None:
       results[cell] = measure(cell, labels, workers)
     rows = [{**cell._asdict(), "results": found} for cell, found in results.items()]
     (output / f"{stem}.json").write_text(to_json(report | {"cells": rows}, indent=1) + "\n")
-    print(*lines(cell, results, copy), sep="\n", flush=True)
+    print(*lines(cell, results, report), sep="\n", flush=True)
   ours = next((name for name in names if name != THEIRS), None)
   for what, met in goals(results, ours) if ours else ():
     print(f"{ours}, {what}: {'-' if met is None else 'met' if met else 'missed'}")
