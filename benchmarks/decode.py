@@ -237,7 +237,7 @@ def plot(results: Results, path: Path, title: str) -> None:
     axis.set_xscale("log", base=2)
     axis.set_ylim(0, None)
     axis.grid(alpha=0.3)
-  axes[0].legend()
+    axis.legend() if axis.lines else None
   figure.suptitle(title)
   figure.tight_layout()
   figure.savefig(path, dpi=120)

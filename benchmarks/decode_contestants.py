@@ -325,7 +325,7 @@ def take_turn(contestant: Ours | Theirs, request: Request, long: set[Request]) -
   """
   wanted, free = SPARE * contestant.needs(request), contestant.free()
   if wanted > free:
-    return {"skipped": f"takes {wanted / 1e9:.3g} GB of memory, and {free / 1e9:.3g} GB are free"}
+    return {"skipped": f"wants {wanted / 1e9:.3g} GB of memory, and {free / 1e9:.3g} GB are free"}
   time.sleep(PAUSE)
   piece = getattr(contestant, request.kind)(request)
   if request not in long:
