@@ -248,7 +248,7 @@ def _earlier(path: Path, settings: dict[str, Any]) -> dict[str, Any]:
   if _FRESH.value or not path.exists():
     return {}
   report = json.loads(path.read_text())
-  if other := [name for name, value in settings.items() if report.get(name) != value]:
+  if other := [name for name, value in settings.items() if report.get(name, value) != value]:
     raise app.UsageError(
       f"{path} has another {', '.join(other)}: --fresh replaces it, --output names another directory."
     )
@@ -271,9 +271,9 @@ def main(_) -> None:
   report = _earlier(output / f"{stem}.json", settings)
   results: Results = {Cell(*map(row.get, Cell._fields)): row["results"] for row in report.get("cells", [])}
   speeds = report.get("ceilings") or workers[names[0]].ask({})
-  report = settings | {"python": platform.python_version(), "turns": _TURNS.value, "seconds": _SECONDS.value}
+  report |= settings | {"python": platform.python_version(), "turns": _TURNS.value, "seconds": _SECONDS.value}
   report |= {"command": " ".join(["python -m benchmarks.decode", *sys.argv[1:]]), "ceilings": speeds}
-  print(f"{about['device']}, {threads()} threads; {report}")
+  print(f"{about['device']}; {settings}; {speeds}")
   print("| what | rows | tokens | who | ms | CPU ms | tokens/s | speed-up | of bytes/s | of FLOP/s | |")
   print("| --- " * 11 + "|")
   for cell in wanted_cells():
