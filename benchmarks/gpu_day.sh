@@ -85,9 +85,10 @@ case "$half$dry" in
     ;;
   inference)
     doctor 150
-    run decode 150 benchmarks.decode --output="$out" --preset=mistral_7b --layers=8 --batches=1,16
-    run long 60 benchmarks.decode --output="$out/long" --preset=mistral_7b --layers=8 --batches=1 --prompt=16384 \
-      --contestants=supra_window,transformers
+    run decode 150 benchmarks.decode --output="$out" --preset=mistral_7b --layers=8 --batches=1,16 \
+      --contexts=2048 --prompts=2048
+    run long 60 benchmarks.decode --output="$out/long" --preset=mistral_7b --layers=8 --batches=1 --contexts=16384 \
+      --prompts=16384 --contestants=supra_window,transformers
     ;;
   trainingyes)
     doctor 250
@@ -97,7 +98,8 @@ case "$half$dry" in
     ;;
   inferenceyes)
     doctor 250
-    run decode 200 benchmarks.decode --output="$out" --preset=tiny --batches=1,2 --prompt=32 --new_tokens=8
+    run decode 200 benchmarks.decode --output="$out" --preset=tiny --batches=1,2 --contexts=32 --prompts=32 \
+      --turns=2 --seconds=0.1
     ;;
 esac
 exit $failed

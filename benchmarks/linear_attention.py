@@ -20,7 +20,6 @@ Writes linear_attention_<device>.json and a plot beside it.
 from __future__ import annotations
 
 import importlib.metadata
-import os
 import platform
 import sys
 import time
@@ -33,7 +32,7 @@ import torch
 from absl import app, flags
 
 from benchmarks.contestants import CONTESTANTS, MODES, Inputs, Run, Shape, is_gpu, make_inputs
-from benchmarks.machine import ceilings, cpu_name
+from benchmarks.machine import ceilings, cpu_name, threads
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -212,9 +211,8 @@ def _version(package: str) -> str | None:
 
 def main(_) -> None:
   kind = "gpu" if is_gpu() else "cpu"
-  threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-  torch.set_num_threads(threads)
-  device = _device() if is_gpu() else f"{_device()}, {threads} threads"
+  torch.set_num_threads(threads())
+  device = _device() if is_gpu() else f"{_device()}, {threads()} threads"
   packages = ("jax", "torch", "transformers", "flash-linear-attention", "lightning-attn", "triton")
   versions = {"python": platform.python_version()} | {name: _version(name) for name in packages}
   names = [*OURS[kind], *(name for name in CONTESTANTS if name not in OURS[kind] and _PEERS.value)]
@@ -224,7 +222,7 @@ def main(_) -> None:
   speeds = ceilings()
   report = {
     "device": device,
-    "threads": threads,
+    "threads": threads(),
     "versions": versions,
     "command": " ".join(["python -m benchmarks.linear_attention", *sys.argv[1:]]),
     "ceilings": speeds,

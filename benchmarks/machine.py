@@ -41,6 +41,11 @@ def resident_bytes(*, peak: bool = False) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
+def threads() -> int:
+  """Number of threads of each contestant of a benchmark: the CPUs that this process may use."""
+  return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def ceilings() -> dict[str, float]:
   """Measures bytes/s of a copy of a large array, and FLOP/s of a large matrix product; best of five.
 

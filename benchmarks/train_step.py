@@ -51,7 +51,7 @@ from typing import Any
 
 from absl import app, flags
 
-from benchmarks.machine import cpu_name, resident_bytes
+from benchmarks.machine import cpu_name, resident_bytes, threads
 from benchmarks.random_checkpoint import hf_shape
 from kernels_pallas.verdict import slug
 from supra_jax.core.plain_json import to_json
@@ -78,11 +78,6 @@ TUNABLES = {"arena_max": 1, "hugetlb": 1, "mmap_max": 0, "trim_threshold": 10**1
 LEARNING_RATE, BETAS, WEIGHT_DECAY, CLIP_NORM = 3e-5, (0.9, 0.95), 0.1, 1.0
 # (takes a step and returns its loss, facts for the table and JSON, returns the peak of GPU memory in bytes or None).
 Contestant = tuple[Callable[[], float], dict[str, Any], Callable[[], int | None]]
-
-
-def threads() -> int:
-  """Number of threads of each contestant: the CPUs that this process may use."""
-  return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def our_step(config: ModelConfig, tokens: int, remat: str) -> Contestant:
