@@ -230,7 +230,9 @@ class LM:
     Raises:
       NotFiniteError, ValueError: as `complete`; a ValueError is raised by the call itself.
     """
-    texts = self._texts([prompt], how.pop("state", None), how.pop("max_new_tokens", 100), how.pop("stop", ()), how)
+    texts = self._texts(
+      [prompt], how.pop("state", None), how.pop("max_new_tokens", 100), how.pop("stop", ()), how, keep=False
+    )
     return filter(None, (piece for _, piece in self._generated(list(texts), texts, 1)))
 
   def chat(self, messages: Sequence[Message], **how: Any) -> str:
@@ -302,6 +304,8 @@ class LM:
     max_new_tokens: int | Sequence[int],
     stop: Sequence[str],
     sampling: Mapping[str, Any],
+    *,
+    keep: bool = True,
   ) -> dict[Request, TextBuilder]:
     """Returns a request for each prompt, with the builder of its text."""
     count = len(prompts)
@@ -333,7 +337,7 @@ class LM:
         if self.tokenizer is None
         else self.tokenizer.stream_decoder(continues=bool(len(prompt)) or state is not None)
       )
-      texts[request] = TextBuilder(decoder, most=most[i], stop=stop, stop_ids=self.config.eos_token_ids)
+      texts[request] = TextBuilder(decoder, most=most[i], stop=stop, stop_ids=self.config.eos_token_ids, keep=keep)
     return texts
 
   def _ids(self, text: str | Sequence[int], state: State | None) -> list[int]:

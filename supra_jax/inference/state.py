@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import safetensors
-import safetensors.flax
+import safetensors.numpy
 
 from supra_jax.core.files import into_place, local
 from supra_jax.model.config import ModelConfig
@@ -100,7 +100,7 @@ class State:
     file = local(path)
     with into_place(file) as temporary:
       try:
-        safetensors.flax.save_file({name: jnp.asarray(x) for name, x in arrays.items()}, temporary, about)
+        safetensors.numpy.save_file({name: np.asarray(x) for name, x in arrays.items()}, temporary, about)
       except safetensors.SafetensorError as error:
         temporary.unlink(missing_ok=True)
         raise OSError(f"{file} cannot be written: {error}") from error

@@ -48,10 +48,17 @@ class TextBuilder:
 
   Attributes:
     finish: why the text has ended; None while it has not.
+    last: the last token; None before the first.
   """
 
   def __init__(
-    self, decoder: StreamDecoder | NoText, *, most: int, stop: Sequence[str] = (), stop_ids: Collection[int] = ()
+    self,
+    decoder: StreamDecoder | NoText,
+    *,
+    most: int,
+    stop: Sequence[str] = (),
+    stop_ids: Collection[int] = (),
+    keep: bool = True,
   ):
     """Begins a text.
 
@@ -60,6 +67,7 @@ class TextBuilder:
       most: number of tokens after which the text ends.
       stop: strings before which the text ends, even if they lie across tokens.
       stop_ids: token ids that end the text and are no part of it.
+      keep: whether tokens and text are kept, for `tokens` and `completion`. Without them, memory does not grow.
 
     Raises:
       ValueError: a stop string is empty.
@@ -70,6 +78,8 @@ class TextBuilder:
     self._held = ""
     self._pieces: list[str] = []
     self._tokens: list[Token] = []
+    self._keep, self._count = keep, 0
+    self.last: Token | None = None
     self.finish: Literal["stop", "length"] | None = "length" if most == 0 else None
 
   @property
@@ -77,20 +87,17 @@ class TextBuilder:
     """Ids of all tokens so far."""
     return [token.id for token in self._tokens]
 
-  @property
-  def last(self) -> Token | None:
-    """The last token; None before the first."""
-    return self._tokens[-1] if self._tokens else None
-
   def push(self, token: Token) -> str:
     """Adds a token; returns the text that is certain now, empty if more has to be known."""
-    self._tokens.append(token)
+    self.last, self._count = token, self._count + 1
+    if self._keep:
+      self._tokens.append(token)
     text = self._held
     if token.id in self._stop_ids:
       self.finish = "stop"
     else:
       text += self._decoder.push(token.id)
-      if len(self._tokens) == self._most:
+      if self._count == self._most:
         self.finish = "length"
     if self.finish:
       text += self._decoder.flush()
@@ -99,7 +106,8 @@ class TextBuilder:
       self.finish, text = "stop", text[: min(ends)]
     held = 0 if self.finish else self._possible(text)
     certain, self._held = text[: len(text) - held], text[len(text) - held :]
-    self._pieces.append(certain)
+    if self._keep:
+      self._pieces.append(certain)
     return certain
 
   def _possible(self, text: str) -> int:

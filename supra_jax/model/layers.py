@@ -15,8 +15,9 @@ import jax
 import jax.numpy as jnp
 
 from supra_jax.core.sharding import constrain
-from supra_jax.core.xla_cpu import kernel_gradient, without_leading_ones
+from supra_jax.core.xla_cpu import decoding_product, kernel_gradient, narrow_rows, without_leading_ones
 from supra_jax.model.config import ModelConfig, NormKind
+from supra_jax.model.int8 import Int8
 
 GROUP_NORM_EPS = 1e-5  # the reference's GroupNorm keeps torch's default, whatever the model's norm_eps is
 
@@ -26,8 +27,7 @@ def at_least_float32(x: jax.Array) -> jax.Array:
   return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def product(equation: str, dtype: Any, out_dtype: Any, x: jax.Array, kernel: jax.Array) -> jax.Array:
+def product(equation: str, dtype: Any, out_dtype: Any, x: jax.Array, kernel: jax.Array | Int8) -> jax.Array:
   """Returns an einsum of activations and a parameter; the gradient of the parameter is computed in float32 at least.
 
   Plain autodiff would round a kernel's gradient to the dtype of the computation before the gradient is summed over
@@ -39,9 +39,19 @@ def product(equation: str, dtype: Any, out_dtype: Any, x: jax.Array, kernel: jax
     dtype: dtype that both factors are cast to.
     out_dtype: dtype of the result.
     x: activations.
-    kernel: the parameter, in the dtype in which it is stored.
+    kernel: the parameter, in the dtype in which it is stored; one in 8 bits has no gradient.
   """
-  return _product_forward(equation, dtype, out_dtype, x, kernel)[0]
+  if isinstance(kernel, Int8):
+    return kernel.product(equation, dtype, out_dtype, x)
+  return _product(equation, dtype, out_dtype, x, kernel)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _product(equation: str, dtype: Any, out_dtype: Any, x: jax.Array, kernel: jax.Array) -> jax.Array:
+  # Not differentiated: `_product_forward` is called in this function's place where a gradient is taken.
+  on_cpu = functools.partial(decoding_product, equation, out_dtype)
+  elsewhere = functools.partial(jnp.einsum, equation, preferred_element_type=out_dtype)
+  return jax.lax.platform_dependent(x.astype(dtype), kernel.astype(dtype), cpu=on_cpu, default=elsewhere)
 
 
 def _product_forward(equation, dtype, out_dtype, x, kernel):
@@ -62,7 +72,7 @@ def _product_backward(equation, dtype, out_dtype, residuals, grad):
   return x_grad, kernel_grad.astype(kernel.dtype)
 
 
-product.defvjp(_product_forward, _product_backward)
+_product.defvjp(_product_forward, _product_backward)
 
 
 def matmul(x: jax.Array, kernel: jax.Array, dtype: Any, out_dtype: Any = None) -> jax.Array:
@@ -113,6 +123,25 @@ class Dense(nn.Module):
     return add_bias(y, self.param("bias", nn.initializers.zeros, (self.features,))) if self.use_bias else y
 
 
+@jax.custom_vjp
+def _rows(table: jax.Array, ids: jax.Array) -> jax.Array:
+  """Returns rows of a table."""
+  if table.dtype.itemsize != 2:
+    return table[ids]
+  return jax.lax.platform_dependent(table, ids, cpu=narrow_rows, default=lambda table, ids: table[ids])
+
+
+def _rows_forward(table, ids):
+  return jax.vjp(lambda table: table[ids], table)
+
+
+def _rows_backward(pull, grad):
+  return (*pull(grad), None)
+
+
+_rows.defvjp(_rows_forward, _rows_backward)
+
+
 class Embed(nn.Module):
   """Embedding table with one row per token id; its transpose serves as unembedding (`attend`).
 
@@ -133,7 +162,9 @@ class Embed(nn.Module):
   def __call__(self, ids: jax.Array) -> jax.Array:
     # Cast after the lookup, so that the gradient of a row, a sum over all positions of its token, is float32. The table
     # is gathered over fsdp, as other parameters are; otherwise the compiler moves activations instead.
-    return constrain(jnp.asarray(self.embedding), "vocabulary", None)[ids].astype(self.dtype)
+    if isinstance(self.embedding, Int8):
+      return self.embedding.rows(ids).astype(self.dtype)
+    return _rows(constrain(jnp.asarray(self.embedding), "vocabulary", None), ids).astype(self.dtype)
 
   def attend(self, x: jax.Array) -> jax.Array:
     """Returns the logits [..., rows], float32 at least, of x [..., D]."""

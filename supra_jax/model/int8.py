@@ -1,0 +1,72 @@
+"""Parameters in 8 bits: one byte an entry, and one scale per output channel of each matrix.
+
+The matrices of a model are most of its bytes, and reading them is most of the time of a decoding step. W is replaced by
+s * round(W / s) with s = max |W| / 127 over the inputs of each output; activations stay as they are. For inference only.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import flax
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from supra_jax.core.xla_cpu import int8_product
+
+LARGEST = 127
+
+
+@flax.struct.dataclass
+class Int8:
+  """A matrix in 8 bits.
+
+  Attributes:
+    values: int8, as the matrix.
+    scale: float32, as the matrix without its axis of inputs; an entry of the matrix is `values * scale`.
+  """
+
+  values: jax.Array
+  scale: jax.Array
+
+  def product(self, equation: str, dtype: Any, out_dtype: Any, x: jax.Array) -> jax.Array:
+    """Returns what `layers.product` returns for the matrix; sums are float32 at least, and are then scaled."""
+    inputs, output = equation.split("->")
+    of_x, of_matrix = inputs.split(",")
+    of_scale = "".join(letter for letter in of_matrix if letter in output)
+
+    def elsewhere(x, values):
+      return jnp.einsum(equation, x.astype(dtype), values.astype(dtype), preferred_element_type=jnp.float32)
+
+    on_cpu = functools.partial(int8_product, dtype, table=of_matrix[-1] == of_x[-1])
+    ways = {"cpu": on_cpu} if self.values.ndim == 2 else {}
+    y = jax.lax.platform_dependent(x, self.values, default=elsewhere, **ways)
+    return jnp.einsum(f"{output},{of_scale}->{output}", y, self.scale).astype(out_dtype)
+
+  def rows(self, index: jax.Array) -> jax.Array:
+    """Returns rows of an embedding table, float32."""
+    return self.values[index] * self.scale[index][..., None]
+
+
+def in_int8(params: Mapping[str, Any]) -> dict[str, Any]:
+  """Returns parameters with `Int8` in place of all matrices: kernels of projections and feature maps, and embeddings.
+
+  Args:
+    params: nested dict of numpy or jax arrays.
+  """
+
+  def of(name: str, held: Any) -> Any:
+    if isinstance(held, Mapping):
+      return {key: of(key, value) for key, value in held.items()}
+    if name not in ("kernel", "embedding"):
+      return held
+    inputs = -1 if name == "embedding" else -2
+    wide = np.asarray(held).astype(np.float32)
+    scale = np.maximum(np.abs(wide).max(inputs), np.finfo(np.float32).tiny) / LARGEST
+    values = np.rint(wide / np.expand_dims(scale, inputs)).astype(np.int8)
+    return Int8(jnp.asarray(values), jnp.asarray(scale))
+
+  return of("", params)
