@@ -6,11 +6,17 @@ Mesh axes, outermost first, and what each axis shards:
   context the tokens of each row; parameters are replicated
   tensor  heads, ffn and vocabulary (tensor parallelism, as in Megatron)
 
-All programs run under `jax.set_mesh(make_mesh(...))`, on a single device too. Outside a mesh, constraints do nothing.
+Training runs under `jax.set_mesh(make_mesh(...))`, on a single device too. Outside a mesh, constraints do nothing.
+
+Inference over several devices runs under a `decoding_mesh`, where the axis `weights` has the place of `fsdp`: it shards
+parameters as `fsdp` does, but no rows. A decoding step would move all parameters to shard its rows; with whole rows it
+moves activations, which are small.
 """
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -23,16 +29,19 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 AXES = ("data", "fsdp", "context", "tensor")
 BATCH_AXES = ("data", "fsdp")
 TIME_AXIS = "context"
+WEIGHTS_AXIS = "weights"
 
-# Name of an array dimension -> the mesh axes that shard it; None: not sharded.
-DIMENSIONS: dict[str | None, str | tuple[str, ...] | None] = {
+# Name of an array dimension -> the axes that shard it, if the mesh has them. `gathered` is the dimension `embed` of a
+# parameter that training gathers before it is used.
+DIMENSIONS: dict[str | None, tuple[str, ...]] = {
   "batch": BATCH_AXES,
-  "time": TIME_AXIS,
-  "embed": "fsdp",
-  "heads": "tensor",
-  "ffn": "tensor",
-  "vocabulary": "tensor",
-  None: None,
+  "time": (TIME_AXIS,),
+  "embed": ("fsdp", WEIGHTS_AXIS),
+  "gathered": (WEIGHTS_AXIS,),
+  "heads": ("tensor",),
+  "ffn": ("tensor",),
+  "vocabulary": ("tensor",),
+  None: (),
 }
 
 
@@ -82,6 +91,32 @@ def make_mesh(text: str = "", devices: Sequence[jax.Device] | None = None) -> Me
   return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 
 
+def decoding_mesh(text: str) -> Mesh:
+  """Returns a mesh for inference, of the first devices of this process.
+
+  Args:
+    text: sizes of axes as `mesh_sizes` parses them, without `context`. `fsdp` gives the axis `weights` its size.
+
+  Raises:
+    ValueError: `mesh_sizes` rejects `text`, or there are too few devices.
+  """
+  sizes = mesh_sizes(text)
+  if sizes.get(TIME_AXIS, 1) > 1:
+    raise ValueError(f"mesh={text!r}: {TIME_AXIS} shards the rows of training; wanted data, fsdp and tensor.")
+  shape = sizes.get("data", 1), sizes.get("fsdp", 1), sizes.get("tensor", 1)
+  devices = jax.local_devices()
+  if math.prod(shape) > len(devices):
+    raise ValueError(f"mesh={text!r} is for {math.prod(shape)} devices; there are {len(devices)}.")
+  axes = ("data", WEIGHTS_AXIS, "tensor")
+  devices = devices[: math.prod(shape)]
+  return jax.make_mesh(shape, axes, axis_types=(AxisType.Auto,) * len(axes), devices=devices)
+
+
+def on_mesh(mesh: Mesh | None) -> contextlib.AbstractContextManager[Any]:
+  """Returns a context in which programs run on a mesh; None: on one device, as outside."""
+  return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
+
+
 def check_heads(num_heads: int, num_kv_heads: int, mesh: Mesh) -> None:
   """Checks that the mesh axis `tensor` can shard the heads.
 
@@ -95,13 +130,31 @@ def check_heads(num_heads: int, num_kv_heads: int, mesh: Mesh) -> None:
     )
 
 
-def dimensions_spec(*dimensions: str | None) -> PartitionSpec:
-  """Returns the PartitionSpec of an array, given the name in DIMENSIONS of each of its dimensions."""
-  return PartitionSpec(*(DIMENSIONS[name] for name in dimensions))
+def dimensions_spec(
+  *dimensions: str | None, mesh: Mesh | jax.sharding.AbstractMesh, rows: int | None = None
+) -> PartitionSpec:
+  """Returns the PartitionSpec of an array.
+
+  Args:
+    *dimensions: the name in DIMENSIONS of each of the array's dimensions.
+    mesh: the mesh.
+    rows: size of the dimension `batch`, which is not sharded if the mesh does not divide it; None: the mesh does.
+  """
+  whole_rows = rows is not None and rows % batch_shards(mesh)
+
+  def axes(name: str | None) -> str | tuple[str, ...] | None:
+    found = tuple(axis for axis in DIMENSIONS[name] if axis in mesh.axis_names)
+    return None if not found or (name == "batch" and whole_rows) else found if len(found) > 1 else found[0]
+
+  return PartitionSpec(*map(axes, dimensions))
 
 
 def _alone(mesh: jax.sharding.AbstractMesh) -> bool:
   return mesh.empty or mesh.size == 1
+
+
+def _rows(dimensions: Sequence[str | None], x: jax.Array) -> int | None:
+  return x.shape[dimensions.index("batch")] if "batch" in dimensions else None
 
 
 def constrain(x: jax.Array, *dimensions: str | None) -> jax.Array:
@@ -114,12 +167,9 @@ def constrain(x: jax.Array, *dimensions: str | None) -> jax.Array:
   mesh = jax.sharding.get_abstract_mesh()
   if _alone(mesh):
     return x
-  spec = dimensions_spec(*dimensions)
   if mesh.manual_axes:  # inside `sum_over_tokens`, where an array holds only the rows and tokens of one device
-    spec = PartitionSpec(
-      *(None if name in ("batch", "time") else axes for name, axes in zip(dimensions, spec, strict=True))
-    )
-  return jax.lax.with_sharding_constraint(x, spec)
+    dimensions = tuple(None if name in ("batch", "time") else name for name in dimensions)
+  return jax.lax.with_sharding_constraint(x, dimensions_spec(*dimensions, mesh=mesh, rows=_rows(dimensions, x)))
 
 
 def sum_over_tokens(function: Callable[..., tuple[Any, Any]]) -> Callable[..., tuple[Any, Any]]:
@@ -136,14 +186,14 @@ def sum_over_tokens(function: Callable[..., tuple[Any, Any]]) -> Callable[..., t
   """
   if current_batch_shards() == current_time_shards() == 1:
     return function
-  axes = (*BATCH_AXES, TIME_AXIS)
+  axes = tuple(axis for axis in (*BATCH_AXES, TIME_AXIS) if axis in jax.sharding.get_abstract_mesh().axis_names)
 
   def on_own_tokens(whole: Any, *arrays: Any) -> tuple[Any, Any]:
     sums, own = function(whole, *arrays)
     return jax.lax.psum(sums, axes), own
 
   def run(whole: Any, *arrays: Any) -> tuple[Any, Any]:
-    tokens = PartitionSpec(BATCH_AXES, TIME_AXIS)
+    tokens = dimensions_spec("batch", "time", mesh=jax.sharding.get_abstract_mesh())
     in_specs = (PartitionSpec(), *(tokens for _ in arrays))
     mapped = jax.shard_map(
       on_own_tokens, in_specs=in_specs, out_specs=(PartitionSpec(), tokens), axis_names=set(axes), check_vma=False
@@ -170,34 +220,37 @@ def per_device(function: Callable[..., Any], in_dimensions: Any, out_dimensions:
 
   def run(*args):
     given = [arg is not None for arg in args]
-    in_specs = tuple(dimensions_spec(*names) for names, is_given in zip(in_dimensions, given, strict=True) if is_given)
+    held = [(names, arg) for names, arg in zip(in_dimensions, args, strict=True) if arg is not None]
+    rows = next((_rows(names, arg) for names, arg in held if "batch" in names), None)
+    spec = functools.partial(dimensions_spec, mesh=mesh, rows=rows)
+    in_specs = tuple(spec(*names) for names, _ in held)
 
     def shard(*some):
       left = iter(some)
       return function(*(next(left) if is_given else None for is_given in given))
 
-    out_specs = tuple(dimensions_spec(*names) for names in out_dimensions)
+    out_specs = tuple(spec(*names) for names in out_dimensions)
     mapped = jax.shard_map(shard, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
     return mapped(*(arg for arg in args if arg is not None))
 
   return run
 
 
-def batch_shards(mesh: Mesh) -> int:
+def batch_shards(mesh: Mesh | jax.sharding.AbstractMesh) -> int:
   """Returns the number of shards that a mesh cuts the rows of a batch into: size of `data` times size of `fsdp`."""
-  return mesh.shape["data"] * mesh.shape["fsdp"]
+  return math.prod(mesh.shape.get(axis, 1) for axis in BATCH_AXES)
 
 
 def current_batch_shards() -> int:
   """Returns the number of shards that the current mesh cuts the rows of a batch into; 1 outside a mesh."""
   mesh = jax.sharding.get_abstract_mesh()
-  return 1 if mesh.empty else mesh.shape["data"] * mesh.shape["fsdp"]
+  return 1 if mesh.empty else batch_shards(mesh)
 
 
 def current_time_shards() -> int:
   """Returns the number of shards that the current mesh cuts the tokens of each row into; 1 outside a mesh."""
   mesh = jax.sharding.get_abstract_mesh()
-  return 1 if mesh.empty else mesh.shape[TIME_AXIS]
+  return 1 if mesh.empty else mesh.shape.get(TIME_AXIS, 1)
 
 
 def least_tokens() -> jax.Array:
@@ -207,7 +260,7 @@ def least_tokens() -> jax.Array:
 
 def batch_sharding(mesh: Mesh, *, leading: int = 0) -> NamedSharding:
   """Returns the sharding of arrays [..., rows, ...] whose axis of rows comes after `leading` other axes."""
-  return NamedSharding(mesh, PartitionSpec(*([None] * leading), DIMENSIONS["batch"]))
+  return NamedSharding(mesh, PartitionSpec(*([None] * leading), BATCH_AXES))
 
 
 def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh, microbatches: int = 1) -> dict[str, jax.Array]:

@@ -70,7 +70,7 @@ def decoding_product(equation: str, out_dtype: Any, x: jax.Array, kernel: jax.Ar
 
   A matrix in 16 bits is not copied. The backend writes the matrix in float32 unless the result is float32 and there are
   two rows at least: a token would take ten times as long to decode. For a matrix [O, I], an embedding table, the table
-  is put on the left: in 16 bits the backend would transpose it, and in float32 2 to 32 rows take two thirds of the time.
+  is put on the left: in 16 bits the backend would transpose it, and 2 to 32 rows in float32 take a third longer.
 
   Args:
     equation: einsum equation whose first input, x, ends in the one axis that is summed.

@@ -10,7 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from supra_jax.core.sharding import constrain
 from supra_jax.inference.sampling import Drawn, Draws, draw
+from supra_jax.model.placement import constrain_state
 from supra_jax.model.transformer import DecodeState, Transformer
 
 PREFILL_TOKENS = 512  # most tokens of a piece of the prompt, so that activations do not grow with the prompt
@@ -39,7 +41,7 @@ def _read(model: Transformer, params, tokens_BT, state: DecodeState, hidden_BD, 
   """Returns (hidden [B, D] after each row's last real token so far, state after these tokens)."""
   hidden_BTD, state = model.bind({"params": params})(tokens_BT, state, lengths=lengths_B)
   last = jnp.take_along_axis(hidden_BTD, jnp.maximum(lengths_B - 1, 0)[:, None, None], axis=1)[:, 0]
-  return jnp.where((lengths_B > 0)[:, None], last, hidden_BD), state
+  return jnp.where((lengths_B > 0)[:, None], last, hidden_BD), constrain_state(state, model.config)
 
 
 def pieces(longest: int) -> list[tuple[int, int]]:
@@ -148,13 +150,18 @@ def decode_steps(
     token, state, draws = carry
     logits, state = model.bind({"params": params}).logits(token[:, None], state)
     drawn, draws = draw(logits[:, 0], draws, alternatives, plain)
-    return (drawn.token, state, draws), drawn
+    return (drawn.token, constrain_state(state, model.config), _by_rows(draws)), drawn
 
   (token_B, state, draws), drawn = jax.lax.scan(step, (token_B, state, draws), length=steps)
   return drawn, token_B, state, draws
 
 
-@functools.partial(jax.jit, donate_argnums=(0, 1, 2))
-def put_rows(token_B, state: DecodeState, draws: Draws, slots, token_N, other: DecodeState, other_draws: Draws):
+def _by_rows(tree: Any) -> Any:
+  return jax.tree.map(lambda x: constrain(x, "batch", *[None] * (x.ndim - 1)), tree)
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=(1, 2, 3))
+def put_rows(model, token_B, state: DecodeState, draws: Draws, slots, token_N, other: DecodeState, other_draws: Draws):
   """Puts N rows, which have read their prompts and drawn a token, into slots; returns (token_B, state, draws)."""
-  return token_B.at[slots].set(token_N), state.put(slots, other), draws.put(slots, other_draws)
+  token_B, draws = _by_rows((token_B.at[slots].set(token_N), draws.put(slots, other_draws)))
+  return token_B, constrain_state(state.put(slots, other), model.config), draws

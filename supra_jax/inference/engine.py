@@ -14,10 +14,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
+from supra_jax.core.sharding import batch_shards, on_mesh
 from supra_jax.inference import decode
 from supra_jax.inference.sampling import Draws, Sampling
 from supra_jax.model.finite import NotFiniteError, generated_not_finite, not_finite
+from supra_jax.model.placement import placed
 from supra_jax.model.registry import mixer_class
 from supra_jax.model.transformer import DecodeState, Transformer
 
@@ -79,7 +82,14 @@ class Engine:
   """Decodes a fixed number of rows."""
 
   def __init__(
-    self, model: Transformer, params: Mapping[str, Any], *, rows: int, capacity: int, alternatives: bool = False
+    self,
+    model: Transformer,
+    params: Mapping[str, Any],
+    *,
+    rows: int,
+    capacity: int,
+    alternatives: bool = False,
+    mesh: Mesh | None = None,
   ):
     """Makes an engine without texts.
 
@@ -90,13 +100,17 @@ class Engine:
       capacity: most tokens of a text, prompt and answer, with what its state has read; without effect for models whose
         state does not grow.
       alternatives: whether the likeliest tokens beside each drawn one are wanted.
+      mesh: the mesh that the parameters are on; None: one device.
     """
+    self._mesh = mesh
+    if mesh is not None:
+      rows = -(-rows // batch_shards(mesh)) * batch_shards(mesh)  # no device has fewer than another
     self.model, self.params, self.rows = model, params, rows
     self._grows = any(mixer_class(name).GROWS for name in model.config.mixers)
     self._capacity = decode.capacity_for(capacity) if self._grows else 0
     self._most = capacity
     self._alternatives = np.bool_(alternatives)
-    self._state = model.init_state(rows, self._capacity)
+    self._state = placed(model.init_state(rows, self._capacity), model.config, mesh)
     blank = Draws.of([Sampling()] * rows, [()] * rows, model.config.vocab_size)
     self._draws = jax.tree.map(jnp.asarray, blank)
     self._token = jnp.zeros(rows, jnp.int32)
@@ -144,6 +158,10 @@ class Engine:
       Tokens in the order in which they were drawn. A text ends with its last token, number `max_new_tokens` - 1, or by
       `finish`.
     """
+    with on_mesh(self._mesh):
+      return self._step()
+
+  def _step(self) -> list[tuple[Request, Token]]:
     self._read()
     if any(request is not None for request in self._slots):
       drawn, self._token, self._state, self._draws = decode.decode_steps(
@@ -231,7 +249,7 @@ class Engine:
     plain = self._is_plain([request])
     drawn, draws = decode.first_token(self.model, self.params, reading.hidden, draws, self._alternatives, plain)
     self._token, self._state, self._draws = decode.put_rows(
-      self._token, self._state, self._draws, np.asarray([reading.slot]), drawn.token, reading.state, draws
+      self.model, self._token, self._state, self._draws, np.asarray([reading.slot]), drawn.token, reading.state, draws
     )
     self._slots[reading.slot], self._drawn[request] = request, 0
     self._ready.append(([request], jax.tree.map(lambda x: x[None], drawn)))

@@ -3,28 +3,32 @@
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import json
 import os
 from collections.abc import AsyncIterator, Collection, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from kernels_pallas.api import IMPLEMENTATIONS
 from supra_jax.core.programs import keep_programs
 from supra_jax.core.progress import Progress
+from supra_jax.core.sharding import decoding_mesh, on_mesh
 from supra_jax.data.tokenizer import Tokenizer
 from supra_jax.inference import decode
 from supra_jax.inference.chat import ChatTemplate, Memory, Message, template_of
 from supra_jax.inference.engine import NOTHING, Engine, Request, not_finite_at
 from supra_jax.inference.logits import logits_of
-from supra_jax.inference.sampling import TOP, Sampling
+from supra_jax.inference.parameters import dtype_of, load_parameters
+from supra_jax.inference.prompts import requests, token_ids
+from supra_jax.inference.sampling import TOP
 from supra_jax.inference.state import State
 from supra_jax.inference.text import Completion, NoText, TextBuilder
 from supra_jax.model.config import ModelConfig
+from supra_jax.model.placement import placed
 from supra_jax.model.registry import mixer_class
 from supra_jax.model.transformer import DecodeState, Padding, Transformer
 from supra_jax.storage import model_directory as checkpoint
@@ -32,7 +36,14 @@ from supra_jax.storage import model_directory as checkpoint
 ROWS = 16  # most texts that decode at a time, unless told otherwise
 
 
-def load(directory: str | os.PathLike[str], dtype: Any = None, *, implementation: str = "auto") -> LM:
+def load(
+  directory: str | os.PathLike[str],
+  dtype: Any = None,
+  *,
+  implementation: str = "auto",
+  mesh: str | None = None,
+  quantize: Literal["int8"] | None = None,
+) -> LM:
   """Loads a model directory, and sets jax to keep compiled programs on disk (see `core.programs`).
 
   Args:
@@ -40,22 +51,27 @@ def load(directory: str | os.PathLike[str], dtype: Any = None, *, implementation
       `supra_jax.bin.train` wrote.
     dtype: dtype of the parameters and of the computation, e.g. `"bfloat16"`; None keeps the stored dtype.
     implementation: implementation of linear attention, see `kernels_pallas.linear_attention`.
+    mesh: the devices to shard the model over, `"fsdp:8"` or `"data:2,tensor:4"`: fsdp and tensor shard the parameters,
+      data the texts that decode together; tensor divides the heads. None: one device.
+    quantize: "int8" keeps all matrices in 8 bits, half the bytes of bfloat16; see `model.int8`. None: in `dtype`.
 
   Raises:
     FileNotFoundError: `directory` is not a model directory, or a part of it is missing.
-    ValueError: `implementation` is unknown, config.json does not describe a model, the parameters are those of another
-      model, or the tokenizer or generation_config.json cannot be read.
+    ValueError: `implementation` or `quantize` is unknown, `mesh` does not fit the devices or the model, config.json
+      does not describe a model, the parameters are those of another model, or the tokenizer or generation_config.json
+      cannot be read.
     TypeError: `dtype` is not the name of a dtype.
   """
   if implementation not in ("auto", *IMPLEMENTATIONS):
     raise ValueError(f"implementation={implementation!r}: wanted one of auto, {', '.join(IMPLEMENTATIONS)}.")
   keep_programs()
-  stored = checkpoint.load_model(directory, None if dtype is None else jnp.dtype(dtype))
+  devices = None if mesh is None else decoding_mesh(mesh)
+  stored = load_parameters(directory, None if dtype is None else jnp.dtype(dtype), devices, quantize)
   tokenizer = Tokenizer.from_files(stored.tokenizer_files, stored.config)
   generation = json.loads(stored.tokenizer_files.get("generation_config.json", b"{}"))
   template = template_of(stored.tokenizer_files)
   known = checkpoint.fingerprint(directory)
-  return LM(stored.config, stored.params, tokenizer, generation, implementation, known, template)
+  return LM(stored.config, stored.params, tokenizer, generation, implementation, known, template, devices)
 
 
 class LM:
@@ -68,6 +84,7 @@ class LM:
     generation: contents of the model directory's generation_config.json, which has the default sampling settings.
     template: the checkpoint's chat template; None if it has none.
     checkpoint: fingerprint of the model directory, by which states know their model; None if there is none.
+    mesh: the mesh that the parameters are on; None: one device.
     model: the Flax module; use `model.apply({"params": params}, ...)` for what this class does not offer.
   """
 
@@ -80,17 +97,20 @@ class LM:
     implementation: str = "auto",
     fingerprint: str | None = None,
     template: ChatTemplate | None = None,
+    mesh: Mesh | None = None,
   ):
     """Makes an LM from its parts; `load` makes one from a model directory.
 
     Args:
       config: config of the model.
-      params: nested dict of arrays, one subtree per layer. The computation has the dtype of the embedding.
+      params: nested dict of arrays, one subtree per layer. The computation has the dtype of the
+        embedding, or of the norms if the embedding is quantized.
       tokenizer: tokenizer of the model; None if it has none.
       generation: contents of a generation_config.json, which has the default sampling settings; None means greedy.
       implementation: see `load`.
       fingerprint: see `State.checkpoint`.
       template: chat template; None if there is none.
+      mesh: the `core.sharding.decoding_mesh` that the parameters are on; None: one device.
     """
     self.config = config
     self.params = params
@@ -98,10 +118,10 @@ class LM:
     self.generation = generation or {}
     self.checkpoint = fingerprint
     self.template = template
+    self.mesh = mesh
     self._memory = Memory()
     self._grows = any(mixer_class(mixer).GROWS for mixer in config.mixers)
-    dtype = params["embed_tokens"]["embedding"].dtype
-    self.model = Transformer(config, dtype=dtype, implementation=implementation)
+    self.model = Transformer(config, dtype=dtype_of(params), implementation=implementation)
 
   def __call__(
     self,
@@ -129,7 +149,9 @@ class LM:
       ValueError: `padding` is neither "right" nor "left"; or, outside jit: `tokens` are not integers [B, T], shapes do
         not fit each other, a length is not in 0 to T, or a real token is not in the vocabulary.
     """
-    return logits_of(self.model, self.params, tokens, state, lengths=lengths, segment_ids=segment_ids, padding=padding)
+    inputs: dict[str, Any] = {"lengths": lengths, "segment_ids": segment_ids, "padding": padding}
+    with on_mesh(self.mesh):
+      return logits_of(self.model, self.params, tokens, state, **inputs)
 
   def read(self, text: str | Sequence[int], state: State | None = None) -> State:
     """Reads a text, and returns what the model remembers of it; no logits are kept.
@@ -149,14 +171,16 @@ class LM:
         raise ValueError(NOTHING)
       known = np.zeros(0, np.int32)
       decoded = self.model.init_state(1, decode.capacity_for(len(ids)) if self._grows else 0)
+      decoded = placed(decoded, self.config, self.mesh)
     else:
-      self._check_state(state, (1,))
+      state = self._own(state, (1,))
       if not ids:
         return state
       known = state.tokens[0]
       decoded = state.decode.take(np.array([0]))
       decoded = decoded.grow(decode.capacity_for(known.size + len(ids))) if self._grows else decoded
-    hidden, decoded = decode.prefill(self.model, self.params, np.asarray([ids], np.int32), decoded)
+    with on_mesh(self.mesh):
+      hidden, decoded = decode.prefill(self.model, self.params, np.asarray([ids], np.int32), decoded)
     return State(decoded, hidden, (np.concatenate([known, np.asarray(ids, np.int32)]),), self.config, self.checkpoint)
 
   def generate(self, prompt: str | Sequence[str], **how: Any) -> str | list[str]:
@@ -207,7 +231,7 @@ class LM:
       raise ValueError("prompts is a text: wanted a list of texts; `generate` takes either.")
     if not 0 <= logprobs <= TOP or rows < 1:
       raise ValueError(f"logprobs={logprobs}, rows={rows}: wanted 0 to {TOP}, and at least 1.")
-    texts = self._texts(prompts, state, max_new_tokens, stop, sampling)
+    texts = self._texts(prompts, state, {"max_new_tokens": max_new_tokens, "stop": stop, **sampling})
     # Prompts of about the same length together, so that few programs are compiled.
     order = sorted(texts, key=lambda request: len(request.prompt))
     with Progress(len(texts), "{done}/{total} texts", enabled=progress) as shown:
@@ -230,9 +254,7 @@ class LM:
     Raises:
       NotFiniteError, ValueError: as `complete`; a ValueError is raised by the call itself.
     """
-    texts = self._texts(
-      [prompt], how.pop("state", None), how.pop("max_new_tokens", 100), how.pop("stop", ()), how, keep=False
-    )
+    texts = self._texts([prompt], how.pop("state", None), how, keep=False)
     return filter(None, (piece for _, piece in self._generated(list(texts), texts, 1)))
 
   def chat(self, messages: Sequence[Message], **how: Any) -> str:
@@ -260,7 +282,7 @@ class LM:
     before = self._memory.longest(ids)
     known = 0 if before is None else before.tokens[0].size
     asked = self.read(ids[known:], before)
-    texts = self._texts([[]], asked, how.pop("max_new_tokens", 100), how.pop("stop", ()), how)
+    texts = self._texts([[]], asked, how)
     return self._reply(texts, asked)
 
   def _reply(self, texts: dict[Request, TextBuilder], asked: State) -> Iterator[str]:
@@ -282,7 +304,8 @@ class LM:
     if not order:
       return
     most = max(len(request.read) + len(request.prompt) + request.max_new_tokens for request in order)
-    engine = Engine(self.model, self.params, rows=min(rows, len(order)), capacity=most, alternatives=alternatives)
+    rows = min(rows, len(order))
+    engine = Engine(self.model, self.params, rows=rows, capacity=most, alternatives=alternatives, mesh=self.mesh)
     for request in order:
       engine.submit(request)
     while engine.is_busy:
@@ -298,64 +321,23 @@ class LM:
         yield request, piece
 
   def _texts(
-    self,
-    prompts: Sequence[str | Sequence[int]],
-    state: State | None,
-    max_new_tokens: int | Sequence[int],
-    stop: Sequence[str],
-    sampling: Mapping[str, Any],
-    *,
-    keep: bool = True,
+    self, prompts: Sequence[str | Sequence[int]], state: State | None, how: Mapping[str, Any], *, keep: bool = True
   ) -> dict[Request, TextBuilder]:
-    """Returns a request for each prompt, with the builder of its text."""
-    count = len(prompts)
-    if unknown := sampling.keys() - {field.name for field in dataclasses.fields(Sampling)}:
-      raise TypeError(f"Unknown arguments: {', '.join(sorted(unknown))}.")
-    if isinstance(stop, str):
-      stop = (stop,)
+    """Returns a request for each prompt, with the builder of its text; `how` has arguments of `complete`."""
     if state is not None:
-      self._check_state(state, (1, count))
-    most = _each("max_new_tokens", max_new_tokens, count)
-    values = {name: _each(name, value, count) for name, value in sampling.items() if value is not None}
-    if "seed" in values and not isinstance(sampling["seed"], list | tuple):
-      values["seed"] = [(sampling["seed"] + i) % 2**32 for i in range(count)]
-    elif "seed" not in values:
-      values["seed"] = list(range(count))
-    texts = {}
-    for i, prompt in enumerate(prompts):
-      ids = self._ids(prompt, state)
-      before: dict[str, Any] = {}
-      if state is not None:
-        row = state.of(i)
-        before = {"state": row.decode, "hidden": row.hidden, "read": row.tokens[0]}
-      how = Sampling.of_checkpoint(self.generation, **{name: value[i] for name, value in values.items()})
-      if most[i] < 0 or not isinstance(most[i], int | np.integer):
-        raise ValueError(f"max_new_tokens={most[i]!r}: wanted a whole number, 0 or more.")
-      request = Request(ids, how, most[i], **before)
-      decoder = (
-        NoText()
-        if self.tokenizer is None
-        else self.tokenizer.stream_decoder(continues=bool(len(prompt)) or state is not None)
-      )
-      texts[request] = TextBuilder(decoder, most=most[i], stop=stop, stop_ids=self.config.eos_token_ids, keep=keep)
-    return texts
+      state = self._own(state, (1, len(prompts)))
+    ids = [self._ids(prompt, state) for prompt in prompts]
+    goes_on = [state is not None or bool(len(prompt)) for prompt in prompts]
+    decoders = [NoText() if self.tokenizer is None else self.tokenizer.stream_decoder(continues=on) for on in goes_on]
+    stop_ids = self.config.eos_token_ids
+    return requests(ids, decoders, state, generation=self.generation, stop_ids=stop_ids, keep=keep, **how)
 
   def _ids(self, text: str | Sequence[int], state: State | None) -> list[int]:
     """Returns the token ids of a prompt; of an empty one without a state the token that begins a text."""
-    if not isinstance(text, str):
-      ids = [int(i) for i in text]
-      if outside := [i for i in ids if not 0 <= i < self.config.vocab_size]:
-        raise ValueError(f"Token {outside[0]} is not in the vocabulary, 0 to {self.config.vocab_size - 1}.")
-    elif self.tokenizer is None:
-      raise ValueError("This checkpoint has no tokenizer: give token ids in place of a text.")
-    else:
-      ids = self.tokenizer.encode(text, continues=state is not None)
-    if not ids and state is None:
-      start = [self.config.bos_token_id, *self.config.eos_token_ids]
-      ids = [i for i in start if i is not None][:1]
-    return ids
+    return token_ids(text, self.tokenizer, self.config, continues=state is not None)
 
-  def _check_state(self, state: State, rows: Collection[int]) -> None:
+  def _own(self, state: State, rows: Collection[int]) -> State:
+    """Checks that a state is this model's and has one of the given numbers of rows; returns it on this model's mesh."""
     if state.rows not in rows:
       raise ValueError(f"The state has {state.rows} rows: wanted {' or '.join(map(str, sorted(set(rows))))}.")
     if self.checkpoint and state.checkpoint and self.checkpoint != state.checkpoint:
@@ -364,12 +346,4 @@ class LM:
       raise ValueError(
         f"The state is of another model: its config or dtype, {state.hidden.dtype}, is not this model's."
       )
-
-
-def _each(name: str, value: Any, count: int) -> list[Any]:
-  """Returns a value for each of `count` prompts."""
-  if not isinstance(value, list | tuple):
-    return [value] * count
-  if len(value) != count:
-    raise ValueError(f"{name} has {len(value)} values for {count} prompts.")
-  return list(value)
+    return state.on(self.mesh)

@@ -13,9 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors
 import safetensors.numpy
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from supra_jax.core.files import into_place, local
 from supra_jax.model.config import ModelConfig
+from supra_jax.model.placement import state_shardings
 from supra_jax.model.transformer import DecodeState, Transformer
 
 FORMAT = "supra_jax state 1"
@@ -71,6 +73,14 @@ class State:
     if self.rows != 1:
       raise ValueError(f"This state has {self.rows} rows: take([row]) one to fork.")
     return self.take([0] * count)
+
+  def on(self, mesh: Mesh | None) -> State:
+    """Returns the state on a mesh, or on one device for None, wherever it was."""
+    if mesh is None and len(self.hidden.sharding.device_set) == 1:
+      return self
+    whole = jax.local_devices()[0] if mesh is None else NamedSharding(mesh, PartitionSpec())
+    to = whole if mesh is None else state_shardings(self.decode, self.config, mesh)
+    return dataclasses.replace(self, decode=jax.device_put(self.decode, to), hidden=jax.device_put(self.hidden, whole))
 
   def save(self, path: str | os.PathLike[str]) -> None:
     """Writes the state into one file, in the format safetensors. An existing file is replaced once the new is whole.

@@ -1,7 +1,7 @@
 """Parameters in 8 bits: one byte an entry, and one scale per output channel of each matrix.
 
 The matrices of a model are most of its bytes, and reading them is most of the time of a decoding step. W is replaced by
-s * round(W / s) with s = max |W| / 127 over the inputs of each output; activations stay as they are. For inference only.
+s * round(W / s) with s = max |W| / 127 over the inputs of each output; activations are not rounded. For inference only.
 """
 
 from __future__ import annotations
@@ -27,10 +27,12 @@ class Int8:
   Attributes:
     values: int8, as the matrix.
     scale: float32, as the matrix without its axis of inputs; an entry of the matrix is `values * scale`.
+    inputs: the axis of inputs, -1 of an embedding table, else -2.
   """
 
   values: jax.Array
   scale: jax.Array
+  inputs: int = flax.struct.field(pytree_node=False)
 
   def product(self, equation: str, dtype: Any, out_dtype: Any, x: jax.Array) -> jax.Array:
     """Returns what `layers.product` returns for the matrix; sums are float32 at least, and are then scaled."""
@@ -51,22 +53,23 @@ class Int8:
     return self.values[index] * self.scale[index][..., None]
 
 
-def in_int8(params: Mapping[str, Any]) -> dict[str, Any]:
-  """Returns parameters with `Int8` in place of all matrices: kernels of projections and feature maps, and embeddings.
+def in_int8(params: Mapping[str, Any], dtype: Any = None) -> dict[str, Any]:
+  """Returns parameters with `Int8` of numpy arrays in place of all kernels and embedding tables.
 
   Args:
     params: nested dict of numpy or jax arrays.
+    dtype: dtype of the other parameters; None leaves them as they are.
   """
 
   def of(name: str, held: Any) -> Any:
     if isinstance(held, Mapping):
       return {key: of(key, value) for key, value in held.items()}
     if name not in ("kernel", "embedding"):
-      return held
+      return np.asarray(held, dtype)
     inputs = -1 if name == "embedding" else -2
     wide = np.asarray(held).astype(np.float32)
     scale = np.maximum(np.abs(wide).max(inputs), np.finfo(np.float32).tiny) / LARGEST
     values = np.rint(wide / np.expand_dims(scale, inputs)).astype(np.int8)
-    return Int8(jnp.asarray(values), jnp.asarray(scale))
+    return Int8(values, scale, inputs)
 
   return of("", params)

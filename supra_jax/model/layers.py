@@ -164,7 +164,7 @@ class Embed(nn.Module):
     # is gathered over fsdp, as other parameters are; otherwise the compiler moves activations instead.
     if isinstance(self.embedding, Int8):
       return self.embedding.rows(ids).astype(self.dtype)
-    return _rows(constrain(jnp.asarray(self.embedding), "vocabulary", None), ids).astype(self.dtype)
+    return _rows(constrain(jnp.asarray(self.embedding), "vocabulary", "gathered"), ids).astype(self.dtype)
 
   def attend(self, x: jax.Array) -> jax.Array:
     """Returns the logits [..., rows], float32 at least, of x [..., D]."""

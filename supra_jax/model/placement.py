@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from supra_jax.core.sharding import dimensions_spec
 from supra_jax.model.config import ModelConfig
+from supra_jax.model.int8 import Int8
 from supra_jax.model.registry import MIXER, mixer_class, mixer_classes
 from supra_jax.model.transformer import DecodeState
 
@@ -51,7 +52,12 @@ def param_specs(params: Any, mesh: Mesh) -> Any:
   """
   known = parameter_axes()
 
-  def spec_of(path, leaf) -> PartitionSpec:
+  def spec_of(path: Any, leaf: Any) -> Any:
+    if isinstance(leaf, Int8):
+      spec: Any = spec_of(path, leaf.values)
+      whole = (*spec, *[None] * (leaf.values.ndim - len(spec)))
+      outputs = [axis for number, axis in enumerate(whole) if number != leaf.inputs % len(whole)]
+      return Int8(spec, cast(Any, PartitionSpec(*outputs)), leaf.inputs)
     name = parameter_name(path)
     stacked = name.startswith("run_")
     short, rank = _LAYER.sub("", name), leaf.ndim - stacked
@@ -62,24 +68,35 @@ def param_specs(params: Any, mesh: Mesh) -> Any:
       raise ValueError(
         f"No line says how a mesh cuts the parameter {name} {tuple(leaf.shape)}: its mixer's AXES lack one."
       )
-    spec = PartitionSpec(*([None] * stacked), *dimensions_spec(*axes))
+    spec = PartitionSpec(*([None] * stacked), *dimensions_spec(*axes, mesh=mesh))
     _check_cuts(name, leaf.shape, spec, mesh)
     return spec
 
-  return jax.tree_util.tree_map_with_path(spec_of, params)
+  return jax.tree_util.tree_map_with_path(spec_of, params, is_leaf=lambda x: isinstance(x, Int8))
 
 
-def state_shardings(state: DecodeState, config: ModelConfig, mesh: Mesh) -> DecodeState:
+def state_shardings(state: DecodeState, config: ModelConfig, mesh: Mesh | jax.sharding.AbstractMesh) -> DecodeState:
   """Returns the sharding of each array of a model's state, in a state like `state`; see `Mixer.STATE_AXES`."""
 
   def of(*axes: str | None) -> Any:
-    return NamedSharding(mesh, dimensions_spec(*axes))
+    return NamedSharding(mesh, dimensions_spec(*axes, mesh=mesh, rows=state.cached.shape[0]))
 
   layers = tuple(
     dataclasses.replace(held, **{name: of(*axes) for name, axes in mixer_class(layer.mixer).STATE_AXES.items()})
     for held, layer in zip(state.layers, config.layers, strict=True)
   )
   return dataclasses.replace(state, layers=layers, cached=of("batch"), position=of("batch"), segment=of("batch"))
+
+
+def placed(state: DecodeState, config: ModelConfig, mesh: Mesh | None) -> DecodeState:
+  """Returns a model's state on a mesh; `state` itself for None."""
+  return state if mesh is None else jax.device_put(state, state_shardings(state, config, mesh))
+
+
+def constrain_state(state: DecodeState, config: ModelConfig) -> DecodeState:
+  """Constrains the sharding of a model's state inside a program; returns `state` unchanged outside a mesh."""
+  mesh = jax.sharding.get_abstract_mesh()
+  return state if mesh.empty else jax.lax.with_sharding_constraint(state, state_shardings(state, config, mesh))
 
 
 def _check_cuts(name: str, shape: Sequence[int], spec: PartitionSpec, mesh: Mesh) -> None:

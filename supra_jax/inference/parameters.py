@@ -1,0 +1,60 @@
+"""The parameters of a model as inference keeps them: in a dtype or in 8 bits, on one device or over a mesh."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from supra_jax.core.sharding import check_heads
+from supra_jax.model.int8 import Int8, in_int8
+from supra_jax.model.placement import param_shardings
+from supra_jax.storage.model_directory import ModelCheckpoint, load_model
+
+
+def load_parameters(
+  directory: str | os.PathLike[str], dtype: Any, mesh: Mesh | None, quantize: str | None
+) -> ModelCheckpoint:
+  """Loads a model directory.
+
+  Args:
+    directory: model directory.
+    dtype: dtype of the parameters, and with `quantize` of those that are not matrices; None keeps what is stored.
+    mesh: the mesh to put the parameters on; None: the first device.
+    quantize: "int8", or None. A matrix is read into the host's memory, and gets to the devices in 8 bits.
+
+  Raises:
+    FileNotFoundError: as `load_model`.
+    ValueError: as `load_model`; `quantize` is unknown; or the mesh does not divide a dimension of a parameter or state.
+  """
+  if quantize not in (None, "int8"):
+    raise ValueError(f"quantize={quantize!r}: wanted 'int8' or None.")
+  place = None if mesh is None else functools.partial(param_shardings, mesh=mesh)
+  if not quantize:
+    stored = load_model(directory, dtype, shardings=place)
+  else:
+    stored = load_model(directory, shardings=_on_host)
+    params = in_int8(stored.params, dtype)
+    stored = dataclasses.replace(stored, params=jax.device_put(params, place(params) if place else None))
+  if mesh is not None:
+    check_heads(stored.config.num_heads, stored.config.num_kv_heads, mesh)
+  return stored
+
+
+def _on_host(shapes: Any) -> Any:
+  try:
+    host = jax.local_devices(backend="cpu")[0]
+  except RuntimeError:  # jax was told to use no CPU
+    host = jax.local_devices()[0]
+  return jax.tree.map(lambda _: jax.sharding.SingleDeviceSharding(host), shapes)
+
+
+def dtype_of(params: Mapping[str, Any]) -> Any:
+  """Returns the dtype that a model with these parameters computes in."""
+  embedding = params["embed_tokens"]["embedding"]
+  return params["norm"]["weight"].dtype if isinstance(embedding, Int8) else embedding.dtype
