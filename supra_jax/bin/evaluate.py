@@ -7,11 +7,12 @@ from typing import Any
 from absl import flags
 
 import supra_jax
-from supra_jax.bin.entry import DTYPES, run
+from supra_jax.bin import model_flags
+from supra_jax.bin.entry import run
 from supra_jax.bin.implementation import with_implementation
 from supra_jax.objectives.heldout import perplexity
 
-_CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Model directory to evaluate.", required=True)
+_load = model_flags.define()
 _INPUT = flags.DEFINE_string(
   "input", None, "Text to evaluate on: glob of .txt, .jsonl[.gz|.zst] or .parquet, or pydoc:topics.", required=True
 )
@@ -21,11 +22,10 @@ _LENGTH = flags.DEFINE_integer(
 )
 flags.DEFINE_alias("window", "sequence_length")  # the flag's earlier name
 _MAX_TOKENS = flags.DEFINE_integer("max_tokens", 0, "Tokens of the text to read; 0 means all.", lower_bound=0)
-_DTYPE = flags.DEFINE_enum("dtype", None, DTYPES, "Dtype of parameters and computation. Default: as stored.")
 
 
 def main() -> None:
-  lm = supra_jax.load(_CHECKPOINT.value, _DTYPE.value)
+  lm = _load()
   how: dict[str, Any] = {"text_key": _TEXT_KEY.value, "sequence_length": _LENGTH.value, "max_tokens": _MAX_TOKENS.value}
   nll, targets = supra_jax.evaluate(lm, _INPUT.value, **how)
   print(f"loss {nll:.4f} nats a token, perplexity {perplexity(nll):.3f}, {targets} tokens, pieces of {_LENGTH.value}")

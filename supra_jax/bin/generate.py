@@ -9,11 +9,11 @@ from collections.abc import Iterable
 
 from absl import flags
 
-import supra_jax
-from supra_jax.bin.entry import DTYPES, run
+from supra_jax.bin import model_flags
+from supra_jax.bin.entry import run
 from supra_jax.bin.implementation import with_implementation
 
-_CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Model directory to generate with.", required=True)
+_load = model_flags.define()
 _PROMPT = flags.DEFINE_string("prompt", None, "Text to continue; with --chat or --interactive, the first message.")
 _CHAT = flags.DEFINE_bool("chat", False, "Answer --prompt as a message, by the checkpoint's chat template.")
 _INTERACTIVE = flags.DEFINE_bool("interactive", False, "Converse: messages are read from the terminal, line by line.")
@@ -29,7 +29,6 @@ _ = [flags.DEFINE_float(name, None, said) for name, said in _NUMBERS.items()]
 flags.DEFINE_integer("top_k", None, f"Draw from the k likeliest tokens; 0: all. {_OWN} else 0.", lower_bound=0)
 flags.DEFINE_multi_string("stop", [], "Text before which the answer ends; may be given several times.")
 flags.DEFINE_integer("seed", 0, "Seeds the draws of tokens.")
-_DTYPE = flags.DEFINE_enum("dtype", None, DTYPES, "Dtype of parameters and computation. Default: as stored.")
 
 
 def _shown(texts: Iterable[str], whole: str = "") -> str:
@@ -46,7 +45,7 @@ def main() -> None:
   if not first and not _INTERACTIVE.value:
     raise ValueError("--prompt is not given: wanted a text to continue, or --interactive.")
   how = {name: flags.FLAGS[name].value for name in (*_NUMBERS, "top_k", "seed", "max_new_tokens", "stop")}
-  lm = supra_jax.load(_CHECKPOINT.value, _DTYPE.value)
+  lm = _load()
   if not (_CHAT.value or _INTERACTIVE.value):
     _shown(itertools.chain(first, lm.stream(first[0], **how)))
     return

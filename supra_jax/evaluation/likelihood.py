@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
+from supra_jax.core.sharding import on_mesh
 from supra_jax.data.text import read_documents
 from supra_jax.inference.decode import round_up_length
 from supra_jax.inference.lm import LM
@@ -75,7 +76,8 @@ def text_nll(lm: LM, tokens: Sequence[int], *, sequence_length: int = 1024, batc
   nll = 0.0
   for first in range(0, count, batch_size):
     batch = rows[first : first + batch_size]
-    nll += float(loss_sums(lm.model, lm.params, {"tokens": batch}).nll)
+    with on_mesh(lm.mesh):
+      nll += float(loss_sums(lm.model, lm.params, {"tokens": batch}).nll)
     if not math.isfinite(nll):
       raise not_finite(lm.model, lm.params, batch.tolist(), before=first * sequence_length)
   targets = count * (sequence_length - 1)
@@ -131,7 +133,8 @@ def loglikelihoods(lm: LM, requests: Sequence[tuple[Sequence[int], Sequence[int]
       for slot, i in enumerate(part):
         row, first[slot] = rows[i]
         tokens[slot, : len(row)], lengths[slot] = row, len(row)
-      scores, greedy = _continuation_scores(lm.model, lm.params, tokens, lengths, first)
+      with on_mesh(lm.mesh):
+        scores, greedy = _continuation_scores(lm.model, lm.params, tokens, lengths, first)
       for i, score, is_greedy in zip(part, np.asarray(scores), np.asarray(greedy), strict=False):
         if not math.isfinite(score):
           raise NotFiniteError(f"Request {i}: {not_finite(lm.model, lm.params, [rows[i][0]])}")

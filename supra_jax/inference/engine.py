@@ -116,6 +116,7 @@ class Engine:
     self._token = jnp.zeros(rows, jnp.int32)
     self._slots: list[Request | None] = [None] * rows
     self._drawn: dict[Request, int] = {}
+    self._due: dict[Request, int] = {}  # tokens of each text in a row that no call was made for
     self._waiting: collections.deque[Request] = collections.deque()
     self._reading: _Reading | None = None
     # What was dispatched and not yet looked at: (requests of the rows then, what they drew).
@@ -145,6 +146,7 @@ class Engine:
   def finish(self, request: Request) -> None:
     """Ends a text early: its row is free, and no further token of it is returned."""
     self._drawn.pop(request, None)
+    self._due.pop(request, None)
     self._slots = [None if held is request else held for held in self._slots]
     if request in self._waiting:
       self._waiting.remove(request)
@@ -163,7 +165,8 @@ class Engine:
 
   def _step(self) -> list[tuple[Request, Token]]:
     self._read()
-    if any(request is not None for request in self._slots):
+    if self._is_decoding():
+      self._due = {request: due - decode.DECODE_TOKENS for request, due in self._due.items()}
       drawn, self._token, self._state, self._draws = decode.decode_steps(
         self.model,
         decode.DECODE_TOKENS,
@@ -185,11 +188,7 @@ class Engine:
     return not self._alternatives and all(request.sampling.plain for request in requests if request is not None)
 
   def _is_decoding(self) -> bool:
-    return any(
-      request in self._drawn and self._drawn[request] < request.max_new_tokens
-      for request in self._slots
-      if request is not None
-    )
+    return any(due > 0 for due in self._due.values())
 
   def _look(self, requests: list[Request | None], drawn: Any) -> Iterator[tuple[Request, Token]]:
     drawn = jax.tree.map(np.asarray, drawn)
@@ -251,7 +250,7 @@ class Engine:
     self._token, self._state, self._draws = decode.put_rows(
       self.model, self._token, self._state, self._draws, np.asarray([reading.slot]), drawn.token, reading.state, draws
     )
-    self._slots[reading.slot], self._drawn[request] = request, 0
+    self._slots[reading.slot], self._drawn[request], self._due[request] = request, 0, request.max_new_tokens - 1
     self._ready.append(([request], jax.tree.map(lambda x: x[None], drawn)))
 
 

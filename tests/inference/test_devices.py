@@ -22,7 +22,7 @@ from supra_jax.model.placement import placed
 from supra_jax.model.registry import layers
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
-MESHES = ["data:2,fsdp:2,tensor:2"]
+MESHES = ["data:2,fsdp:2"]
 PROMPTS = ["The name", "A", "Once upon a time there was", "x" * 40, "In the beginning"]
 
 
@@ -38,8 +38,8 @@ def alone(directory):
 
 
 def test_over_meshes(directory):
-  """In a process with eight devices."""
-  environment = os.environ | devices_environment(8) | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+  """In a process with four devices."""
+  environment = os.environ | devices_environment(4) | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
   command = [sys.executable, "-m", "tests.inference.test_devices", str(directory)]
   done = subprocess.run(command, env=environment, capture_output=True, text=True)
   assert done.returncode == 0, done.stderr

@@ -1,0 +1,25 @@
+"""The flags of programs that run one model: --checkpoint, --dtype, --quantize and --mesh."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from absl import flags
+
+import supra_jax
+from supra_jax.bin.entry import DTYPES
+from supra_jax.inference.lm import LM
+
+_MESH = (
+  "Devices to shard the model over, as in fsdp:8 or data:2,tensor:4: fsdp and tensor shard parameters, data the texts "
+  "that decode together. Default: one device."
+)
+
+
+def define() -> Callable[[], LM]:
+  """Defines the flags, and returns a function that loads the model that they name."""
+  checkpoint = flags.DEFINE_string("checkpoint", None, "Model directory.", required=True)
+  dtype = flags.DEFINE_enum("dtype", None, DTYPES, "Dtype of parameters and computation. Default: as stored.")
+  quantize = flags.DEFINE_enum("quantize", None, ["int8"], "int8 keeps all matrices in 8 bits. Default: as --dtype.")
+  mesh = flags.DEFINE_string("mesh", None, _MESH)
+  return lambda: supra_jax.load(checkpoint.value, dtype.value, mesh=mesh.value, quantize=quantize.value)
