@@ -5,7 +5,8 @@ The process reads requests from stdin and answers on stdout, a line of JSON each
 - `Ours`: our model, whose layers all have one mixer, through the programs that the engine runs for greedy texts.
 - `Theirs`: transformers' LlamaForCausalLM with scaled_dot_product_attention, through `generate`.
 
-All compute in bfloat16 on an accelerator, and in float32 on a CPU, with random weights. A context is not read but
+All compute in bfloat16 on an accelerator, and in float32 on a CPU, unless their name has another dtype, with random
+weights; those of int8 compute in bfloat16. A context is not read but
 filled in: random keys and values of that length, or a random state.
 """
 
@@ -35,7 +36,7 @@ from supra_jax.model.presets import PRESETS
 from supra_jax.model.registry import layer
 
 # Contestant -> what is measured -> the ways of doing it, of which the best counts.
-OURS = ("supra", "supra_window", "softmax")
+OURS = ("supra", "supra_window", "softmax", "supra:bfloat16", "supra:int8")
 OUR_WAYS = {"decode": ("",), "prefill": ("",), "product": ("",)}
 THEIR_WAYS = {"decode": ("dynamic", "static"), "prefill": ("forward", "generate"), "product": ("",)}
 PAUSE = 0.05  # seconds before a turn in which the threads of the others go to sleep
@@ -86,15 +87,18 @@ def free_memory() -> int:
 class Ours:
   """Our model."""
 
-  def __init__(self, mixer: str, config: ModelConfig):
+  def __init__(self, name: str, config: ModelConfig):
     import jax
     import jax.numpy as jnp
 
+    from supra_jax.model.int8 import in_int8
     from supra_jax.model.transformer import Transformer
+
+    mixer, _, width = name.partition(":")
 
     keep_programs()
     self.config = config.replace(layers=(layer(mixer),) * config.num_layers)
-    self.dtype = jnp.dtype("float32" if jax.default_backend() == "cpu" else "bfloat16")
+    self.dtype = jnp.dtype("float32" if jax.default_backend() == "cpu" and not width else "bfloat16")
     self.model = model = Transformer(self.config, dtype=self.dtype)
 
     @jax.jit
@@ -103,6 +107,8 @@ class Ours:
       return jax.tree.map(lambda x: x.astype(self.dtype), params)
 
     self.params = jax.block_until_ready(draw(jax.random.key(0)))
+    if width == "int8":
+      self.params = jax.tree.map(jnp.asarray, in_int8(self.params))
     self.weight_bytes = sum(x.nbytes for x in jax.tree.leaves(self.params)) - looked_up(config, self.dtype)
 
   def about(self) -> dict[str, Any]:

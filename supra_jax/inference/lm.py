@@ -6,7 +6,7 @@ import asyncio
 import json
 import os
 from collections.abc import AsyncIterator, Collection, Iterator, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -42,7 +42,7 @@ def load(
   *,
   implementation: str = "auto",
   mesh: str | None = None,
-  quantize: Literal["int8"] | None = None,
+  quantize: str | None = None,
 ) -> LM:
   """Loads a model directory, and sets jax to keep compiled programs on disk (see `core.programs`).
 
