@@ -65,6 +65,20 @@ def _two_rows(product: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Ar
   return product(x) if x.size > x.shape[-1] else product(jnp.concatenate([x, x]))[:1]
 
 
+_FEW_TABLE_ROWS = 32  # most rows for which an embedding table is better on the left of a product in float32
+
+
+def needs_decoding_product(equation: str, x: jax.Array) -> bool:
+  """Returns whether `decoding_product` is better than a plain einsum of x and a matrix in the dtype of x."""
+  rows = x.size // x.shape[-1]
+  return x.dtype.itemsize < 4 or (_is_table(equation) and 1 < rows <= _FEW_TABLE_ROWS)
+
+
+def _is_table(equation: str) -> bool:
+  of_x, of_kernel = equation.partition("->")[0].split(",")
+  return of_kernel[-1] == of_x[-1]
+
+
 def decoding_product(equation: str, out_dtype: Any, x: jax.Array, kernel: jax.Array) -> jax.Array:
   """Returns the einsum of activations and a matrix, of which no gradient is taken.
 
@@ -84,8 +98,7 @@ def decoding_product(equation: str, out_dtype: Any, x: jax.Array, kernel: jax.Ar
   einsum = functools.partial(jnp.einsum, preferred_element_type=wide)
 
   def product(rows):
-    few = narrow or 1 < rows.size // rows.shape[-1] <= 32
-    if of_kernel[-1] != of_x[-1] or not few:
+    if not _is_table(equation):
       return einsum(equation, rows, kernel)
     outputs = einsum(f"{of_kernel},{of_x}->{of_kernel[0]}{of_x[:-1]}", kernel, rows)
     # Without the barrier the transpose goes into the product, which is turned round again.

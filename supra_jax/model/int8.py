@@ -41,6 +41,8 @@ class Int8:
     of_scale = "".join(letter for letter in of_matrix if letter in output)
 
     def elsewhere(x, values):
+      # Or the cast of the matrix, as invariant, would move out of a decoding loop, where it takes memory.
+      x, values = jax.lax.optimization_barrier((x, values))
       return jnp.einsum(equation, x.astype(dtype), values.astype(dtype), preferred_element_type=jnp.float32)
 
     on_cpu = functools.partial(int8_product, dtype, table=of_matrix[-1] == of_x[-1])

@@ -15,7 +15,13 @@ import jax
 import jax.numpy as jnp
 
 from supra_jax.core.sharding import constrain
-from supra_jax.core.xla_cpu import decoding_product, kernel_gradient, narrow_rows, without_leading_ones
+from supra_jax.core.xla_cpu import (
+  decoding_product,
+  kernel_gradient,
+  narrow_rows,
+  needs_decoding_product,
+  without_leading_ones,
+)
 from supra_jax.model.config import ModelConfig, NormKind
 from supra_jax.model.int8 import Int8
 
@@ -49,9 +55,12 @@ def product(equation: str, dtype: Any, out_dtype: Any, x: jax.Array, kernel: jax
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def _product(equation: str, dtype: Any, out_dtype: Any, x: jax.Array, kernel: jax.Array) -> jax.Array:
   # Not differentiated: `_product_forward` is called in this function's place where a gradient is taken.
+  x, kernel = x.astype(dtype), kernel.astype(dtype)
+  einsum = functools.partial(jnp.einsum, equation, preferred_element_type=out_dtype)
+  if not needs_decoding_product(equation, x):
+    return einsum(x, kernel)
   on_cpu = functools.partial(decoding_product, equation, out_dtype)
-  elsewhere = functools.partial(jnp.einsum, equation, preferred_element_type=out_dtype)
-  return jax.lax.platform_dependent(x.astype(dtype), kernel.astype(dtype), cpu=on_cpu, default=elsewhere)
+  return jax.lax.platform_dependent(x, kernel, cpu=on_cpu, default=einsum)
 
 
 def _product_forward(equation, dtype, out_dtype, x, kernel):

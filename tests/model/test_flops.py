@@ -24,7 +24,9 @@ def products(jaxpr) -> int:
       depth = math.prod(equation.invars[0].aval.shape[axis] for axis in contracted)
       total += 2 * depth * math.prod(equation.outvars[0].aval.shape)
     turns = equation.params.get("length", 1) if equation.primitive.name == "scan" else 1
-    total += turns * sum(products(inner) for inner in core.jaxprs_in_params(equation.params))
+    inside = [products(inner) for inner in core.jaxprs_in_params(equation.params)]
+    # A cond here chooses a platform: all branches multiply the same.
+    total += max(inside) if equation.primitive.name == "cond" else turns * sum(inside)
   return total
 
 
