@@ -20,8 +20,8 @@ def run(main: Callable[[], None]) -> None:
   """Parses the flags and calls `main`.
 
   Bad overrides of a recipe, bad input (ValueError, OSError or NotImplementedError from `main`) and network errors of
-  the bucket clients end the program with one line on stderr and exit status 1. Flags that do not exist or have bad
-  values end it as absl does. Any other exception is a defect of the program and keeps its traceback.
+  the bucket clients end the program with one line on stderr and exit status 1, Ctrl-C with 130. Flags that do not exist
+  or have bad values end it as absl does. Any other exception is a defect of the program and keeps its traceback.
   """
 
   def absl_main(argv: list[str]) -> None:
@@ -34,6 +34,8 @@ def run(main: Callable[[], None]) -> None:
       main()
     except (ValueError, OSError, NotImplementedError) as error:
       sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+      sys.exit(130)  # as shells have it for Ctrl-C
     except Exception as error:
       if type(error).__module__.partition(".")[0] not in _CLIENTS:
         raise

@@ -5,11 +5,11 @@ from __future__ import annotations
 import itertools
 import sys
 import warnings
-from collections.abc import Iterable
 
 from absl import flags
 
 from supra_jax.bin import model_flags
+from supra_jax.bin.conversation import converse, lines, shown
 from supra_jax.bin.entry import run
 from supra_jax.bin.implementation import with_implementation
 
@@ -31,14 +31,6 @@ flags.DEFINE_multi_string("stop", [], "Text before which the answer ends; may be
 flags.DEFINE_integer("seed", 0, "Seeds the draws of tokens.")
 
 
-def _shown(texts: Iterable[str], whole: str = "") -> str:
-  for text in texts:
-    print(text, end="", flush=True)
-    whole += text
-  print()
-  return whole
-
-
 def main() -> None:
   warnings.showwarning = lambda message, *_: print(f"note: {message}", file=sys.stderr)
   first = [] if _PROMPT.value is None else [_PROMPT.value]
@@ -47,12 +39,9 @@ def main() -> None:
   how = {name: flags.FLAGS[name].value for name in (*_NUMBERS, "top_k", "seed", "max_new_tokens", "stop")}
   lm = _load()
   if not (_CHAT.value or _INTERACTIVE.value):
-    _shown(itertools.chain(first, lm.stream(first[0], **how)))
-    return
-  messages = []
-  for text in (*first, *(map(str.rstrip, sys.stdin) if _INTERACTIVE.value else ())):
-    messages += [{"role": "user", "content": text}]
-    messages += [{"role": "assistant", "content": _shown(lm.stream_chat(messages, **how))}]
+    shown(itertools.chain(first, lm.stream(first[0], **how)))
+  else:
+    converse(lm, itertools.chain(first, lines() if _INTERACTIVE.value else ()), **how)
 
 
 if __name__ == "__main__":

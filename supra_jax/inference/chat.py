@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import functools
 import json
 import warnings
 from collections.abc import Mapping, Sequence
@@ -10,6 +11,7 @@ from typing import Any
 
 import jinja2
 import jinja2.ext
+import jinja2.parser
 import jinja2.sandbox
 
 from supra_jax.core.plain_json import to_json
@@ -17,30 +19,31 @@ from supra_jax.inference.state import State
 
 Message = Mapping[str, Any]
 _SNAPSHOTS = 8  # states that a conversation may go on from
+_LARGE_BYTES = 2**28  # a key/value cache of a long conversation
 
 
 class ChatTemplate:
   """A chat template in jinja2, rendered as the library transformers renders it, in a sandbox."""
 
   def __init__(self, source: str, special: Mapping[str, str]):
-    """Parses a template.
+    """Takes a template, which is parsed when it is first rendered: a model without chat loads whatever it holds.
 
     Args:
       source: contents of chat_template.jinja.
       special: {"bos_token": ..., "eos_token": ...}: texts of special tokens that templates may use.
-
-    Raises:
-      ValueError: the template cannot be parsed.
     """
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-      trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols]
+      trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols, _Generation]
     )
-    environment.filters["tojson"] = lambda value, **how: to_json(value, ensure_ascii=False, **how)
+    environment.filters["tojson"] = lambda value, **how: to_json(value, **{"ensure_ascii": False} | how)
     environment.globals["raise_exception"] = _raise
     environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
-    self._special = dict(special)
+    self._special, self._source, self._environment = dict(special), source, environment
+
+  @functools.cached_property
+  def _template(self) -> jinja2.Template:
     try:
-      self._template = environment.from_string(source)
+      return self._environment.from_string(self._source)
     except jinja2.TemplateError as error:
       raise ValueError(f"chat_template.jinja cannot be parsed: {error}") from error
 
@@ -53,16 +56,29 @@ class ChatTemplate:
       **variables: further variables of the template.
 
     Raises:
-      ValueError: a message has no role or content, or the template refuses the messages.
+      ValueError: there are no messages, one has no role or content, the template cannot be parsed or refuses them.
     """
+    messages = list(messages)
+    if not messages:
+      raise ValueError("messages is empty: wanted [{'role': ..., 'content': ...}, ...].")
     for number, message in enumerate(messages):
       if not isinstance(message, Mapping) or not isinstance(message.get("role"), str) or "content" not in message:
         raise ValueError(f"messages[{number}] is {message!r}: wanted {{'role': ..., 'content': ...}}.")
-    given = self._special | variables
+    given, template = self._special | variables, self._template
     try:
-      return self._template.render(messages=list(messages), add_generation_prompt=reply, **given)
-    except (jinja2.TemplateError, TypeError) as error:
+      return template.render(messages=messages, add_generation_prompt=reply, **given)
+    except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, RecursionError, LookupError) as error:
       raise ValueError(f"chat_template.jinja refuses these messages: {error}") from error
+
+
+class _Generation(jinja2.ext.Extension):
+  """The tag `generation`, which marks what a trainer should learn; it renders what is in it."""
+
+  tags = {"generation"}  # noqa: RUF012
+
+  def parse(self, parser: jinja2.parser.Parser) -> Any:
+    next(parser.stream)
+    return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
 def _raise(message: str) -> None:
@@ -74,9 +90,6 @@ def template_of(files: Mapping[str, bytes]) -> ChatTemplate | None:
 
   Args:
     files: file name -> contents, of chat_template.jinja and tokenizer_config.json.
-
-  Raises:
-    ValueError: the template cannot be parsed.
   """
   if "chat_template.jinja" not in files:
     return None
@@ -102,14 +115,15 @@ class Memory:
     the newest one."""
     fits = [state for state in self._states if list(ids[: state.tokens[0].size]) == state.tokens[0].tolist()]
     found = max(fits, key=lambda state: state.tokens[0].size, default=None)
-    if self._states and found is not self._states[-1]:
-      known = 0 if found is None else found.tokens[0].size
+    left = len(ids) - (0 if found is None else found.tokens[0].size)
+    if self._states and found is not self._states[-1] and left:
       warnings.warn(
-        f"These messages do not go on from the last reply: {len(ids) - known} of their {len(ids)} tokens are read.",
-        stacklevel=4,
+        f"These messages do not go on from the last reply: {left} of their {len(ids)} tokens are read.", stacklevel=4
       )
     return found
 
-  def keep(self, *states: State) -> None:
-    """Remembers states, the newest last; forgets the oldest."""
-    self._states = [*self._states, *states][-_SNAPSHOTS:]
+  def keep(self, state: State) -> None:
+    """Remembers a state, the newest; forgets the oldest, of those that take much memory all but two."""
+    kept = [held for held in self._states if held is not state]
+    most = 2 if state.size_bytes > _LARGE_BYTES else _SNAPSHOTS
+    self._states = [*kept, state][-most:]

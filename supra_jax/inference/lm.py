@@ -23,7 +23,7 @@ from supra_jax.inference.chat import ChatTemplate, Memory, Message, template_of
 from supra_jax.inference.engine import NOTHING, Engine, Request, not_finite_at
 from supra_jax.inference.logits import logits_of
 from supra_jax.inference.parameters import dtype_of, load_parameters
-from supra_jax.inference.prompts import requests, token_ids
+from supra_jax.inference.prompts import ARGUMENTS, requests, token_ids
 from supra_jax.inference.sampling import TOP
 from supra_jax.inference.state import State
 from supra_jax.inference.text import Completion, NoText, TextBuilder
@@ -33,7 +33,7 @@ from supra_jax.model.registry import mixer_class
 from supra_jax.model.transformer import DecodeState, Padding, Transformer
 from supra_jax.storage import model_directory as checkpoint
 
-ROWS = 16  # most texts that decode at a time, unless told otherwise
+ROWS = 32  # most texts that decode at a time, unless told otherwise
 
 
 def load(
@@ -57,16 +57,19 @@ def load(
 
   Raises:
     FileNotFoundError: `directory` is not a model directory, or a part of it is missing.
-    ValueError: `implementation` or `quantize` is unknown, `mesh` does not fit the devices or the model, config.json
-      does not describe a model, the parameters are those of another model, or the tokenizer or generation_config.json
-      cannot be read.
+    ValueError: `implementation` or `quantize` is unknown, `dtype` is not floating-point, `mesh` does not fit devices or
+      model, config.json does not describe a model, the parameters are those of another model, or the tokenizer or
+      generation_config.json cannot be read.
     TypeError: `dtype` is not the name of a dtype.
   """
+  width = None if dtype is None else jnp.dtype(dtype)
+  if width is not None and not jnp.issubdtype(width, jnp.floating):
+    raise ValueError(f"dtype={dtype!r}: wanted a floating-point dtype; quantize='int8' keeps matrices in 8 bits.")
   if implementation not in ("auto", *IMPLEMENTATIONS):
     raise ValueError(f"implementation={implementation!r}: wanted one of auto, {', '.join(IMPLEMENTATIONS)}.")
   keep_programs()
   devices = None if mesh is None else decoding_mesh(mesh)
-  stored = load_parameters(directory, None if dtype is None else jnp.dtype(dtype), devices, quantize)
+  stored = load_parameters(directory, width, devices, quantize)
   tokenizer = Tokenizer.from_files(stored.tokenizer_files, stored.config)
   generation = json.loads(stored.tokenizer_files.get("generation_config.json", b"{}"))
   template = template_of(stored.tokenizer_files)
@@ -185,7 +188,7 @@ class LM:
 
   def generate(self, prompt: str | Sequence[str], **how: Any) -> str | list[str]:
     """Returns the text that follows a prompt, or a list of texts for a list of prompts; for `how` see `complete`."""
-    if isinstance(prompt, str):
+    if isinstance(prompt, str | bytes):
       return self.complete([prompt], **how)[0].text
     return [completion.text for completion in self.complete(prompt, **how)]
 
@@ -195,7 +198,8 @@ class LM:
     *,
     state: State | None = None,
     max_new_tokens: int | Sequence[int] = 100,
-    stop: Sequence[str] = (),
+    stop: str | Sequence[str] | Sequence[Sequence[str]] = (),
+    stop_ids: Sequence[int] | Sequence[Sequence[int]] = (),
     logprobs: int = 0,
     keep_state: bool = False,
     rows: int = ROWS,
@@ -211,7 +215,8 @@ class LM:
         a begin- or end-of-text token.
       state: what the model has read before the prompts: one row for all of them, or one each. It stays as it is.
       max_new_tokens: number of tokens after which a text ends; one for all, or a list with one each.
-      stop: strings that end a text, which is cut before them.
+      stop: strings that end a text, which is cut before them; a string, a list for all, or a list of lists, one each.
+      stop_ids: token ids that end a text beside those of the model's config; a list for all, or a list of lists.
       logprobs: number of likeliest tokens to return with each token, at most `sampling.TOP`.
       keep_state: whether each `Completion` has the state after its last token.
       rows: most texts that decode at a time.
@@ -227,11 +232,14 @@ class LM:
       ValueError: an argument is out of range, the state is another model's, or there are texts and the model has no
         tokenizer.
     """
-    if isinstance(prompts, str):
+    if isinstance(prompts, str | bytes):
       raise ValueError("prompts is a text: wanted a list of texts; `generate` takes either.")
-    if not 0 <= logprobs <= TOP or rows < 1:
+    prompts = list(prompts)
+    if not all(isinstance(n, int | np.integer) for n in (logprobs, rows)) or not 0 <= logprobs <= TOP or rows < 1:
       raise ValueError(f"logprobs={logprobs}, rows={rows}: wanted 0 to {TOP}, and at least 1.")
-    texts = self._texts(prompts, state, {"max_new_tokens": max_new_tokens, "stop": stop, **sampling})
+    texts = self._texts(
+      prompts, state, {"max_new_tokens": max_new_tokens, "stop": stop, "stop_ids": stop_ids, **sampling}
+    )
     # Prompts of about the same length together, so that few programs are compiled.
     order = sorted(texts, key=lambda request: len(request.prompt))
     with Progress(len(texts), "{done}/{total} texts", enabled=progress) as shown:
@@ -279,16 +287,17 @@ class LM:
     if self.tokenizer is None or self.template is None:
       raise ValueError("This checkpoint has no chat template: use `generate` with a text.")
     ids = self.tokenizer.encode(self.template.render(messages), bos=False)
+    self._texts([ids], None, how)  # raises before much is read
     before = self._memory.longest(ids)
     known = 0 if before is None else before.tokens[0].size
     asked = self.read(ids[known:], before)
-    texts = self._texts([[]], asked, how)
-    return self._reply(texts, asked)
+    self._memory.keep(asked)
+    return self._reply(self._texts([[]], asked, how), asked)
 
   def _reply(self, texts: dict[Request, TextBuilder], asked: State) -> Iterator[str]:
     yield from filter(None, (piece for _, piece in self._generated(list(texts), texts, 1)))
     (builder,) = texts.values()
-    self._memory.keep(asked, self.read(builder.tokens, asked))
+    self._memory.keep(self.read(builder.tokens, asked))
 
   async def astream(self, prompt: str | Sequence[int], **how: Any) -> AsyncIterator[str]:
     """Yields what `stream` yields, asynchronously: the event loop goes on while the model works."""
@@ -329,8 +338,9 @@ class LM:
     ids = [self._ids(prompt, state) for prompt in prompts]
     goes_on = [state is not None or bool(len(prompt)) for prompt in prompts]
     decoders = [NoText() if self.tokenizer is None else self.tokenizer.stream_decoder(continues=on) for on in goes_on]
-    stop_ids = self.config.eos_token_ids
-    return requests(ids, decoders, state, generation=self.generation, stop_ids=stop_ids, keep=keep, **how)
+    if unknown := how.keys() - ARGUMENTS:
+      raise TypeError(f"Unknown arguments: {', '.join(sorted(unknown))}.")
+    return requests(ids, decoders, state, config=self.config, generation=self.generation, keep=keep, **how)
 
   def _ids(self, text: str | Sequence[int], state: State | None) -> list[int]:
     """Returns the token ids of a prompt; of an empty one without a state the token that begins a text."""

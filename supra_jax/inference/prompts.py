@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
 from supra_jax.data.tokenizer import StreamDecoder, Tokenizer
@@ -31,7 +32,10 @@ def token_ids(
     ValueError: a token is not in the vocabulary, or there is a text and no tokenizer.
   """
   if not isinstance(text, str):
-    ids = [int(i) for i in text]
+    given = [] if isinstance(text, bytes) else list(text)
+    if isinstance(text, bytes) or not all(isinstance(i, int | np.integer) and not isinstance(i, bool) for i in given):
+      raise ValueError(f"A prompt is {str(text)[:40]!r}: wanted a text, or token ids.")
+    ids = [int(i) for i in given]
     if outside := [i for i in ids if not 0 <= i < config.vocab_size]:
       raise ValueError(f"Token {outside[0]} is not in the vocabulary, 0 to {config.vocab_size - 1}.")
   elif tokenizer is None:
@@ -49,11 +53,12 @@ def requests(
   decoders: Sequence[StreamDecoder | NoText],
   state: State | None,
   *,
+  config: ModelConfig,
   generation: Mapping[str, Any],
-  stop_ids: Collection[int],
   keep: bool = True,
-  max_new_tokens: int | Sequence[int] = 100,
-  stop: str | Sequence[str] = (),
+  max_new_tokens: Any = 100,
+  stop: Any = (),
+  stop_ids: Any = (),
   **sampling: Any,
 ) -> dict[Request, TextBuilder]:
   """Returns a request for each prompt, with the builder of its text.
@@ -62,26 +67,23 @@ def requests(
     prompts: token ids.
     decoders: decoder of each text.
     state: what the model has read before, of one row or as many as prompts; None: nothing.
+    config: the model's config.
     generation: contents of generation_config.json, or empty.
-    stop_ids: token ids that end a text.
     keep: see `TextBuilder`.
-    max_new_tokens, stop, **sampling: see `LM.complete`.
+    max_new_tokens, stop, stop_ids, **sampling: see `LM.complete`.
 
   Raises:
-    TypeError: a field is not one of `Sampling`.
     ValueError: a value is out of range, or a list has not one value for each prompt.
   """
   count = len(prompts)
-  if unknown := sampling.keys() - {field.name for field in dataclasses.fields(Sampling)}:
-    raise TypeError(f"Unknown arguments: {', '.join(sorted(unknown))}.")
-  if isinstance(stop, str):
-    stop = (stop,)
+  stops = _lists("stop", stop, str, count)
+  ends = _lists("stop_ids", stop_ids, int | np.integer, count)
   most = _each("max_new_tokens", max_new_tokens, count)
   values = {name: _each(name, value, count) for name, value in sampling.items() if value is not None}
-  if "seed" in values and not isinstance(sampling["seed"], list | tuple):
-    values["seed"] = [(sampling["seed"] + i) % 2**32 for i in range(count)]
-  elif "seed" not in values:
+  if "seed" not in values:
     values["seed"] = list(range(count))
+  elif isinstance(sampling["seed"], int | np.integer):
+    values["seed"] = [(sampling["seed"] + i) % 2**32 for i in range(count)]
   texts = {}
   for i, (ids, decoder) in enumerate(zip(prompts, decoders, strict=True)):
     before: dict[str, Any] = {}
@@ -89,17 +91,32 @@ def requests(
       row = state.of(i)
       before = {"state": row.decode, "hidden": row.hidden, "read": row.tokens[0]}
     how = Sampling.of_checkpoint(generation, **{name: value[i] for name, value in values.items()})
-    if most[i] < 0 or not isinstance(most[i], int | np.integer):
+    if not isinstance(most[i], int | np.integer) or most[i] < 0:
       raise ValueError(f"max_new_tokens={most[i]!r}: wanted a whole number, 0 or more.")
     request = Request(ids, how, most[i], **before)
-    texts[request] = TextBuilder(decoder, most=most[i], stop=stop, stop_ids=stop_ids, keep=keep)
+    own = {*config.eos_token_ids, *ends[i]}
+    texts[request] = TextBuilder(decoder, most=most[i], stop=stops[i], stop_ids=own, keep=keep)
   return texts
 
 
 def _each(name: str, value: Any, count: int) -> list[Any]:
-  """Returns a value for each of `count` prompts."""
-  if not isinstance(value, list | tuple):
+  """Returns a value for each of `count` prompts, of one for all or of any iterable with one each."""
+  if isinstance(value, str | bytes | Mapping) or not isinstance(value, Iterable):
     return [value] * count
-  if len(value) != count:
-    raise ValueError(f"{name} has {len(value)} values for {count} prompts.")
-  return list(value)
+  values = value.tolist() if isinstance(value, np.ndarray | jax.Array) else list(value)
+  if len(values) != count:
+    raise ValueError(f"{name} has {len(values)} values for {count} prompts.")
+  return values
+
+
+def _lists(name: str, value: Any, kind: Any, count: int) -> list[tuple[Any, ...]]:
+  """Returns a tuple for each of `count` prompts, of an item, of items for all, or of items for each."""
+  held = [] if value is None else [value] if isinstance(value, kind) else list(value)
+  each = [held] * count if all(isinstance(item, kind) for item in held) else _each(name, held, count)
+  made = [() if items is None else (items,) if isinstance(items, kind) else tuple(items) for items in each]
+  if wrong := [item for items in made for item in items if not isinstance(item, kind)]:
+    raise ValueError(f"{name} holds {wrong[0]!r}: wanted {'texts' if kind is str else 'token ids'}.")
+  return made
+
+
+ARGUMENTS = {"max_new_tokens", "stop", "stop_ids", *(field.name for field in dataclasses.fields(Sampling))}

@@ -7,6 +7,7 @@ its logits, its settings, its seed and the number of tokens that it has drawn, a
 from __future__ import annotations
 
 import dataclasses
+import numbers
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
@@ -49,7 +50,7 @@ class Sampling:
   """
 
   temperature: Annotated[float, AtLeast(0)] = 0.0
-  top_k: Annotated[int, AtLeast(0)] = 0
+  top_k: Annotated[int, AtLeast(0), AtMost(2**31 - 1)] = 0
   top_p: Annotated[float, POSITIVE, AtMost(1)] = 1.0
   min_p: Annotated[float, AtLeast(0), AtMost(1)] = 0.0
   repetition_penalty: Annotated[float, POSITIVE] = 1.0
@@ -94,7 +95,8 @@ class Sampling:
   def __post_init__(self):
     check(self)
     for token, bias in self.logit_bias.items():
-      if not isinstance(token, int | np.integer) or token < 0 or not np.isfinite(bias):
+      whole = isinstance(token, int | np.integer) and not isinstance(token, bool)
+      if not whole or token < 0 or not isinstance(bias, numbers.Real) or not abs(bias) < 1e38:
         raise ValueError(f"logit_bias has {token!r}: {bias!r}: wanted a token id and a finite number.")
 
 

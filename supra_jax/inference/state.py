@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import os
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,7 +15,7 @@ import safetensors
 import safetensors.numpy
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from supra_jax.core.files import into_place, local
+from supra_jax.core.files import TEMPORARY, into_place, local
 from supra_jax.model.config import ModelConfig
 from supra_jax.model.placement import state_shardings
 from supra_jax.model.transformer import DecodeState, Transformer
@@ -68,8 +68,10 @@ class State:
     """Returns a state of `count` rows, each a copy of this state's only row.
 
     Raises:
-      ValueError: the state has several rows.
+      ValueError: the state has several rows, or `count` is below 1.
     """
+    if count < 1:
+      raise ValueError(f"count={count}: wanted at least 1.")
     if self.rows != 1:
       raise ValueError(f"This state has {self.rows} rows: take([row]) one to fork.")
     return self.take([0] * count)
@@ -108,12 +110,19 @@ class State:
       "capacity": str(used),
     }
     file = local(path)
-    with into_place(file) as temporary:
-      try:
-        safetensors.numpy.save_file({name: np.asarray(x) for name, x in arrays.items()}, temporary, about)
-      except safetensors.SafetensorError as error:
-        temporary.unlink(missing_ok=True)
-        raise OSError(f"{file} cannot be written: {error}") from error
+    if file.exists() and not file.is_file():
+      raise OSError(f"{file} is a directory or a device: wanted the path of a file.")
+    contents = safetensors.numpy.save({name: np.asarray(x) for name, x in arrays.items()}, about)
+    try:
+      with into_place(file) as temporary:
+        temporary.write_bytes(contents)
+    except OSError as error:
+      file.with_name(file.name + TEMPORARY).unlink(missing_ok=True)
+      raise OSError(f"{file} cannot be written: {error.strerror or error}") from error
+
+
+class _AnotherFormat(ValueError):
+  """The file is whole, and no state."""
 
 
 def load_state(path: str | os.PathLike[str]) -> State:
@@ -130,26 +139,29 @@ def load_state(path: str | os.PathLike[str]) -> State:
   try:
     with safetensors.safe_open(file, framework="flax") as opened:
       about = opened.metadata() or {}
+      if about.get("format") != FORMAT:
+        raise _AnotherFormat(
+          f"{file}: its format is {about.get('format')!r}: wanted {FORMAT!r}, which State.save writes."
+        )
       arrays = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-  except FileNotFoundError:
+  except (FileNotFoundError, _AnotherFormat):
     raise
   except Exception as error:  # the package raises types of its own
     raise ValueError(f"{file}: not a state, or a damaged one: {error}") from error
-  if about.get("format") != FORMAT:
-    raise ValueError(f"{file}: its format is {about.get('format')!r}: wanted {FORMAT!r}, which State.save writes.")
   try:
     return _assembled(about, arrays)
-  except (KeyError, TypeError, ValueError) as error:
+  except (KeyError, TypeError, ValueError, RecursionError) as error:
     raise ValueError(f"{file}: a damaged state: {error}") from error
 
 
 def _assembled(about: Mapping[str, str], arrays: dict[str, jax.Array]) -> State:
   config = ModelConfig.from_json(about["config"])
-  tokens = tuple(np.asarray(arrays.pop(name)) for name in sorted(filter(_is_tokens, arrays), key=_number))
+  names = itertools.takewhile(arrays.__contains__, map("tokens.{}".format, itertools.count()))
+  tokens = tuple(np.asarray(arrays.pop(name)) for name in list(names))
   hidden, capacity = arrays.pop("hidden"), int(about["capacity"])
   counters = {name: arrays.pop(name) for name in _COUNTERS}
   rows = len(tokens)
-  if not 0 <= capacity <= 2**31:
+  if not rows or not 0 <= capacity <= 2**31:
     raise ValueError(f"capacity={capacity}")
   wanted = jax.eval_shape(lambda: Transformer(config, hidden.dtype).init_state(rows, capacity))
   layers = []
@@ -164,6 +176,9 @@ def _assembled(about: Mapping[str, str], arrays: dict[str, jax.Array]) -> State:
     raise ValueError(f"arrays that are of no use to it: {', '.join(sorted(arrays)[:3])}")
   for name, array in counters.items():
     _checked(name, array, (rows,), jnp.int32)
+  cached, position = (np.asarray(counters[name]) for name in ("cached", "position"))
+  if position.min() < 0 or (position > cached).any() or cached.max() > capacity:
+    raise ValueError(f"cached={cached.tolist()}, position={position.tolist()}, capacity={capacity}")
   _checked("hidden", hidden, (rows, config.hidden_size), hidden.dtype)
   for row, ids in enumerate(tokens):
     if ids.ndim != 1 or ids.dtype != np.int32 or (ids.size and not 0 <= ids.min() <= ids.max() < config.vocab_size):
@@ -171,14 +186,6 @@ def _assembled(about: Mapping[str, str], arrays: dict[str, jax.Array]) -> State:
     if ids.size != int(counters["cached"][row]):
       raise ValueError(f"tokens.{row} are {ids.size}, and {int(counters['cached'][row])} were read")
   return State(DecodeState(tuple(layers), **counters), hidden, tokens, config, about["checkpoint"] or None)
-
-
-def _is_tokens(name: str) -> bool:
-  return re.fullmatch(r"tokens\.\d+", name) is not None
-
-
-def _number(name: str) -> int:
-  return int(name.rpartition(".")[2])
 
 
 def _checked(name: str, array: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:

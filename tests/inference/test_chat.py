@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import os
+import signal
+import subprocess
 import sys
 
 import pytest
 
 import supra_jax
+from benchmarks import runs
 from supra_jax.experiments import tiny
 from supra_jax.inference.chat import ChatTemplate
 from supra_jax.storage.model_directory import load_model, save_model
@@ -21,6 +25,7 @@ SIMPLE = (
 )
 TEMPLATES = {
   "simple": SIMPLE,
+  "marked": SIMPLE.replace("{{ m", "{% generation %}{{ m").replace("}}{% endfor", "}}{% endgeneration %}{% endfor"),
   "blocks": """{%- if messages[0].role == 'system' %}
   {%- set system = messages[0].content %}
   {%- set messages = messages[1:] %}
@@ -62,6 +67,8 @@ def test_it_renders_as_transformers_does(kind, reply):
     ("{{ messages[0].missing.deeper }}", TALK, "refuses these messages: "),
     ("{{ ''.__class__.__mro__ }}{{ messages.append(1) }}", TALK, "refuses these messages: "),
     (SIMPLE, [{"content": "x"}], r"messages\[0\] is \{'content': 'x'\}: wanted"),
+    (SIMPLE, [], "messages is empty"),
+    ("{{ 1 / 0 }}", TALK, "refuses these messages: "),
     (SIMPLE, ["x"], r"messages\[0\] is 'x': wanted"),
   ],
 )
@@ -107,9 +114,14 @@ def test_a_conversation_goes_on_from_its_state(lm, monkeypatch, recwarn):
     assert lm.chat(other, max_new_tokens=5) == lm.generate(lm.template.render(other), max_new_tokens=5)
   # The same question again goes on from the state before its reply.
   del read[:]
-  with pytest.warns(UserWarning, match="These messages do not go on from the last reply"):
-    lm.chat(other, max_new_tokens=5)
-  assert read[0] == 0
+  recwarn.clear()
+  lm.chat(other, max_new_tokens=5)
+  assert read[0] == 0 and not recwarn.list
+  # A reply that is broken off: its question is not read again.
+  del read[:]
+  next(lm.stream_chat(talk, max_new_tokens=5))
+  lm.chat(talk, max_new_tokens=5)
+  assert read[1] == 0
 
 
 def test_without_a_template(tmp_path):
@@ -132,5 +144,22 @@ def test_from_the_command_line(lm, directory, monkeypatch):
   assert programs.run(*command, "--prompt=Why?", "--interactive").stdout == f"{first}\n{second}\n"
   monkeypatch.setattr(sys, "stdin", io.StringIO("Why?\n"))
   assert programs.run(*command, "--interactive").stdout == f"{first}\n"
+  environment = os.environ | runs.importable()
+  with subprocess.Popen(
+    [sys.executable, "-m", *command, "--interactive"],
+    env=environment,
+    stdin=subprocess.PIPE,
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    text=True,
+  ) as process:
+    for _ in range(2):  # each line is answered when it comes
+      print("\nWhy?", file=process.stdin, flush=True)
+      answered = process.stdout.readline()
+      assert answered
+    process.send_signal(signal.SIGINT)
+    process.stdin.close()
+    # 130 where Ctrl-C comes between two replies.
+    assert process.wait(60) in (0, 130) and "Traceback" not in process.stderr.read()
   ran = programs.run(*command)
   assert ran.returncode == 1 and "--prompt is not given: wanted a text to continue, or --interactive" in ran.stderr

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -71,6 +72,31 @@ def test_rows_of_one_program_do_not_change_each_other(lm):
   for i, completion in zip(order, again, strict=True):
     assert completion == together[i]
   assert [len(x.tokens) for x in together] == how["max_new_tokens"]
+
+
+def test_arguments_in_any_form(lm):
+  """Arrays, generators and tuples are lists; stop strings and ids are for all texts or for each."""
+  prompts, free = PROMPTS[:3], lm.complete(PROMPTS[:3], max_new_tokens=20)
+  want = [
+    lm.complete([p], max_new_tokens=n, seed=s, temperature=1.0)[0]
+    for p, n, s in zip(prompts, (3, 9, 5), (7, 8, 9), strict=True)
+  ]
+  how = {"max_new_tokens": np.array([3, 9, 5]), "seed": (s for s in (7, 8, 9)), "temperature": jnp.ones(3)}
+  assert [x.tokens for x in lm.complete((p for p in prompts), **how)] == [x.tokens for x in want]
+  assert lm.generate([lm.tokenizer.encode(prompts[0])], max_new_tokens=20) == [free[0].text]
+  ends = [[], [free[1].tokens[4]], [free[2].tokens[2], free[2].tokens[7]]]
+  stopped = lm.complete(prompts, max_new_tokens=20, stop_ids=ends)
+  assert [len(x.tokens) for x in stopped] == [
+    20,
+    free[1].tokens.index(ends[1][0]) + 1,
+    min(map(free[2].tokens.index, ends[2])) + 1,
+  ]
+  assert lm.complete(prompts[1:2], max_new_tokens=20, stop_ids=ends[1])[0].tokens == stopped[1].tokens
+  strings = [(), (free[1].text[3:5],), (s for s in [free[2].text[2:4]])]
+  texts = lm.generate(prompts, max_new_tokens=20, stop=strings)
+  assert texts[0] == free[0].text and texts[1] == free[1].text[: free[1].text.index(free[1].text[3:5])]
+  assert texts[2] == free[2].text[: free[2].text.index(free[2].text[2:4])]
+  assert lm.generate(prompts[1:2], max_new_tokens=20, stop=free[1].text[3:5]) == [texts[1]]
 
 
 def test_nothing_compiles_anew(lm):
@@ -164,11 +190,21 @@ def test_what_is_finished_early_leaves_its_row(lm):
   ("how", "said"),
   [
     ({"prompts": "The name"}, "prompts is a text: wanted a list"),
-    ({"logprobs": 99}, "logprobs=99, rows=16: wanted 0 to 20"),
+    ({"logprobs": 99}, "logprobs=99, rows=32: wanted 0 to 20"),
     ({"rows": 0}, "rows=0"),
     ({"temperature": [1.0]}, "temperature has 1 values for 2 prompts"),
     ({"max_new_tokens": -1}, "max_new_tokens=-1: wanted a whole number"),
     ({"max_new_tokens": [1, 2, 3]}, "max_new_tokens has 3 values for 2 prompts"),
+    ({"max_new_tokens": "5"}, "max_new_tokens='5': wanted a whole number"),
+    ({"logprobs": 2.5}, "logprobs=2.5"),
+    ({"seed": "x"}, "seed='x': wanted a whole number"),
+    ({"top_k": 2**31}, "top_k=2147483648: wanted"),
+    ({"stop": [1]}, "stop"),
+    ({"stop": [["a"], ["b"], ["c"]]}, "stop has 3 values for 2 prompts"),
+    ({"stop_ids": ["a"]}, "stop_ids"),
+    ({"prompts": [b"a", "b"]}, "wanted a text, or token ids"),
+    ({"prompts": [[1.5], [2]]}, "wanted a text, or token ids"),
+    ({"logit_bias": {5: 1e39}}, "logit_bias has 5"),
     ({"top_p": 2.0}, "top_p=2.0: wanted"),
     ({"prompts": [[1], [10_000]]}, "Token 10000 is not in the vocabulary"),
     ({"logit_bias": {10_000: 1.0}}, "logit_bias has the token 10000"),

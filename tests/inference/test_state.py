@@ -177,6 +177,10 @@ DAMAGES = {
   "capacity": _changed(lambda about, arrays: (about | {"capacity": "1000000000000"}, arrays)),
   "no capacity": _changed(lambda about, arrays: (about | {"capacity": "many"}, arrays)),
   "unknown tokens": _changed(lambda about, arrays: (about, arrays | {"tokens.0": arrays["tokens.0"] + 100_000})),
+  "a short cache": _changed(lambda about, arrays: (about | {"capacity": "1"}, arrays)),
+  "a position before the first": _changed(lambda about, arrays: (about, arrays | {"position": arrays["position"] - 9})),
+  "a config without end": _changed(lambda about, arrays: (about | {"config": "[" * 100_000}, arrays)),
+  "two rows of tokens": _changed(lambda about, arrays: (about, arrays | {"tokens.01": arrays["tokens.0"]})),
   "fewer tokens": _changed(lambda about, arrays: (about, arrays | {"tokens.0": arrays["tokens.0"][:-1]})),
 }
 
@@ -196,4 +200,8 @@ def test_a_failed_save_leaves_the_file_that_was_there(lm, tmp_path):
   before = path.read_bytes()
   with pytest.raises(OSError):
     lm.read("a").save(tmp_path / "no" / "state")
+  (tmp_path / "directory").mkdir()
+  with pytest.raises(OSError, match="directory is a directory or a device"):
+    lm.read("a").save(tmp_path / "directory")
+  assert sorted(x.name for x in tmp_path.iterdir()) == ["directory", "state"]
   assert path.read_bytes() == before
