@@ -68,7 +68,7 @@ def load(
   if implementation not in ("auto", *IMPLEMENTATIONS):
     raise ValueError(f"implementation={implementation!r}: wanted one of auto, {', '.join(IMPLEMENTATIONS)}.")
   keep_programs()
-  devices = None if mesh is None else decoding_mesh(mesh)
+  devices = None if mesh is None else decoding_mesh(str(mesh))
   stored = load_parameters(directory, width, devices, quantize)
   tokenizer = Tokenizer.from_files(stored.tokenizer_files, stored.config)
   generation = json.loads(stored.tokenizer_files.get("generation_config.json", b"{}"))
@@ -263,7 +263,12 @@ class LM:
       NotFiniteError, ValueError: as `complete`; a ValueError is raised by the call itself.
     """
     texts = self._texts([prompt], how.pop("state", None), how, keep=False)
-    return filter(None, (piece for _, piece in self._generated(list(texts), texts, 1)))
+    return self._pieces(texts)
+
+  def _pieces(self, texts: Mapping[Request, TextBuilder]) -> Iterator[str]:
+    for _, piece in self._generated(list(texts), texts, 1):
+      if piece:
+        yield piece
 
   def chat(self, messages: Sequence[Message], **how: Any) -> str:
     """Returns the reply to messages; for the arguments see `stream_chat`."""
@@ -295,7 +300,7 @@ class LM:
     return self._reply(self._texts([[]], asked, how), asked)
 
   def _reply(self, texts: dict[Request, TextBuilder], asked: State) -> Iterator[str]:
-    yield from filter(None, (piece for _, piece in self._generated(list(texts), texts, 1)))
+    yield from self._pieces(texts)
     (builder,) = texts.values()
     self._memory.keep(self.read(builder.tokens, asked))
 

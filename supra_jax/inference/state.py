@@ -24,7 +24,7 @@ FORMAT = "supra_jax state 1"
 _COUNTERS = ("cached", "position", "segment")
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class State:
   """What a model remembers of the texts that it has read: one row a text.
 
@@ -43,6 +43,10 @@ class State:
   tokens: tuple[np.ndarray, ...]
   config: ModelConfig
   checkpoint: str | None = None
+
+  def __repr__(self) -> str:
+    """Returns what the state is of, without its arrays."""
+    return f"State(tokens read: {[ids.size for ids in self.tokens]}, {self.size_bytes:,} bytes)"
 
   @property
   def rows(self) -> int:
