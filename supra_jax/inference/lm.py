@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import json
 import os
 from collections.abc import AsyncIterator, Collection, Iterator, Mapping, Sequence
@@ -23,7 +24,7 @@ from supra_jax.inference.chat import ChatTemplate, Memory, Message, template_of
 from supra_jax.inference.engine import NOTHING, Engine, Request, not_finite_at
 from supra_jax.inference.logits import logits_of
 from supra_jax.inference.parameters import dtype_of, load_parameters
-from supra_jax.inference.prompts import ARGUMENTS, requests, token_ids
+from supra_jax.inference.prompts import ARGUMENTS, from_state, requests, token_ids
 from supra_jax.inference.sampling import TOP
 from supra_jax.inference.state import State
 from supra_jax.inference.text import Completion, NoText, TextBuilder
@@ -292,16 +293,15 @@ class LM:
     if self.tokenizer is None or self.template is None:
       raise ValueError("This checkpoint has no chat template: use `generate` with a text.")
     ids = self.tokenizer.encode(self.template.render(messages), bos=False)
-    self._texts([ids], None, how)  # raises before much is read
+    ((request, builder),) = self._texts([ids], None, how).items()  # raises before anything is read
     before = self._memory.longest(ids)
     known = 0 if before is None else before.tokens[0].size
     asked = self.read(ids[known:], before)
     self._memory.keep(asked)
-    return self._reply(self._texts([[]], asked, how), asked)
+    return self._reply(dataclasses.replace(request, prompt=[], **from_state(asked)), builder, asked)
 
-  def _reply(self, texts: dict[Request, TextBuilder], asked: State) -> Iterator[str]:
-    yield from self._pieces(texts)
-    (builder,) = texts.values()
+  def _reply(self, request: Request, builder: TextBuilder, asked: State) -> Iterator[str]:
+    yield from self._pieces({request: builder})
     self._memory.keep(self.read(builder.tokens, asked))
 
   async def astream(self, prompt: str | Sequence[int], **how: Any) -> AsyncIterator[str]:

@@ -48,6 +48,11 @@ def token_ids(
   return ids
 
 
+def from_state(state: State) -> dict[str, Any]:
+  """Returns the fields of a `Request` that goes on from a state of one row."""
+  return {"state": state.decode, "hidden": state.hidden, "read": state.tokens[0]}
+
+
 def requests(
   prompts: Sequence[list[int]],
   decoders: Sequence[StreamDecoder | NoText],
@@ -86,10 +91,7 @@ def requests(
     values["seed"] = [(sampling["seed"] + i) % 2**32 for i in range(count)]
   texts = {}
   for i, (ids, decoder) in enumerate(zip(prompts, decoders, strict=True)):
-    before: dict[str, Any] = {}
-    if state is not None:
-      row = state.of(i)
-      before = {"state": row.decode, "hidden": row.hidden, "read": row.tokens[0]}
+    before = {} if state is None else from_state(state.of(i))
     how = Sampling.of_checkpoint(generation, **{name: value[i] for name, value in values.items()})
     if not isinstance(most[i], int | np.integer) or most[i] < 0:
       raise ValueError(f"max_new_tokens={most[i]!r}: wanted a whole number, 0 or more.")

@@ -17,7 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from supra_jax.core.files import TEMPORARY, into_place, local
 from supra_jax.model.config import ModelConfig
-from supra_jax.model.placement import state_shardings
+from supra_jax.model.placement import placed
 from supra_jax.model.transformer import DecodeState, Transformer
 
 FORMAT = "supra_jax state 1"
@@ -84,9 +84,12 @@ class State:
     """Returns the state on a mesh, or on one device for None, wherever it was."""
     if mesh is None and len(self.hidden.sharding.device_set) == 1:
       return self
-    whole = jax.local_devices()[0] if mesh is None else NamedSharding(mesh, PartitionSpec())
-    to = whole if mesh is None else state_shardings(self.decode, self.config, mesh)
-    return dataclasses.replace(self, decode=jax.device_put(self.decode, to), hidden=jax.device_put(self.hidden, whole))
+    if mesh is None:
+      decode, hidden = jax.device_put((self.decode, self.hidden), jax.local_devices()[0])
+    else:
+      decode = placed(self.decode, self.config, mesh)
+      hidden = jax.device_put(self.hidden, NamedSharding(mesh, PartitionSpec()))
+    return dataclasses.replace(self, decode=decode, hidden=hidden)
 
   def save(self, path: str | os.PathLike[str]) -> None:
     """Writes the state into one file, in the format safetensors. An existing file is replaced once the new is whole.

@@ -37,15 +37,14 @@ class Int8:
   def product(self, equation: str, dtype: Any, out_dtype: Any, x: jax.Array) -> jax.Array:
     """Returns what `layers.product` returns for the matrix; sums are float32 at least, and are then scaled."""
     inputs, output = equation.split("->")
-    of_x, of_matrix = inputs.split(",")
-    of_scale = "".join(letter for letter in of_matrix if letter in output)
+    of_scale = "".join(letter for letter in inputs.partition(",")[2] if letter in output)
 
     def elsewhere(x, values):
       # Or the cast of the matrix, as invariant, would move out of a decoding loop, where it takes memory.
       x, values = jax.lax.optimization_barrier((x, values))
       return jnp.einsum(equation, x.astype(dtype), values.astype(dtype), preferred_element_type=jnp.float32)
 
-    on_cpu = functools.partial(int8_product, dtype, table=of_matrix[-1] == of_x[-1])
+    on_cpu = functools.partial(int8_product, dtype, table=self.inputs == -1)
     ways = {"cpu": on_cpu} if self.values.ndim == 2 else {}
     y = jax.lax.platform_dependent(x, self.values, default=elsewhere, **ways)
     return jnp.einsum(f"{output},{of_scale}->{output}", y, self.scale).astype(out_dtype)

@@ -117,6 +117,7 @@ def test_a_conversation_goes_on_from_its_state(lm, monkeypatch, recwarn):
   recwarn.clear()
   lm.chat(other, max_new_tokens=5)
   assert read[0] == 0 and not recwarn.list
+  assert lm.chat(other, max_new_tokens=5, stop=(s for s in [lm.chat(other, max_new_tokens=5)[0]])) == ""
   # A reply that is broken off: its question is not read again.
   del read[:]
   next(lm.stream_chat(talk, max_new_tokens=5))
