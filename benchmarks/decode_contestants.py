@@ -91,6 +91,7 @@ class Ours:
     import jax
     import jax.numpy as jnp
 
+    from supra_jax.inference.parameters import for_inference
     from supra_jax.model.int8 import in_int8
     from supra_jax.model.transformer import Transformer
 
@@ -106,7 +107,7 @@ class Ours:
       params = model.init(key, jnp.zeros((1, 1), jnp.int32), method="logits")["params"]
       return jax.tree.map(lambda x: x.astype(self.dtype), params)
 
-    self.params = jax.block_until_ready(draw(jax.random.key(0)))
+    self.params = jax.block_until_ready(for_inference(self.config, draw(jax.random.key(0))))
     if width == "int8":
       self.params = jax.tree.map(jnp.asarray, in_int8(self.params))
     self.weight_bytes = sum(x.nbytes for x in jax.tree.leaves(self.params)) - looked_up(config, self.dtype)

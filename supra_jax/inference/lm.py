@@ -83,7 +83,8 @@ class LM:
 
   Attributes:
     config: config of the model.
-    params: nested dict of arrays, one subtree per layer.
+    params: nested dict of arrays, one subtree per layer. `load` multiplies phi's W into the projections of q and k
+      where it can (`Mixer.for_inference`); `storage.model_directory.load_model` returns what is stored.
     tokenizer: tokenizer of the model; None if it has none.
     generation: contents of the model directory's generation_config.json, which has the default sampling settings.
     template: the checkpoint's chat template; None if it has none.

@@ -1,4 +1,4 @@
-"""The parameters of a model as inference keeps them: in a dtype or in 8 bits, on one device or over a mesh."""
+"""The parameters of a model as inference keeps them: few products, in a dtype or in 8 bits, on one device or a mesh."""
 
 from __future__ import annotations
 
@@ -12,15 +12,17 @@ import jax
 from jax.sharding import Mesh
 
 from supra_jax.core.sharding import check_heads
+from supra_jax.model.config import ModelConfig
 from supra_jax.model.int8 import Int8, in_int8
 from supra_jax.model.placement import param_shardings
+from supra_jax.model.registry import MIXER, mixer_class
 from supra_jax.storage.model_directory import ModelCheckpoint, load_model
 
 
 def load_parameters(
   directory: str | os.PathLike[str], dtype: Any, mesh: Mesh | None, quantize: str | None
 ) -> ModelCheckpoint:
-  """Loads a model directory.
+  """Loads a model directory; parameters that would follow each other without a nonlinearity are multiplied together.
 
   Args:
     directory: model directory.
@@ -37,13 +39,24 @@ def load_parameters(
   place = None if mesh is None else functools.partial(param_shardings, mesh=mesh)
   if not quantize:
     stored = load_model(directory, dtype, shardings=place)
+    params = for_inference(stored.config, stored.params)
   else:
     stored = load_model(directory, shardings=_on_host)
-    params = in_int8(stored.params, dtype)
-    stored = dataclasses.replace(stored, params=jax.device_put(params, place(params) if place else None))
+    params = in_int8(for_inference(stored.config, stored.params), dtype)
   if mesh is not None:
     check_heads(stored.config.num_heads, stored.config.num_kv_heads, mesh)
-  return stored
+  if quantize or place:
+    params = jax.device_put(params, place(params) if place else None)
+  return dataclasses.replace(stored, params=params)
+
+
+def for_inference(config: ModelConfig, params: Mapping[str, Any]) -> dict[str, Any]:
+  """Returns a model's parameters, with those of each mixer as `Mixer.for_inference` returns them."""
+  params = dict(params)
+  for i, layer in enumerate(config.layers):
+    block = params[f"layers_{i}"]
+    params[f"layers_{i}"] = {**block, MIXER: mixer_class(layer.mixer).for_inference(config, block[MIXER])}
+  return params
 
 
 def _on_host(shapes: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import flax.linen as nn
@@ -11,7 +12,7 @@ import jax.numpy as jnp
 
 from supra_jax.core.sharding import constrain
 from supra_jax.model.config import ModelConfig
-from supra_jax.model.layers import add_bias, matmul, product
+from supra_jax.model.layers import add_bias, at_least_float32, matmul, product
 
 FeatureMapKind = Literal["dense", "per_head", "per_head_separate"]
 
@@ -26,6 +27,31 @@ def _uniform_fan_in(fan_in: int) -> nn.initializers.Initializer:
   return init
 
 
+def _in_projection(phi: nn.Module) -> bool:
+  """Whether the parameters are those of `into_projection`, without W."""
+  return phi.has_variable("params", "bias") and not phi.has_variable("params", "kernel")
+
+
+@jax.jit
+def into_projection(projection: Mapping[str, jax.Array], phi: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+  """Returns the parameters of a projection with phi's W in it: W (P x + p) + b = (W P) x + W p + b.
+
+  One product in place of two, so fewer bytes to read: for inference, where nothing else needs P x.
+
+  Args:
+    projection: kernel P [D, N*K], and bias p [N*K] if the projection has one.
+    phi: parameters of a feature map, which from then on has the bias alone.
+  """
+  w_MKJ = phi["kernel"].reshape(-1, *phi["kernel"].shape[-2:])
+
+  def times_w(p: jax.Array) -> jax.Array:
+    heads = p.reshape(*p.shape[:-1], w_MKJ.shape[0], -1, w_MKJ.shape[-1])
+    y = jnp.einsum("...mrk,mkj->...mrj", at_least_float32(heads), at_least_float32(w_MKJ), precision="highest")
+    return y.reshape(p.shape).astype(p.dtype)
+
+  return {name: times_w(p) for name, p in projection.items()}
+
+
 class DenseFeatureMap(nn.Module):
   """phi with one W [N*K, N*K] over all N heads together, as in released checkpoints."""
 
@@ -35,11 +61,13 @@ class DenseFeatureMap(nn.Module):
   def __call__(self, x_BTNK: jax.Array) -> jax.Array:
     *lead, heads, width = x_BTNK.shape
     init = _uniform_fan_in(heads * width)
-    kernel = self.param("kernel", init, (heads * width, heads * width))
+    y = x_BTNK.reshape(*lead, heads * width)
+    if not _in_projection(self):
+      kernel = self.param("kernel", init, (heads * width, heads * width))
+      # W mixes all heads, so every device needs x with all heads: gathered once, for the product and W's gradient.
+      y = matmul(constrain(y, "batch", "time", None), kernel, self.dtype)
     bias = self.param("bias", init, (heads * width,))
-    # W mixes all heads, so every device needs x with all heads: gathered once, for the product and the gradient of W.
-    x = constrain(x_BTNK.reshape(*lead, heads * width), "batch", "time", None)
-    return nn.relu(add_bias(matmul(x, kernel, self.dtype), bias)).reshape(x_BTNK.shape)
+    return nn.relu(add_bias(y, bias)).reshape(x_BTNK.shape)
 
 
 class PerHeadFeatureMap(nn.Module):
@@ -58,11 +86,12 @@ class PerHeadFeatureMap(nn.Module):
   @nn.compact
   def __call__(self, x_BTNK: jax.Array) -> jax.Array:
     init = _uniform_fan_in(self.width)
-    kernel = self.param("kernel", init, (self.maps, self.width, self.width))
-    bias = self.param("bias", init, (self.maps, self.width))
     batch, time, heads, width = x_BTNK.shape
-    x = x_BTNK.reshape(batch, time, self.maps, heads // self.maps, width)
-    y = product("btmrk,mkj->btmrj", self.dtype, self.dtype, x, kernel)
+    y = x_BTNK.reshape(batch, time, self.maps, heads // self.maps, width)
+    if not _in_projection(self):
+      kernel = self.param("kernel", init, (self.maps, self.width, self.width))
+      y = product("btmrk,mkj->btmrj", self.dtype, self.dtype, y, kernel)
+    bias = self.param("bias", init, (self.maps, self.width))
     return nn.relu(add_bias(y, bias[:, None])).reshape(x_BTNK.shape)
 
 

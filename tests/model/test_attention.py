@@ -120,6 +120,14 @@ def test_feature_maps(kind, heads, groups, random_params):
     got = module.apply({"params": params[name]}, x)
     np.testing.assert_allclose(got, np.maximum(want, 0), atol=1e-5)
 
+    before = {"kernel": rng.standard_normal((5, x_heads * width), np.float32), "bias": x[0, 0].ravel()}
+    inputs = rng.standard_normal((2, 3, 5), np.float32)
+    with_w = feature_maps.into_projection(before, params[name])
+    projected = [(inputs @ p["kernel"] + p["bias"]).reshape(x.shape) for p in (before, with_w)]
+    want = module.apply({"params": params[name]}, projected[0])
+    got = module.apply({"params": {"bias": params[name]["bias"]}}, projected[1])
+    np.testing.assert_allclose(got, want, atol=1e-5)
+
 
 def _linear_attention_layer(config, params, x_TD):
   """The paper's steps in float64, a head and a token at a time."""

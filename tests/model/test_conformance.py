@@ -14,6 +14,7 @@ import pytest
 from supra_jax.core.sharding import make_mesh, put_batch
 from supra_jax.inference.engine import generate_tokens
 from supra_jax.inference.lm import LM
+from supra_jax.inference.parameters import for_inference
 from supra_jax.linearization.hybrid import layer_divergences
 from supra_jax.linearization.linearize import linearize
 from supra_jax.linearization.starts import Identity
@@ -129,6 +130,24 @@ def test_facts(mixer):
 def test_a_config_in_json(mixer):
   for config in examples(mixer):
     assert ModelConfig.from_json(config.to_json()) == config
+
+
+@in_models
+def test_parameters_for_inference(config, random_params):
+  """In one call and in steps the model is the same; a mixer whose phi is behind a bare projection has no W left."""
+  params = random_params(config)
+  folded = for_inference(config, params)
+  model, tokens = Transformer(config), np.random.default_rng(0).integers(0, config.vocab_size, (2, 5), np.int32)
+
+  def read(params):
+    logits, _ = model.apply({"params": params}, tokens, method="logits")
+    return logits, one_by_one(model, params, tokens, np.array([5, 5]))
+
+  want, got = jax.jit(read)(params), jax.jit(read)(folded)
+  assert_close(got, want, 1e-5)
+  for number, told in enumerate(config.layers):
+    left = any("kernel" in tree for name, tree in folded[f"layers_{number}"][MIXER].items() if "feature_map" in name)
+    assert left == (told.mixer == "supra_window" or (told.mixer == "supra" and config.qk_norm != "none"))
 
 
 @mixers

@@ -18,7 +18,7 @@ from kernels_pallas import context_parallel, linear_attention, linear_attention_
 from supra_jax.core.schema import POSITIVE, AtMost, check
 from supra_jax.core.sharding import TIME_AXIS, current_time_shards, per_device
 from supra_jax.model.config import ModelConfig
-from supra_jax.model.feature_maps import FeatureMapKind, feature_map_flops, make_feature_maps
+from supra_jax.model.feature_maps import FeatureMapKind, feature_map_flops, into_projection, make_feature_maps
 from supra_jax.model.layers import Norm, group_norm
 from supra_jax.model.mixers.base import HEADS, Axes, Context, MixerState, Projections, side_by_side
 from supra_jax.model.registry import MixerConfig, register
@@ -214,3 +214,16 @@ class LinearAttention(LinearProjections):
   ) -> tuple[dict[str, jax.Array], LinearState]:
     out, s = self.attend_linearly(*self.project(x_BTD), state, context)
     return {"o_proj": side_by_side(out)}, LinearState(s)
+
+  @classmethod
+  def for_inference(cls, config: ModelConfig, params: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Multiplies phi's matrices into the projections of q and k, if neither a norm nor adapters are between."""
+    if config.qk_norm != "none" or any(set(params[name]) - {"kernel", "bias"} for name in ("q_proj", "k_proj")):
+      return params
+    maps = {name: tree for name, tree in params.items() if name.startswith("feature_map")}
+    q_map, k_map = maps["feature_map"], maps.get("feature_map_kv", maps["feature_map"])
+    projections = {
+      "q_proj": into_projection(params["q_proj"], q_map),
+      "k_proj": into_projection(params["k_proj"], k_map),
+    }
+    return {**params, **projections, **{name: {"bias": tree["bias"]} for name, tree in maps.items()}}
