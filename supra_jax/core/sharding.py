@@ -45,8 +45,8 @@ DIMENSIONS: dict[str | None, tuple[str, ...]] = {
 }
 
 
-def mesh_sizes(text: str) -> dict[str, int]:
-  """Parses the sizes of mesh axes: `fsdp:4,tensor:2` -> {"fsdp": 4, "tensor": 2}.
+def mesh_sizes(text: str, axes: Sequence[str] = AXES) -> dict[str, int]:
+  """Parses the sizes of mesh axes: `fsdp:4,tensor:2` -> {"fsdp": 4, "tensor": 2}; `axes` are those that there are.
 
   Raises:
     ValueError: an axis is unknown or named twice, or its size is not a positive integer.
@@ -54,8 +54,8 @@ def mesh_sizes(text: str) -> dict[str, int]:
   sizes: dict[str, int] = {}
   for part in text.split(","):
     name, _, size = part.strip().partition(":")
-    if name not in AXES or name in sizes or not size.isdigit() or int(size) < 1:
-      raise ValueError(f"mesh={text!r}: wanted some of {', '.join(AXES)}, each once and with a size: fsdp:4,tensor:2.")
+    if name not in axes or name in sizes or not size.isdigit() or int(size) < 1:
+      raise ValueError(f"mesh={text!r}: wanted some of {', '.join(axes)}, each once and with a size: fsdp:4,tensor:2.")
     sizes[name] = int(size)
   return sizes
 
@@ -100,9 +100,7 @@ def decoding_mesh(text: str) -> Mesh:
   Raises:
     ValueError: `mesh_sizes` rejects `text`, or there are too few devices.
   """
-  sizes = mesh_sizes(text)
-  if sizes.get(TIME_AXIS, 1) > 1:
-    raise ValueError(f"mesh={text!r}: {TIME_AXIS} shards the rows of training; wanted data, fsdp and tensor.")
+  sizes = mesh_sizes(text, [axis for axis in AXES if axis != TIME_AXIS])  # which shards the rows of training
   shape = sizes.get("data", 1), sizes.get("fsdp", 1), sizes.get("tensor", 1)
   devices = jax.local_devices()
   if math.prod(shape) > len(devices):

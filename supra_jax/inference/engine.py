@@ -47,6 +47,11 @@ class Request:
   hidden: jax.Array | None = None
   read: Sequence[int] = ()
 
+  @property
+  def tokens(self) -> int:
+    """Most tokens of the text: what its state has read, prompt and answer."""
+    return len(self.read) + len(self.prompt) + self.max_new_tokens
+
 
 @dataclasses.dataclass(frozen=True)
 class Token:
@@ -285,9 +290,9 @@ def generate_tokens(
   engine.submit(Request(prompt_ids, sampling, max_new_tokens))
   last = None
   while engine.is_busy:
-    for _, token in engine.step():
+    for request, token in engine.step():
       if not token.finite:
-        raise not_finite_at(model, params, prompt_ids, token, last)
+        raise not_finite_at(model, params, request, token, last)
       if token.id in stop_ids:
         return
       last = token
@@ -295,9 +300,11 @@ def generate_tokens(
 
 
 def not_finite_at(
-  model: Transformer, params: Mapping[str, Any], prompt_ids: Sequence[int], token: Token, last: Token | None
+  model: Transformer, params: Mapping[str, Any], request: Request, token: Token, last: Token | None
 ) -> NotFiniteError:
   """Returns the error for logits that are not finite, from which `token` was drawn after the token `last`."""
-  if last is None:
-    return not_finite(model, params, [prompt_ids])
-  return generated_not_finite(model, token.number, last.id)
+  if last is not None:
+    return generated_not_finite(model, token.number, last.id)
+  if not all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves((request.state, request.hidden))):
+    return NotFiniteError("The state that the text goes on from is not finite: read its text again.")
+  return not_finite(model, params, [[*request.read, *request.prompt]])

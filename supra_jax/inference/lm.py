@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import json
+import math
 import os
 from collections.abc import AsyncIterator, Collection, Iterator, Mapping, Sequence
 from typing import Any
@@ -35,6 +36,9 @@ from supra_jax.model.transformer import DecodeState, Padding, Transformer
 from supra_jax.storage import model_directory as checkpoint
 
 ROWS = 32  # most texts that decode at a time, unless told otherwise
+CACHE = (
+  1024  # texts of at most so many tokens, prompt and answer, share an engine; so do longer ones within a factor of 4
+)
 
 
 def load(
@@ -315,11 +319,19 @@ class LM:
     self, order: Sequence[Request], texts: Mapping[Request, TextBuilder], rows: int, *, alternatives: bool = False
   ) -> Iterator[tuple[Request, str]]:
     """Generates texts in an engine; yields (request, text that is certain now) for each token."""
-    order = [request for request in order if request.max_new_tokens]
-    if not order:
-      return
-    most = max(len(request.read) + len(request.prompt) + request.max_new_tokens for request in order)
-    rows = min(rows, len(order))
+    groups: dict[int, list[Request]] = {}
+    for request in order:
+      if request.max_new_tokens:
+        # The caches of an engine have one capacity, so that texts of very different lengths have engines of their own.
+        groups.setdefault(math.ceil(math.log(max(request.tokens, CACHE), 4)) if self._grows else 0, []).append(request)
+    for _, members in sorted(groups.items()):
+      yield from self._decoded(members, texts, min(rows, len(members)), alternatives)
+
+  def _decoded(
+    self, order: Sequence[Request], texts: Mapping[Request, TextBuilder], rows: int, alternatives: bool
+  ) -> Iterator[tuple[Request, str]]:
+    """Does what `_generated` does, in one engine."""
+    most = max(request.tokens for request in order)
     engine = Engine(self.model, self.params, rows=rows, capacity=most, alternatives=alternatives, mesh=self.mesh)
     for request in order:
       engine.submit(request)
@@ -329,7 +341,7 @@ class LM:
         if builder.finish:
           continue  # drawn before its end was known
         if not token.finite:
-          raise not_finite_at(self.model, self.params, [*request.read, *request.prompt], token, builder.last)
+          raise not_finite_at(self.model, self.params, request, token, builder.last)
         piece = builder.push(token)
         if builder.finish:
           engine.finish(request)

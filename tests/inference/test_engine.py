@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 
 import jax
 import jax.numpy as jnp
@@ -11,9 +12,11 @@ import pytest
 
 from supra_jax.experiments import tiny
 from supra_jax.inference import decode
+from supra_jax.inference import lm as lm_module
 from supra_jax.inference.engine import Engine, Request
 from supra_jax.inference.lm import LM
 from supra_jax.inference.sampling import Sampling
+from supra_jax.model.finite import NotFiniteError
 from supra_jax.model.registry import layers
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -171,6 +174,30 @@ def test_a_long_prompt_does_not_hold_up_the_others(lm, monkeypatch):
   # The rows are free again.
   engine.submit(Request([7], max_new_tokens=5))
   assert sum(len(engine.step()) for _ in range(5)) == 5
+
+
+def test_a_long_text_takes_no_memory_beside_short_ones(lm, monkeypatch):
+  """Caches have one length in an engine, so that a long text among short ones has an engine of its own."""
+  made = []
+
+  class Watched(Engine):
+    def __init__(self, *args, **how):
+      made.append((how["rows"], how["capacity"]))
+      super().__init__(*args, **how)
+
+  prompts = [[7] * length for length in (9, 3, 300, 5, 40)]
+  alone = [lm.complete([prompt], max_new_tokens=6)[0].tokens for prompt in prompts]
+  monkeypatch.setattr(lm_module, "Engine", Watched)
+  monkeypatch.setattr(lm_module, "CACHE", 64)
+  assert [done.tokens for done in lm.complete(prompts, max_new_tokens=6)] == alone
+  assert made == ([(4, 46), (1, 306)] if "softmax" in lm.config.mixers else [(5, 306)])
+
+
+def test_a_state_that_is_not_finite_is_named(lm):
+  state = lm.read("The name")
+  broken = dataclasses.replace(state, hidden=jnp.full_like(state.hidden, np.nan))
+  with pytest.raises(NotFiniteError, match="The state that the text goes on from is not finite"):
+    lm.generate("", state=broken)
 
 
 def test_what_is_finished_early_leaves_its_row(lm):
