@@ -50,9 +50,10 @@ RESERVED = {
   "gcsfs": r"supra_jax\.core\.bucket",
   "grain": r"supra_jax\.data\.loading",
   "tensorboard": r"supra_jax\.training\.metrics",
-  "matplotlib": r"supra_jax\.training\.pictures",
+  "matplotlib": r"supra_jax\.(training|evaluation)\.pictures",
   "absl": r"supra_jax\.bin\..*|convert_weights\..*",
-  "torch": r"convert_weights\.(torch_file|verify|for_transformers\..*)",
+  "torch": r"convert_weights\.(torch_file|verify|for_transformers\..*)|supra_jax\.evaluation\.comparison",
+  "lm_eval": r"supra_jax\.(evaluation\.(harness|tasks|comparison)|bin\.lm_eval)",
   "transformers": r"convert_weights\.(verify|for_transformers\..*)",
 }
 # Rooms without jax, since processes that only pack text import them.
@@ -63,7 +64,7 @@ WITHOUT_JAX += r"|model\.(__init__|config|registry))"
 KERNELS_MAY_IMPORT = {"jax", "numpy"}
 
 # Distributions whose name is not that of what they install.
-DISTRIBUTIONS = {"absl": "absl-py", "orbax": "orbax-checkpoint"}
+DISTRIBUTIONS = {"absl": "absl-py", "orbax": "orbax-checkpoint", "lm_eval": "lm-eval"}
 # Declared for what others import on our behalf: jax[cuda12] and the like, and a plug-in of fsspec.
 NOT_IMPORTED = {"jax-cuda12-plugin", "libtpu", "nvidia-cuda-nvcc-cu12", "accelerate", "gcsfs", "fsspec", "pyarrow"}
 

@@ -23,7 +23,11 @@ _LARGE_BYTES = 2**28  # a key/value cache of a long conversation
 
 
 class ChatTemplate:
-  """A chat template in jinja2, rendered as the library transformers renders it, in a sandbox."""
+  """A chat template in jinja2, rendered as the library transformers renders it, in a sandbox.
+
+  Attributes:
+    source: contents of chat_template.jinja.
+  """
 
   def __init__(self, source: str, special: Mapping[str, str]):
     """Takes a template, which is parsed when it is first rendered: a model without chat loads whatever it holds.
@@ -38,12 +42,12 @@ class ChatTemplate:
     environment.filters["tojson"] = lambda value, **how: to_json(value, **{"ensure_ascii": False} | how)
     environment.globals["raise_exception"] = _raise
     environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
-    self._special, self._source, self._environment = dict(special), source, environment
+    self.source, self._special, self._environment = source, dict(special), environment
 
   @functools.cached_property
   def _template(self) -> jinja2.Template:
     try:
-      return self._environment.from_string(self._source)
+      return self._environment.from_string(self.source)
     except jinja2.TemplateError as error:
       raise ValueError(f"chat_template.jinja cannot be parsed: {error}") from error
 

@@ -124,7 +124,7 @@ def test_evaluation_agrees_with_the_logits(lm):
   assert results[0][0] == pytest.approx(picked[0, 29:].sum(), abs=1e-4)
   assert results[1][0] == pytest.approx(picked[1, 2:4].sum(), abs=1e-4)
   assert results[2][1] and not results[0][1]
-  with pytest.raises(ValueError, match="empty"):
+  with pytest.raises(ValueError, match="Text 0 has 1 tokens, scored from 0: wanted some before and after"):
     evaluate.loglikelihoods(lm, [([], [1])])
   with pytest.raises(ValueError, match="sequence_length=1: wanted at least 2"):
     evaluate.text_nll(lm, [1, 2, 3], sequence_length=1)

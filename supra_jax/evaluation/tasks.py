@@ -1,0 +1,180 @@
+"""Runs tasks of lm-evaluation-harness on our models and on others, and makes table 1 of their results."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import datasets
+from lm_eval import evaluator
+from lm_eval.api.model import CachingLM
+from lm_eval.tasks import TaskManager
+from lm_eval.utils import handle_non_serializable
+
+from supra_jax.core.files import into_place
+from supra_jax.core.plain_json import to_json
+from supra_jax.evaluation.harness import HarnessLM
+from supra_jax.evaluation.local_data import local_datasets
+from supra_jax.evaluation.paper import COLUMNS, FEWSHOT, table_1
+from supra_jax.inference.lm import LM
+
+TABLE_1_TASKS = tuple(task for task, _ in COLUMNS.values())
+
+
+@dataclasses.dataclass(frozen=True)
+class Exam:
+  """What models are asked.
+
+  Attributes:
+    tasks: names of lm-eval's tasks and groups.
+    fewshot: examples before a question; None: as the paper, 5 for MMLU and none for others.
+    limit: number of questions of each task; None: all.
+    data_dir: directory of the data sets, see `local_data`; None: the Hugging Face hub, or what was loaded from there.
+    chat: whether prompts are rendered by the model's chat template.
+    samples: whether the results have every question with its log-likelihoods.
+    seed: of the draws of examples.
+  """
+
+  tasks: Sequence[str] = TABLE_1_TASKS
+  fewshot: int | None = None
+  limit: int | None = None
+  data_dir: str | os.PathLike[str] | None = None
+  chat: bool = False
+  samples: bool = False
+  seed: int = 1234
+
+
+def load_tasks(exam: Exam) -> Any:
+  """Returns the tasks, with their data, as `TaskManager.load` returns them.
+
+  Raises:
+    FileNotFoundError: `data_dir` lacks a data set.
+    ValueError: lm-eval has no such task.
+  """
+  datasets.disable_progress_bars()
+  manager = _manager()
+  names = manager.match_tasks(list(exam.tasks))
+  if missing := [task for task in exam.tasks if task not in names and not manager.match_tasks([task])]:
+    raise ValueError(f"lm-eval has no task {', '.join(missing)}; `lm_eval ls tasks` lists all.")
+  with local_datasets(exam.data_dir) if exam.data_dir else contextlib.nullcontext():
+    loaded = manager.load(names)
+  for name, task in loaded["tasks"].items():
+    if task.get_config("num_fewshot") != 0:  # lm-eval itself never changes tasks that have 0 in their config
+      task.set_config(key="num_fewshot", value=_fewshot(exam, name, loaded.get("groups", {})))
+    task.set_fewshot_seed(seed=exam.seed)
+    if not len(task.eval_docs):
+      raise ValueError(f"{name}: {exam.data_dir} has no question of the split that is asked.")
+    if task.get_config("num_fewshot") and not len(list(task.fewshot_docs() or ())):
+      raise ValueError(
+        f"{name} wants {task.get_config('num_fewshot')} examples, and there is no data to take them from."
+      )
+  return loaded
+
+
+@functools.cache
+def _manager() -> TaskManager:
+  return TaskManager()  # reads thousands of files
+
+
+def _fewshot(exam: Exam, name: str, groups: Mapping[str, Any]) -> int:
+  if exam.fewshot is not None:
+    return exam.fewshot
+  within = [group for group, held in groups.items() if name in {task.task_name for task in held.get_all_tasks()}]
+  return next((FEWSHOT[known] for known in (name.partition("_")[0], *within) if known in FEWSHOT), 0)
+
+
+def evaluate_tasks(model: LM | Any, exam: Exam, *, kept: str | os.PathLike[str] | None = None) -> dict[str, Any]:
+  """Returns the results of a model in lm-eval's format.
+
+  Args:
+    model: our model, or an `LM` of lm-eval.
+    exam: what it is asked.
+    kept: file for answers as they come: the same call goes on from there after it was cut off. None: nowhere.
+
+  Raises:
+    FileNotFoundError, ValueError: as `load_tasks` and `HarnessLM`.
+  """
+  began = time.monotonic()
+  loaded = load_tasks(exam)
+  harness = HarnessLM(lm=model) if isinstance(model, LM) else model
+  keeping = CachingLM(harness, os.fspath(kept)) if kept else harness
+  results = evaluator.evaluate(
+    keeping,
+    loaded,
+    limit=exam.limit,
+    log_samples=exam.samples,
+    apply_chat_template=exam.chat,
+    fewshot_as_multiturn=exam.chat,
+  )
+  asked = {"tasks": list(exam.tasks), "limit": exam.limit, "chat": exam.chat, "fewshot_seed": exam.seed}
+  results["seconds"] = time.monotonic() - began
+  results["config"] = asked | (harness.get_model_info() if hasattr(harness, "get_model_info") else {})
+  if isinstance(harness, HarnessLM):
+    results["tokens"] = dataclasses.asdict(harness.work)
+  return results
+
+
+def percentages(results: Mapping[str, Any], kind: str = "") -> tuple[float | None, ...]:
+  """Returns the columns of table 1 in percent, or with kind="_stderr" their standard errors; None: not asked."""
+  found = []
+  for task, metric in COLUMNS.values():
+    value = results["results"].get(task, {}).get(f"{metric}{kind},none")
+    found.append(100 * value if isinstance(value, float | int) else None)
+  return tuple(found)
+
+
+def report(models: Mapping[str, Mapping[str, Any]], *, paper: bool = True) -> str:
+  """Returns what was found in Markdown: table 1 where its tasks were asked, else a line for each task and metric.
+
+  Args:
+    models: name -> results of `evaluate_tasks`.
+    paper: whether the paper's rows stand in table 1.
+  """
+  asked = {task for results in models.values() for task in results["results"]}
+  parts = []
+  if asked & set(TABLE_1_TASKS):
+    parts.append(table_1({name: percentages(results) for name, results in models.items()}, paper=paper))
+  parts.append("\n".join(_lines(models)))
+  parts.append("\n".join(f"{name}: {_spent(results)}" for name, results in models.items()))
+  return "\n\n".join(parts)
+
+
+def _spent(results: Mapping[str, Any]) -> str:
+  tokens = results.get("tokens")
+  read = f"; of texts of {tokens['asked']:,} tokens {tokens['read']:,} were read" if tokens else ""
+  return f"{results['seconds']:,.0f} seconds{read}."
+
+
+def _lines(models: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
+  """Yields a table with a line for each task and metric, and a column for each model: percent and standard error."""
+  yield f"| Task | Metric | {' | '.join(models)} |"
+  yield f"| --- | --- |{' ---: |' * len(models)}"
+  first = next(iter(models.values()))["results"]
+  for task, metrics in first.items():
+    for key in metrics:
+      metric, _, how = key.partition(",")
+      if how != "none" or metric.endswith("_stderr"):
+        continue
+      cells = [_cell(results["results"].get(task, {}), metric) for results in models.values()]
+      yield f"| {task} | {metric} | {' | '.join(cells)} |"
+
+
+def _cell(metrics: Mapping[str, Any], metric: str) -> str:
+  value, error = metrics.get(f"{metric},none"), metrics.get(f"{metric}_stderr,none")
+  if not isinstance(value, float | int):
+    return ""
+  scale = 100 if 0 <= value <= 1 else 1
+  return f"{scale * value:.2f}" + (f" ± {scale * error:.2f}" if isinstance(error, float | int) else "")
+
+
+def write(results: Mapping[str, Any], file: str | os.PathLike[str]) -> None:
+  """Writes results of one model or of several as JSON."""
+  with into_place(Path(file)) as path:
+    text = to_json(results, indent=1, default=handle_non_serializable)  # configs of tasks hold functions
+    Path(path).write_text(text + "\n", encoding="utf-8")
