@@ -96,7 +96,7 @@ class TextLoss:
 
   def values(self) -> dict[str, Any]:
     """Returns all but the tokens' own losses, for JSON."""
-    about = {"loss": self.mean, "perplexity": perplexity(self.mean), "targets": self.targets}
+    about: dict[str, Any] = {"loss": self.mean, "perplexity": perplexity(self.mean), "targets": self.targets}
     about |= {"sequence_length": self.sequence_length, "stride": self.stride, "bos": self.bos}
     return about | {"by_position": self.by_position(), "by_window": self.by_window()}
 

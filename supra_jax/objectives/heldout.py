@@ -37,12 +37,13 @@ def token_nll(
   Returns:
     (float32 [B, T], nats of each scored token; the state after the T tokens that were read, None without a state).
   """
-  hidden_BTD, after = model.apply({"params": params}, tokens_BT[:, :-1], state)
+  bound = model.bind({"params": params})
+  hidden_BTD, after = bound(tokens_BT[:, :-1], state)
   targets_BT = tokens_BT[:, 1:]
 
   def nll_of(part: tuple[jax.Array, jax.Array]) -> jax.Array:
     hidden_BCD, targets_BC = part
-    logits = one_row_a_token(model.apply({"params": params}, hidden_BCD, method="unembed"), 1)
+    logits = one_row_a_token(bound.unembed(hidden_BCD), 1)
     chosen = jnp.take_along_axis(logits, targets_BC.reshape(-1, 1), axis=-1)[:, 0]
     return (jax.nn.logsumexp(logits, axis=-1) - chosen).reshape(targets_BC.shape)
 
