@@ -102,9 +102,7 @@ class TextLoss:
 
   def __str__(self) -> str:
     """Returns a line with loss and perplexity, and a table of the loss by position, with a row a doubling."""
-    said = (
-      f"loss {self.mean:.4f} nats a token, perplexity {perplexity(self.mean):.3f}, {self.targets} tokens, {self.how}"
-    )
+    said = f"loss {self.mean:.4f} nats a token, perplexity {perplexity(self.mean):.3f}, {self.targets} tokens"
     rows = [(f"{row['first']}-{row['last']}", row["loss"], row["targets"]) for row in self.by_position(1)]
     table = [f"  {'tokens read before':>18}  {'loss':>7}  {'tokens':>8}"]
     return "\n".join([f"{said}, {self.how}", *table, *(f"  {span:>18}  {loss:7.4f}  {n:>8}" for span, loss, n in rows)])
