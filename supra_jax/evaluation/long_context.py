@@ -12,6 +12,7 @@ import math
 import os
 import random
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -117,14 +118,17 @@ def answer_questions(
 
   Raises:
     NotFiniteError: logits are not finite.
-    ValueError: the model has no tokenizer, a length leaves no room for a prompt, or the directory is another's.
+    ValueError: the model has no tokenizer, a length leaves no room for a prompt, a package is missing, or the directory
+      holds answers of other settings.
   """
   if lm.tokenizer is None:
     raise ValueError("This checkpoint has no tokenizer to read questions with.")
   if short := [length for length in lengths if length <= max_new_tokens]:
     raise ValueError(f"Length {short[0]} leaves no room for a prompt: an answer may have {max_new_tokens} tokens.")
+  for question in questions[:1]:
+    score(task, question, "")  # if a package is missing, this says so before the model works
   directory = local(output)
-  about = {**(settings or {}), "task": task, "max_new_tokens": max_new_tokens, "before": len(before)}
+  about = {**(settings or {}), "task": task, "max_new_tokens": max_new_tokens, "example_characters": len(before)}
   with locked(directory):
     known = _known(directory / SETTINGS_FILE, directory / ANSWERS_FILE, about)
     wanted = list(dict.fromkeys(question.key for question in questions[: limit or None]))
@@ -146,21 +150,20 @@ def answer_questions(
   return results
 
 
-def _known(settings: Any, answers: Any, about: Mapping[str, Any]) -> dict[tuple[int, str, str], dict[str, Any]]:
+def _known(settings: Path, answers: Path, about: Mapping[str, Any]) -> dict[tuple[int, str, str], dict[str, Any]]:
   """Returns the answers that an earlier call left, after a look at its settings; drops a line that was cut short."""
   if settings.exists():
     theirs = json.loads(settings.read_text())
     for name in sorted(theirs.keys() | about.keys()):
       if theirs.get(name) != about.get(name):
         mine = about.get(name)
-        raise ValueError(
-          f"{settings.parent} holds answers for {name}={theirs.get(name)!r}, not {mine!r}: name another."
-        )
+        raise ValueError(f"{settings.parent} holds answers for {name}={theirs.get(name)!r}, not {mine!r}.")
   else:
     write_json(settings, about)
-  whole = answers.read_bytes().rpartition(b"\n")[0] if answers.exists() else b""
-  if whole and answers.stat().st_size != len(whole) + 1:
-    answers.write_bytes(whole + b"\n")
+  stored = answers.read_bytes() if answers.exists() else b""
+  whole = stored[: stored.rfind(b"\n") + 1]
+  if whole != stored:
+    answers.write_bytes(whole)
   rows = [json.loads(line) for line in whole.split(b"\n") if line]
   return {(row["length"], row["id"], row["question"]): row for row in rows}
 

@@ -60,7 +60,8 @@ def read_questions(task: str, path: str | os.PathLike[str], split: str) -> list[
 
   Raises:
     FileNotFoundError: there is no file of the split.
-    ValueError: a file is not of a format that is known here; the message names the file.
+    ValueError: a file is not of a format that is known here, and the message names the file; or no question has an
+      answer.
   """
   if task not in TASKS or split not in SPLITS:
     raise ValueError(f"task={task!r}, split={split!r}: wanted one of {', '.join(TASKS)}, and of {', '.join(SPLITS)}.")
@@ -82,6 +83,8 @@ def read_questions(task: str, path: str | os.PathLike[str], split: str) -> list[
   for question in questions.values():
     if question.answers:
       by_document.setdefault(question.document, []).append(question)
+  if not by_document:
+    raise ValueError(f"{path}: no question of {task}, {split}, has an answer.")
   return [question for group in by_document.values() for question in group]
 
 

@@ -78,10 +78,11 @@ def test_a_run_goes_on(lm, tmp_path):
   answer_questions(lm, "qasper", QUESTIONS, LENGTHS[:1], tmp_path / "two", limit=3, **how)
   answers = tmp_path / "two" / "answers.jsonl"
   first = answers.read_bytes()
-  answers.write_bytes(first[:-7])  # killed in a line
-  assert answer_questions(lm, "qasper", QUESTIONS, LENGTHS, tmp_path / "two", **how) == whole
-  lines = [path.read_text().splitlines() for path in (answers, tmp_path / "whole" / "answers.jsonl")]
-  assert sorted(lines[0]) == sorted(lines[1]) and answers.read_bytes().startswith(first[:-7].rpartition(b"\n")[0])
+  for left in (first[:5], first[:-7]):  # killed in the first line, and in the last
+    answers.write_bytes(left)
+    assert answer_questions(lm, "qasper", QUESTIONS, LENGTHS, tmp_path / "two", **how) == whole
+    lines = [path.read_text().splitlines() for path in (answers, tmp_path / "whole" / "answers.jsonl")]
+    assert sorted(lines[0]) == sorted(lines[1]) and answers.read_bytes().startswith(left.rpartition(b"\n")[0])
   with pytest.raises(ValueError, match=r"two holds answers for max_new_tokens=6, not 7"):
     answer_questions(lm, "qasper", QUESTIONS, LENGTHS, tmp_path / "two", max_new_tokens=7, settings={"model": "a"})
   with pytest.raises(ValueError, match=r"holds answers for model='a', not 'b'"):
@@ -141,4 +142,4 @@ def test_the_program(tmp_path):
   assert f"| {checkpoint}, YaRN 4 | " in ran.stdout and ran.stdout.endswith("| answers | 2 | 2 |\n")
   assert "4/4 answers" in ran.stderr and math.isfinite(results["lengths"]["32"]["f1"])
   again = programs.run("supra_jax.bin.long_context", *command, "--shots=0")
-  assert again.returncode == 1 and "holds answers for before=" in again.stderr
+  assert again.returncode == 1 and "holds answers for example_characters=" in again.stderr

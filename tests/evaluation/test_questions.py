@@ -134,6 +134,11 @@ def test_what_is_missing_or_damaged_is_named(tmp_path):
     with pytest.raises(ValueError, match=rf"{name}: not a file of qasper"):
       read_questions("qasper", tmp_path, "validation")
     (tmp_path / name).unlink()
+  (tmp_path / "test.jsonl").write_text(
+    '{"id": "1", "input": "Who?\\n\\nA tale.", "output": null}\n'
+  )  # SCROLLS keeps its own
+  with pytest.raises(ValueError, match="no question of qasper, test, has an answer"):
+    read_questions("qasper", tmp_path, "test")
   bad = json.dumps({"1": paper("One", {"q": ("What?", [annotation()])})})
   (tmp_path / "dev.json").write_text(bad)
   with pytest.raises(ValueError, match="neither unanswerable"):
