@@ -9,6 +9,7 @@ from absl import flags
 
 from supra_jax.evaluation.perplexity import Bos
 
+flags.disclaim_key_flags()  # --help of each program lists them as its own
 _FLAGS = ("text_key", "sequence_length", "stride", "bos", "max_tokens", "batch_size")
 _LENGTH = (
   "Tokens of a piece of the text; the model reads each from a fresh state. 0: the text is read once, in one piece, and "

@@ -199,6 +199,8 @@ def test_the_program_prints_and_writes(directory, text, tmp_path):
   how = [f"--checkpoint={directory}", f"--input={text}", "--sequence_length=16", "--max_tokens=100", "--bos=never"]
   ran = programs.run("supra_jax.bin.evaluate", *how, "--stride=8", f"--output={output}")
   assert ran.returncode == 0, ran.stderr
+  helped = programs.run("supra_jax.bin.evaluate", "--help").stdout
+  assert all(f"--{name}:" in helped for name in ("checkpoint", "stride", "bos", "implementation", "output")), helped
   said = json.loads(output.read_text())
   assert said["targets"] == 99 and said["stride"] == 8 and said["bos"] == "never" and len(said["by_window"]) == 12
   assert ran.stdout.startswith(
