@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import itertools
-import math
 
 import numpy as np
 
 from convert_weights.config_reader import ConfigReader
 from convert_weights.source import StoredTensor
-from supra_jax.model.config import RopeConfig
+from supra_jax.model.config import RopeConfig, yarn_attention_factor
 from supra_jax.model.rope import rope_frequencies
 
 FACTORS = "rope_freqs.weight"
@@ -63,7 +62,7 @@ def rope_config(reader: ConfigReader, head_dim: int, factors: StoredTensor | Non
       original_max_positions=original,
       beta_fast=reader.number("rope.scaling.yarn_beta_fast", float, RopeConfig.beta_fast) or 1.0,
       beta_slow=reader.number("rope.scaling.yarn_beta_slow", float, RopeConfig.beta_slow) or 1.0,
-      attention_factor=0.1 * math.log(factor) + 1.0 if factor > 1 else 1.0,
+      attention_factor=yarn_attention_factor(factor),
     )
   except ValueError as error:
     reader.refused.append(str(error))

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from typing import Any
 
 from convert_weights.config_reader import ConfigReader
-from supra_jax.model.config import RopeConfig
+from supra_jax.model.config import RopeConfig, yarn_attention_factor
 
 _DEFAULT_BASE = 10_000.0
 # Kind of scaling -> keys that it requires.
@@ -145,10 +144,7 @@ def _attention_factor(yarn: Mapping[str, float | None]) -> float:
   if yarn["attention_factor"] is not None:
     return yarn["attention_factor"]
 
-  def mscale(scale: float) -> float:
-    factor = yarn["factor"] or 1.0
-    return 1.0 if factor <= 1 else 0.1 * scale * math.log(factor) + 1.0
-
+  factor = yarn["factor"] or 1.0
   if yarn["mscale"] and yarn["mscale_all_dim"]:
-    return mscale(yarn["mscale"]) / mscale(yarn["mscale_all_dim"])
-  return mscale(1.0)
+    return yarn_attention_factor(factor, yarn["mscale"]) / yarn_attention_factor(factor, yarn["mscale_all_dim"])
+  return yarn_attention_factor(factor)

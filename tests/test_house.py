@@ -66,7 +66,9 @@ KERNELS_MAY_IMPORT = {"jax", "numpy"}
 # Distributions whose name is not that of what they install.
 DISTRIBUTIONS = {"absl": "absl-py", "orbax": "orbax-checkpoint", "lm_eval": "lm-eval"}
 # Declared for what others import on our behalf: jax[cuda12] and the like, and a plug-in of fsspec.
-NOT_IMPORTED = {"jax-cuda12-plugin", "libtpu", "nvidia-cuda-nvcc-cu12", "accelerate", "gcsfs", "fsspec", "pyarrow"}
+NOT_IMPORTED = {
+  "jax-cuda12-plugin", "libtpu", "nvidia-cuda-nvcc-cu12", "accelerate", "gcsfs", "fsspec", "pyarrow",
+}  # fmt: skip
 
 
 def _modules() -> dict[str, Path]:

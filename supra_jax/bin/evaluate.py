@@ -6,28 +6,23 @@ python -m supra_jax.bin.evaluate --checkpoint=DIR --tasks=table1 --output=FILE.j
 
 from __future__ import annotations
 
-from typing import Any
-
 from absl import flags
 
-import supra_jax
-from supra_jax.bin import model_flags, task_flags
+from supra_jax.bin import model_flags, task_flags, text_flags
 from supra_jax.bin.entry import run
 from supra_jax.bin.implementation import with_implementation
-from supra_jax.objectives.heldout import perplexity
+from supra_jax.core.plain_json import write_json
+from supra_jax.evaluation.perplexity import evaluate_text
 
 _load = model_flags.define()
 _run_tasks = task_flags.define()
+_how = text_flags.define()
 _INPUT = flags.DEFINE_string(
   "input", None, "Text to evaluate on: glob of .txt, .jsonl[.gz|.zst] or .parquet, or pydoc:topics."
 )
-_OUTPUT = flags.DEFINE_string("output", None, "JSON file to write the results of --tasks to, with Markdown beside it.")
-_TEXT_KEY = flags.DEFINE_string("text_key", "text", "JSON key, or parquet column, that holds the text.")
-_LENGTH = flags.DEFINE_integer(
-  "sequence_length", 1024, "Tokens of a piece of the text; the model reads each from a fresh state.", lower_bound=2
+_OUTPUT = flags.DEFINE_string(
+  "output", None, "JSON file to write: loss, also by position and by piece of the text; or the results of --tasks."
 )
-flags.DEFINE_alias("window", "sequence_length")  # the flag's earlier name
-_MAX_TOKENS = flags.DEFINE_integer("max_tokens", 0, "Tokens of the text to read; 0 means all.", lower_bound=0)
 
 
 def main() -> None:
@@ -35,10 +30,12 @@ def main() -> None:
     return
   if not _INPUT.value:
     raise ValueError("Nothing to evaluate on: give --input, a text, or --tasks.")
-  lm = _load()
-  how: dict[str, Any] = {"text_key": _TEXT_KEY.value, "sequence_length": _LENGTH.value, "max_tokens": _MAX_TOKENS.value}
-  nll, targets = supra_jax.evaluate(lm, _INPUT.value, **how)
-  print(f"loss {nll:.4f} nats a token, perplexity {perplexity(nll):.3f}, {targets} tokens, pieces of {_LENGTH.value}")
+  how = _how()
+  loss = evaluate_text(_load(), _INPUT.value, progress=True, **how)
+  print(loss)
+  if _OUTPUT.value:
+    about = {"checkpoint": flags.FLAGS.checkpoint, "input": _INPUT.value, "max_tokens": how["max_tokens"]}
+    write_json(_OUTPUT.value, about | loss.values())
 
 
 if __name__ == "__main__":

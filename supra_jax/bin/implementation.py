@@ -9,6 +9,7 @@ from absl import flags
 from kernels_pallas import verdict
 from kernels_pallas.api import IMPLEMENTATIONS
 
+flags.disclaim_key_flags()  # --help of each program lists them as its own
 _HELP = "Implementation of linear attention. auto: what supra_jax.bin.doctor found right and fast on this device."
 
 

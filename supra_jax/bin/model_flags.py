@@ -10,6 +10,7 @@ import supra_jax
 from supra_jax.bin.entry import DTYPES
 from supra_jax.inference.lm import LM
 
+flags.disclaim_key_flags()  # --help of each program lists them as its own
 _MESH = (
   "Devices to shard the model over, as in fsdp:8 or data:2,tensor:4: fsdp and tensor shard parameters, data the texts "
   "that decode together. Default: one device."

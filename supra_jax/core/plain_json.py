@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Mapping
 from typing import Any
+
+from supra_jax.core.files import into_place, local
 
 
 def to_json(value: Any, **how: Any) -> str:
@@ -20,6 +23,20 @@ def to_json(value: Any, **how: Any) -> str:
     ValueError: a value is an array of several elements.
   """
   return json.dumps(_plain(value), allow_nan=False, **how)
+
+
+def write_json(path: str | os.PathLike[str], value: Any, **how: Any) -> None:
+  """Writes `to_json(value, **how)` to a local file, whole or not at all; folders above the file are made.
+
+  Raises:
+    OSError: the file cannot be written.
+    TypeError, ValueError: as `to_json`, or `path` is a URL.
+  """
+  text = to_json(value, indent=2, **how) + "\n"
+  file = local(path)
+  file.parent.mkdir(parents=True, exist_ok=True)
+  with into_place(file) as temporary:
+    temporary.write_text(text)
 
 
 def _plain(value: Any) -> Any:

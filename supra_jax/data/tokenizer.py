@@ -110,6 +110,11 @@ class Tokenizer:
     return self._bos_id
 
   @property
+  def begins_texts(self) -> bool:
+    """Whether `encode` puts `bos_id` before a text unless told otherwise: whether the model was trained with one."""
+    return self._bos_by_default
+
+  @property
   def eos_ids(self) -> tuple[int, ...]:
     """The end-of-text ids, any of which ends a generated text; may be empty."""
     return self._eos_ids

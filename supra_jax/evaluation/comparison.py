@@ -8,8 +8,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from lm_eval.utils import handle_non_serializable
+
+from supra_jax.core.plain_json import write_json
 from supra_jax.evaluation.pictures import plot_scores
-from supra_jax.evaluation.tasks import TABLE_1_TASKS, Exam, evaluate_tasks, load_tasks, report, write
+from supra_jax.evaluation.tasks import TABLE_1_TASKS, Exam, evaluate_tasks, load_tasks, report
 from supra_jax.inference.lm import LM, load
 
 __all__ = ["Exam", "compare", "fetched", "loader", "task_names"]
@@ -77,7 +80,8 @@ def compare(models: Mapping[str, Callable[[], Any]], exam: Exam, output: str | o
     found[name] = evaluate_tasks(model, exam, kept=kept[-1] if kept else None)
     del model
     if output is not None:
-      write(found if len(models) > 1 else found[name], output)
+      # Configs of tasks hold functions.
+      write_json(output, found if len(models) > 1 else found[name], default=handle_non_serializable)
   text = report(found)
   if output is not None:
     Path(output).with_suffix(".md").write_text(text + "\n", encoding="utf-8")

@@ -8,17 +8,13 @@ import functools
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import datasets
 from lm_eval import evaluator
 from lm_eval.api.model import CachingLM
 from lm_eval.tasks import TaskManager
-from lm_eval.utils import handle_non_serializable
 
-from supra_jax.core.files import into_place
-from supra_jax.core.plain_json import to_json
 from supra_jax.evaluation.harness import HarnessLM
 from supra_jax.evaluation.local_data import local_datasets
 from supra_jax.evaluation.paper import COLUMNS, FEWSHOT, table_1
@@ -171,10 +167,3 @@ def _cell(metrics: Mapping[str, Any], metric: str) -> str:
     return ""
   scale = 100 if 0 <= value <= 1 else 1
   return f"{scale * value:.2f}" + (f" ± {scale * error:.2f}" if isinstance(error, float | int) else "")
-
-
-def write(results: Mapping[str, Any], file: str | os.PathLike[str]) -> None:
-  """Writes results of one model or of several as JSON."""
-  with into_place(Path(file)) as path:
-    text = to_json(results, indent=1, default=handle_non_serializable)  # configs of tasks hold functions
-    Path(path).write_text(text + "\n", encoding="utf-8")

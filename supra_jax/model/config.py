@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import typing
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
@@ -61,6 +62,27 @@ class RopeConfig:
         f"RopeConfig: yarn scaling wants base > 1 and beta_fast >= beta_slow, got {self.base}, {self.beta_fast} and "
         f"{self.beta_slow}."
       )
+
+  def with_yarn(self, factor: float, original_max_positions: int) -> RopeConfig:
+    """Returns the same embedding, stretched by YaRN (Peng et al. 2023) as transformers does by default.
+
+    Args:
+      factor: how many times as long texts may be.
+      original_max_positions: length in tokens of the longest sequence that the model was trained on.
+
+    Raises:
+      ValueError: the embedding is scaled already or does not depend on positions, or an argument is out of range.
+    """
+    if self.scaling != "none" or self.kind not in ("half", "interleaved"):
+      raise ValueError(f"YaRN stretches rotary embeddings without scaling, got {self}.")
+    attention_factor = yarn_attention_factor(factor)
+    changes: dict[str, Any] = {"factor": factor, "original_max_positions": original_max_positions}
+    return dataclasses.replace(self, scaling="yarn", attention_factor=attention_factor, **changes)
+
+
+def yarn_attention_factor(factor: float, scale: float = 1.0) -> float:
+  """Returns 0.1 scale ln(factor) + 1, by which YaRN multiplies q and k (arXiv 2309.00071); 1 if factor <= 1."""
+  return 1.0 if factor <= 1 else 0.1 * scale * math.log(factor) + 1.0
 
 
 @dataclasses.dataclass(frozen=True)

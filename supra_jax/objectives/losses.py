@@ -210,7 +210,7 @@ class _How(NamedTuple):
   chunk: int
 
 
-def _chunks(x_BT: jax.Array, tokens: int) -> jax.Array:
+def chunks(x_BT: jax.Array, tokens: int) -> jax.Array:
   """Cuts [B, T, ...] along time into [chunks, B, positions, ...]; the last chunk is padded with zeros."""
   batch, time = x_BT.shape[:2]
   positions = min(max(tokens // batch, 1), time)
@@ -247,7 +247,7 @@ def _sums(how: _How, params, hidden, targets, weights, teacher):
       return jax.tree.map(jnp.add, total, _chunk_sums(how, teacher_params, params, *part)), None
 
     zero = jnp.zeros((), jnp.promote_types(hidden.dtype, jnp.float32))
-    return jax.lax.scan(step, (zero, zero), tuple(_chunks(x, how.chunk) for x in rows))
+    return jax.lax.scan(step, (zero, zero), tuple(chunks(x, how.chunk) for x in rows))
 
   return sum_over_tokens(scan)((params, *teacher[:1]), hidden, targets, weights, *teacher[1:])[0]
 
@@ -265,7 +265,7 @@ def _sums_forward(how: _How, params, hidden, targets, weights, teacher):
 
     zero = jnp.zeros((), jnp.promote_types(hidden.dtype, jnp.float32))
     start = ((zero, zero), jax.tree.map(lambda x: at_least_float32(jnp.zeros_like(x)), params))
-    sums, hidden_grads = jax.lax.scan(step, start, tuple(_chunks(x, how.chunk) for x in rows))
+    sums, hidden_grads = jax.lax.scan(step, start, tuple(chunks(x, how.chunk) for x in rows))
     batch, time, width = rows[0].shape
     return sums, jnp.moveaxis(hidden_grads, 0, 1).reshape(batch, -1, width)[:, :time]
 

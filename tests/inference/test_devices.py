@@ -15,6 +15,7 @@ import pytest
 
 import supra_jax
 from benchmarks.runs import devices_environment
+from supra_jax.evaluation.perplexity import text_loss
 from supra_jax.experiments import tiny
 from supra_jax.inference import decode
 from supra_jax.inference.sampling import Draws, Sampling
@@ -66,6 +67,9 @@ def _over_a_mesh(mesh, directory, alone, tmp_path):
   assert cut.generate(PROMPTS, max_new_tokens=12, rows=3) == alone.generate(PROMPTS, max_new_tokens=12, rows=3)
   tokens = np.array([cut.tokenizer.encode("The name of the rose")])
   np.testing.assert_allclose(cut(tokens)[0], alone(tokens)[0], atol=1e-4)
+  for how in ({"sequence_length": 16, "stride": 5, "batch_size": 3}, {"sequence_length": 0}):
+    losses = [text_loss(lm, range(40), **how).nll for lm in (cut, alone)]
+    np.testing.assert_allclose(*losses, atol=1e-4)
   # A state of one reads on in the other, in memory and from a file.
   cut.read("In the beginning").save(tmp_path / "cut")
   alone.read("In the beginning").save(tmp_path / "alone")
