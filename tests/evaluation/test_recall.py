@@ -1,6 +1,7 @@
 """What a state remembers, on a model that is known to copy within N tokens and not beyond; and against plain loops."""
 
 import functools
+import json
 import math
 
 import numpy as np
@@ -10,14 +11,18 @@ from supra_jax.data.planted import plant
 from supra_jax.evaluation import ablation, by_distance, memory_loss, recall
 from supra_jax.evaluation.bootstrap import interval
 from supra_jax.evaluation.readers import EQUAL, MODEL, OWN, TEACHER, described, reader, readers
+from supra_jax.experiments import tiny
 from supra_jax.inference.lm import LM
+from supra_jax.linearization.linearize import linearize_checkpoint
+from supra_jax.linearization.starts import Window
 from supra_jax.model import presets
 from supra_jax.model.registry import layers
 from tests.evaluation import copying
 from tests.model import toy_mixer  # noqa: F401  # registers itself
+from tests.support import programs
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
-WINDOW, BEFORE = 48, 64
+WINDOW, LENGTH = 48, 220  # of a text, so that texts of all distances share their programs
 # S of a layer has 64 * 48 float32, and a token's keys and values have 64 + 48 bfloat16: S is as large as 54.9 tokens.
 EQUAL_WINDOW = 102
 
@@ -29,7 +34,7 @@ def models():
 
 @functools.cache
 def texts(distance, count=8):
-  how = {"count": count, "alphabet": copying.LETTERS, "before": BEFORE, "facts": 4, "candidates": 16}
+  how = {"count": count, "alphabet": copying.LETTERS, "before": LENGTH - distance, "facts": 4, "candidates": 16}
   return plant("repeat", distance, copying.filler(), **how)
 
 
@@ -46,7 +51,7 @@ def test_the_window_of_equal_bytes_is_of_equal_bytes():
 
 
 def test_recall_steps_at_the_window():
-  distances = (40, WINDOW, WINDOW + 1, EQUAL_WINDOW, EQUAL_WINDOW + 1, 200)
+  distances = (30, WINDOW, WINDOW + 1, EQUAL_WINDOW, EQUAL_WINDOW + 1, 204)
   rows = by_distance.by_distance(models(), {distance: texts(distance) for distance in distances}, batch_size=8)
   assert [row["distance"] for row in rows] == list(distances)
   for row in rows:
@@ -65,21 +70,21 @@ def test_a_distance_at_which_the_teacher_fails_is_marked():
   assert row["teacher_fails"]
 
 
-def test_ranks_are_those_of_whole_texts():
+def test_ranks_are_those_of_whole_texts(random_params):
   """Each candidate read with its text in one call; the likelihoods in float64 by a loop."""
-  lm, made = copying.student(WINDOW), texts(60, 3)
-  logits = [
-    np.asarray(lm(np.array([[*x.context, *answer]]))[0][0], np.float64) for x in made for answer in x.candidates
-  ]
+  config = presets.tiny("supra_window")
+  lm, made = LM(config, random_params(config)), plant("repeat", 30, range(97), count=5, before=20, facts=2)
+  whole = [[*text.context, *answer] for text in made for answer in text.candidates]
+  logits = iter(np.asarray(lm(np.array(whole))[0], np.float64))
   want = []
   for text in made:
     scores = []
     for answer in text.candidates:
-      table = logits.pop(0)[len(text.context) - 1 :]
-      scores.append(
-        sum(row[token] - math.log(sum(map(math.exp, row))) for row, token in zip(table, answer, strict=False))
-      )
+      table = next(logits)[len(text.context) - 1 : -1]
+      loss = [math.log(sum(map(math.exp, row))) - row[token] for row, token in zip(table, answer, strict=True)]
+      scores.append(-sum(loss))
     want.append(sum(score > scores[text.right] for score in scores))
+  assert len(set(want)) > 1
   np.testing.assert_array_equal(by_distance.ranks(reader(lm), made, batch_size=2), want)
 
 
@@ -153,21 +158,25 @@ def test_no_advantage_is_no_number():
   assert nothing["tokens"] == 0 and nothing["loss"][MODEL] is None and math.isnan(nothing["saved"][MODEL]["value"])
 
 
-@pytest.mark.parametrize("distance", [40, WINDOW, WINDOW + 1, EQUAL_WINDOW + 1])
+@pytest.mark.parametrize("distance", [30, WINDOW, WINDOW + 1, EQUAL_WINDOW + 1])
 def test_loss_on_repeats_steps_at_the_window(distance):
-  """A string of eight tokens comes again: its last six end three tokens that were there before."""
+  """A string of eight tokens comes again: its last five end four tokens that were there before.
+
+  So does another one where the same filler is before both.
+  """
   rows = np.stack([text.text for text in texts(distance)])
   losses = memory_loss.read_losses(models(), rows, batch_size=8)
   windows = {EQUAL: EQUAL_WINDOW, OWN: WINDOW}
-  found = memory_loss.summary(rows, losses, windows)
+  found = memory_loss.summary(rows, losses, windows, ngram=4)
   (repeats,) = found["by_repeat"]
-  assert repeats["tokens"] == 6 * 8 and repeats["from"] <= distance < repeats["to"]
+  count = sum(back > 0 for row in rows for back in repeats_by_a_loop(row, 4))
+  assert repeats["tokens"] == count >= 40 and repeats["from"] <= distance < repeats["to"]
   for name, window in {**windows, MODEL: WINDOW, TEACHER: 10**9}.items():
     loss = repeats["loss"][name]
     assert loss < 0.01 if distance <= window else loss > 2, name
   for name, window in windows.items():
     far = found["against"][name]["far_repeats"]
-    assert far["tokens"] == (48 if distance > window else 0)
+    assert far["tokens"] == (count if distance > window else 0)
     if not far["tokens"]:
       continue
     # The model is its own window, and the other window sees all or nothing.
@@ -184,7 +193,7 @@ def test_loss_on_repeats_steps_at_the_window(distance):
 
 
 def test_a_part_that_is_not_read_is_worth_nothing():
-  rows = np.stack([text.text[:160] for text in texts(100)])
+  rows = np.stack([text.text[:128] for text in texts(100, 4)])
   found = ablation.ablate(models()[MODEL], rows, batch_size=4)
   assert set(found) == {"linear", "window", ablation.ALL}
   for how in ("nothing", "another"):
@@ -234,16 +243,23 @@ def test_parts_of_any_mixers(random_params):
 # The report.
 
 
-def test_a_report():
-  lm, whole = copying.student(WINDOW), copying.filler()
-  documents = [whole[:100], *(whole[i : i + 300] for i in range(5))]
-  how = {"length": 96, "max_documents": 3, "distances": (WINDOW, 80), "items": 3, "batch_size": 3}
-  found = recall.report(lm, copying.teacher(), documents, **how, kinds=["repeat"])
-  assert found["loss"]["documents"] == 3 and found["loss"]["length"] == 96
-  assert [line["distance"] for line in found["recall"]["repeat"]] == [WINDOW, 80]
-  text = recall.as_text(found)
-  for words in ("| model |", "window of equal bytes", "| linear |", "Recall of repeat", "beyond layers x window"):
-    assert words in text
+def test_the_program(tmp_path):
+  """On a transformer with random weights and the same with windows: R is 0 beside its own window, and 0 is said."""
+  tiny.write_checkpoint(tmp_path / "teacher", "softmax")
+  linearize_checkpoint(tmp_path / "teacher", tmp_path / "model", Window(window=16))
+  flags = ["--documents=2", "--length=200", "--distances=150", "--kind=passkey", "--items=2"]
+  told = [f"--{name}={tmp_path / path}" for name, path in (("checkpoint", "model"), ("teacher", "teacher"))]
+  told.append(f"--output={tmp_path / 'found.json'}")
+  ran = programs.run("supra_jax.bin.recall", *told, *flags)
+  assert ran.returncode == 0, ran.stderr
+  for words in ("| model |", EQUAL, "| linear |", "Recall of passkey", "beyond layers x window"):
+    assert words in ran.stdout
+  found = json.loads((tmp_path / "found.json").read_text())
+  assert found["loss"]["documents"] == 2 and found["loss"]["length"] == 200
+  own = found["loss"]["against"][OWN]["far_repeats"]
+  assert own["tokens"] > 20 and abs(own["saved"][MODEL]["value"]) < 1e-6
+  assert found["parts"]["linear"]["another"]["added"] == 0 != found["parts"]["window"]["another"]["added"]
+  assert [line["distance"] for line in found["recall"]["passkey"]] == [150]
 
 
 def test_what_cannot_be_measured_is_said():
