@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from absl import flags
 
@@ -22,7 +23,7 @@ _INPUT = flags.DEFINE_string(
 )
 _TEXT_KEY = flags.DEFINE_string("text_key", "text", "JSON key, or parquet column, that holds the text.")
 _LENGTH = flags.DEFINE_integer("length", 2048, "Tokens that are read of a document.", lower_bound=2)
-_DOCUMENTS = flags.DEFINE_integer("documents", 16, "Most documents to read.", lower_bound=2)
+_DOCUMENTS = flags.DEFINE_integer("max_documents", 16, "Most documents to read.", lower_bound=2)
 _DISTANCES = flags.DEFINE_list("distances", [str(n) for n in by_distance.DISTANCES], "Distances of planted facts.")
 _KINDS = flags.DEFINE_multi_enum("kind", list(KINDS), KINDS, "Kind of planted facts; repeatable.")
 _ITEMS = flags.DEFINE_integer("items", 16, "Planted texts of each kind and distance.", lower_bound=2)
@@ -39,17 +40,9 @@ def main() -> None:
   if lm.tokenizer is None:
     raise ValueError("This checkpoint has no tokenizer to read text with: use supra_jax.evaluation.recall.report.")
   documents = map(lm.tokenizer.encode, read_documents(_INPUT.value, _TEXT_KEY.value))
-  found = recall.report(
-    lm,
-    teacher,
-    documents,
-    length=_LENGTH.value,
-    max_documents=_DOCUMENTS.value,
-    distances=[int(text) for text in _DISTANCES.value],
-    **{flag.name: flag.value for flag in (_ITEMS, _SPLIT, _SEED, _STATE, _BATCH)},
-    kinds=_KINDS.value,
-    progress=True,
-  )
+  distances = [int(text) for text in _DISTANCES.value]
+  how: dict[str, Any] = {flag.name: flag.value for flag in (_LENGTH, _DOCUMENTS, _ITEMS, _SPLIT, _SEED, _BATCH, _STATE)}
+  found = recall.report(lm, teacher, documents, distances=distances, kinds=_KINDS.value, progress=True, **how)
   print(recall.as_text(found))
   if _OUTPUT.value:
     Path(_OUTPUT.value).write_text(to_json(found, indent=1) + "\n")

@@ -30,7 +30,11 @@ from supra_jax.model.shapes import parameter_shapes
 from supra_jax.model.transformer import DecodeState, Transformer
 
 MODEL, TEACHER, EQUAL, OWN = "model", "teacher", "window of equal bytes", "own window"
-_LINEAR = {"feature_map": "per_head", "decay": "none", "qk_norm": False}  # of a linear attention that is all 0
+_LINEAR: dict[str, Any] = {
+  "feature_map": "per_head",
+  "decay": "none",
+  "qk_norm": False,
+}  # of a linear attention that is all 0
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -99,7 +103,7 @@ class Reader:
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=4)
 def _losses(model: Transformer, params, tokens_BT, targets_BT, state: DecodeState) -> tuple[jax.Array, DecodeState]:
   """Returns (negative log-likelihoods of the targets [B, T], state)."""
-  logits, state = model.apply({"params": params}, tokens_BT, state, method="logits")
+  logits, state = model.bind({"params": params}).logits(tokens_BT, state)
   chosen = jnp.take_along_axis(logits, targets_BT[..., None], axis=-1)[..., 0]
   return jax.nn.logsumexp(logits, axis=-1) - chosen, state
 

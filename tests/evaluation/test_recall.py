@@ -245,9 +245,9 @@ def test_parts_of_any_mixers(random_params):
 
 def test_the_program(tmp_path):
   """On a transformer with random weights and the same with windows: R is 0 beside its own window, and 0 is said."""
-  tiny.write_checkpoint(tmp_path / "teacher", "softmax")
+  tiny.write_checkpoint(tmp_path / "teacher", "softmax", layers=layers(("softmax",)))
   linearize_checkpoint(tmp_path / "teacher", tmp_path / "model", Window(window=16))
-  flags = ["--documents=2", "--length=200", "--distances=150", "--kind=passkey", "--items=2"]
+  flags = ["--max_documents=2", "--length=200", "--distances=150", "--kind=passkey", "--items=2"]
   told = [f"--{name}={tmp_path / path}" for name, path in (("checkpoint", "model"), ("teacher", "teacher"))]
   told.append(f"--output={tmp_path / 'found.json'}")
   ran = programs.run("supra_jax.bin.recall", *told, *flags)
