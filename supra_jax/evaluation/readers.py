@@ -30,11 +30,8 @@ from supra_jax.model.shapes import parameter_shapes
 from supra_jax.model.transformer import DecodeState, Transformer
 
 MODEL, TEACHER, EQUAL, OWN = "model", "teacher", "window of equal bytes", "own window"
-_LINEAR: dict[str, Any] = {
-  "feature_map": "per_head",
-  "decay": "none",
-  "qk_norm": False,
-}  # of a linear attention that is all 0
+# Fields of the config of a linear attention whose parameters are all 0.
+_LINEAR: dict[str, Any] = {"feature_map": "per_head", "decay": "none", "qk_norm": False}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
