@@ -132,7 +132,7 @@ class Mixer(nn.Module):
     if self.held_dtype == x.dtype:
       return x
     kind = jnp.finfo(self.held_dtype)
-    # XLA drops a cast to fewer bits that is followed by a cast back, but not this.
+    # XLA may drop a cast down that a cast up follows (xla_allow_excess_precision), but not this.
     return jax.lax.reduce_precision(x, kind.nexp, kind.nmant).astype(self.held_dtype)
 
   @nn.nowrap
