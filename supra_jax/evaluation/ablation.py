@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from supra_jax.evaluation.bootstrap import interval
+from supra_jax.evaluation.intervals import interval
 from supra_jax.evaluation.readers import Reader
 from supra_jax.model.config import ModelConfig
 from supra_jax.model.registry import mixer_class

@@ -12,7 +12,7 @@ import numpy as np
 
 from supra_jax.core.sharding import on_mesh
 from supra_jax.data.planted import Planted
-from supra_jax.evaluation.bootstrap import interval
+from supra_jax.evaluation.intervals import share_interval
 from supra_jax.evaluation.readers import TEACHER, Reader, reach
 from supra_jax.model.finite import not_finite
 from supra_jax.model.transformer import DecodeState, Transformer
@@ -79,13 +79,12 @@ def ranks(
 
 
 def summary(found_N: np.ndarray, candidates: int) -> dict[str, Any]:
-  """Returns what ranks say: {items, right: share of rank 0, interval, mean_rank, chance}."""
-  right = (found_N == 0).astype(np.float64)
-  spread = interval(lambda sums: sums[..., 0] / sums[..., 1], np.column_stack([right, np.ones_like(right)]))
+  """Returns what ranks say: {items, right: the share of rank 0, interval: of the share, mean_rank, chance}."""
+  right = int((found_N == 0).sum())
   return {
     "items": len(found_N),
-    "right": float(right.mean()),
-    "interval": spread,
+    "right": right / len(found_N),
+    "interval": share_interval(right, len(found_N)),
     "mean_rank": float(found_N.mean()),
     "chance": 1 / candidates,
   }

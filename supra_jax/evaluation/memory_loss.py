@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from supra_jax.evaluation.bootstrap import interval
+from supra_jax.evaluation.intervals import interval
 from supra_jax.evaluation.readers import TEACHER, Reader
 
 NGRAM = 3  # tokens of a repeat

@@ -134,7 +134,7 @@ def _number(value: float | None, form: str = ".3f") -> str:
 
 def _with_interval(entry: Mapping[str, Any], form: str = ".3f", key: str = "value") -> str:
   low_high = entry["interval"]
-  spread = "" if low_high is None else f" ({low_high[0]:{form}} to {low_high[1]:{form}})"
+  spread = " (any)" if low_high is None else f" ({low_high[0]:{form}} to {low_high[1]:{form}})"
   return _number(entry[key], form) + spread
 
 
@@ -188,7 +188,7 @@ def _recall(recall: Mapping[str, Any]) -> Iterator[str]:
     rows = []
     for line in distances:
       notes = ["the teacher fails"] * line["teacher_fails"]
-      notes += [f"beyond layers x window of {', '.join(line['beyond_reach'])}"] * bool(line["beyond_reach"])
+      notes += [f"beyond layers x window: {', '.join(line['beyond_reach'])}"] * bool(line["beyond_reach"])
       shares = [_with_interval(line["models"][name], ".2f", "right") for name in names]
       rows.append([f"{line['distance']:,}", *shares, "; ".join(notes)])
     chance = distances[0]["models"][TEACHER]["chance"] if distances else 0

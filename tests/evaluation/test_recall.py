@@ -9,7 +9,7 @@ import pytest
 
 from supra_jax.data.planted import plant
 from supra_jax.evaluation import ablation, by_distance, memory_loss, recall
-from supra_jax.evaluation.bootstrap import interval
+from supra_jax.evaluation.intervals import interval, share_interval
 from supra_jax.evaluation.readers import EQUAL, MODEL, OWN, TEACHER, described, reader, readers
 from supra_jax.experiments import tiny
 from supra_jax.inference.lm import LM
@@ -148,6 +148,16 @@ def test_the_interval_of_a_mean_is_that_of_a_normal_distribution():
   assert low == pytest.approx(x.mean() - spread, abs=0.15 * spread)
   assert high == pytest.approx(x.mean() + spread, abs=0.15 * spread)
   assert interval(lambda sums: sums[..., 0], x[:1, None]) is None
+  # Of a ratio whose denominator may be 0 or less, nothing is known.
+  assert interval(lambda sums: np.where(sums[..., 0] > 0, sums[..., 0], np.nan), x[:, None]) is None
+
+
+@pytest.mark.parametrize("right, count", [(0, 10), (3, 10), (16, 16), (40, 200)])
+def test_the_interval_of_a_share(right, count):
+  """At either end p the share that was found is 1.96 of p's own standard deviations away."""
+  for end in share_interval(right, count):
+    spread = math.sqrt(end * (1 - end) / count)
+    assert abs(right / count - end) == pytest.approx(1.959964 * spread, abs=1e-9)
 
 
 def test_no_advantage_is_no_number():

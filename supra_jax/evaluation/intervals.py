@@ -1,7 +1,8 @@
-"""Confidence intervals by drawing documents again, since the tokens of one document depend on each other."""
+"""Confidence intervals: of statistics over documents, by bootstrap, and of shares of independent items (Wilson)."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import numpy as np
@@ -24,7 +25,8 @@ def interval(
     seed: determines the draws.
 
   Returns:
-    (low, high); None if there are fewer than two documents or the statistic is not finite in most of the samples.
+    (low, high); None if there are fewer than two documents, or if so many samples have no finite statistic that the
+    ends of the interval are among them.
   """
   count = len(sums_DN)
   if count < 2:
@@ -32,9 +34,15 @@ def interval(
   rng = np.random.default_rng(seed)
   times = rng.multinomial(count, np.full(count, 1 / count), size=draws)  # how often each document is in a sample
   values = statistic(times @ np.asarray(sums_DN, np.float64))
-  values = values[np.isfinite(values)]
-  if len(values) < draws / 2:
+  tail = (1 - LEVEL) / 2
+  if np.isfinite(values).mean() < 1 - tail:
     return None
-  tail = 100 * (1 - LEVEL) / 2
-  low, high = np.percentile(values, [tail, 100 - tail])
+  low, high = np.quantile(values[np.isfinite(values)], [tail, 1 - tail])
   return float(low), float(high)
+
+
+def share_interval(right: int, count: int) -> tuple[float, float]:
+  """Returns Wilson's 95 % interval of a share `right` / `count` of independent items."""
+  z = 1.959964
+  middle, spread = right + z * z / 2, z * math.sqrt(right * (count - right) / count + z * z / 4)
+  return (middle - spread) / (count + z * z), (middle + spread) / (count + z * z)
