@@ -83,24 +83,28 @@ class Reader:
       NotFiniteError: logits are not finite.
     """
     tokens_BT, targets_BT = (np.asarray(x, np.int32) for x in (rows_BT[:, :-1], rows_BT[:, 1:]))
-    fresh = state is None
+    fresh, time = state is None, tokens_BT.shape[1]
     held: DecodeState = self.fresh(*rows_BT.shape) if state is None else state
+    width = min(time, decode.PREFILL_TOKENS)
     found = []
     with on_mesh(self.mesh):
-      for start in range(0, tokens_BT.shape[1], decode.PREFILL_TOKENS):
-        piece = slice(start, start + decode.PREFILL_TOKENS)
-        losses, held = _losses(self.model, self.params, tokens_BT[:, piece], targets_BT[:, piece], held)
-        found.append(np.asarray(losses))
+      for start in range(0, time, width):
+        count = min(width, time - start)  # the last piece is padded, so that all share a program
+        piece = [np.pad(x[:, start : start + count], ((0, 0), (0, width - count))) for x in (tokens_BT, targets_BT)]
+        losses, held = _losses(self.model, self.params, *piece, np.full(len(rows_BT), count, np.int32), held)
+        found.append(np.asarray(losses)[:, :count])
     losses_BT = np.concatenate(found, axis=1)
     if not np.isfinite(losses_BT).all():
       raise not_finite(self.model, self.params, tokens_BT.tolist() if fresh else [])
     return losses_BT
 
 
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=4)
-def _losses(model: Transformer, params, tokens_BT, targets_BT, state: DecodeState) -> tuple[jax.Array, DecodeState]:
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=5)
+def _losses(
+  model: Transformer, params, tokens_BT, targets_BT, lengths_B, state: DecodeState
+) -> tuple[jax.Array, DecodeState]:
   """Returns (negative log-likelihoods of the targets [B, T], state)."""
-  logits, state = model.bind({"params": params}).logits(tokens_BT, state)
+  logits, state = model.bind({"params": params}).logits(tokens_BT, state, lengths=lengths_B)
   chosen = jnp.take_along_axis(logits, targets_BT[..., None], axis=-1)[..., 0]
   return jax.nn.logsumexp(logits, axis=-1) - chosen, state
 

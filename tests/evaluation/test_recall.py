@@ -91,6 +91,14 @@ def test_ranks_are_those_of_whole_texts(random_params):
 # Item 6: loss where memory counts.
 
 
+def test_losses_in_pieces_are_those_of_one_call(random_params):
+  config = presets.tiny("supra_window")
+  lm, rows = LM(config, random_params(config)), np.random.default_rng(0).integers(0, 97, (2, 600))
+  logits = np.asarray(lm(rows[:, :-1])[0], np.float64)
+  chosen = np.take_along_axis(logits, rows[:, 1:, None], axis=-1)[..., 0]
+  np.testing.assert_allclose(reader(lm).losses(rows), np.log(np.exp(logits).sum(-1)) - chosen, atol=2e-4)
+
+
 def repeats_by_a_loop(tokens, ngram):
   last, found = {}, []
   for end in range(len(tokens)):
