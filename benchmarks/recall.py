@@ -32,6 +32,7 @@ from supra_jax.data.planted import KINDS
 from supra_jax.data.text import read_documents
 from supra_jax.evaluation import ablation, by_distance, memory_loss, recall
 from supra_jax.evaluation.readers import EQUAL, MODEL, OWN, TEACHER, Reader, described, last_tokens, readers
+from supra_jax.evaluation.recall_tables import as_markdown
 from supra_jax.linearization.calibrate import shown
 from supra_jax.linearization.linearize import linearize_checkpoint
 from supra_jax.linearization.starts import Calibrated, Start, Window
@@ -89,7 +90,6 @@ class Cells:
       path.with_suffix(".partial").write_text(text)
       path.with_suffix(".partial").rename(path)
       print(f"{name}: {time.monotonic() - began:.0f} s", flush=True)
-      jax.clear_caches()
     return json.loads(path.read_text())
 
 
@@ -151,7 +151,7 @@ def plot(reports: dict[str, dict[str, Any]], path: Path) -> None:
 def _curves(reports: dict[str, dict[str, Any]]) -> Iterator[tuple[str, str, list, list]]:
   first = True
   for name, found in reports.items():
-    for role in [MODEL, EQUAL, *([TEACHER] if first else [])]:
+    for role in [MODEL, EQUAL, *([TEACHER] if first and TRANSFORMER not in reports else [])]:
       if role in found["models"] and not (name == TRANSFORMER and role != MODEL):
         repeats = [(line["from"], line["loss"][role]) for line in found["loss"]["by_repeat"]]
         shares: dict[int, list[float]] = {}
@@ -186,8 +186,9 @@ def main() -> None:
     output = Path(_OUTPUT.value)
     output.write_text(to_json(machine() | recipe | {"reports": reports}, indent=1) + "\n")
     plot(reports, output.with_suffix(".png"))
+    jax.clear_caches()  # the texts of the next distance have programs of their own
   for name, found in reports.items():
-    print(f"\n# {name}\n{recall.as_text(found)}")
+    print(f"\n# {name}\n{as_markdown(found)}")
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from supra_jax.core.plain_json import to_json
 from supra_jax.data.planted import KINDS, SPLITS
 from supra_jax.data.text import read_documents
 from supra_jax.evaluation import by_distance, recall
+from supra_jax.evaluation.recall_tables import as_markdown
 
 _load = model_flags.define()
 _TEACHER = flags.DEFINE_string("teacher", None, "Model directory of the transformer it was made of.", required=True)
@@ -31,6 +32,9 @@ _SPLIT = flags.DEFINE_enum("split", "test", SPLITS, "Wording of planted facts; t
 _SEED = flags.DEFINE_integer("seed", 0, "Determines the planted texts.")
 _BATCH = flags.DEFINE_integer("batch_size", 2, "Documents or planted texts that are read at a time.", lower_bound=1)
 _STATE = flags.DEFINE_enum("state_dtype", "bfloat16", DTYPES, "Dtype in which states hold keys and values.")
+_SINKS = flags.DEFINE_integer(
+  "sinks", None, "First tokens that the window of equal bytes holds. Default: as the model.", lower_bound=0
+)
 _OUTPUT = flags.DEFINE_string("output", None, "JSON file for all numbers. Default: none is written.")
 
 
@@ -41,9 +45,11 @@ def main() -> None:
     raise ValueError("This checkpoint has no tokenizer to read text with: use supra_jax.evaluation.recall.report.")
   documents = map(lm.tokenizer.encode, read_documents(_INPUT.value, _TEXT_KEY.value))
   distances = [int(text) for text in _DISTANCES.value]
-  how: dict[str, Any] = {flag.name: flag.value for flag in (_LENGTH, _DOCUMENTS, _ITEMS, _SPLIT, _SEED, _BATCH, _STATE)}
+  how: dict[str, Any] = {
+    flag.name: flag.value for flag in (_LENGTH, _DOCUMENTS, _ITEMS, _SPLIT, _SEED, _BATCH, _STATE, _SINKS)
+  }
   found = recall.report(lm, teacher, documents, distances=distances, kinds=_KINDS.value, progress=True, **how)
-  print(recall.as_text(found))
+  print(as_markdown(found))
   if _OUTPUT.value:
     Path(_OUTPUT.value).write_text(to_json(found, indent=1) + "\n")
 

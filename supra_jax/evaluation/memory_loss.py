@@ -126,7 +126,7 @@ def compared(losses: Losses, window: str, chosen_DT: np.ndarray) -> dict[str, An
     than the window's. R is NaN where the teacher is no better than the window. The interval is of 95 %, over documents.
   """
   result = _means(losses, chosen_DT) | {"R": {}, "saved": {}}
-  for name in losses.keys() - {window, TEACHER}:
+  for name in [name for name in losses if name not in (window, TEACHER)]:
     sums = np.stack([(losses[key].astype(np.float64) * chosen_DT).sum(1) for key in (window, name, TEACHER)], axis=1)
     sums_DN = np.column_stack([sums, chosen_DT.sum(1)])
     for what, statistic in (("R", _recovered_of_sums), ("saved", _saved_of_sums)):
