@@ -22,6 +22,7 @@ from supra_jax.core.files import local, locked
 from supra_jax.core.plain_json import to_json, write_json
 from supra_jax.core.progress import Progress
 from supra_jax.core.sharding import on_mesh
+from supra_jax.evaluation import paper
 from supra_jax.evaluation.answers import best_f1, rouge_l, words
 from supra_jax.evaluation.questions import Question
 from supra_jax.inference import decode
@@ -250,7 +251,7 @@ def _summary(task: str, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def table(results: Mapping[str, Any]) -> str:
-  """Returns results as a table in Markdown: a column a length, a row a model."""
+  """Returns results as a table in Markdown: a column a length, a row a model; the paper's models come first."""
   task, lengths = results["task"], results["lengths"]
   name = SCORES[task]
   head = [f"{TITLES[task]}, {TITLES[name]}, {results.get('shots', 0)}-shot", *map(str, lengths)]
@@ -258,5 +259,12 @@ def table(results: Mapping[str, Any]) -> str:
   for summary in lengths.values():
     error = summary[f"{name}_stderr"]
     cells.append(f"{summary[name]:.1f}" + (f" ± {error:.1f}" if math.isfinite(error) else ""))
-  rows = [head, ["---"] * len(head), cells, ["answers", *(str(summary["answers"]) for summary in lengths.values())]]
+  of_paper = [[model, *cells_of] for model, cells_of in paper.table_2(task, list(map(int, lengths))).items()]
+  rows = [
+    head,
+    ["---"] * len(head),
+    *of_paper,
+    cells,
+    ["answers", *(str(summary["answers"]) for summary in lengths.values())],
+  ]
   return "".join(f"| {' | '.join(row)} |\n" for row in rows)

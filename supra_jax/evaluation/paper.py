@@ -71,3 +71,19 @@ def table_1(models: Mapping[str, Sequence[float | None]], *, paper: bool = True)
     values = [*scores, average(scores)]
     lines.append([name, size, tokens, *("" if value is None else f"{value:.1f}" for value in values)])
   return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def table_2(task: str, lengths: Sequence[int]) -> dict[str, list[str]]:
+  """Returns {model: cells} of table 2 at some lengths, "" where the paper has none; {} if it has none of them.
+
+  Args:
+    task: "qasper" or "narrativeqa".
+    lengths: tokens that inputs are cut to.
+  """
+  if not set(lengths) & set(LENGTHS):
+    return {}
+  found = {}
+  for model, _, _, qasper, narrativeqa in TABLE_2:
+    scores = dict(zip(LENGTHS, qasper if task == "qasper" else narrativeqa, strict=True))
+    found[model] = [f"{scores[length]:.1f}" if length in scores else "" for length in lengths]
+  return found

@@ -79,10 +79,12 @@ class Block(nn.Module):
   layer: MixerConfig
   dtype: Any = jnp.float32
   implementation: str = "auto"
+  state_dtype: Any = None
 
   def setup(self):
     c = self.config
-    self.self_attn = mixer_class(self.layer.mixer)(c, self.layer, self.dtype, self.implementation)
+    mixer = mixer_class(self.layer.mixer)
+    self.self_attn = mixer(c, self.layer, self.dtype, self.implementation, self.state_dtype)
     self.input_layernorm, self.post_attention_layernorm = (Norm(c.norm, c.norm_eps, self.dtype) for _ in range(2))
     self.mlp = SwiGLU(c, self.dtype)
 
@@ -118,6 +120,8 @@ class Transformer(nn.Module):
       which compiles faster; meant for training.
     remat: what the backward pass recomputes: `none`; `matmuls`, everything but products with parameters; `block`,
       whole layers.
+    state_dtype: dtype in which states hold keys and values. The parallel form rounds them too, so that both forms
+      compute the same. None: `dtype`.
   """
 
   config: ModelConfig
@@ -125,6 +129,7 @@ class Transformer(nn.Module):
   implementation: str = "auto"
   stacked: bool = False
   remat: Remat = "none"
+  state_dtype: Any = None
 
   def setup(self):
     c = self.config
@@ -142,12 +147,13 @@ class Transformer(nn.Module):
           split_rngs={"params": True},
           in_axes=(0, nn.broadcast),
           length=length,
-        )(c, c.layers[first], self.dtype, self.implementation, name=f"run_{first}")
+        )(c, c.layers[first], self.dtype, self.implementation, self.state_dtype, name=f"run_{first}")
         for first, length in stacks(c.layers)
       ]
     else:
       self.blocks = [
-        block(c, layer, self.dtype, self.implementation, name=f"layers_{i}") for i, layer in enumerate(c.layers)
+        block(c, layer, self.dtype, self.implementation, self.state_dtype, name=f"layers_{i}")
+        for i, layer in enumerate(c.layers)
       ]
     self.norm = Norm(c.norm, c.norm_eps, self.dtype)
     if not c.tie_embeddings:
@@ -162,10 +168,9 @@ class Transformer(nn.Module):
       batch: B, number of rows.
       capacity: number of tokens that layers whose state grows with the text (`Mixer.GROWS`) make room for.
     """
-    layers = tuple(
-      mixer_class(layer.mixer)(self.config, layer, self.dtype).init_state(batch, capacity)
-      for layer in self.config.layers
-    )
+    told = {"dtype": self.dtype, "state_dtype": self.state_dtype}
+    mixers = (mixer_class(layer.mixer)(self.config, layer, **told) for layer in self.config.layers)
+    layers = tuple(mixer.init_state(batch, capacity) for mixer in mixers)
     # Separate buffers: the state is donated, and one buffer cannot be donated twice.
     counters = {name: jnp.full(batch, value, jnp.int32) for name, value in _FRESH.items()}
     return DecodeState(layers, **counters)

@@ -179,3 +179,9 @@ def test_averages_of_the_papers_table():
   for (*_, scores), average in zip(paper.TABLE_1, printed, strict=True):
     found = paper.average(scores)
     assert found == average is None or found == pytest.approx(average, abs=0.0501)
+
+
+def test_table_2_at_the_lengths_that_were_read():
+  cells = paper.table_2("narrativeqa", [512, 8192])
+  assert cells["Mistral-SUPRA"] == ["", "17.8"] and cells["Llama2-7B*"] == ["", "23.0"]
+  assert paper.table_2("qasper", [512]) == {}

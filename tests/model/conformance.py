@@ -218,6 +218,15 @@ def in_pieces(model, params, tokens, lengths, *, cuts):
   return jnp.concatenate(pieces, axis=1), more[:, 0]
 
 
+def at_once(model, params, tokens, lengths):
+  """Without a state before the tokens."""
+  del lengths
+  logits, state = model.apply({"params": params}, tokens, method="logits")
+  grown = state.grow(TIME + 1)
+  more, _ = model.apply({"params": params}, jnp.full_like(tokens[:, :1], NEXT), grown, method="logits")
+  return logits, more[:, 0]
+
+
 def in_rows(model, params, calls, where, *, paddings, segments):
   if model.stacked:
     params = stack_layers(params, model.config)

@@ -35,6 +35,7 @@ from tests.model import toy_mixer  # noqa: F401  # registers itself
 from tests.model.conformance import (
   TIME,
   assert_close,
+  at_once,
   check_rows,
   examples,
   fixed_layout,
@@ -68,6 +69,21 @@ def test_parallel_is_recurrent_in_any_pieces(config, random_params):
   # In float32 sums over documents round by more than a logit does.
   assert_close(got["grads"], want["grads"], 3e-4)
   assert_close(case.run(in_pieces, *args, cuts=(6, 7), grad=False)["out"], want["out"])
+
+
+@in_models
+def test_keys_and_values_in_fewer_bits(config, random_params):
+  """A sequence is rounded as a state is: both forms agree far beyond what rounding changes."""
+  case, args = make_case(config, random_params), whole_documents()
+  fewer = case.model.clone(state_dtype=jnp.bfloat16)
+  exact = case.run(at_once, *args, grad=False)["out"]
+  steps, sequence = (case.run(form, *args, model=fewer, grad=False)["out"] for form in (one_by_one, at_once))
+  # A median, since a key that rounding in float32 moves across a tie of bfloat16 is off by 1/256.
+  apart, moved = (float(np.median(np.abs(sequence - other))) for other in (steps, exact))
+  holds_keys = any("k" in mixer_class(mixer).STATE_AXES for mixer in config.mixers)
+  assert apart < 1e-5 and (moved > 100 * apart if holds_keys else moved == 0), (apart, moved)
+  held = jax.eval_shape(lambda: fewer.init_state(1, TIME)).layers
+  assert sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(held)) == costs.state_bytes(config, TIME, jnp.bfloat16)
 
 
 @in_models

@@ -88,6 +88,7 @@ class Mixer(nn.Module):
     layer: config of this layer, an instance of `Config`.
     dtype: dtype of the computation.
     implementation: implementation of the linear attention op (`kernels_pallas.linear_attention`).
+    state_dtype: dtype in which the state holds keys and values; None: `dtype`.
 
   Class attributes:
     Config: class of the mixer's config, a frozen dataclass derived from MixerConfig; config.json has its fields.
@@ -109,6 +110,7 @@ class Mixer(nn.Module):
   layer: Any
   dtype: Any = jnp.float32
   implementation: str = "auto"
+  state_dtype: Any = None
 
   Config: ClassVar[type[MixerConfig]]
   NEW: ClassVar[str] = ""
@@ -118,6 +120,20 @@ class Mixer(nn.Module):
   GROWS: ClassVar[bool] = False
   NO_ADAPTERS: ClassVar[str] = ""
   begin: ClassVar[Any] = None
+
+  @property
+  def held_dtype(self) -> Any:
+    """The dtype in which the state holds keys and values."""
+    return jnp.dtype(self.dtype if self.state_dtype is None else self.state_dtype)
+
+  @nn.nowrap
+  def held(self, x: jax.Array) -> jax.Array:
+    """Returns keys or values as the state holds them; what is read at once is rounded too, and so the same."""
+    if self.held_dtype == x.dtype:
+      return x
+    kind = jnp.finfo(self.held_dtype)
+    # XLA may drop a cast down that a cast up follows (xla_allow_excess_precision), but not this.
+    return jax.lax.reduce_precision(x, kind.nexp, kind.nmant).astype(self.held_dtype)
 
   @nn.nowrap
   def init_state(self, batch: int, capacity: int) -> Any:

@@ -49,20 +49,22 @@ class SoftmaxAttention(Projections):
   @nn.nowrap
   def init_state(self, batch: int, capacity: int) -> KVCache:
     c = self.config
-    k = jnp.zeros((batch, capacity, c.num_kv_heads, c.head_dim), self.dtype)
-    return KVCache(k, jnp.zeros((*k.shape[:-1], c.value_width), self.dtype))
+    k = jnp.zeros((batch, capacity, c.num_kv_heads, c.head_dim), self.held_dtype)
+    return KVCache(k, jnp.zeros((*k.shape[:-1], c.value_width), self.held_dtype))
 
   def outputs(self, x_BTD: jax.Array, state: KVCache | None, context: Context) -> tuple[dict[str, jax.Array], KVCache]:
     c = self.config
     q, k, v = self.project(x_BTD)
     q, k = (self.rotate(self.rotate_by_head(x), context.rotation) for x in (q, k))
+    k, v = self.held(k), self.held(v)
     cache = KVCache(k, v) if state is None else _append(state, k, v, context)
     slot = jnp.arange(cache.k.shape[1])
     oldest = context.first
     if c.sliding_window is not None:
       oldest = jnp.maximum(oldest, context.index - c.sliding_window + 1)
     mask_BTS = (slot <= context.index[..., None]) & (slot >= oldest[..., None])
-    return {"o_proj": side_by_side(masked_softmax_attention(q, cache.k, cache.v, mask_BTS))}, cache
+    out = masked_softmax_attention(q, cache.k.astype(q.dtype), cache.v.astype(q.dtype), mask_BTS)
+    return {"o_proj": side_by_side(out)}, cache
 
   @classmethod
   def flops(cls, config: ModelConfig, layer: Any, tokens: int) -> float:

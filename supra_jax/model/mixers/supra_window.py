@@ -79,6 +79,7 @@ class WindowAttention(LinearProjections):
     reach = self.reach(self.config, self.layer)
     far_q = self.rotate(q, context.rotation if reach is None else context.far_rotations[reach])
     q, k = self.rotate(q, context.rotation), self.rotate(k, context.rotation)
+    k, v = self.held(k), self.held(v)
     batch, time = x_BTD.shape[:2]
     held = self._nothing_held(batch) if state is None else (state.k, state.v)
     count = jnp.full(batch, time, jnp.int32) if context.lengths is None else context.lengths
@@ -90,8 +91,8 @@ class WindowAttention(LinearProjections):
   @nn.nowrap
   def _nothing_held(self, batch: int) -> tuple[jax.Array, jax.Array]:
     c = self.config
-    k = jnp.zeros((batch, self.layer.sinks + self.layer.window, c.num_kv_heads, c.head_dim), self.dtype)
-    return k, jnp.zeros((*k.shape[:-1], c.value_width), self.dtype)
+    k = jnp.zeros((batch, self.layer.sinks + self.layer.window, c.num_kv_heads, c.head_dim), self.held_dtype)
+    return k, jnp.zeros((*k.shape[:-1], c.value_width), self.held_dtype)
 
   @classmethod
   def flops(cls, config: ModelConfig, layer: Any, tokens: int) -> float:
@@ -269,6 +270,7 @@ def _sink_slots(first, sinks: int, window: int, cached_B1, end_B1):
 
 def _with_sinks(q, far_q, k, v, mask, sinks: int):
   """Computes `masked_softmax_attention`, but with the queries `far_q` for the first `sinks` slots."""
+  k, v = k.astype(q.dtype), v.astype(q.dtype)
   if not sinks:
     return masked_softmax_attention(q, k, v, mask)
   logits = [attention_logits(far_q, k[:, :sinks]), attention_logits(q, k[:, sinks:])]
