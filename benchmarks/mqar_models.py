@@ -21,7 +21,7 @@ from supra_jax.data.mqar import Recall
 from supra_jax.linearization.calibrate import calibrate
 from supra_jax.linearization.linearize import linearize
 from supra_jax.linearization.starts import Calibrated, Identity, Random, Start, Window
-from supra_jax.model.config import ModelConfig
+from supra_jax.model.config import ModelConfig, RopeConfig
 from supra_jax.model.costs import state_bytes
 from supra_jax.model.mixers.supra import SupraConfig
 from supra_jax.model.registry import layers, new_parameters
@@ -45,8 +45,9 @@ class Stage:
     task: the task of the stage's rows.
     pairs: numbers of pairs; each batch has rows of every number.
     rows: rows of a batch with each number of pairs.
-    steps: number of steps at most; the learning rate falls over so many.
-    enough: the stage ends when the mean loss of 50 steps, in nats per value, is less.
+    steps: number of steps at most.
+    enough: the stage ends when the mean loss of 50 steps, in nats per value, is less. 0: it does not, and the learning
+      rate falls to a tenth; in other stages the rate is constant.
   """
 
   task: Recall
@@ -75,10 +76,10 @@ class Setting:
   rows: int = 1
   test_rows: int = 64
   stages: tuple[Stage, ...] = (
-    Stage(Recall(length=24, gap=0), (4,), rows=64, steps=4000, enough=0.1),
-    Stage(Recall(length=64, gap=8), (4, 8), rows=16, steps=1000, enough=0.1),
-    Stage(Recall(length=128, gap=32), (4, 8, 16), rows=6, steps=600, enough=0.1),
-    Stage(Recall(length=256, gap=96), (4, 8, 16, 32), rows=3, steps=400, enough=0.1),
+    Stage(Recall(length=24, gap=0), (4,), rows=64, steps=4000, enough=0.2),
+    Stage(Recall(length=64, gap=8), (4, 8), rows=20, steps=1500, enough=0.2),
+    Stage(Recall(length=128, gap=32), (4, 8, 16), rows=7, steps=1000, enough=0.2),
+    Stage(Recall(length=256, gap=96), (4, 8, 16, 32), rows=3, steps=800, enough=0.2),
     Stage(TASK, (4, 8, 16, 32), rows=2, steps=250),
   )
   teacher_rate: float = 5e-3
@@ -104,15 +105,15 @@ class Method:
 
 
 NO_DECAY = SupraConfig(decay="none")
-METHODS = {
+METHODS = {  # in order of worth
   "window_only": Method(None),
   "random": Method(Random()),
-  "identity": Method(Identity()),
   "identity_no_decay": Method(Identity(), NO_DECAY),
   "window_16": Method(Window(window=16, sinks=0)),
   "window_16_no_decay": Method(Window(window=16, sinks=0), NO_DECAY),
-  "calibrated": Method(Calibrated(tokens=32768)),
   "calibrated_no_decay": Method(Calibrated(tokens=32768), NO_DECAY),
+  "identity": Method(Identity()),
+  "calibrated": Method(Calibrated(tokens=32768)),
   "transfer_no_decay": Method(Identity(), NO_DECAY, transfer=0.3),
   "random_no_decay": Method(Random(), NO_DECAY),
 }
@@ -132,6 +133,7 @@ def teacher_config(heads: int, head_dim: int, task: Recall) -> ModelConfig:
     layers=layers(("softmax",) * 2),
     tie_embeddings=True,
     qkv_bias=True,
+    rope=RopeConfig(base=500_000.0),
     max_positions=task.length,
   )
 
@@ -150,10 +152,16 @@ def batches(task: Recall, pairs: Sequence[int], rows: int, seed: Sequence[int]) 
 
 
 @functools.cache
-def programs(config: ModelConfig, steps: int, rate: float, teacher: ModelConfig | None = None) -> tuple[Any, ...]:
+def programs(
+  config: ModelConfig, steps: int, rate: float, last_rate: float, teacher: ModelConfig | None = None
+) -> tuple[Any, ...]:
   """Returns (TrainStep, its program, its program of attention transfer; None without a teacher) of a run."""
   optimizer = OptimizerConfig(
-    learning_rate=rate, end_learning_rate=rate / 10, warmup_steps=max(steps // 20, 1), weight_decay=0.01, z_loss=0.0
+    learning_rate=rate,
+    end_learning_rate=last_rate,
+    warmup_steps=max(min(steps // 20, 50), 1),
+    weight_decay=0.01,
+    z_loss=0.0,
   )
   groups, theirs = [("kept", ".*")], None
   if teacher is not None:
@@ -192,7 +200,8 @@ def trained(
     (parameters, one subtree per layer; loss of each step but those of attention transfer, in nats per value).
   """
   params, config = model
-  step, program, first = programs(config, steps, rate, None if teacher is None else teacher[1])
+  last_rate = rate if enough else rate / 10
+  step, program, first = programs(config, steps, rate, last_rate, None if teacher is None else teacher[1])
   extra = () if teacher is None else (stack_layers(*teacher),)
   state = jax.jit(step.init)(stack_layers(params, config))
   losses: list[float] = []
