@@ -73,7 +73,8 @@ def language_model_loss(
     params: parameters of the model.
     batch: `tokens` int32 [B, T + 1], of which the first T are inputs and the last T their targets. Optional:
       `segment_ids` int32 [B, T + 1], document ids: state and position are reset where the id changes, and the first
-      token of a document is not a target; `row_weights` float32 [B], weights of the rows.
+      token of a document is not a target; `row_weights` float32 [B], weights of the rows; `target_weights` float32
+      [B, T + 1], the weight of each token as a target, 0 for tokens that are read and not learned.
     z_loss: weight of the squared logsumexp of the logits.
     teacher: the model to distil from, which reads the same batch; no gradient reaches the teacher. None: no teacher.
   """
@@ -155,12 +156,14 @@ def _read(
 
 
 def _target_weights(batch: Mapping[str, jax.Array]) -> jax.Array:
-  """Returns float32 [..., T]: the row's weight where the next token is a target, else 0."""
+  """Returns float32 [..., T]: the weight of the next token as a target times that of the row; 0 if it is no target."""
   weights = jnp.ones(batch["tokens"][..., 1:].shape, jnp.float32)
   if (segment_ids := batch.get("segment_ids")) is not None:
     weights *= segment_ids[..., 1:] == segment_ids[..., :-1]
   if (row_weights := batch.get("row_weights")) is not None:
     weights *= row_weights[..., None]
+  if (target_weights := batch.get("target_weights")) is not None:
+    weights *= target_weights[..., 1:]
   return weights
 
 

@@ -9,7 +9,7 @@ import pytest
 from supra_jax.model import presets
 from supra_jax.model.registry import layers
 from supra_jax.model.transformer import Transformer
-from supra_jax.objectives.losses import CHUNK_TOKENS, language_model_loss, next_token_loss
+from supra_jax.objectives.losses import CHUNK_TOKENS, count_targets, language_model_loss, next_token_loss
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -171,3 +171,34 @@ def test_packed_documents_are_separate_ones(tie, random_params):
     grads,
     want_grads,
   )
+
+
+def test_tokens_of_weight_0_are_read_and_not_learned(random_params):
+  c = presets.tiny().replace(layers=layers(("supra", "softmax")))
+  model, params = Transformer(c), random_params(c)
+  rng = np.random.default_rng(0)
+  batch = {
+    "tokens": rng.integers(0, c.vocab_size, (2, 13), np.int32),
+    "segment_ids": np.array([[0] * 13, [0] * 6 + [1] * 7], np.int32),
+    "row_weights": np.array([1.0, 0.5], np.float32),
+    "target_weights": (rng.random((2, 13)) < 0.5).astype(np.float32) * 3,
+  }
+  assert batch["target_weights"][1, 6], "a target by its weight, which begins a document"
+
+  def plain(params):
+    logits, _ = model.apply(
+      {"params": params}, batch["tokens"][:, :-1], segment_ids=batch["segment_ids"][:, :-1], method="logits"
+    )
+    nll = optax.softmax_cross_entropy_with_integer_labels(logits, batch["tokens"][:, 1:])
+    loss, weight = 0.0, 0.0
+    for row in range(2):
+      for at in range(1, 13):
+        if batch["segment_ids"][row, at] == batch["segment_ids"][row, at - 1]:
+          target = batch["row_weights"][row] * batch["target_weights"][row, at]
+          loss, weight = loss + target * nll[row, at - 1], weight + target
+    return loss, weight
+
+  (want, weight), want_grads = jax.jit(jax.value_and_grad(plain, has_aux=True))(params)
+  loss, grads = jax.jit(jax.value_and_grad(lambda p: language_model_loss(model, p, batch).loss))(params)
+  np.testing.assert_allclose([loss, count_targets(batch)], [want, weight], rtol=1e-5)
+  jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-4), grads, want_grads)
