@@ -19,6 +19,7 @@ from jax.sharding import Mesh
 from supra_jax.core.sharding import batch_shards, on_mesh
 from supra_jax.inference import decode
 from supra_jax.inference.sampling import Draws, Sampling
+from supra_jax.model.costs import state_bytes
 from supra_jax.model.finite import NotFiniteError, generated_not_finite, not_finite
 from supra_jax.model.placement import placed
 from supra_jax.model.registry import mixer_class
@@ -115,7 +116,16 @@ class Engine:
     self._capacity = decode.capacity_for(capacity) if self._grows else 0
     self._most = capacity
     self._alternatives = np.bool_(alternatives)
-    self._state = placed(model.init_state(rows, self._capacity), model.config, mesh)
+    try:
+      self._state = placed(model.init_state(rows, self._capacity), model.config, mesh)
+    except jax.errors.JaxRuntimeError as error:
+      if "RESOURCE_EXHAUSTED" not in str(error):
+        raise
+      size = rows * state_bytes(model.config, self._capacity, model.dtype)
+      raise ValueError(
+        f"The states of {rows} texts of up to {capacity} tokens take {size:,} bytes, more than there are: wanted fewer "
+        "rows, or a smaller max_new_tokens."
+      ) from error
     blank = Draws.of([Sampling()] * rows, [()] * rows, model.config.vocab_size)
     self._draws = jax.tree.map(jnp.asarray, blank)
     self._token = jnp.zeros(rows, jnp.int32)
@@ -305,6 +315,6 @@ def not_finite_at(
   """Returns the error for logits that are not finite, from which `token` was drawn after the token `last`."""
   if last is not None:
     return generated_not_finite(model, token.number, last.id)
-  if not all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves((request.state, request.hidden))):
-    return NotFiniteError("The state that the text goes on from is not finite: read its text again.")
-  return not_finite(model, params, [[*request.read, *request.prompt]])
+  of_state = "The state that the text goes on from is not finite: read its text again."
+  otherwise = None if request.state is None else of_state
+  return not_finite(model, params, [[*request.read, *request.prompt]], otherwise=otherwise)

@@ -7,7 +7,7 @@ import dataclasses
 import json
 import math
 import os
-from collections.abc import AsyncIterator, Collection, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -202,7 +202,7 @@ class LM:
     self,
     prompts: Sequence[str | Sequence[int]],
     *,
-    state: State | None = None,
+    state: State | Sequence[State] | None = None,
     max_new_tokens: int | Sequence[int] = 100,
     stop: str | Sequence[str] | Sequence[Sequence[str]] = (),
     stop_ids: Sequence[int] | Sequence[Sequence[int]] = (),
@@ -219,7 +219,8 @@ class LM:
     Args:
       prompts: texts, or their token ids, of any lengths. A prompt may be empty if there is a state, or if the model has
         a begin- or end-of-text token.
-      state: what the model has read before the prompts: one row for all of them, or one each. It stays as it is.
+      state: what the model has read before the prompts: a state of one row for all of them, of a row each, or a list of
+        states. They stay as they are.
       max_new_tokens: number of tokens after which a text ends; one for all, or a list with one each.
       stop: strings that end a text, which is cut before them; a string, a list for all, or a list of lists, one each.
       stop_ids: token ids that end a text beside those of the model's config; a list for all, or a list of lists.
@@ -240,15 +241,18 @@ class LM:
     """
     if isinstance(prompts, str | bytes):
       raise ValueError("prompts is a text: wanted a list of texts; `generate` takes either.")
-    prompts = list(prompts)
+    prompts = list(prompts) if isinstance(prompts, Iterable) else [prompts]
+    if any(isinstance(prompt, int | np.integer) for prompt in prompts):
+      raise ValueError("prompts holds a number: wanted a list of prompts, and token ids as in [[1, 2, 3]].")
     if not all(isinstance(n, int | np.integer) for n in (logprobs, rows)) or not 0 <= logprobs <= TOP or rows < 1:
       raise ValueError(f"logprobs={logprobs}, rows={rows}: wanted 0 to {TOP}, and at least 1.")
-    texts = self._texts(
-      prompts, state, {"max_new_tokens": max_new_tokens, "stop": stop, "stop_ids": stop_ids, **sampling}
-    )
+    states = self._states(state, len(prompts))
+    how = {"max_new_tokens": max_new_tokens, "stop": stop, "stop_ids": stop_ids, **sampling}
+    texts = self._texts(prompts, states, how)
     # Prompts of about the same length together, so that few programs are compiled.
     order = sorted(texts, key=lambda request: len(request.prompt))
     with Progress(len(texts), "{done}/{total} texts", enabled=progress) as shown:
+      shown.advance(sum(not request.max_new_tokens for request in order))
       for request, _ in self._generated(order, texts, rows, alternatives=logprobs > 0):
         if texts[request].finish:
           shown.advance(1)
@@ -256,7 +260,7 @@ class LM:
     for number, (request, builder) in enumerate(texts.items()):
       after = None
       if keep_state:
-        after = self.read([*request.prompt, *builder.tokens], None if state is None else state.of(number))
+        after = self.read([*request.prompt, *builder.tokens], states[number])
       made.append(builder.completion(logprobs, after))
     return made
 
@@ -268,7 +272,7 @@ class LM:
     Raises:
       NotFiniteError, ValueError: as `complete`; a ValueError is raised by the call itself.
     """
-    texts = self._texts([prompt], how.pop("state", None), how, keep=False)
+    texts = self._texts([prompt], self._states(how.pop("state", None), 1), how, keep=False)
     return self._pieces(texts)
 
   def _pieces(self, texts: Mapping[Request, TextBuilder]) -> Iterator[str]:
@@ -298,7 +302,7 @@ class LM:
     if self.tokenizer is None or self.template is None:
       raise ValueError("This checkpoint has no chat template: use `generate` with a text.")
     ids = self.tokenizer.encode(self.template.render(messages), bos=False)
-    ((request, builder),) = self._texts([ids], None, how).items()  # raises before anything is read
+    ((request, builder),) = self._texts([ids], [None], how).items()  # raises before anything is read
     before = self._memory.longest(ids)
     known = 0 if before is None else before.tokens[0].size
     asked = self.read(ids[known:], before)
@@ -348,24 +352,42 @@ class LM:
         yield request, piece
 
   def _texts(
-    self, prompts: Sequence[str | Sequence[int]], state: State | None, how: Mapping[str, Any], *, keep: bool = True
+    self,
+    prompts: Sequence[str | Sequence[int]],
+    states: Sequence[State | None],
+    how: Mapping[str, Any],
+    *,
+    keep: bool = True,
   ) -> dict[Request, TextBuilder]:
     """Returns a request for each prompt, with the builder of its text; `how` has arguments of `complete`."""
-    if state is not None:
-      state = self._own(state, (1, len(prompts)))
-    ids = [self._ids(prompt, state) for prompt in prompts]
-    goes_on = [state is not None or bool(len(prompt)) for prompt in prompts]
+    ids = [self._ids(prompt, state) for prompt, state in zip(prompts, states, strict=True)]
+    goes_on = [state is not None or bool(len(prompt)) for prompt, state in zip(prompts, states, strict=True)]
     decoders = [NoText() if self.tokenizer is None else self.tokenizer.stream_decoder(continues=on) for on in goes_on]
     if unknown := how.keys() - ARGUMENTS:
       raise TypeError(f"Unknown arguments: {', '.join(sorted(unknown))}.")
-    return requests(ids, decoders, state, config=self.config, generation=self.generation, keep=keep, **how)
+    return requests(ids, decoders, states, config=self.config, generation=self.generation, keep=keep, **how)
 
   def _ids(self, text: str | Sequence[int], state: State | None) -> list[int]:
     """Returns the token ids of a prompt; of an empty one without a state the token that begins a text."""
     return token_ids(text, self.tokenizer, self.config, continues=state is not None)
 
+  def _states(self, state: State | Sequence[State] | None, count: int) -> list[State | None]:
+    """Returns the state before each of `count` prompts, of one row and this model's own."""
+    if state is None:
+      return [None] * count
+    if not isinstance(state, State):
+      if not isinstance(state, list | tuple):
+        raise ValueError(f"state is a {type(state).__name__}: wanted a State, or a list of them.")
+      if len(state) != count:
+        raise ValueError(f"state has {len(state)} states for {count} prompts.")
+      return [self._own(one, (1,)) for one in state]
+    own = self._own(state, (1, count))
+    return [own.of(number) for number in range(count)]
+
   def _own(self, state: State, rows: Collection[int]) -> State:
     """Checks that a state is this model's and has one of the given numbers of rows; returns it on this model's mesh."""
+    if not isinstance(state, State):
+      raise ValueError(f"state is a {type(state).__name__}: wanted one that `read`, `keep_state` or `load_state` gave.")
     if state.rows not in rows:
       raise ValueError(f"The state has {state.rows} rows: wanted {' or '.join(map(str, sorted(set(rows))))}.")
     if self.checkpoint and state.checkpoint and self.checkpoint != state.checkpoint:

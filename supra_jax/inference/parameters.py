@@ -16,7 +16,7 @@ from supra_jax.model.config import ModelConfig
 from supra_jax.model.int8 import Int8, in_int8
 from supra_jax.model.placement import param_shardings
 from supra_jax.model.registry import MIXER, mixer_class
-from supra_jax.storage.model_directory import ModelCheckpoint, load_model
+from supra_jax.storage.model_directory import ModelCheckpoint, load_model, load_model_without_params
 
 
 def load_parameters(
@@ -37,14 +37,15 @@ def load_parameters(
   if quantize not in (None, "int8"):
     raise ValueError(f"quantize={quantize!r}: wanted 'int8' or None.")
   place = None if mesh is None else functools.partial(param_shardings, mesh=mesh)
+  if mesh is not None:
+    config = load_model_without_params(directory).config
+    check_heads(config.num_heads, config.num_kv_heads, mesh)
   if not quantize:
     stored = load_model(directory, dtype, shardings=place)
     params = for_inference(stored.config, stored.params)
   else:
     stored = load_model(directory, shardings=_on_host)
     params = in_int8(for_inference(stored.config, stored.params), dtype)
-  if mesh is not None:
-    check_heads(stored.config.num_heads, stored.config.num_kv_heads, mesh)
   if quantize or place:
     params = jax.device_put(params, place(params) if place else None)
   return dataclasses.replace(stored, params=params)

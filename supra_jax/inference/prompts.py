@@ -32,8 +32,14 @@ def token_ids(
     ValueError: a token is not in the vocabulary, or there is a text and no tokenizer.
   """
   if not isinstance(text, str):
-    given = [] if isinstance(text, bytes) else list(text)
-    if isinstance(text, bytes) or not all(isinstance(i, int | np.integer) and not isinstance(i, bool) for i in given):
+    text = text.tolist() if isinstance(text, np.ndarray | jax.Array) else text
+    is_list = isinstance(text, Iterable) and not isinstance(text, bytes)
+    given = list(text) if is_list else []
+    if (
+      isinstance(text, bytes)
+      or not isinstance(text, Iterable)
+      or not all(isinstance(i, int | np.integer) and not isinstance(i, bool) for i in given)
+    ):
       raise ValueError(f"A prompt is {str(text)[:40]!r}: wanted a text, or token ids.")
     ids = [int(i) for i in given]
     if outside := [i for i in ids if not 0 <= i < config.vocab_size]:
@@ -56,7 +62,7 @@ def from_state(state: State) -> dict[str, Any]:
 def requests(
   prompts: Sequence[list[int]],
   decoders: Sequence[StreamDecoder | NoText],
-  state: State | None,
+  states: Sequence[State | None],
   *,
   config: ModelConfig,
   generation: Mapping[str, Any],
@@ -71,7 +77,7 @@ def requests(
   Args:
     prompts: token ids.
     decoders: decoder of each text.
-    state: what the model has read before, of one row or as many as prompts; None: nothing.
+    states: what the model has read before each prompt, of one row; None: nothing.
     config: the model's config.
     generation: contents of generation_config.json, or empty.
     keep: see `TextBuilder`.
@@ -87,11 +93,12 @@ def requests(
   values = {name: _each(name, value, count) for name, value in sampling.items() if value is not None}
   if "seed" not in values:
     values["seed"] = list(range(count))
-  elif isinstance(sampling["seed"], int | np.integer):
+  elif isinstance(sampling["seed"], int | np.integer) and 0 <= sampling["seed"] < 2**32:
     values["seed"] = [(sampling["seed"] + i) % 2**32 for i in range(count)]
   texts = {}
   for i, (ids, decoder) in enumerate(zip(prompts, decoders, strict=True)):
-    before = {} if state is None else from_state(state.of(i))
+    state = states[i]
+    before = {} if state is None else from_state(state)
     how = Sampling.of_checkpoint(generation, **{name: value[i] for name, value in values.items()})
     if not isinstance(most[i], int | np.integer) or most[i] < 0:
       raise ValueError(f"max_new_tokens={most[i]!r}: wanted a whole number, 0 or more.")
@@ -103,9 +110,10 @@ def requests(
 
 def _each(name: str, value: Any, count: int) -> list[Any]:
   """Returns a value for each of `count` prompts, of one for all or of any iterable with one each."""
+  value = value.tolist() if isinstance(value, np.ndarray | jax.Array) else value
   if isinstance(value, str | bytes | Mapping) or not isinstance(value, Iterable):
     return [value] * count
-  values = value.tolist() if isinstance(value, np.ndarray | jax.Array) else list(value)
+  values = list(value)
   if len(values) != count:
     raise ValueError(f"{name} has {len(values)} values for {count} prompts.")
   return values
@@ -113,6 +121,9 @@ def _each(name: str, value: Any, count: int) -> list[Any]:
 
 def _lists(name: str, value: Any, kind: Any, count: int) -> list[tuple[Any, ...]]:
   """Returns a tuple for each of `count` prompts, of an item, of items for all, or of items for each."""
+  value = value.tolist() if isinstance(value, np.ndarray | jax.Array) else value
+  if not isinstance(value, kind | Iterable | None):
+    raise ValueError(f"{name}={value!r}: wanted {'texts' if kind is str else 'token ids'}.")
   held = [] if value is None else [value] if isinstance(value, kind) else list(value)
   each = [held] * count if all(isinstance(item, kind) for item in held) else _each(name, held, count)
   made = [() if items is None else (items,) if isinstance(items, kind) else tuple(items) for items in each]

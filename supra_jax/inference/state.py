@@ -59,7 +59,13 @@ class State:
     return sum(x.nbytes for x in jax.tree.leaves((self.decode, self.hidden)))
 
   def take(self, rows: Sequence[int]) -> State:
-    """Returns the state of the given rows, in the given order; a row may be given several times."""
+    """Returns the state of the given rows, in the given order; a row may be given several times.
+
+    Raises:
+      ValueError: no row is given, or one that there is not.
+    """
+    if not len(rows) or not all(-self.rows <= row < self.rows for row in rows):
+      raise ValueError(f"take({list(rows)}): wanted rows of this state, 0 to {self.rows - 1}, one at least.")
     tokens = tuple(self.tokens[row] for row in rows)
     index = np.asarray(rows, np.int32)
     return dataclasses.replace(self, decode=self.decode.take(index), hidden=self.hidden[index], tokens=tokens)
@@ -74,8 +80,8 @@ class State:
     Raises:
       ValueError: the state has several rows, or `count` is below 1.
     """
-    if count < 1:
-      raise ValueError(f"count={count}: wanted at least 1.")
+    if not isinstance(count, int | np.integer) or count < 1:
+      raise ValueError(f"count={count}: wanted a whole number, at least 1.")
     if self.rows != 1:
       raise ValueError(f"This state has {self.rows} rows: take([row]) one to fork.")
     return self.take([0] * count)

@@ -25,6 +25,7 @@ from supra_jax.model.config import ModelConfig
 from supra_jax.model.placement import param_shardings
 from supra_jax.model.registry import MIXER, MixerConfig, mixer_class
 from supra_jax.model.registry import layer as make_layer
+from supra_jax.model.shapes import check_fit
 from supra_jax.model.transformer import Transformer
 from supra_jax.storage.model_directory import load_model, save_model
 
@@ -95,6 +96,7 @@ def linearize(
     raise ValueError(f"The mixer {layer.mixer!r} cannot take over a trained layer: it is for models from scratch.")
   if refusal := mixer_class(layer.mixer).refusal(config, layer):
     raise ValueError(refusal)
+  check_fit(config, params)
   report = {"start": start.to_json(), "mixer": {"mixer": layer.mixer, **dataclasses.asdict(layer)}}
   more: dict[str, Any] = {}
   if not isinstance(start, Calibrated):

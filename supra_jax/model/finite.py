@@ -21,7 +21,12 @@ class NotFiniteError(ValueError):
 
 
 def not_finite(
-  model: Transformer, params: Mapping[str, Any], windows: Sequence[Sequence[int]], *, before: int = 0
+  model: Transformer,
+  params: Mapping[str, Any],
+  windows: Sequence[Sequence[int]],
+  *,
+  before: int = 0,
+  otherwise: str | None = None,
 ) -> NotFiniteError:
   """Returns the error for a text whose logits are not all finite; reads the text again to find the first such logits.
 
@@ -30,6 +35,7 @@ def not_finite(
     params: parameters with one subtree per layer.
     windows: the token ids of the text, cut into windows that do not see each other.
     before: number of tokens of the text before the first window.
+    otherwise: what to say if all logits are finite this time.
   """
   for window in windows:
     state = model.init_state(1, len(window))
@@ -47,7 +53,7 @@ def not_finite(
           f"{_advice(model)}"
         )
     before += len(window)
-  return NotFiniteError(f"The logits of the text are not finite. {_advice(model)}")
+  return NotFiniteError(otherwise or f"The logits of the text are not finite. {_advice(model)}")
 
 
 def generated_not_finite(model: Transformer, count: int, token: int) -> NotFiniteError:

@@ -70,7 +70,8 @@ def in_int8(params: Mapping[str, Any], dtype: Any = None) -> dict[str, Any]:
     inputs = -1 if name == "embedding" else -2
     wide = np.asarray(held).astype(np.float32)
     scale = np.maximum(np.abs(wide).max(inputs), np.finfo(np.float32).tiny) / LARGEST
-    values = np.rint(wide / np.expand_dims(scale, inputs)).astype(np.int8)
+    with np.errstate(invalid="ignore"):  # parameters that are not finite have an error of their own
+      values = np.rint(wide / np.expand_dims(scale, inputs)).astype(np.int8)
     return Int8(values, scale, inputs)
 
   return of("", params)

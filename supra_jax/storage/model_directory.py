@@ -14,6 +14,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from supra_jax.core.distributed import together
 from supra_jax.core.files import AnyPath, absolute, new_directory, temporary_directory
 from supra_jax.core.plain_json import to_json
 from supra_jax.model.config import ModelConfig
+from supra_jax.model.placement import parameter_name
 from supra_jax.storage.disk import check_space
 from supra_jax.storage.parameters import Params, checked_shapes, read_params, write_params
 
@@ -88,12 +90,13 @@ def save_model(
   Raises:
     FileExistsError: the directory is not empty.
     OSError: the directory could not be written.
-    ValueError: a name in `tokenizer_files` is unknown, another process is making the same directory, or `directory` is
-      a path that `core.files.place` rejects.
+    ValueError: a name in `tokenizer_files` is unknown, another process is making the same directory, `directory` is a
+      path that `core.files.place` rejects, or the parameters are those of `LM.params`, for inference alone.
   """
   unknown = sorted(set(tokenizer_files) - set(TOKENIZER_FILES))
   if unknown:
     raise ValueError(f"Tokenizer files {unknown}: wanted a subset of {list(TOKENIZER_FILES)}.")
+  _check_complete(params)
   with _new_shared_directory(directory) as temporary:
     check_space(temporary.parent, params)
     write_params(temporary / PARAMS_DIRECTORY, params)
@@ -103,6 +106,13 @@ def save_model(
       (temporary / SOURCE_FILE).write_text(to_json(dict(source() if callable(source) else source), indent=2) + "\n")
       # Written last, since readers reject a directory without it: in a bucket nothing else marks a partial one.
       (temporary / CONFIG_FILE).write_text(config.to_json())
+
+
+def _check_complete(params: Params) -> None:
+  names = {parameter_name(path) for path, _ in jax.tree_util.tree_flatten_with_path(params)[0]}
+  biases = {name for name in names if re.search(r"feature_map\w*/bias$", name)}
+  if {f"{name.removesuffix('bias')}kernel" for name in biases} - names:
+    raise ValueError("These parameters are for inference alone, as `LM.params` are: `load_model` returns those stored.")
 
 
 def load_model(

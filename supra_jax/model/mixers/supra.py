@@ -218,7 +218,11 @@ class LinearAttention(LinearProjections):
   @classmethod
   def for_inference(cls, config: ModelConfig, params: Mapping[str, Any]) -> Mapping[str, Any]:
     """Multiplies phi's matrices into the projections of q and k, if neither a norm nor adapters are between."""
-    if config.qk_norm != "none" or any(set(params[name]) - {"kernel", "bias"} for name in ("q_proj", "k_proj")):
+    is_bare = config.qk_norm == "none" and not any(
+      set(params[name]) - {"kernel", "bias"} for name in ("q_proj", "k_proj")
+    )
+    # What a derived mixer does between the two products is not known.
+    if cls is not LinearAttention or not is_bare or "kernel" not in params["feature_map"]:
       return params
     maps = {name: tree for name, tree in params.items() if name.startswith("feature_map")}
     q_map, k_map = maps["feature_map"], maps.get("feature_map_kv", maps["feature_map"])
