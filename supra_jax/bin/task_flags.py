@@ -37,6 +37,8 @@ def define() -> Callable[[Callable[[], LM], str | None, str | None], bool]:
   def run(load: Callable[[], LM], name: str | None, output: str | None) -> bool:
     if not tasks.value:
       return False
+    if "recall" in tasks.value:
+      raise ValueError(f"recall wants its teacher: python -m supra_jax.bin.recall --checkpoint={name} --teacher=DIR.")
     try:
       from supra_jax.evaluation import comparison
     except ModuleNotFoundError as error:

@@ -191,8 +191,6 @@ def sum_over_tokens(function: Callable[..., tuple[Any, Any]]) -> Callable[..., t
     return jax.lax.psum(sums, axes), own
 
   def run(whole: Any, *arrays: Any) -> tuple[Any, Any]:
-    if current_time_shards() == 1 and jax.tree.leaves(arrays)[0].shape[0] % current_batch_shards():
-      return function(whole, *arrays)  # rows that the mesh does not divide are not cut
     tokens = dimensions_spec("batch", "time", mesh=jax.sharding.get_abstract_mesh())
     in_specs = (PartitionSpec(), *(tokens for _ in arrays))
     mapped = jax.shard_map(

@@ -48,6 +48,14 @@ def test_int8(name, batch, shape, monkeypatch):
     got = jax.jit(product, static_argnums=(0, 1, 2))(equation, dtype, "float32", x, held)
     want = np.einsum(equation, np.asarray(x, np.float64), wide.astype(np.float64))
     np.testing.assert_allclose(got, want, atol=rtol * np.abs(want).max(), rtol=0)
+  # One entry a thousand times the others, whose output does not count: the others are exact all the same.
+  x, wide = x.at[..., 0].multiply(1000), np.array(wide)
+  held = held.replace(values=np.array(held.values))
+  for array in (wide, held.values):
+    np.moveaxis(array, held.inputs, 0)[0] = 0
+  got = jax.jit(product, static_argnums=(0, 1, 2))(equation, "float32", "float32", x, held)
+  want = np.einsum(equation, np.asarray(x, np.float64), wide.astype(np.float64))
+  np.testing.assert_allclose(got, want, atol=2e-4 * np.abs(want).max(), rtol=0)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

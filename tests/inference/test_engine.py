@@ -233,6 +233,11 @@ def test_what_is_finished_early_leaves_its_row(lm):
     ({"prompts": [[1.5], [2]]}, "wanted a text, or token ids"),
     ({"logit_bias": {5: 1e39}}, "logit_bias has 5"),
     ({"top_p": 2.0}, "top_p=2.0: wanted"),
+    ({"prompts": [1, 2, 3]}, "prompts holds a number: wanted a list of prompts"),
+    ({"prompts": None}, "wanted a text, or token ids"),
+    ({"stop": 5}, "stop=5: wanted texts"),
+    ({"seed": -1}, "seed=-1: wanted"),
+    ({"seed": 2**40}, "seed=1099511627776: wanted"),
     ({"prompts": [[1], [10_000]]}, "Token 10000 is not in the vocabulary"),
     ({"logit_bias": {10_000: 1.0}}, "logit_bias has the token 10000"),
   ],
@@ -240,6 +245,12 @@ def test_what_is_finished_early_leaves_its_row(lm):
 def test_what_cannot_be_is_named(lm, how, said):
   with pytest.raises(ValueError, match=said):
     lm.complete(**{"prompts": ["The name", "A"], "max_new_tokens": 2} | how)
+
+
+def test_arrays_of_jax_are_values_too(lm):
+  want = lm.complete([[5, 6], [7]], max_new_tokens=3, temperature=0.5, stop_ids=[9])
+  arrays = {"max_new_tokens": jnp.int32(3), "temperature": jnp.float32(0.5), "stop_ids": jnp.array([9])}
+  assert lm.complete([jnp.array([5, 6]), np.array([7])], **arrays) == want
 
 
 def test_odd_arguments_are_type_errors(lm):

@@ -11,6 +11,7 @@ import supra_jax
 from supra_jax.evaluation import likelihood as evaluate
 from supra_jax.experiments import tiny
 from supra_jax.model.registry import layers
+from supra_jax.storage.model_directory import save_model
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -130,3 +131,14 @@ def test_evaluation_agrees_with_the_logits(lm):
     evaluate.text_nll(lm, [1, 2, 3], sequence_length=1)
   with pytest.raises(ValueError, match="max_tokens=512 does not fill one piece: sequence_length=1024"):
     evaluate.evaluate(lm, "any", max_tokens=512)
+
+
+def test_parameters_for_inference_are_no_parameters_of_a_checkpoint(tmp_path):
+  """Where stored ones are wanted they are refused: `supra` has phi in its projections after `load`."""
+  mixed = layers(("softmax", "supra"))
+  lm = supra_jax.load(tiny.write_checkpoint(tmp_path / "model", "supra", layers=mixed))
+  with pytest.raises(ValueError, match="for inference alone"):
+    save_model(tmp_path / "again", config=lm.config, params=lm.params, tokenizer_files={}, source={})
+  assert not (tmp_path / "again").exists()
+  with pytest.raises(ValueError, match=r"layers_1/self_attn/feature_map/kernel is missing"):
+    supra_jax.linearize(lm.params, lm.config, supra_jax.Identity())

@@ -70,6 +70,24 @@ def test_many_questions_to_one_state(lm):
     state.fork(3).fork(2)
 
 
+def test_states_of_several_texts_go_on_together(lm):
+  """Turn two of several conversations at a time."""
+  first = lm.complete(["The name", "Once upon a time"], max_new_tokens=5, keep_state=True)
+  states = [done.state for done in first]
+  alone = [lm.generate(" and", state=state, max_new_tokens=9) for state in states]
+  assert lm.generate([" and"] * 2, state=states, max_new_tokens=9) == alone
+  with pytest.raises(ValueError, match="state has 1 states for 2 prompts"):
+    lm.generate([" and"] * 2, state=states[:1])
+  _, decoded = lm([[1, 2]])
+  for wrong in (decoded, "x.state"):
+    for use in (lm.generate, lm.read):
+      with pytest.raises(ValueError, match="state is a"):
+        use("a", state=wrong)
+  for make in (lambda: states[0].take([]), lambda: states[0].take([7]), lambda: states[0].fork(2.5)):
+    with pytest.raises(ValueError, match="wanted"):
+      make()
+
+
 def test_the_state_after_a_text_has_read_all_of_it(lm):
   (whole,) = lm.complete(["The name"], max_new_tokens=15)
   (first,) = lm.complete(["The name"], max_new_tokens=6, keep_state=True)

@@ -164,6 +164,7 @@ def test_parameters_for_inference(config, random_params):
   for number, told in enumerate(config.layers):
     left = any("kernel" in tree for name, tree in folded[f"layers_{number}"][MIXER].items() if "feature_map" in name)
     assert left == (told.mixer == "supra_window" or (told.mixer == "supra" and config.qk_norm != "none"))
+  jax.tree.map(np.testing.assert_array_equal, for_inference(config, folded), folded)
 
 
 @mixers
