@@ -31,7 +31,7 @@ SETTING = Setting(
   pairs=(1, 3),
   rows=2,
   test_rows=32,
-  stages=(Stage(TASK, (1, 3), 2, 2), Stage(TASK, (1, 3), 2, 2)),
+  stages=(Stage(TASK, (1, 3), 2, 2, 1e-3), Stage(TASK, (1, 3), 2, 2, 1e-3)),
   teacher_accuracy=0.0,
 )
 
