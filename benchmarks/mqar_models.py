@@ -70,6 +70,7 @@ class Setting:
     rows: rows of a batch with each number of pairs, in tuning.
     test_rows: rows of the test with each number of pairs.
     stages: the teacher's training; the last stage has the same `task` and `pairs`.
+    short_stages: number of stages, from the first, whose rows the tuning `short_first` begins with.
     teacher_accuracy: accuracy that the teacher has to reach for every number of pairs.
   """
 
@@ -84,6 +85,7 @@ class Setting:
     Stage(Recall(length=256, gap=96), (4, 8, 16, 32), rows=3, steps=800, rate=3e-3, enough=0.2),
     Stage(TASK, (4, 8, 16, 32), rows=2, steps=250, rate=3e-3),
   )
+  short_stages: int = 2
   teacher_accuracy: float = 0.99
 
 
@@ -107,17 +109,19 @@ class Method:
 
 NO_DECAY = SupraConfig(decay="none")
 METHODS = {  # in order of worth
-  "window_only": Method(None),
-  "random": Method(Random()),
+  "window_16_no_decay": Method(Window(window=16, sinks=0), NO_DECAY),
   "identity_no_decay": Method(Identity(), NO_DECAY),
   "window_16": Method(Window(window=16, sinks=0)),
-  "window_16_no_decay": Method(Window(window=16, sinks=0), NO_DECAY),
+  "random": Method(Random()),
+  "window_only": Method(None),
   "calibrated_no_decay": Method(Calibrated(tokens=32768), NO_DECAY),
   "identity": Method(Identity()),
   "calibrated": Method(Calibrated(tokens=32768)),
   "transfer_no_decay": Method(Identity(), NO_DECAY, transfer=0.3),
   "random_no_decay": Method(Random(), NO_DECAY),
 }
+# The rows of tuning: an equal share of the tokens in rows of each short stage and in rows of the task; or the task's.
+TUNINGS = ("short_first", "long")
 # Heads and their width: the state of a `supra` layer has heads * width^2 numbers.
 TEACHERS = {"2x32": (2, 32), "4x32": (4, 32)}
 
@@ -313,7 +317,7 @@ def student(method: Method, teacher: Model, setting: Setting, seed: int) -> Mode
   return made.params, made.config
 
 
-def measure(method: Method, teacher: Model, setting: Setting, tokens: int, seed: int) -> dict[str, Any]:
+def measure(method: Method, teacher: Model, setting: Setting, tuning: str, tokens: int, seed: int) -> dict[str, Any]:
   """Makes and tunes the RNN of a cell; returns accuracy, bytes of state and the loss at the end of tuning.
 
   Raises:
@@ -324,13 +328,15 @@ def measure(method: Method, teacher: Model, setting: Setting, tokens: int, seed:
   window = held // state_bytes(teacher[1], 1)
   if setting.task.gap < config.num_layers * window:
     raise ValueError(f"gap={setting.task.gap}: wanted {config.num_layers} layers times {window} tokens or more.")
-  steps = round(tokens / (setting.rows * len(setting.pairs) * setting.task.length))
-  loss = None
-  if tokens:
-    steps, transfer = max(steps, 1), round(method.transfer * steps)
-    rows = batches(setting.task, setting.pairs, setting.rows, (TUNING_SEED, seed))
-    theirs = teacher if method.transfer else None
-    params, losses = trained((params, config), steps, rows, method.rate, teacher=theirs, transfer=transfer)
+  kinds = [(setting.task, setting.pairs, setting.rows)]
+  if tuning == "short_first":
+    kinds = [(stage.task, stage.pairs, stage.rows) for stage in setting.stages[: setting.short_stages]] + kinds
+  loss, theirs = None, teacher if method.transfer else None
+  for number, (task, pairs, rows) in enumerate(kinds if tokens else []):
+    steps = max(round(tokens / len(kinds) / (task.length * len(pairs) * rows)), 1)
+    drawn = batches(task, pairs, rows, (TUNING_SEED, seed, number))
+    how: dict[str, Any] = {"teacher": theirs, "transfer": round(method.transfer * steps)}
+    params, losses = trained((params, config), steps, drawn, method.rate, **how)
     loss = statistics.fmean(losses[-max(steps // 10, 1) :])
   return {
     "accuracy": accuracies((params, config), setting),
