@@ -127,8 +127,10 @@ def plot(report: dict[str, Any], path: Path) -> None:
   figure, (by_pairs, by_tokens, by_bytes) = plt.subplots(1, 3, figsize=(13, 4.2), sharey=True, layout="constrained")
   for number, method in enumerate(methods):
     style: dict[str, Any] = {"color": CURVES[number % len(CURVES)], "marker": "o^"[number // len(CURVES) % 2]}
-    curve = {n: accuracy(report, teachers[0], tuning, budgets[-1], n).get(method, np.nan) for n in pairs}
-    by_pairs.plot(list(map(int, curve)), list(curve.values()), label=method, **style)
+    for kind, line in zip(TUNINGS, ("-", ":"), strict=True):
+      curve = {n: accuracy(report, teachers[0], kind, budgets[-1], n).get(method, np.nan) for n in pairs}
+      label = method if line == "-" else None
+      by_pairs.plot(list(map(int, curve)), list(curve.values()), line, label=label, **style)
     curve = {tokens: accuracy(report, teachers[0], tuning, tokens, most).get(method, np.nan) for tokens in budgets}
     by_tokens.plot(list(curve), list(curve.values()), **style)
     at = {
@@ -142,14 +144,16 @@ def plot(report: dict[str, Any], path: Path) -> None:
   shares = report["teachers"][teachers[0]]["accuracy"]
   by_pairs.plot(list(map(int, shares)), list(shares.values()), "k--", label="the transformer")
   by_pairs.set(xlabel="pairs", ylabel="accuracy", xscale="log", ylim=(-0.03, 1.03))
-  by_pairs.set_title(f"{teachers[0]}, {budgets[-1]:,} tokens", fontsize=10)
+  by_pairs.set_title(f"{teachers[0]}, {budgets[-1]:,} tokens; dotted: long rows alone", fontsize=10)
   by_pairs.set_xticks(list(map(int, pairs)), pairs)
   by_pairs.minorticks_off()
   by_tokens.set(xlabel="tokens of tuning")
   by_tokens.set_xscale("symlog", linthresh=max(budgets[1] if len(budgets) > 1 else 1, 1))
   by_tokens.set_title(f"{teachers[0]}, {most} pairs", fontsize=10)
-  by_bytes.set(xlabel="bytes of state", xscale="log")
-  by_bytes.set_title(f"all transformers (stars), {most} pairs, {budgets[-1]:,} tokens", fontsize=10)
+  by_bytes.set(xlabel="KiB of state")
+  by_bytes.set_xscale("log", base=2)
+  by_bytes.xaxis.set_major_formatter(lambda size, _: f"{size / 1024:g}")
+  by_bytes.set_title(f"{most} pairs, {budgets[-1]:,} tokens; star: the transformer", fontsize=10)
   for axis in (by_pairs, by_tokens, by_bytes):
     axis.grid(alpha=0.3)
   figure.suptitle(report["device"], fontsize=9)

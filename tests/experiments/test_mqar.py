@@ -31,7 +31,7 @@ SETTING = Setting(
   pairs=(1, 3),
   rows=2,
   test_rows=32,
-  stages=(Stage(TASK, (1, 3), 2, 2, 1e-3), Stage(TASK, (1, 3), 2, 2, 1e-3)),
+  stages=(Stage(TASK, (1, 3), 2, 2, 1e-3),),
   short_stages=1,
   teacher_accuracy=0.0,
 )
@@ -114,7 +114,7 @@ def test_cells_run_once_and_in_order(tmp_path, monkeypatch):
   assert [cell["loss"] is None for cell in report["cells"]] == [True, True, False]
   assert np.isfinite(report["cells"][2]["loss"])
   assert all(set(cell["accuracy"]) == {"1", "3"} for cell in report["cells"])
-  assert report["teachers"]["small"]["tokens"] == 2 * 2 * 4 * 72
+  assert report["teachers"]["small"]["tokens"] == 2 * 4 * 72
 
   mqar.plot(report, stem.with_suffix(".png"))
   assert stem.with_suffix(".png").read_bytes()[:4] == b"\x89PNG"
