@@ -34,6 +34,7 @@ from supra_jax.training.step import TrainStep
 Batch = dict[str, np.ndarray]
 Model = tuple[Any, ModelConfig]  # parameters, one subtree per layer, and config
 TASK = Recall()
+PREVIOUS_BIAS = 7.5  # exp(-6) as much weight on the neighbours of the token before
 TEACHER_SEED, TUNING_SEED, TEST_SEED, CALIBRATION_SEED = range(4)
 
 
@@ -46,6 +47,7 @@ class Stage:
     pairs: numbers of pairs; each batch has rows of every number.
     rows: rows of a batch with each number of pairs.
     steps: number of steps at most.
+    rate: peak learning rate.
     enough: the stage ends when the mean loss of 50 steps, in nats per value, is less. 0: it does not, and the learning
       rate falls to a tenth; in other stages the rate is constant.
   """
@@ -54,6 +56,7 @@ class Stage:
   pairs: tuple[int, ...]
   rows: int
   steps: int
+  rate: float
   enough: float = 0.0
 
 
@@ -66,8 +69,8 @@ class Setting:
     pairs: numbers of pairs; each batch of tuning has rows of every number.
     rows: rows of a batch with each number of pairs, in tuning.
     test_rows: rows of the test with each number of pairs.
-    stages: the teacher's training.
-    teacher_rate: peak learning rate of each stage.
+    stages: the teacher's training; the last stage has the same `task` and `pairs`.
+    short_stages: number of stages, from the first, whose rows the tuning `short_first` begins with.
     teacher_accuracy: accuracy that the teacher has to reach for every number of pairs.
   """
 
@@ -76,13 +79,13 @@ class Setting:
   rows: int = 1
   test_rows: int = 64
   stages: tuple[Stage, ...] = (
-    Stage(Recall(length=24, gap=0), (4,), rows=64, steps=4000, enough=0.2),
-    Stage(Recall(length=64, gap=8), (4, 8), rows=20, steps=1500, enough=0.2),
-    Stage(Recall(length=128, gap=32), (4, 8, 16), rows=7, steps=1000, enough=0.2),
-    Stage(Recall(length=256, gap=96), (4, 8, 16, 32), rows=3, steps=800, enough=0.2),
-    Stage(TASK, (4, 8, 16, 32), rows=2, steps=250),
+    Stage(Recall(length=24, gap=0), (4,), rows=64, steps=4000, rate=5e-3, enough=0.3),
+    Stage(Recall(length=64, gap=8), (4, 8), rows=16, steps=1500, rate=3e-3, enough=0.2),
+    Stage(Recall(length=128, gap=32), (4, 8, 16), rows=6, steps=1000, rate=3e-3, enough=0.2),
+    Stage(Recall(length=256, gap=96), (4, 8, 16, 32), rows=3, steps=800, rate=3e-3, enough=0.2),
+    Stage(TASK, (4, 8, 16, 32), rows=2, steps=250, rate=3e-3),
   )
-  teacher_rate: float = 5e-3
+  short_stages: int = 2
   teacher_accuracy: float = 0.99
 
 
@@ -106,19 +109,21 @@ class Method:
 
 NO_DECAY = SupraConfig(decay="none")
 METHODS = {  # in order of worth
-  "window_only": Method(None),
-  "random": Method(Random()),
+  "window_16_no_decay": Method(Window(window=16, sinks=0), NO_DECAY),
   "identity_no_decay": Method(Identity(), NO_DECAY),
   "window_16": Method(Window(window=16, sinks=0)),
-  "window_16_no_decay": Method(Window(window=16, sinks=0), NO_DECAY),
+  "random": Method(Random()),
+  "window_only": Method(None),
   "calibrated_no_decay": Method(Calibrated(tokens=32768), NO_DECAY),
   "identity": Method(Identity()),
   "calibrated": Method(Calibrated(tokens=32768)),
   "transfer_no_decay": Method(Identity(), NO_DECAY, transfer=0.3),
   "random_no_decay": Method(Random(), NO_DECAY),
 }
+# The rows of tuning: an equal share of the tokens in rows of each short stage and in rows of the task; or the task's.
+TUNINGS = ("short_first", "long")
 # Heads and their width: the state of a `supra` layer has heads * width^2 numbers.
-TEACHERS = {"2x32": (2, 32), "1x64": (1, 64), "4x16": (4, 16)}
+TEACHERS = {"2x32": (2, 32), "4x32": (4, 32)}
 
 
 def teacher_config(heads: int, head_dim: int, task: Recall) -> ModelConfig:
@@ -240,45 +245,58 @@ def accuracies(model: Model, setting: Setting, rows: int = 16) -> dict[str, floa
 
 
 def _first_parameters(config: ModelConfig) -> Any:
-  """Draws parameters; output projections are 0, so that the stream begins as the embedding: it learns twice as fast."""
-  init = Transformer(config).init(jax.random.key(TEACHER_SEED), least_tokens(), method="logits")
+  """Draws parameters whose first layer looks at the token before, and whose output projections are 0.
 
-  def begun(path: Any, x: jax.Array) -> jax.Array:
-    return jnp.zeros_like(x) if path[-2].key in ("o_proj", "down_proj") else x
-
-  return jax.tree_util.tree_map_with_path(begun, init["params"])
+  Two layers find a pair in two steps: at a value, the first layer reads the key before; at a query, the second layer
+  looks for the value behind that key. Training finds the second step in minutes only where the first is there already.
+  Biases make it: with k = b and q = R(-1) b, RoPE turns q k to sum_i b_i^2 cos(theta_i (d - 1)) at distance d.
+  """
+  drawn = Transformer(config).init(jax.random.key(TEACHER_SEED), least_tokens(), method="logits")["params"]
+  zeros = jax.tree_util.tree_map_with_path(
+    lambda path, x: jnp.zeros_like(x) if path[-2].key in ("o_proj", "down_proj") else x, drawn
+  )
+  half = config.head_dim // 2
+  fast = np.arange(half) < half // 4
+  angles = config.rope.base ** (-np.arange(half) / half)
+  size = PREVIOUS_BIAS * fast
+  biases = {"k_proj": [size, 0 * size], "q_proj": [size * np.cos(angles), -size * np.sin(angles)]}
+  attention = dict(zeros["layers_0"]["self_attn"])
+  for name, parts in biases.items():
+    bias = jnp.asarray(np.tile(np.concatenate(parts), config.num_heads), jnp.float32)
+    attention[name] = {"kernel": 0.1 * attention[name]["kernel"], "bias": bias}
+  return {**zeros, "layers_0": {**zeros["layers_0"], "self_attn": attention}}
 
 
 def make_teacher(directory: Path, shape: tuple[int, int], setting: Setting) -> tuple[Model, dict[str, Any]]:
-  """Trains a teacher, unless an earlier call did; returns (teacher, facts about it).
+  """Trains a teacher, but for the stages that earlier calls did; returns (teacher, facts about it).
 
   Raises:
     ValueError: the teacher recalls less than `Setting.teacher_accuracy`.
   """
-  if not directory.exists():
-    began, config = cpu_seconds(), teacher_config(*shape, setting.task)
-    params = _first_parameters(config)
-    steps, tokens = [], 0
-    for number, stage in enumerate(setting.stages):
+  config = teacher_config(*shape, setting.task)
+  params, facts = _first_parameters(config), {"steps": [], "tokens": 0, "cpu_seconds": 0.0}
+  directory.mkdir(parents=True, exist_ok=True)
+  for number, stage in enumerate(setting.stages):
+    path, began = directory / f"stage_{number}", cpu_seconds()
+    if not path.exists():
       rows = batches(stage.task, stage.pairs, stage.rows, (TEACHER_SEED, number))
       label = f"Transformer of {shape[0]} heads, rows of {stage.task.length}"
       how: dict[str, Any] = {"enough": stage.enough, "label": label}
-      params, losses = trained((params, config), stage.steps, rows, setting.teacher_rate, **how)
-      steps.append(len(losses))
-      tokens += len(losses) * stage.task.length * len(stage.pairs) * stage.rows
-    facts = {
-      "accuracy": accuracies((params, config), setting),
-      "steps": steps,
-      "tokens": tokens,
-      "state_bytes": state_bytes(config, setting.task.length),
-      "cpu_seconds": cpu_seconds() - began,
-    }
-    worst = min(facts["accuracy"].values())
-    if worst < setting.teacher_accuracy:
-      raise ValueError(f"The teacher recalls {worst:.1%}: wanted {setting.teacher_accuracy:.0%} or more. {facts}")
-    save_model(directory, config=config, params=params, tokenizer_files={}, source=facts)
-  stored = load_model(directory)
-  return (stored.params, stored.config), dict(stored.source)
+      params, losses = trained((params, config), stage.steps, rows, stage.rate, **how)
+      facts = {
+        "accuracy": accuracies((params, config), dataclasses.replace(setting, task=stage.task, pairs=stage.pairs)),
+        "steps": [*facts["steps"], len(losses)],
+        "tokens": facts["tokens"] + len(losses) * stage.task.length * len(stage.pairs) * stage.rows,
+        "state_bytes": state_bytes(config, setting.task.length),
+        "cpu_seconds": facts["cpu_seconds"] + cpu_seconds() - began,
+      }
+      save_model(path, config=config, params=params, tokenizer_files={}, source=facts)
+    stored = load_model(path)
+    params, facts = stored.params, dict(stored.source)
+  worst = min(facts["accuracy"].values())
+  if worst < setting.teacher_accuracy:
+    raise ValueError(f"The teacher recalls {worst:.1%}: wanted {setting.teacher_accuracy:.0%} or more. {facts}")
+  return (params, config), facts
 
 
 def student(method: Method, teacher: Model, setting: Setting, seed: int) -> Model:
@@ -299,7 +317,7 @@ def student(method: Method, teacher: Model, setting: Setting, seed: int) -> Mode
   return made.params, made.config
 
 
-def measure(method: Method, teacher: Model, setting: Setting, tokens: int, seed: int) -> dict[str, Any]:
+def measure(method: Method, teacher: Model, setting: Setting, tuning: str, tokens: int, seed: int) -> dict[str, Any]:
   """Makes and tunes the RNN of a cell; returns accuracy, bytes of state and the loss at the end of tuning.
 
   Raises:
@@ -310,13 +328,15 @@ def measure(method: Method, teacher: Model, setting: Setting, tokens: int, seed:
   window = held // state_bytes(teacher[1], 1)
   if setting.task.gap < config.num_layers * window:
     raise ValueError(f"gap={setting.task.gap}: wanted {config.num_layers} layers times {window} tokens or more.")
-  steps = round(tokens / (setting.rows * len(setting.pairs) * setting.task.length))
-  loss = None
-  if tokens:
-    steps, transfer = max(steps, 1), round(method.transfer * steps)
-    rows = batches(setting.task, setting.pairs, setting.rows, (TUNING_SEED, seed))
-    theirs = teacher if method.transfer else None
-    params, losses = trained((params, config), steps, rows, method.rate, teacher=theirs, transfer=transfer)
+  kinds = [(setting.task, setting.pairs, setting.rows)]
+  if tuning == "short_first":
+    kinds = [(stage.task, stage.pairs, stage.rows) for stage in setting.stages[: setting.short_stages]] + kinds
+  loss, theirs = None, teacher if method.transfer else None
+  for number, (task, pairs, rows) in enumerate(kinds if tokens else []):
+    steps = max(round(tokens / len(kinds) / (task.length * len(pairs) * rows)), 1)
+    drawn = batches(task, pairs, rows, (TUNING_SEED, seed, number))
+    how: dict[str, Any] = {"teacher": theirs, "transfer": round(method.transfer * steps)}
+    params, losses = trained((params, config), steps, drawn, method.rate, **how)
     loss = statistics.fmean(losses[-max(steps // 10, 1) :])
   return {
     "accuracy": accuracies((params, config), setting),

@@ -33,15 +33,15 @@ class Recall:
 
   length: Annotated[int, POSITIVE] = 512
   gap: Annotated[int, AtLeast(0)] = 192
-  vocab_size: Annotated[int, AtLeast(8)] = 1024
+  vocab_size: Annotated[int, AtLeast(16)] = 1024
 
   def __post_init__(self):
     check(self, type(self).__name__)
 
   @property
   def filler(self) -> range:
-    """The ids of filler tokens, the first quarter."""
-    return range(self.vocab_size // 4)
+    """The ids of filler tokens, the first three quarters."""
+    return range(self.vocab_size - self.vocab_size // 4)
 
   @property
   def keys(self) -> range:

@@ -37,7 +37,7 @@ def read(task, tokens, weights):
 
 @pytest.mark.parametrize(
   ("task", "pairs"),
-  [(Recall(), 4), (Recall(), 32), (Recall(64, 0, 40), 15), (Recall(65, 31, 1024), 8), (Recall(8, 1, 8), 2)],
+  [(Recall(), 4), (Recall(), 32), (Recall(64, 0, 128), 16), (Recall(65, 31, 1024), 7), (Recall(8, 1, 16), 2)],
 )
 def test_every_query_has_one_answer_and_is_far_from_its_pair(task, pairs):
   batch = task.rows(np.random.default_rng(0), 50, pairs)

@@ -31,7 +31,8 @@ SETTING = Setting(
   pairs=(1, 3),
   rows=2,
   test_rows=32,
-  stages=(Stage(TASK, (1, 3), 2, 2), Stage(TASK, (1, 3), 2, 2)),
+  stages=(Stage(TASK, (1, 3), 2, 2, 1e-3),),
+  short_stages=1,
   teacher_accuracy=0.0,
 )
 
@@ -82,14 +83,18 @@ def test_a_window_of_equal_bytes_sees_no_pair(teacher):
 def test_a_gap_that_a_window_reaches_over_is_refused(teacher):
   near = Setting(task=Recall(length=72, gap=2 * WIDTH - 1, vocab_size=32), pairs=(1,))
   with pytest.raises(ValueError, match=f"gap={2 * WIDTH - 1}: wanted 2 layers times {WIDTH} tokens"):
-    measure(METHODS["window_only"], teacher, near, 0, 0)
+    measure(METHODS["window_only"], teacher, near, "long", 0, 0)
 
 
 def test_cells_run_once_and_in_order(tmp_path, monkeypatch):
   monkeypatch.setitem(mqar.TEACHERS, "small", (HEADS, WIDTH))
   cells = [
-    ("small", name, tokens, 0)
-    for name, tokens in (("window_only", 0), ("calibrated_no_decay", 0), ("transfer_no_decay", 1500))
+    ("small", name, tuning, tokens, 0)
+    for name, tuning, tokens in (
+      ("window_only", "long", 0),
+      ("calibrated_no_decay", "long", 0),
+      ("transfer_no_decay", "short_first", 1500),
+    )
   ]
   (tmp_path / "teachers").mkdir()
   stem = tmp_path / "mqar"
@@ -101,7 +106,7 @@ def test_cells_run_once_and_in_order(tmp_path, monkeypatch):
   assert [cell["method"] for cell in first["cells"]] == ["window_only"]
   report = run()
   assert report["cells"][0] == first["cells"][0]
-  assert [(c["teacher"], c["method"], c["tokens"], c["seed"]) for c in report["cells"]] == cells
+  assert [(c["teacher"], c["method"], c["tuning"], c["tokens"], c["seed"]) for c in report["cells"]] == cells
   assert json.loads(stem.with_suffix(".json").read_text()) == report == run()
   linear = 2 * HEADS * WIDTH * WIDTH * 4
   assert {cell["state_bytes"] for cell in report["cells"]} == {linear}
@@ -109,11 +114,11 @@ def test_cells_run_once_and_in_order(tmp_path, monkeypatch):
   assert [cell["loss"] is None for cell in report["cells"]] == [True, True, False]
   assert np.isfinite(report["cells"][2]["loss"])
   assert all(set(cell["accuracy"]) == {"1", "3"} for cell in report["cells"])
-  assert report["teachers"]["small"]["tokens"] == 2 * 2 * 4 * 72
+  assert report["teachers"]["small"]["tokens"] == 2 * 4 * 72
 
   mqar.plot(report, stem.with_suffix(".png"))
   assert stem.with_suffix(".png").read_bytes()[:4] == b"\x89PNG"
-  lines = mqar.table(report, "small", 0).splitlines()
-  assert len(lines) == 2 + 2 and lines[2].startswith(f"| window_only | {linear:,} | 1 |")
+  lines = mqar.table(report, "small", "long").splitlines()
+  assert len(lines) == 2 + 2 and lines[3].startswith(f"| window_only | {linear:,} | 0 | 1 |")
   with pytest.raises(ValueError, match="another setting"):
     run(setting=Setting())
