@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 
 from absl import flags
 
@@ -49,9 +48,7 @@ def define() -> Callable[[Callable[[], LM], str | None, str | None], bool]:
     if fetch_only.value:
       print(comparison.fetched(exam))
       return True
-    models = {Path(name or "model").name: load} | {
-      spec.removeprefix("hf:"): comparison.loader(spec, trust.value) for spec in compare.value
-    }
+    models = {str(name): load} | {spec: comparison.loader(spec, trust.value) for spec in compare.value}
     print(comparison.compare(models, exam, output))
     return True
 

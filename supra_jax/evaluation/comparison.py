@@ -14,6 +14,7 @@ from supra_jax.core.plain_json import write_json
 from supra_jax.evaluation.pictures import plot_scores
 from supra_jax.evaluation.tasks import TABLE_1_TASKS, Exam, evaluate_tasks, load_tasks, report
 from supra_jax.inference.lm import LM, load
+from supra_jax.model.int8 import Int8
 
 __all__ = ["Exam", "compare", "fetched", "loader", "task_names"]
 
@@ -57,6 +58,11 @@ def loader(spec: str, trust_remote_code: bool = False) -> Callable[[], Any]:
   return of_transformers
 
 
+def _fingerprint(lm: LM) -> str:
+  bits = "int8" if isinstance(lm.params["embed_tokens"]["embedding"], Int8) else lm.model.dtype
+  return f"{lm.checkpoint} {bits}"
+
+
 def compare(models: Mapping[str, Callable[[], Any]], exam: Exam, output: str | os.PathLike[str] | None = None) -> str:
   """Asks models one after the other.
 
@@ -75,7 +81,7 @@ def compare(models: Mapping[str, Callable[[], Any]], exam: Exam, output: str | o
   for name, make in models.items():
     model = make()
     if output is not None:
-      known = getattr(model, "checkpoint", None) if isinstance(model, LM) else f"hf {name}"
+      known = _fingerprint(model) if isinstance(model, LM) else name
       kept.append(Path(f"{os.fspath(output)}.{re.sub('[^0-9A-Za-z]+', '-', str(known))}.kept"))
     found[name] = evaluate_tasks(model, exam, kept=kept[-1] if kept else None)
     del model
