@@ -16,6 +16,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
+
+if __name__ == "__main__":
+  # lm-eval's `datasets` wants a newer huggingface_hub than the one beside an old transformers, which would import it.
+  sys.modules["datasets"] = None
 import transformers
 
 TOKENS = torch.from_numpy(np.random.default_rng(0).integers(4, 97, (2, 40)))
