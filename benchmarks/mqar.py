@@ -29,10 +29,10 @@ from benchmarks.machine import described
 from benchmarks.mqar_models import METHODS, TEACHERS, TUNINGS, Setting, cpu_seconds, make_teacher, measure
 from kernels_pallas.verdict import slug
 from supra_jax.bin.entry import run
+from supra_jax.core.colours import CURVES
 from supra_jax.core.files import into_place
 from supra_jax.core.plain_json import to_json
 from supra_jax.core.progress import Progress
-from supra_jax.training.pictures import CURVES
 
 BUDGETS = (1_000_000, 100_000, 0, 10_000)  # in order of worth
 FIXED_TOKENS = 200_000  # what a cell costs beside tuning (compilation, test), in tokens of tuning

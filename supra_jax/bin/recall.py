@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from absl import flags
@@ -11,7 +10,7 @@ import supra_jax
 from supra_jax.bin import model_flags
 from supra_jax.bin.entry import DTYPES, run
 from supra_jax.bin.implementation import with_implementation
-from supra_jax.core.plain_json import to_json
+from supra_jax.core.plain_json import write_json
 from supra_jax.data.planted import KINDS, SPLITS
 from supra_jax.data.text import read_documents
 from supra_jax.evaluation import by_distance, recall
@@ -51,7 +50,7 @@ def main() -> None:
   found = recall.report(lm, teacher, documents, distances=distances, kinds=_KINDS.value, progress=True, **how)
   print(as_markdown(found))
   if _OUTPUT.value:
-    Path(_OUTPUT.value).write_text(to_json(found, indent=1) + "\n")
+    write_json(_OUTPUT.value, found)
 
 
 if __name__ == "__main__":

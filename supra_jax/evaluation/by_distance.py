@@ -16,6 +16,7 @@ from supra_jax.evaluation.intervals import share_interval
 from supra_jax.evaluation.readers import TEACHER, Reader, reach
 from supra_jax.model.finite import not_finite
 from supra_jax.model.transformer import DecodeState, Transformer
+from supra_jax.objectives.heldout import log_likelihoods
 
 KNOWN = 0.5  # share of right answers below which the teacher counts as failing
 DISTANCES = (128, 256, 512, 1024, 2048, 4096, 8192)
@@ -32,8 +33,7 @@ def _scores(model: Transformer, params, hidden_BD, state: DecodeState, candidate
 
   def rest(candidate_BM):
     logits, _ = bound.logits(candidate_BM[:, :-1], state)
-    chosen = jnp.take_along_axis(logits, candidate_BM[:, 1:, None], axis=-1)[..., 0]
-    return (chosen - jax.nn.logsumexp(logits, axis=-1)).sum(-1)
+    return log_likelihoods(logits, candidate_BM[:, 1:]).sum(-1)
 
   # One candidate after another: a key/value cache for each would be too much memory.
   return score_BC + jax.lax.map(rest, candidates_BCM.swapaxes(0, 1)).T

@@ -24,9 +24,8 @@ from supra_jax.inference.lm import LM, load
 
 TOGETHER = 256  # answers that are generated before they are kept
 GENERATED = 256  # most tokens of an answer, unless a task says otherwise
-# lm-eval's names of sampling settings -> ours.
-_SAMPLING = {"temperature": "temperature", "top_p": "top_p", "top_k": "top_k", "min_p": "min_p"}
-_SAMPLING |= {"repetition_penalty": "repetition_penalty", "seed": "seed"}
+# Sampling settings of lm-eval that `LM.complete` takes by the same name.
+_SAMPLING = {"temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed"}
 
 
 @register_model("supra_jax")
@@ -215,10 +214,9 @@ def _settings(how: Mapping[str, Any]) -> dict[str, Any]:
   until = how.pop("until", None) or []
   new = how.pop("max_gen_toks", how.pop("max_new_tokens", how.pop("max_tokens", GENERATED)))
   sampled = how.pop("do_sample", bool(how.get("temperature")))
-  if unknown := set(how) - set(_SAMPLING):
+  if unknown := set(how) - _SAMPLING:
     raise ValueError(f"generation_kwargs has {', '.join(sorted(unknown))}: known are {', '.join(sorted(_SAMPLING))}.")
-  found = {_SAMPLING[name]: value for name, value in how.items()}
   if not sampled:
-    found |= {"temperature": 0.0}
+    how["temperature"] = 0.0
   stop = [until] if isinstance(until, str) else list(until)
-  return found | {"max_new_tokens": int(new), "stop": [text for text in stop if text]}
+  return how | {"max_new_tokens": int(new), "stop": [text for text in stop if text]}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 # Column of table 1 -> (lm-eval's task, metric): "5-shot results are used for MMLU. Norm results are used for PIQA,
 # HellaSwag, ARC-C."
@@ -49,6 +50,15 @@ TABLE_2: tuple[tuple[str, str, int, tuple[float, ...], tuple[float, ...]], ...] 
   ("Mamba (ours)", "7B", 2048, (19.68, 5.58, 5.90, 6.32), (19.70, 0.28, 0.0, 0.0)),
   ("Mistral-SUPRA", "7B", 2048, (19.44, 17.13, 17.11, 17.22), (18.99, 17.76, 17.75, 17.74)),
 )
+
+
+def score(results: Mapping[str, Any], task: str, metric: str) -> tuple[float, float | None] | None:
+  """Returns (value, standard error or None) of a task's metric in lm-eval's results; None if it is not there."""
+  metrics = results["results"].get(task, {})
+  value, error = metrics.get(f"{metric},none"), metrics.get(f"{metric}_stderr,none")
+  if not isinstance(value, float | int):
+    return None
+  return value, error if isinstance(error, float | int) else None
 
 
 def average(row: Sequence[float | None]) -> float | None:

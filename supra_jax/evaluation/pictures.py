@@ -9,8 +9,8 @@ from typing import Any
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-COLOURS = ("#c1442e", "#4f86c0", "#3f8f5f", "#8a5fa8", "#b8860b", "#5f6f7f")
-GREY = "#8a8a8a"
+from supra_jax.core.colours import CURVES, GREY
+from supra_jax.evaluation.paper import score
 
 
 def plot_scores(models: Mapping[str, Mapping[str, Any]], output_png: str | os.PathLike[str]) -> None:
@@ -25,14 +25,14 @@ def plot_scores(models: Mapping[str, Mapping[str, Any]], output_png: str | os.Pa
   axes = figure.subplots()
   for number, (name, results) in enumerate(models.items()):
     shift = (number - (len(models) - 1) / 2) * 0.5 / max(len(models), 1)
-    points = [(row, _score(results["results"].get(task, {}))) for row, task in enumerate(tasks)]
-    known = [(row, *score) for row, score in points if score is not None]
+    points = [(row, score(results, task, "acc_norm") or score(results, task, "acc")) for row, task in enumerate(tasks)]
+    known = [(row, found[0], found[1] or 0.0) for row, found in points if found is not None]
     axes.errorbar(
       [100 * value for _, value, _ in known],
       [row + shift for row, _, _ in known],
       xerr=[100 * error for _, _, error in known],
       fmt="o",
-      color=COLOURS[number % len(COLOURS)],
+      color=CURVES[number % len(CURVES)],
       label=name,
       markersize=5,
       elinewidth=1.2,
@@ -45,11 +45,3 @@ def plot_scores(models: Mapping[str, Mapping[str, Any]], output_png: str | os.Pa
     axes.spines[side].set_visible(False)
   figure.legend(loc="outside lower center", ncols=3, frameon=False)
   FigureCanvasAgg(figure).print_png(output_png)
-
-
-def _score(metrics: Mapping[str, Any]) -> tuple[float, float] | None:
-  for metric in ("acc_norm", "acc"):
-    value, error = metrics.get(f"{metric},none"), metrics.get(f"{metric}_stderr,none")
-    if isinstance(value, float | int):
-      return value, error if isinstance(error, float | int) else 0.0
-  return None

@@ -7,7 +7,6 @@ last tokens. `window_only` is the teacher with such a window in all layers; noth
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -28,6 +27,7 @@ from supra_jax.model.placement import placed
 from supra_jax.model.registry import MIXER, MixerConfig
 from supra_jax.model.shapes import parameter_shapes
 from supra_jax.model.transformer import DecodeState, Transformer
+from supra_jax.objectives.heldout import token_nll
 
 MODEL, TEACHER, EQUAL, OWN = "model", "teacher", "window of equal bytes", "own window"
 # Fields of the config of a linear attention whose parameters are all 0.
@@ -82,31 +82,21 @@ class Reader:
     Raises:
       NotFiniteError: logits are not finite.
     """
-    tokens_BT, targets_BT = (np.asarray(x, np.int32) for x in (rows_BT[:, :-1], rows_BT[:, 1:]))
-    fresh, time = state is None, tokens_BT.shape[1]
-    held: DecodeState = self.fresh(*rows_BT.shape) if state is None else state
+    rows_BT = np.asarray(rows_BT, np.int32)
+    time = rows_BT.shape[1] - 1
+    held: DecodeState | None = self.fresh(*rows_BT.shape) if state is None else state
     width = min(time, decode.PREFILL_TOKENS)
     found = []
     with on_mesh(self.mesh):
       for start in range(0, time, width):
         count = min(width, time - start)  # the last piece is padded, so that all share a program
-        piece = [np.pad(x[:, start : start + count], ((0, 0), (0, width - count))) for x in (tokens_BT, targets_BT)]
-        losses, held = _losses(self.model, self.params, *piece, np.full(len(rows_BT), count, np.int32), held)
+        piece = np.pad(rows_BT[:, start : start + count + 1], ((0, 0), (0, width - count)))
+        losses, held = token_nll(self.model, self.params, piece, held, np.full(len(rows_BT), count, np.int32))
         found.append(np.asarray(losses)[:, :count])
     losses_BT = np.concatenate(found, axis=1)
     if not np.isfinite(losses_BT).all():
-      raise not_finite(self.model, self.params, tokens_BT.tolist() if fresh else [])
+      raise not_finite(self.model, self.params, rows_BT[:, :-1].tolist() if state is None else [])
     return losses_BT
-
-
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=5)
-def _losses(
-  model: Transformer, params, tokens_BT, targets_BT, lengths_B, state: DecodeState
-) -> tuple[jax.Array, DecodeState]:
-  """Returns (negative log-likelihoods of the targets [B, T], state)."""
-  logits, state = model.bind({"params": params}).logits(tokens_BT, state, lengths=lengths_B)
-  chosen = jnp.take_along_axis(logits, targets_BT[..., None], axis=-1)[..., 0]
-  return jax.nn.logsumexp(logits, axis=-1) - chosen, state
 
 
 def reader(lm: LM, state_dtype: Any = None) -> Reader:

@@ -17,7 +17,6 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from supra_jax.core.progress import Progress
@@ -28,6 +27,7 @@ from supra_jax.model.finite import NotFiniteError, not_finite
 from supra_jax.model.placement import constrain_state, placed
 from supra_jax.model.registry import mixer_class
 from supra_jax.model.transformer import DecodeState, Transformer
+from supra_jax.objectives.heldout import log_likelihoods
 
 SHARED = 16  # fewest common tokens that are read as a node of their own
 PIECE = 2048  # most tokens of a node
@@ -283,5 +283,4 @@ def _pick(hidden_BTD, row_N, at_N):
 def _log_likelihoods(model: Transformer, params, hidden_ND, target_N):
   """Returns (log-likelihood float32 [N] of each target, whether it is the likeliest token, bool [N])."""
   logits_NV = model.bind({"params": params}).unembed(hidden_ND[:, None])[:, 0]
-  chosen = jnp.take_along_axis(logits_NV, target_N[:, None], axis=-1)[:, 0]
-  return chosen - jax.nn.logsumexp(logits_NV, axis=-1), logits_NV.argmax(-1) == target_N
+  return log_likelihoods(logits_NV, target_N), logits_NV.argmax(-1) == target_N

@@ -17,7 +17,7 @@ from lm_eval.tasks import TaskManager
 
 from supra_jax.evaluation.harness import HarnessLM
 from supra_jax.evaluation.local_data import local_datasets
-from supra_jax.evaluation.paper import COLUMNS, FEWSHOT, table_1
+from supra_jax.evaluation.paper import COLUMNS, FEWSHOT, score, table_1
 from supra_jax.inference.lm import LM
 
 TABLE_1_TASKS = tuple(task for task, _ in COLUMNS.values())
@@ -116,13 +116,10 @@ def evaluate_tasks(model: LM | Any, exam: Exam, *, kept: str | os.PathLike[str] 
   return results
 
 
-def percentages(results: Mapping[str, Any], kind: str = "") -> tuple[float | None, ...]:
-  """Returns the columns of table 1 in percent, or with kind="_stderr" their standard errors; None: not asked."""
-  found = []
-  for task, metric in COLUMNS.values():
-    value = results["results"].get(task, {}).get(f"{metric}{kind},none")
-    found.append(100 * value if isinstance(value, float | int) else None)
-  return tuple(found)
+def percentages(results: Mapping[str, Any]) -> tuple[float | None, ...]:
+  """Returns the columns of table 1 in percent; None: not asked."""
+  found = (score(results, task, metric) for task, metric in COLUMNS.values())
+  return tuple(None if one is None else 100 * one[0] for one in found)
 
 
 def report(models: Mapping[str, Mapping[str, Any]], *, paper: bool = True) -> str:
@@ -157,13 +154,13 @@ def _lines(models: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
       metric, _, how = key.partition(",")
       if how != "none" or metric.endswith("_stderr"):
         continue
-      cells = [_cell(results["results"].get(task, {}), metric) for results in models.values()]
+      cells = [_cell(score(results, task, metric)) for results in models.values()]
       yield f"| {task} | {metric} | {' | '.join(cells)} |"
 
 
-def _cell(metrics: Mapping[str, Any], metric: str) -> str:
-  value, error = metrics.get(f"{metric},none"), metrics.get(f"{metric}_stderr,none")
-  if not isinstance(value, float | int):
+def _cell(found: tuple[float, float | None] | None) -> str:
+  if found is None:
     return ""
+  value, error = found
   scale = 100 if 0 <= value <= 1 else 1
-  return f"{scale * value:.2f}" + (f" ± {scale * error:.2f}" if isinstance(error, float | int) else "")
+  return f"{scale * value:.2f}" + ("" if error is None else f" ± {scale * error:.2f}")

@@ -375,16 +375,14 @@ class LM:
     """Returns the state before each of `count` prompts, of one row and this model's own."""
     if state is None:
       return [None] * count
-    if not isinstance(state, State):
-      if not isinstance(state, list | tuple):
-        raise ValueError(f"state is a {type(state).__name__}: wanted a State, or a list of them.")
+    if isinstance(state, list | tuple):
       if len(state) != count:
         raise ValueError(f"state has {len(state)} states for {count} prompts.")
       return [self._own(one, (1,)) for one in state]
     own = self._own(state, (1, count))
     return [own.of(number) for number in range(count)]
 
-  def _own(self, state: State, rows: Collection[int]) -> State:
+  def _own(self, state: Any, rows: Collection[int]) -> State:
     """Checks that a state is this model's and has one of the given numbers of rows; returns it on this model's mesh."""
     if not isinstance(state, State):
       raise ValueError(f"state is a {type(state).__name__}: wanted one that `read`, `keep_state` or `load_state` gave.")

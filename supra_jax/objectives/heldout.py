@@ -22,9 +22,19 @@ def loss_sums(model: Transformer, params, batch) -> LossSums:
   return language_model_loss(model, params, batch)
 
 
+def log_likelihoods(logits: jax.Array, targets: jax.Array) -> jax.Array:
+  """Returns the log-likelihood of each target [...], in nats, of logits [..., vocabulary]."""
+  chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+  return chosen - jax.nn.logsumexp(logits, axis=-1)
+
+
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=3)
 def token_nll(
-  model: Transformer, params, tokens_BT: jax.Array, state: DecodeState | None = None
+  model: Transformer,
+  params,
+  tokens_BT: jax.Array,
+  state: DecodeState | None = None,
+  lengths_B: jax.Array | None = None,
 ) -> tuple[jax.Array, DecodeState | None]:
   """Returns the negative log-likelihood of each token; logits of a chunk of tokens at a time are in memory.
 
@@ -33,19 +43,19 @@ def token_nll(
     params: parameters of the model.
     tokens_BT: int32 [B, T + 1], of which the first T are read and the last T are scored.
     state: the state to continue from, with room for T tokens; it is donated. None: a fresh one.
+    lengths_B: number of tokens of each row that are read; None: T. What is scored behind them is meaningless.
 
   Returns:
-    (float32 [B, T], nats of each scored token; the state after the T tokens that were read, None without a state).
+    (float32 [B, T], nats of each scored token; the state after the tokens that were read, None without a state).
   """
   bound = model.bind({"params": params})
-  hidden_BTD, after = bound(tokens_BT[:, :-1], state)
+  hidden_BTD, after = bound(tokens_BT[:, :-1], state, lengths=lengths_B)
   targets_BT = tokens_BT[:, 1:]
 
   def nll_of(part: tuple[jax.Array, jax.Array]) -> jax.Array:
     hidden_BCD, targets_BC = part
     logits = one_row_a_token(bound.unembed(hidden_BCD), 1)
-    chosen = jnp.take_along_axis(logits, targets_BC.reshape(-1, 1), axis=-1)[:, 0]
-    return (jax.nn.logsumexp(logits, axis=-1) - chosen).reshape(targets_BC.shape)
+    return -log_likelihoods(logits, targets_BC.reshape(-1)).reshape(targets_BC.shape)
 
   nll = jax.lax.map(nll_of, (chunks(hidden_BTD, CHUNK_TOKENS), chunks(targets_BT, CHUNK_TOKENS)))
   batch, time = targets_BT.shape

@@ -14,11 +14,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
+from supra_jax.core.colours import CURVES, GREY, HELDOUT, INK, TRAIN
 from supra_jax.training.metrics import Record, read_metrics, short_number
-
-INK, GREY, TRAIN, HELDOUT = "#2b2b2b", "#8a8a8a", "#4f86c0", "#c1442e"
-# Colours of the curves of `plot_curves`, chosen so that colour-blind readers can tell them apart too.
-CURVES = (HELDOUT, TRAIN, "#3f8f5f", "#8a5fa8", "#b8860b", "#5f6f7f")
 
 _DOTS: dict[str, Any] = {
   "linestyle": "none",
