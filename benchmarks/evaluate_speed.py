@@ -75,7 +75,7 @@ def main(argv: list[str]) -> None:
   for task in _TASKS.value:
 
     def exam(limit: int, task: str = task) -> Exam:
-      return Exam((task,), 5 if task.startswith("mmlu") else 0, limit, _DATA.value, samples=True)
+      return Exam((task,), 5 if task.startswith("mmlu") else 0, limit, _DATA.value, log_samples=True)
 
     def ask_hf(size: int, limit: int, exam: Any = exam) -> dict[str, Any]:
       hf.batch_size_per_gpu = size

@@ -29,7 +29,10 @@ def define() -> Callable[[Callable[[], LM], str | None, str | None], bool]:
   data_dir = flags.DEFINE_string("data_dir", None, _DATA)
   fetch_only = flags.DEFINE_bool("fetch_only", False, "Only load the tasks' data sets, on a node with network, say.")
   chat = flags.DEFINE_bool("chat", False, "Whether prompts of tasks go through the model's chat template.")
-  samples = flags.DEFINE_bool("samples", False, "Whether --output has every question with its log-likelihoods.")
+  log_samples = flags.DEFINE_bool("log_samples", False, "Whether --output has every question with its log-likelihoods.")
+  samples = flags.DEFINE_string(
+    "samples", None, 'JSON file of the questions to ask, by index: {"piqa": [0, 7], ...}. Default: all.'
+  )
   compare = flags.DEFINE_list("compare", [], _COMPARE)
   trust = flags.DEFINE_bool("trust_remote_code", False, "Whether models of hf: may run code that comes with them.")
 
@@ -43,7 +46,13 @@ def define() -> Callable[[Callable[[], LM], str | None, str | None], bool]:
     except ModuleNotFoundError as error:
       raise ValueError(f"{error.name} is not installed, which tasks want: pip install 'supra_jax[eval]'.") from error
     exam = comparison.Exam(
-      comparison.task_names(tasks.value), fewshot.value, limit.value, data_dir.value, chat.value, samples.value
+      comparison.task_names(tasks.value),
+      fewshot.value,
+      limit.value,
+      data_dir.value,
+      chat.value,
+      log_samples.value,
+      comparison.read_samples(samples.value) if samples.value else None,
     )
     if fetch_only.value:
       print(comparison.fetched(exam))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -16,12 +17,27 @@ from supra_jax.evaluation.tasks import TABLE_1_TASKS, Exam, evaluate_tasks, load
 from supra_jax.inference.lm import LM, load
 from supra_jax.model.int8 import Int8
 
-__all__ = ["Exam", "compare", "fetched", "loader", "task_names"]
+__all__ = ["Exam", "compare", "fetched", "loader", "read_samples", "task_names"]
 
 
 def task_names(names: Sequence[str]) -> tuple[str, ...]:
   """Returns names of tasks, with those of the paper's table 1 in place of `table1`."""
   return tuple(dict.fromkeys(task for name in names for task in (TABLE_1_TASKS if name == "table1" else (name,))))
+
+
+def read_samples(file: str | os.PathLike[str]) -> dict[str, list[int]]:
+  """Returns `Exam.samples` from a JSON file like {"piqa": [0, 7]}.
+
+  Raises:
+    ValueError: the file cannot be read, or is something else.
+  """
+  try:
+    found = json.loads(Path(file).read_text(encoding="utf-8"))
+  except (OSError, ValueError) as error:
+    raise ValueError(f"{file} cannot be read: {error}") from error
+  if not isinstance(found, dict) or not all(isinstance(indices, list) for indices in found.values()):
+    raise ValueError(f'{file}: wanted lists of indices of questions, {{"piqa": [0, 7]}}.')
+  return found
 
 
 def fetched(exam: Exam) -> str:

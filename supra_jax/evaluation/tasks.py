@@ -33,7 +33,8 @@ class Exam:
     limit: number of questions of each task; None: all.
     data_dir: directory of the data sets, see `local_data`; None: the Hugging Face hub, or what was loaded from there.
     chat: whether prompts are rendered by the model's chat template.
-    samples: whether the results have every question with its log-likelihoods.
+    log_samples: whether the results have every question with its log-likelihoods.
+    samples: task -> indices of the questions that are asked; of tasks that are not among them, and with None, all are.
     seed: of the draws of examples.
   """
 
@@ -42,7 +43,8 @@ class Exam:
   limit: int | None = None
   data_dir: str | os.PathLike[str] | None = None
   chat: bool = False
-  samples: bool = False
+  log_samples: bool = False
+  samples: Mapping[str, Sequence[int]] | None = None
   seed: int = 1234
 
 
@@ -51,8 +53,10 @@ def load_tasks(exam: Exam) -> Any:
 
   Raises:
     FileNotFoundError: `data_dir` lacks a data set.
-    ValueError: lm-eval has no such task.
+    ValueError: lm-eval has no such task, a data set lacks what is asked, or there are both `limit` and `samples`.
   """
+  if exam.limit is not None and exam.samples is not None:
+    raise ValueError("Both limit and samples say which questions are asked: give one.")
   datasets.disable_progress_bars()
   manager = _manager()
   names = manager.match_tasks(list(exam.tasks))
@@ -70,7 +74,20 @@ def load_tasks(exam: Exam) -> Any:
       raise ValueError(
         f"{name} wants {task.get_config('num_fewshot')} examples, and there is no data to take them from."
       )
+  for name, indices in (exam.samples or {}).items():
+    if name not in loaded["tasks"]:
+      raise ValueError(f"samples has questions of {name}, which is not asked; asked are {', '.join(loaded['tasks'])}.")
+    _check_samples(name, indices, len(loaded["tasks"][name].eval_docs))
   return loaded
+
+
+def _check_samples(name: str, indices: Sequence[int], count: int) -> None:
+  if wrong := [i for i in indices if not (isinstance(i, int) and 0 <= i < count)]:
+    raise ValueError(f"samples asks question {wrong[0]!r} of {name}, which has questions 0 to {count - 1}.")
+  if not indices:
+    raise ValueError(f"samples asks no question of {name}.")
+  if len(set(indices)) < len(indices):
+    raise ValueError(f"samples asks a question of {name} twice.")
 
 
 @functools.cache
@@ -104,7 +121,8 @@ def evaluate_tasks(model: LM | Any, exam: Exam, *, kept: str | os.PathLike[str] 
     keeping,
     loaded,
     limit=exam.limit,
-    log_samples=exam.samples,
+    samples=exam.samples and {name: list(indices) for name, indices in exam.samples.items()},
+    log_samples=exam.log_samples,
     apply_chat_template=exam.chat,
     fewshot_as_multiturn=exam.chat,
   )

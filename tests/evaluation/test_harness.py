@@ -130,7 +130,7 @@ def test_shortened_rows_give_the_same_questions(tmp_path):
 
 def test_tasks_from_the_first_question_to_the_table(directory, data, tmp_path, monkeypatch):
   lm = supra_jax.load(directory)
-  exam = Exam(task_names(["hellaswag", "winogrande", "arc_easy", "mmlu_anatomy"]), data_dir=data, samples=True)
+  exam = Exam(task_names(["hellaswag", "winogrande", "arc_easy", "mmlu_anatomy"]), data_dir=data, log_samples=True)
   results = evaluate_tasks(lm, exam)
   assert results["n-shot"] == {"hellaswag": 0, "winogrande": 0, "arc_easy": 0, "mmlu_anatomy": 5}
   asked = results["samples"]["hellaswag"][0]
@@ -167,10 +167,40 @@ def test_tasks_from_the_first_question_to_the_table(directory, data, tmp_path, m
   assert "| Mistral-SUPRA | 7B | +100 | 77.1 | 80.4 | 70.3 | 75.9 | 45.8 | 34.2 | 64.0 |" in text
   assert f"| arc_easy | acc | {100 * results['results']['arc_easy']['acc,none']:.2f} ±" in text
 
+  chosen = evaluate_tasks(lm, Exam(("hellaswag",), data_dir=data, log_samples=True, samples={"hellaswag": [4, 1]}))
+  scored = {sample["doc_id"]: sample["filtered_resps"] for sample in chosen["samples"]["hellaswag"]}
+  assert scored == {i: results["samples"]["hellaswag"][i]["filtered_resps"] for i in (1, 4)}
+  for wrong, says in [({"hellaswag": [6]}, "question 6 of hellaswag"), ({"piqa": [0]}, "piqa, which is not asked")]:
+    with pytest.raises(ValueError, match=says):
+      evaluate_tasks(lm, Exam(("hellaswag",), data_dir=data, samples=wrong))
   with pytest.raises(ValueError, match="lm-eval has no task helaswag"):
     evaluate_tasks(lm, Exam(("helaswag",), data_dir=data))
   with pytest.raises(ValueError, match="hellaswag wants 2 examples, and there is no data"):
     evaluate_tasks(lm, Exam(("hellaswag",), fewshot=2, data_dir=data))
+
+
+def test_recall_from_pages(directory, tmp_path):
+  """SWDE, FDA and SQuAD completion, whose answers are generated, from rows with the columns of the hub's data sets."""
+  lm = supra_jax.load(directory)
+  # Task -> (folder of its data, most tokens of an answer, what ends it).
+  tasks = {
+    "swde": ("based-swde-v2", 48, "\n"),
+    "fda": ("based-fda", 48, "\n"),
+    "squad_completion": ("based-squad", 256, "\n\n"),
+  }
+  texts = [f"The name {i} of the rose" for i in range(3)]
+  # The first row's value is in what the model says, the others' are not.
+  said = lm.generate(texts, max_new_tokens=48, stop="\n", temperature=0.0)[0]
+  values = [said.strip()[2:6], "not there", "nor there"]
+  for folder, _, _ in tasks.values():
+    (tmp_path / folder).mkdir()
+    rows = [{"doc_id": str(i), "text": f"{t} ", "value": v} for i, (t, v) in enumerate(zip(texts, values, strict=True))]
+    (tmp_path / folder / "validation.json").write_text(json.dumps(rows))
+  results = evaluate_tasks(lm, Exam(tuple(tasks), data_dir=tmp_path, log_samples=True))
+  for task, (_, tokens, stop) in tasks.items():
+    answers = lm.generate(texts, max_new_tokens=tokens, stop=stop, temperature=0.0)
+    assert [sample["resps"][0][0] for sample in results["samples"][task]] == answers
+    assert results["results"][task]["contains,none"] == pytest.approx(1 / 3)
 
 
 def test_averages_of_the_papers_table():
