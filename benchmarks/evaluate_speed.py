@@ -6,11 +6,12 @@
 an RNN made from it, say, which is timed as ours is. The questions are the first `--limit` of each task. Batch sizes of
 `hf` are tried on the first quarter of them, and the fastest is taken. Contestants take turns; medians of wall clock and
 of CPU time, without loading, and for ours without compiling: a first turn is not counted, its time stands beside. Also
-the answers: how many differ, and by how much log-likelihoods do.
+the answers: how many differ, and by how much log-likelihoods do. Tasks that the JSON has already are not timed again.
 """
 
 from __future__ import annotations
 
+import json
 import statistics
 import time
 from collections.abc import Callable
@@ -70,9 +71,13 @@ def main(argv: list[str]) -> None:
   ours = {"supra_jax": _CHECKPOINT.value} | ({"supra_jax, RNN": _RNN.value} if _RNN.value else {})
   loaded = {name: supra_jax.load(directory) for name, directory in ours.items()}
   hf = HFLM(pretrained=_HF.value, batch_size=1, dtype="float32", device="cpu")
-  facts = described() | {"command": "python -m benchmarks.evaluate_speed", "limit": _LIMIT.value, "turns": _TURNS.value}
+  facts = described() | {"command": "python -m benchmarks.evaluate_speed", "limit": _LIMIT.value}
+  path = Path(_OUTPUT.value) / f"evaluate_speed_{slug(facts['device'])}.json"
   made: dict[str, Any] = facts | {"tasks": {}}
-  for task in _TASKS.value:
+  if path.exists():
+    earlier = json.loads(path.read_text())
+    made = earlier if facts.items() <= earlier.items() else made
+  for task in [task for task in _TASKS.value if task not in made["tasks"]]:
 
     def exam(limit: int, task: str = task) -> Exam:
       return Exam((task,), 5 if task.startswith("mmlu") else 0, limit, _DATA.value, log_samples=True)
@@ -91,7 +96,7 @@ def main(argv: list[str]) -> None:
     for _ in range(_TURNS.value):
       for name, ask in contestants.items():
         turns[name].append(timed(ask))
-    row: dict[str, Any] = {"hf_batches": tried}
+    row: dict[str, Any] = {"turns": _TURNS.value, "hf_batches": tried}
     for name, runs in turns.items():
       results = runs[0][2]
       row[name] = {
@@ -108,7 +113,6 @@ def main(argv: list[str]) -> None:
       ratio = theirs["seconds"] / row[name]["seconds"]
       print(f"{task}: {name} {row[name]['seconds']:.1f} s, {row[name]['tokens']}; {ratio:.2f} times hf", flush=True)
     print(f"{task}: hf {theirs['seconds']:.1f} s at batch {best}; {row['against_hf']}", flush=True)
-    path = Path(_OUTPUT.value) / f"evaluate_speed_{slug(facts['device'])}.json"
     path.write_text(to_json(made, indent=1) + "\n")
 
 

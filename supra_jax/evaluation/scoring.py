@@ -21,6 +21,7 @@ import numpy as np
 
 from supra_jax.core.progress import Progress
 from supra_jax.core.sharding import on_mesh
+from supra_jax.evaluation.batching import Shape, batches, room_for
 from supra_jax.inference.lm import LM
 from supra_jax.model.costs import state_bytes
 from supra_jax.model.finite import NotFiniteError, not_finite
@@ -31,11 +32,14 @@ from supra_jax.objectives.heldout import log_likelihoods
 
 SHARED = 16  # fewest common tokens that are read as a node of their own
 PIECE = 2048  # most tokens of a node
-BATCH_TOKENS = {"cpu": 2048}  # tokens that are read together, padding included
+BATCH_TOKENS = {"cpu": 1024}  # tokens that are read together, padding included
 ACCELERATOR_TOKENS = 16384
-STATE_BYTES = 2**30  # most bytes of the states that are read together
-SCORED = 256  # positions whose logits are computed together
-SHORTEST = 16
+STATE_BYTES = {"cpu": 2**30}  # most bytes of the states that are held for what follows, and of those read together
+ACCELERATOR_STATE_BYTES = 2**32
+SCORED = (256, 64)  # positions whose logits are computed together; the last ones of a batch: fewer
+# What a shape that is new costs, in tokens that could be read in that time: seconds of tracing and compilation.
+NEW_SHAPE = {"cpu": 200.0}
+ACCELERATOR_NEW_SHAPE = 50_000.0
 
 Score = tuple[float, bool]
 
@@ -126,12 +130,6 @@ def _chain(tokens: tuple[int, ...], scored: list[tuple[int, int, int]], children
   return children[0]
 
 
-def width_for(tokens: int) -> int:
-  """Rounds a length up to 16, 24, 32, 48, 64, 96, ...: few shapes are compiled."""
-  power = 1 << max(tokens - 1, SHORTEST - 1).bit_length()
-  return power * 3 // 4 if power > SHORTEST and tokens <= power * 3 // 4 else power
-
-
 def scores(
   lm: LM,
   texts: Sequence[Text],
@@ -166,7 +164,10 @@ def scores(
   nodes = tree(texts)
   total = sum(len(node.tokens) for node in all_nodes(nodes))
   with Progress(total, "{done:,}/{total:,} tokens read", enabled=progress) as shown, on_mesh(lm.mesh):
-    run = _Run(lm, texts, batch_tokens or BATCH_TOKENS.get(jax.default_backend(), ACCELERATOR_TOKENS), shown, each)
+    backend = jax.default_backend()
+    most = batch_tokens or BATCH_TOKENS.get(backend, ACCELERATOR_TOKENS)
+    limits = most, STATE_BYTES.get(backend, ACCELERATOR_STATE_BYTES), NEW_SHAPE.get(backend, ACCELERATOR_NEW_SHAPE)
+    run = _Run(lm, texts, limits, shown, each)
     run.read(nodes, None, [0] * len(nodes), 0)
     run.settle(0)
   run.work.asked = sum(len(text.tokens) for text in texts)
@@ -185,8 +186,10 @@ def all_nodes(nodes: Sequence[Node]) -> Iterator[Node]:
 class _Run:
   """Reads nodes, and collects the scores of their texts."""
 
-  def __init__(self, lm: LM, texts: Sequence[Text], batch_tokens: int, shown: Progress, each: Any):
-    self._lm, self._texts, self._batch_tokens, self._shown, self._each = lm, texts, batch_tokens, shown, each
+  def __init__(self, lm: LM, texts: Sequence[Text], limits: tuple[int, int, float], shown: Progress, each: Any):
+    self._lm, self._texts, self._shown, self._each = lm, texts, shown, each
+    self._batch_tokens, self._state_bytes, self._new_shape = limits
+    self._shapes: dict[tuple[int, bool], set[Shape]] = {}
     self._grows = any(mixer_class(mixer).GROWS for mixer in lm.config.mixers)
     self._left = [len(text.tokens) - text.first for text in texts]
     self._pending: collections.deque[tuple[list[int], jax.Array, jax.Array]] = collections.deque()
@@ -197,55 +200,83 @@ class _Run:
     """Reads nodes and all below them.
 
     Args:
-      nodes: nodes whose parents were read together.
+      nodes: nodes of which all parents are in `parents`, or none has one.
       parents: the state after the parents; None: nodes begin their texts.
       rows: the row of each node's parent in `parents`.
       capacity: tokens that the parents' caches have room for; 0: nodes begin their texts.
     """
-    order = sorted(range(len(nodes)), key=lambda i: (not nodes[i].children, -len(nodes[i].tokens)))
-    while order:
-      first = nodes[order[0]]
-      width, inner = width_for(len(first.tokens)), bool(first.children)
-      longest = capacity or width_for(first.longest)
-      most = self._rows(width, longest)
-      taken = [i for i in order[:most] if bool(nodes[i].children) == inner]
-      order = order[len(taken) :]
-      if self._grows and not capacity:
-        longest = max(width_for(nodes[i].longest) for i in taken)
-      size = min(rows for rows in (1, most // 4, most) if rows >= len(taken))
-      self._read([nodes[i] for i in taken], [rows[i] for i in taken], parents, (size, width), longest)
+    inner = sorted((i for i, node in enumerate(nodes) if node.children), key=lambda i: -nodes[i].longest)
+    while inner:
+      room = (capacity or room_for(nodes[inner[0]].longest)) if self._grows else 0
+      taken, inner = inner[: self._rows(1, room)], inner[self._rows(1, room) :]
+      held, places = self._held(nodes, parents, rows, taken, room)
+      children = [(child, places[i]) for i in taken for child in nodes[i].children]
+      self.read([child for child, _ in children], held, [place for _, place in children], room)
+      del held
+    leaves = [i for i, node in enumerate(nodes) if not node.children]
+    for batch, shape in self._batches(nodes, leaves, capacity, False):
+      self._read([nodes[i] for i in batch], [rows[i] for i in batch], parents, shape, None)
+
+  def _held(self, nodes, parents, rows, taken, capacity) -> tuple[DecodeState, dict[int, int]]:
+    """Reads nodes that others follow; returns (the state after them, the row of each)."""
+    held, places = None, {}
+    parts = list(self._batches(nodes, taken, capacity, True))
+    for batch, shape in parts:
+      state = self._read([nodes[i] for i in batch], [rows[i] for i in batch], parents, shape, capacity)
+      places |= {i: len(places) + row for row, i in enumerate(batch)}
+      if len(parts) == 1:
+        return state, places
+      size = 1 << (len(taken) - 1).bit_length()
+      if held is None:
+        held = self._fresh(size, capacity)
+      slots = np.full(shape[0], size, np.int32)  # out of range: padding is dropped
+      slots[: len(batch)] = [places[i] for i in batch]
+      held = _put(held, slots, state)
+    assert held is not None
+    return held, places
+
+  def _batches(self, nodes, chosen, capacity, keep: bool) -> Iterator[tuple[list[int], Shape]]:
+    """Yields (numbers of nodes that are read together, (rows, width))."""
+    known = self._shapes.setdefault((capacity, keep), set())
+    lengths = [len(nodes[i].tokens) for i in chosen]
+    for taken, shape in batches(lengths, lambda width: self._rows(width, capacity), known, self._new_shape):
+      known.add(shape)
+      yield [chosen[i] for i in taken], shape
 
   def _rows(self, width: int, capacity: int) -> int:
     """Returns the number of rows that are read together, a power of two."""
-    held = state_bytes(self._lm.config, capacity if self._grows else 0, self._lm.model.dtype)
-    return 1 << max(min(self._batch_tokens // width, STATE_BYTES // max(held, 1)), 1).bit_length() - 1
+    held = state_bytes(self._lm.config, capacity, self._lm.model.dtype)
+    return 1 << max(min(self._batch_tokens // width, self._state_bytes // max(held, 1)), 1).bit_length() - 1
 
-  def _read(self, nodes, rows, parents, shape, capacity) -> None:
+  def _fresh(self, rows: int, capacity: int) -> DecodeState:
+    return placed(self._lm.model.init_state(rows, capacity), self._lm.config, self._lm.mesh)
+
+  def _read(self, nodes, rows, parents, shape, capacity) -> DecodeState | None:
+    """Reads a batch of nodes; returns the state after them, with room for `capacity` tokens; None: none is wanted."""
     lm, size = self._lm, shape[0]
     tokens, lengths = np.zeros(shape, np.int32), np.zeros(size, np.int32)
     for row, node in enumerate(nodes):
       tokens[row, : len(node.tokens)], lengths[row] = node.tokens, len(node.tokens)
-    keep = bool(nodes[0].children)
     state = None
     if parents is not None:
       state = _take(parents, np.pad(rows, (0, size - len(rows))))
-    elif keep:
-      state = placed(lm.model.init_state(size, capacity if self._grows else 0), lm.config, lm.mesh)
-    hidden, state = _advance(lm.model, lm.params, tokens, lengths, state, keep)
+    elif capacity is not None:
+      state = self._fresh(size, capacity)
+    hidden, state = _advance(lm.model, lm.params, tokens, lengths, state, capacity is not None)
     self._score([(row, *scored) for row, node in enumerate(nodes) for scored in node.scored], hidden)
     self.work.read += int(lengths.sum())
     self.work.padded += tokens.size
     self._shown.advance(int(lengths.sum()))
     self.settle(2)
-    if keep:
-      children = [(child, row) for row, node in enumerate(nodes) for child in node.children]
-      self.read([child for child, _ in children], state, [row for _, row in children], capacity)
+    return state
 
   def _score(self, scored: list[tuple[int, int, int, int]], hidden: jax.Array) -> None:
-    for start in range(0, len(scored), SCORED):
-      part = scored[start : start + SCORED]
+    large, small = SCORED
+    while scored:
+      size = large if len(scored) > large - small else small
+      part, scored = scored[:size], scored[size:]
       row, at, target, text = np.asarray(part, np.int32).T
-      row, at, target = (np.pad(x, (0, SCORED - len(part))) for x in (row, at, target))
+      row, at, target = (np.pad(x, (0, size - len(part))) for x in (row, at, target))
       picked = _pick(hidden, row, at)
       self._pending.append((text.tolist(), *_log_likelihoods(self._lm.model, self._lm.params, picked, target)))
 
@@ -267,6 +298,11 @@ class _Run:
 def _advance(model: Transformer, params, tokens_BT, lengths_B, state: DecodeState | None, keep: bool):
   hidden_BTD, state = model.bind({"params": params})(tokens_BT, state, lengths=lengths_B)
   return hidden_BTD, constrain_state(state, model.config) if keep else None
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _put(held: DecodeState, slots_N, state: DecodeState) -> DecodeState:
+  return held.put(slots_N, state)
 
 
 @jax.jit

@@ -64,11 +64,13 @@ def load_tasks(exam: Exam) -> Any:
     raise ValueError(f"lm-eval has no task {', '.join(missing)}; `lm_eval ls tasks` lists all.")
   with local_datasets(exam.data_dir) if exam.data_dir else contextlib.nullcontext():
     loaded = manager.load(names)
+  counts = {}
   for name, task in loaded["tasks"].items():
     if task.get_config("num_fewshot") != 0:  # lm-eval itself never changes tasks that have 0 in their config
       task.set_config(key="num_fewshot", value=_fewshot(exam, name, loaded.get("groups", {})))
     task.set_fewshot_seed(seed=exam.seed)
-    if not len(task.eval_docs):
+    counts[name] = len(task.eval_docs)  # lm-eval prepares all questions each time they are asked for
+    if not counts[name]:
       raise ValueError(f"{name}: {exam.data_dir} has no question of the split that is asked.")
     if task.get_config("num_fewshot") and not len(list(task.fewshot_docs() or ())):
       raise ValueError(
@@ -77,7 +79,7 @@ def load_tasks(exam: Exam) -> Any:
   for name, indices in (exam.samples or {}).items():
     if name not in loaded["tasks"]:
       raise ValueError(f"samples has questions of {name}, which is not asked; asked are {', '.join(loaded['tasks'])}.")
-    _check_samples(name, indices, len(loaded["tasks"][name].eval_docs))
+    _check_samples(name, indices, counts[name])
   return loaded
 
 
