@@ -12,7 +12,7 @@ from tests.support import programs
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
-LENGTH, DISTANCES = 96, [16, 40]
+LENGTH, DISTANCES = 96, [80, 120]
 
 
 def test_cells_run_once_and_give_the_report_of_the_library(tmp_path):
@@ -30,7 +30,7 @@ def test_cells_run_once_and_give_the_report_of_the_library(tmp_path):
   assert set(measured) == cells and len(measured) == len(cells)
   # Losses come first, then parts, then one distance after the other.
   order = [
-    next(i for i, start in enumerate(("losses", "parts", "repeat-16", "repeat-40")) if name.startswith(start))
+    next(i for i, start in enumerate(("losses", "parts", "repeat-80", "repeat-120")) if name.startswith(start))
     for name in measured
   ]
   assert order == sorted(order) and set(order) == {0, 1, 2, 3}

@@ -103,19 +103,19 @@ def masked_softmax_attention(q_BTHK: jax.Array, k_BSGK: jax.Array, v_BSGV: jax.A
 
 
 def attention_logits(q_BTHK: jax.Array, k_BSGK: jax.Array) -> jax.Array:
-  """Returns q k^T / sqrt(K), [B, G, R, T, S] with R = H / G query heads per key head, in float32 at least."""
+  """Returns q k^T / sqrt(K), [B, G, T, R, S] with R = H / G query heads per key head, in float32 at least."""
   batch, time, heads, width = q_BTHK.shape
   groups = k_BSGK.shape[2]
   q = q_BTHK.reshape(batch, time, groups, heads // groups, width)
   wide = jnp.promote_types(q.dtype, jnp.float32)
-  return jnp.einsum("btgrk,bsgk->bgrts", q, k_BSGK, preferred_element_type=wide) / math.sqrt(width)
+  return jnp.einsum("btgrk,bsgk->bgtrs", q, k_BSGK, preferred_element_type=wide) / math.sqrt(width)
 
 
-def weighted_sum(logits_BGRTS: jax.Array, v_BSGV: jax.Array, mask_BTS: jax.Array) -> jax.Array:
+def weighted_sum(logits_BGTRS: jax.Array, v_BSGV: jax.Array, mask_BTS: jax.Array) -> jax.Array:
   """Returns the sum of values, weighted by the softmax of the logits where the mask is true, [B, T, H, V]."""
-  batch, groups, repeats, time, _ = logits_BGRTS.shape
+  batch, groups, time, repeats, _ = logits_BGTRS.shape
   # A finite floor: the output of a padded token that sees nothing is finite, and cannot make other outputs NaN.
-  logits = jnp.where(mask_BTS[:, None, None], logits_BGRTS, jnp.finfo(jnp.float32).min / 2)
+  logits = jnp.where(mask_BTS[:, None, :, None], logits_BGTRS, jnp.finfo(jnp.float32).min / 2)
   weights = jax.nn.softmax(logits, axis=-1).astype(v_BSGV.dtype)
-  out = jnp.einsum("bgrts,bsgv->btgrv", weights, v_BSGV)
+  out = jnp.einsum("bgtrs,bsgv->btgrv", weights, v_BSGV)
   return out.reshape(batch, time, groups * repeats, v_BSGV.shape[-1])
