@@ -13,6 +13,7 @@ _TASKS = (
   "for which table1 stands too."
 )
 _DATA = "Directory of the tasks' data sets, see evaluation/local_data.py. Default: the Hugging Face hub."
+_SAMPLES = 'JSON file of the questions to ask, by index: {"piqa": [0, 7], ...}. Default: all.'
 _COMPARE = "Further models to ask the same: model directories, and hf:NAME for models of transformers."
 
 
@@ -45,15 +46,9 @@ def define() -> Callable[[Callable[[], LM], str | None, str | None], bool]:
       from supra_jax.evaluation import comparison
     except ModuleNotFoundError as error:
       raise ValueError(f"{error.name} is not installed, which tasks want: pip install 'supra_jax[eval]'.") from error
-    exam = comparison.Exam(
-      comparison.task_names(tasks.value),
-      fewshot.value,
-      limit.value,
-      data_dir.value,
-      chat.value,
-      log_samples.value,
-      comparison.read_samples(samples.value) if samples.value else None,
-    )
+    chosen = comparison.read_samples(samples.value) if samples.value else None
+    how = fewshot.value, limit.value, data_dir.value, chat.value, log_samples.value, chosen
+    exam = comparison.Exam(comparison.task_names(tasks.value), *how)
     if fetch_only.value:
       print(comparison.fetched(exam))
       return True
