@@ -81,10 +81,12 @@ def state_shardings(state: DecodeState, config: ModelConfig, mesh: Mesh | jax.sh
   def of(*axes: str | None) -> Any:
     return NamedSharding(mesh, dimensions_spec(*axes, mesh=mesh, rows=state.cached.shape[0]))
 
-  layers = tuple(
-    dataclasses.replace(held, **{name: of(*axes) for name, axes in mixer_class(layer.mixer).STATE_AXES.items()})
-    for held, layer in zip(state.layers, config.layers, strict=True)
-  )
+  def of_layer(held: MixerState, layer: MixerConfig) -> MixerState:
+    axes = mixer_class(layer.mixer).STATE_AXES
+    made = {name: jax.tree.map(lambda _, name=name: of(*axes[name]), getattr(held, name)) for name in axes}
+    return dataclasses.replace(held, **made)
+
+  layers = tuple(of_layer(held, layer) for held, layer in zip(state.layers, config.layers, strict=True))
   return dataclasses.replace(state, layers=layers, cached=of("batch"), position=of("batch"), segment=of("batch"))
 
 

@@ -13,6 +13,7 @@ _MODULES = {
   "softmax": "supra_jax.model.mixers.softmax",
   "supra": "supra_jax.model.mixers.supra",
   "supra_window": "supra_jax.model.mixers.supra_window",
+  "memory": "supra_jax.model.mixers.memory",
 }
 _CLASSES: dict[str, Any] = {}
 MIXER = "self_attn"  # name of the mixer in a layer's parameters, as in Hugging Face's models

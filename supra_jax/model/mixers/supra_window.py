@@ -209,10 +209,10 @@ def _attend_in_blocks(q_BTHK, far_q_BTHK, new, held, sinks, cached_B, first_BT):
   k, v = (seen(before[:, sinks:], x) for before, x in zip(held, new, strict=True))
   if sinks:
     begun = first[:, :, 0, 0]
-    slot = _sink_slots(begun, sinks, window, cached_B1, cached_B1 + time)
+    slot = sink_slots(begun, sinks, window, cached_B1, cached_B1 + time)
     joined = [jnp.concatenate(pair, axis=1) for pair in zip(held, new, strict=True)]
     k, v = (
-      jnp.concatenate([_taken(x, slot).reshape(batch, blocks, sinks, *x.shape[2:]), y], axis=2)
+      jnp.concatenate([taken(x, slot).reshape(batch, blocks, sinks, *x.shape[2:]), y], axis=2)
       for x, y in zip(joined, (k, v), strict=True)
     )
     out_of_sight = begun[..., None] + number < query[:, :, 0] - window
@@ -245,13 +245,13 @@ def _hold(new, held, sinks, cached_B, count_B, first_BT):
   kept = ring_index(cached_B + count_B, window)
   slot = jnp.where(kept >= cached_B1, sinks + window + kept - cached_B1, sinks + jnp.arange(window))
   last = jnp.take_along_axis(first_BT, jnp.maximum(count_B - 1, 0)[:, None], axis=1)
-  sink_slot = _sink_slots(last, sinks, window, cached_B1, cached_B1 + count_B[:, None])
+  sink_slot = sink_slots(last, sinks, window, cached_B1, cached_B1 + count_B[:, None])
   slot = jnp.concatenate([sink_slot, slot], axis=1)
-  k, v = (_taken(jnp.concatenate(pair, axis=1), slot) for pair in zip(held, new, strict=True))
+  k, v = (taken(jnp.concatenate(pair, axis=1), slot) for pair in zip(held, new, strict=True))
   return k, v
 
 
-def _sink_slots(first, sinks: int, window: int, cached_B1, end_B1):
+def sink_slots(first, sinks: int, window: int, cached_B1, end_B1):
   """Returns the slots of the first N tokens of documents in the concatenation of held and new tokens.
 
   Args:
@@ -277,5 +277,5 @@ def _with_sinks(q, far_q, k, v, mask, sinks: int):
   return weighted_sum(jnp.concatenate(logits, axis=-1), v, mask)
 
 
-def _taken(x_BSGK: jax.Array, slot_BN: jax.Array) -> jax.Array:
+def taken(x_BSGK: jax.Array, slot_BN: jax.Array) -> jax.Array:
   return jnp.take_along_axis(x_BSGK, slot_BN[..., None, None], axis=1)

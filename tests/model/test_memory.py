@@ -1,0 +1,93 @@
+"""The tokens that a memory holds, against a loop over tokens that keeps plain lists."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from supra_jax.model import presets
+from supra_jax.model.mixers.memory import MemoryConfig, Where, attend, empty_slots
+from supra_jax.model.registry import layer
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+
+def by_a_loop(q, k, v, *, window, retained, sinks, chunk):
+  """Attention of one document and one key/value head, [T, R, K], [T, K], [T, V] -> (out [T, R, V], what is retained)."""
+  score, kept, out, held = np.zeros(len(q)), [], [], []
+  for t in range(len(q)):
+    unjudged = t // chunk * chunk
+    near = range(max(unjudged - window, 0), t + 1)
+    seen = sorted({*range(min(sinks, t + 1)), *kept, *near})
+    logits = q[t] @ k[seen].T / math.sqrt(q.shape[-1])
+    weights = np.exp(logits - logits.max(-1, keepdims=True))
+    weights /= weights.sum(-1, keepdims=True)
+    out.append(weights @ v[seen])
+    score[seen] += weights.sum(0)
+    if (t + 1) % chunk == 0:
+      left = [i for i in (*kept, *range(max(unjudged - window, 0), max(t + 1 - window, 0))) if i >= sinks]
+      kept = sorted(sorted(left, key=lambda i: -score[i] / (t + 1 - i))[:retained])
+    held.append(list(kept))
+  return np.array(out), held
+
+
+SIZES = [
+  {"window": 5, "retained": 3, "sinks": 2, "chunk": 4},
+  {"window": 2, "retained": 6, "sinks": 0, "chunk": 3},
+  {"window": 1, "retained": 1, "sinks": 4, "chunk": 7},
+  {"window": 4, "retained": 4, "sinks": 1, "chunk": 1},
+  {"window": 6, "retained": 0, "sinks": 2, "chunk": 2},
+]
+
+
+@pytest.mark.parametrize("sizes", SIZES)
+@pytest.mark.parametrize("cuts", [(), (1, 9, 10, 30)])
+def test_attention_and_choices_against_a_loop(sizes, cuts):
+  batch, time, heads, repeats, width = 2, 43, 2, 3, 8
+  with jax.enable_x64(True):
+    rng = np.random.default_rng(0)
+    q = rng.standard_normal((batch, time, heads, repeats, width)) * 2
+    k, v = (rng.standard_normal((batch, time, heads, width)) for _ in range(2))
+    window, retained, sinks, chunk = sizes["window"], sizes["retained"], sizes["sinks"], sizes["chunk"]
+    held = empty_slots(batch, window + chunk, retained, heads, sinks, (width, width), jnp.float64)
+    outs = []
+    for start, stop in zip((0, *cuts), (*cuts, time), strict=True):
+      count = np.full(batch, stop - start, np.int32)
+      where = Where(np.full(batch, start, np.int32), count, np.zeros((batch, stop - start), np.int32), not cuts)
+      piece = q[:, start:stop].reshape(batch, stop - start, heads * repeats, width)
+      out, held = attend(piece, k[:, start:stop], v[:, start:stop], held, where, sinks=sinks, chunk=chunk)
+      outs.append(np.asarray(out))
+    got = np.concatenate(outs, axis=1).reshape(batch, time, heads, repeats, width)
+  for b in range(batch):
+    for g in range(heads):
+      want, kept = by_a_loop(q[b, :, g], k[b, :, g], v[b, :, g], **sizes)
+      np.testing.assert_allclose(got[b, :, g], want, atol=1e-9)
+      index = np.asarray(held.kept_index)[b, :, g]
+      assert sorted(index[index >= 0].tolist()) == kept[-1]
+
+
+def test_sizes_of_heads():
+  assert MemoryConfig(windows=(8, 2, 8), retained=(4,)).groups(3) == [(2, 4, [1]), (8, 4, [0, 2])]
+  with pytest.raises(ValueError, match="windows has 2 sizes: wanted 1, or 3"):
+    MemoryConfig(windows=(8, 2)).groups(3)
+  with pytest.raises(ValueError, match=r"MemoryConfig\.windows holds 0"):
+    MemoryConfig(windows=(0,))
+
+
+def test_a_memory_of_the_whole_text_is_softmax_attention(random_params):
+  """Windows as long as the text see all of it; and a document of many tokens is not all held."""
+  from supra_jax.model.transformer import Transformer
+
+  config = presets.tiny()
+  params, tokens = random_params(config.replace(layers=(layer("softmax"),) * 2)), np.arange(60).reshape(2, 30) % 97
+
+  def logits(told):
+    model = Transformer(config.replace(layers=(told,) * 2))
+    return np.asarray(jax.jit(lambda p, t: model.apply({"params": p}, t, method="logits")[0])(params, tokens))
+
+  whole = logits(layer("softmax"))
+  np.testing.assert_allclose(logits(layer("memory", windows=(30,), retained=(0,))), whole, atol=1e-4)
+  np.testing.assert_allclose(logits(layer("memory", windows=(4,), retained=(26,), chunk=8)), whole, atol=1e-4)
+  assert np.abs(logits(layer("memory", windows=(4,), retained=(4,), chunk=8)) - whole).max() > 1e-2
