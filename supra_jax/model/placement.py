@@ -13,7 +13,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from supra_jax.core.sharding import dimensions_spec
 from supra_jax.model.config import ModelConfig
 from supra_jax.model.int8 import Int8
-from supra_jax.model.registry import MIXER, mixer_class, mixer_classes
+from supra_jax.model.mixers.base import MixerState
+from supra_jax.model.registry import MIXER, MixerConfig, mixer_class, mixer_classes
 from supra_jax.model.transformer import DecodeState
 
 # (regex of a parameter's path below its layer, names of the parameter's dimensions), for parameters outside the mixers;

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 def by_a_loop(q, k, v, *, window, retained, sinks, chunk):
-  """Attention of one document and one key/value head, [T, R, K], [T, K], [T, V] -> (out [T, R, V], what is retained)."""
+  """Attention of a document and a key/value head, [T, R, K], [T, K], [T, V] -> (out [T, R, V], what is retained)."""
   score, kept, out, held = np.zeros(len(q)), [], [], []
   for t in range(len(q)):
     unjudged = t // chunk * chunk

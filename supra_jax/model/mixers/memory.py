@@ -47,7 +47,9 @@ class MemoryConfig(MixerConfig):
     for name in ("windows", "retained"):
       if len(getattr(self, name)) not in (1, heads):
         raise ValueError(f"{name} has {len(getattr(self, name))} sizes: wanted 1, or {heads}, one for each head.")
-    sizes = list(zip(self.windows * (heads // len(self.windows)), self.retained * (heads // len(self.retained)), strict=True))
+    sizes = list(
+      zip(self.windows * (heads // len(self.windows)), self.retained * (heads // len(self.retained)), strict=True)
+    )
     return [(*size, [i for i, other in enumerate(sizes) if other == size]) for size in sorted(set(sizes))]
 
 
@@ -133,7 +135,9 @@ class MemoryAttention(Projections):
       slots = self._empty(batch, window, retained, heads) if state is None else state.slots(number)
       own = jnp.asarray(heads)
       queries = q.reshape(batch, time, groups, repeats, -1)[:, :, own].reshape(batch, time, len(heads) * repeats, -1)
-      out, slots = attend(queries, k[:, :, own], v[:, :, own], slots, where, sinks=self.layer.sinks, chunk=self.layer.chunk)
+      out, slots = attend(
+        queries, k[:, :, own], v[:, :, own], slots, where, sinks=self.layer.sinks, chunk=self.layer.chunk
+      )
       outs.append(out.reshape(batch, time, len(heads), repeats, -1))
       held.append(slots)
       order += heads
@@ -327,8 +331,12 @@ def _block(q, text, sunk, first_Bc, start_B1, real_Bc, carry, *, sinks, chunk, r
   def choose(kept: Kept) -> Kept:
     leaving = at_B[:, None] + 1 + jnp.arange(chunk)  # among the last tokens: W + C to W + 1 tokens before the choice
     at = jnp.take_along_axis(first_Bc, at_B[:, None], axis=1)
-    told = jnp.take_along_axis(key, leaving, axis=1)[..., None]
-    fresh = Kept(*(taken(x, leaving) for x in text), jnp.broadcast_to(told, (*told.shape[:2], held and kept.index.shape[2])), _rows(seen, leaving))
+    told = jnp.take_along_axis(key, leaving, axis=1).astype(jnp.int32)[..., None]
+    fresh = Kept(
+      *(taken(x, leaving) for x in text),
+      jnp.broadcast_to(told, (*told.shape[:2], kept.index.shape[2])),
+      _rows(seen, leaving),
+    )
     both = Kept(*(jnp.concatenate(pair, axis=1) for pair in zip(kept, fresh, strict=True)))
     valid = jnp.concatenate(
       [kept.index >= at[..., None], jnp.broadcast_to(told - at[..., None] >= sinks, fresh.index.shape)], axis=1
