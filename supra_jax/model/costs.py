@@ -110,7 +110,7 @@ def state_bytes_by_part(config: ModelConfig, tokens: int, dtype: Any = jnp.bfloa
   parts: dict[str, int] = {}
   for layer, state in zip(config.layers, states, strict=True):
     for part, fields in mixer_class(layer.mixer).PARTS.items():
-      arrays = [getattr(state, field) for field in fields]
+      arrays = jax.tree.leaves([getattr(state, field) for field in fields])
       parts[part] = parts.get(part, 0) + sum(math.prod(x.shape) * x.dtype.itemsize for x in arrays)
   return parts
 

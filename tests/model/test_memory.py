@@ -8,21 +8,43 @@ import numpy as np
 import pytest
 
 from supra_jax.model import presets
-from supra_jax.model.mixers.memory import MemoryConfig, Where, attend, empty_slots
+from supra_jax.model.mixers.memory import Far, MemoryConfig, Where, attend, empty_slots
 from supra_jax.model.registry import layer
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
-def by_a_loop(q, k, v, *, window, retained, sinks, chunk):
-  """Attention of a document and a key/value head, [T, R, K], [T, K], [T, V] -> (out [T, R, V], what is retained)."""
+def turned(x, position):
+  """RoPE in float64: pairs of features i and i + K/2 turned by position / 10^i."""
+  half = x.shape[-1] // 2
+  angle = np.asarray(position)[..., None] * 10.0 ** -np.arange(half)
+  first, second = x[..., :half], x[..., half:]
+  return np.concatenate(
+    [first * np.cos(angle) - second * np.sin(angle), second * np.cos(angle) + first * np.sin(angle)], axis=-1
+  )
+
+
+def by_a_loop(q, k, v, *, window, retained, sinks, chunk, reach=10**9):
+  """Attention of a document and a key/value head, [T, R, K], [T, K], [T, V] -> (out [T, R, V], what is retained).
+
+  q and k are before RoPE. Retained tokens that were reach - C or more behind the last choice, and sinks outside the
+  window, are no further away than `reach`.
+  """
   score, kept, out, held = np.zeros(len(q)), [], [], []
   for t in range(len(q)):
     unjudged = t // chunk * chunk
     near = range(max(unjudged - window, 0), t + 1)
     seen = sorted({*range(min(sinks, t + 1)), *kept, *near})
-    logits = q[t] @ k[seen].T / math.sqrt(q.shape[-1])
-    weights = np.exp(logits - logits.max(-1, keepdims=True))
+
+    def logits(j, t=t, near=near, unjudged=unjudged, kept=tuple(kept)):
+      if j < sinks and j not in near:
+        return turned(q[t], min(t, reach)) @ turned(k[j], j)
+      if j in kept and unjudged - 1 - j >= reach - chunk:
+        return turned(q[t], min(t, reach)) @ k[j]
+      return turned(q[t], t) @ turned(k[j], j)
+
+    found = np.stack([logits(j) for j in seen], axis=-1) / math.sqrt(q.shape[-1])
+    weights = np.exp(found - found.max(-1, keepdims=True))
     weights /= weights.sum(-1, keepdims=True)
     out.append(weights @ v[seen])
     score[seen] += weights.sum(0)
@@ -33,12 +55,22 @@ def by_a_loop(q, k, v, *, window, retained, sinks, chunk):
   return np.array(out), held
 
 
+def turned_back(k, position):
+  half = k.shape[-1] // 2
+  angle = position[..., None] * 10.0 ** -jnp.arange(half)
+  first, second = k[..., :half], k[..., half:]
+  return jnp.concatenate(
+    [first * jnp.cos(angle) + second * jnp.sin(angle), second * jnp.cos(angle) - first * jnp.sin(angle)], axis=-1
+  )
+
+
 SIZES = [
   {"window": 5, "retained": 3, "sinks": 2, "chunk": 4},
   {"window": 2, "retained": 6, "sinks": 0, "chunk": 3},
   {"window": 1, "retained": 1, "sinks": 4, "chunk": 7},
   {"window": 4, "retained": 4, "sinks": 1, "chunk": 1},
   {"window": 6, "retained": 0, "sinks": 2, "chunk": 2},
+  {"window": 3, "retained": 6, "sinks": 2, "chunk": 2, "reach": 11},
 ]
 
 
@@ -50,14 +82,22 @@ def test_attention_and_choices_against_a_loop(sizes, cuts):
     rng = np.random.default_rng(0)
     q = rng.standard_normal((batch, time, heads, repeats, width)) * 2
     k, v = (rng.standard_normal((batch, time, heads, width)) for _ in range(2))
-    window, retained, sinks, chunk = sizes["window"], sizes["retained"], sizes["sinks"], sizes["chunk"]
+    window, retained, sinks, chunk = (sizes[name] for name in ("window", "retained", "sinks", "chunk"))
     held = empty_slots(batch, window + chunk, retained, heads, sinks, (width, width), jnp.float64)
+    position, reach = np.arange(time)[None, :, None], sizes.get("reach", 10**9)
+    near_q, near_k = turned(q, position[..., None]), turned(k, position)
+    far_q = turned(q, np.minimum(position, reach)[..., None])
     outs = []
     for start, stop in zip((0, *cuts), (*cuts, time), strict=True):
       count = np.full(batch, stop - start, np.int32)
       where = Where(np.full(batch, start, np.int32), count, np.zeros((batch, stop - start), np.int32), not cuts)
-      piece = q[:, start:stop].reshape(batch, stop - start, heads * repeats, width)
-      out, held = attend(piece, k[:, start:stop], v[:, start:stop], held, where, sinks=sinks, chunk=chunk)
+
+      def piece(x, start=start, stop=stop):
+        return x[:, start:stop].reshape(batch, stop - start, heads * repeats, width)
+
+      far = Far(piece(far_q), reach - chunk, lambda k, position: turned_back(k, position))
+      how = {"sinks": sinks, "chunk": chunk, "far": far}
+      out, held = attend(piece(near_q), near_k[:, start:stop], v[:, start:stop], held, where, **how)
       outs.append(np.asarray(out))
     got = np.concatenate(outs, axis=1).reshape(batch, time, heads, repeats, width)
   for b in range(batch):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, ClassVar, NamedTuple
 
 import flax
@@ -17,6 +18,7 @@ from supra_jax.model.mixers.base import Context, MixerState, Projections, side_b
 from supra_jax.model.mixers.softmax import attention_flops, attention_logits
 from supra_jax.model.mixers.supra_window import ring_index, sink_slots, taken
 from supra_jax.model.registry import MixerConfig, register
+from supra_jax.model.rope import apply_rope, rope_table
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,7 +126,10 @@ class MemoryAttention(Projections):
     self, x_BTD: jax.Array, state: MemoryState | None, context: Context
   ) -> tuple[dict[str, jax.Array], MemoryState]:
     q, k, v = self.project(x_BTD)
-    q, k = (self.rotate(self.rotate_by_head(x), context.rotation) for x in (q, k))
+    q, k = self.rotate_by_head(q), self.rotate_by_head(k)
+    reach = self.reach(self.config, self.layer)
+    far_q = None if reach is None else self.rotate(q, context.far_rotations[reach])
+    q, k = self.rotate(q, context.rotation), self.rotate(k, context.rotation)
     k, v = self.held(k), self.held(v)
     batch, time, groups, _ = k.shape
     repeats = q.shape[2] // groups
@@ -134,10 +139,14 @@ class MemoryAttention(Projections):
     for number, (window, retained, heads) in enumerate(self.layer.groups(groups)):
       slots = self._empty(batch, window, retained, heads) if state is None else state.slots(number)
       own = jnp.asarray(heads)
-      queries = q.reshape(batch, time, groups, repeats, -1)[:, :, own].reshape(batch, time, len(heads) * repeats, -1)
-      out, slots = attend(
-        queries, k[:, :, own], v[:, :, own], slots, where, sinks=self.layer.sinks, chunk=self.layer.chunk
-      )
+
+      def of(x, own=own):
+        """The queries of these key/value heads, [B, T, G R, K]."""
+        return x.reshape(batch, time, groups, repeats, -1)[:, :, own].reshape(batch, time, len(own) * repeats, -1)
+
+      far = None if reach is None else Far(of(far_q), reach - self.layer.chunk, self._without_rope)
+      how = {"sinks": self.layer.sinks, "chunk": self.layer.chunk, "far": far}
+      out, slots = attend(of(q), k[:, :, own], v[:, :, own], slots, where, **how)
       outs.append(out.reshape(batch, time, len(heads), repeats, -1))
       held.append(slots)
       order += heads
@@ -145,6 +154,24 @@ class MemoryAttention(Projections):
     out = jnp.concatenate(outs, axis=2)[:, :, back].reshape(batch, time, groups * repeats, -1)
     state = MemoryState(**{name: tuple(getattr(slots, name) for slots in held) for name in Slots._fields})
     return {"o_proj": side_by_side(out)}, state
+
+  @nn.nowrap
+  def _without_rope(self, k_BMGK: jax.Array, position_BMG: jax.Array) -> jax.Array:
+    rope = self.config.rope
+    cos, sin = rope_table(rope, self.config.head_dim, position_BMG)
+    scale = rope.attention_factor  # k keeps it
+    bare = apply_rope(k_BMGK, cos / scale, -sin / scale, interleaved=rope.kind == "interleaved")
+    return self.held(bare)
+
+  @classmethod
+  def reach(cls, config: ModelConfig, layer: Any) -> int | None:
+    """Returns the largest position that q is rotated to when it meets sinks and far tokens; None: any position.
+
+    It is the largest distance between two tokens that the teacher has seen in training, but more than what is near.
+    """
+    if config.max_positions is None or config.rope.kind not in ("half", "interleaved"):
+      return None
+    return max(config.max_positions - 1, max(layer.windows) + 3 * layer.chunk + layer.sinks)
 
   @classmethod
   def flops(cls, config: ModelConfig, layer: Any, tokens: int) -> float:
@@ -193,8 +220,31 @@ class Where(NamedTuple):
   aligned: bool
 
 
+class Far(NamedTuple):
+  """How tokens are seen from further away than the teacher has seen two tokens apart.
+
+  Attributes:
+    q_BTHK: queries after RoPE at a position of at most `reach`; sinks outside the window are seen by them.
+    least: distance from the last choice at which a retained token is far: its key is then held before RoPE, and seen
+      by these queries.
+    without_rope: (keys [..., K], int32 positions [...]) -> the keys before RoPE.
+  """
+
+  q_BTHK: jax.Array
+  least: int
+  without_rope: Callable[[jax.Array, jax.Array], jax.Array]
+
+
 def attend(
-  q_BTHK: jax.Array, k_BTGK: jax.Array, v_BTGV: jax.Array, held: Slots, where: Where, *, sinks: int, chunk: int
+  q_BTHK: jax.Array,
+  k_BTGK: jax.Array,
+  v_BTGV: jax.Array,
+  held: Slots,
+  where: Where,
+  *,
+  sinks: int,
+  chunk: int,
+  far: Far | None = None,
 ) -> tuple[jax.Array, Slots]:
   """Computes softmax attention over what is held, for heads of one size; chooses what is held on every C tokens.
 
@@ -206,6 +256,7 @@ def attend(
     where: positions of the tokens.
     sinks: N.
     chunk: C.
+    far: None: distances have no limit.
 
   Returns:
     (out [B, T, H, V]; what is held after the last real token).
@@ -228,30 +279,34 @@ def attend(
   joined = [jnp.concatenate([before, x], axis=1) for before, x in zip(held[:2], (k_BTGK, v_BTGV), strict=True)]
 
   carry = Kept(*held[3:]), _rows(held.score, order)
-  how = {"sinks": sinks, "chunk": chunk, "ring": ring, "size": size, "aligned": where.aligned}
+  how = {"sinks": sinks, "chunk": chunk, "ring": ring, "size": size, "aligned": where.aligned, "far": far}
+  queries = (q_BTHK,) if far is None else (q_BTHK, far.q_BTHK)
 
-  def at(number, q, k, v, first_Bc, carry):
-    """One block of tokens; k and v are those of the W + C tokens before it too."""
+  def at(number, queries, k, v, first_Bc, carry):
+    """Reads one block of tokens; k and v are those of the W + C tokens before it too."""
     start_B1 = cached_B1 + number * size
     slot = sink_slots(first_Bc[:, 0], sinks, ring, cached_B1, cached_B1 + time)
     sunk = [taken(x, slot) for x in joined]
     real = jnp.arange(size) < where.count_B[:, None] - number * size
-    return _block(q, (k, v), sunk, first_Bc, start_B1, real, carry, **how)
+    return _block(queries, (k, v), sunk, first_Bc, start_B1, real, carry, **how)
 
   if blocks == 1:
-    out, (kept, score), seen = at(0, q_BTHK, *text, first, carry)
+    out, (kept, score), seen = at(0, queries, *text, first, carry)
     scores = seen[None]
   else:
     column = jnp.arange(blocks)[:, None] * size + jnp.arange(ring + size)
-    blocked = [x.reshape(batch, blocks, size, *x.shape[2:]).swapaxes(0, 1) for x in (padded(q_BTHK), first)]
+
+    def blocked(x: jax.Array) -> jax.Array:
+      return x.reshape(batch, blocks, size, *x.shape[2:]).swapaxes(0, 1)
+
     windows = [x[:, column].swapaxes(0, 1) for x in text]
 
     def step(carry, block):
-      number, q, k, v, first_Bc = block
-      out, carry, seen = at(number, q, k, v, first_Bc, carry)
+      out, carry, seen = at(*block, carry)
       return carry, (out, seen)
 
-    (kept, score), (out, scores) = jax.lax.scan(step, carry, (jnp.arange(blocks), blocked[0], *windows, blocked[1]))
+    steps = (jnp.arange(blocks), tuple(blocked(padded(q)) for q in queries), *windows, blocked(first))
+    (kept, score), (out, scores) = jax.lax.scan(step, carry, steps)
     out = out.swapaxes(0, 1).reshape(batch, whole, *out.shape[3:])[:, :time]
 
   # What is held after the last real token, back in the order of the ring.
@@ -276,7 +331,7 @@ class Kept(NamedTuple):
   score: jax.Array
 
 
-def _block(q, text, sunk, first_Bc, start_B1, real_Bc, carry, *, sinks, chunk, ring, size, aligned):
+def _block(queries, text, sunk, first_Bc, start_B1, real_Bc, carry, *, sinks, chunk, ring, size, aligned, far):
   """Reads a block of at most C tokens, in which at most one choice is made.
 
   A choice is made after every C tokens of a document, so that of two documents that share a block one at most comes to
@@ -286,7 +341,7 @@ def _block(q, text, sunk, first_Bc, start_B1, real_Bc, carry, *, sinks, chunk, r
     (out [B, c, H, V]; (what is retained, scores of the last W + C tokens); scores of the block's tokens and of the
     W + C before it, [B, W + C + c, G]).
   """
-  kept, score = carry
+  (kept, score), q, far_q = carry, queries[0], queries[-1]
   window = ring - chunk
   index = start_B1 + jnp.arange(size)
   position = index - first_Bc
@@ -299,14 +354,20 @@ def _block(q, text, sunk, first_Bc, start_B1, real_Bc, carry, *, sinks, chunk, r
   out_of_sight = (sink[:, None] < oldest) & (first_Bc == begun)[..., None]
   fixed = jnp.concatenate([out_of_sight, near], axis=-1)[:, None, None]
   k, v = (jnp.concatenate(pair, axis=1).astype(q.dtype) for pair in zip(sunk, text, strict=True))
-  logits = attention_logits(q, k)
+  logits = [attention_logits(far_q, k[:, :sinks])] * bool(sinks) + [attention_logits(q, k[:, sinks:])]
+  fixed_logits = jnp.where(fixed, jnp.concatenate(logits, axis=-1), _NOTHING)
   seen = jnp.concatenate([score, jnp.zeros((score.shape[0], size, score.shape[2]), score.dtype)], axis=1)
 
   def weights(kept: Kept) -> jax.Array:
     """Returns the weights of the retained tokens, the sinks, and the last tokens, [B, G, R, c, M + N + W + C + c]."""
-    allowed = kept.index.swapaxes(1, 2)[:, :, None, None] >= first_Bc[:, None, None, :, None]
-    own = jnp.where(allowed, attention_logits(q, kept.k.astype(q.dtype)), _NOTHING)
-    return jax.nn.softmax(jnp.concatenate([own, jnp.where(fixed, logits, _NOTHING)], axis=-1), axis=-1)
+    token = kept.index.swapaxes(1, 2)[:, :, None, None]
+    own = attention_logits(q, kept.k.astype(q.dtype))
+    if far is not None:
+      is_far = unjudged[:, None, None, :, None] - 1 - token >= far.least
+      from_afar = functools.partial(attention_logits, far_q, kept.k.astype(q.dtype))
+      own = jax.lax.cond(is_far.any(), lambda own: jnp.where(is_far, from_afar(), own), lambda own: own, own)
+    own = jnp.where(token >= first_Bc[:, None, None, :, None], own, _NOTHING)
+    return jax.nn.softmax(jnp.concatenate([own, fixed_logits], axis=-1), axis=-1)
 
   def total(weights, kept):
     values = jnp.einsum("bgrtm,bmgv->btgrv", weights[..., :held], kept.v.astype(q.dtype))
@@ -347,6 +408,12 @@ def _block(q, text, sunk, first_Bc, start_B1, real_Bc, carry, *, sinks, chunk, r
     slot = slot.swapaxes(1, 2)
     new = Kept(*(jnp.take_along_axis(x, slot[..., None] if x.ndim == 4 else slot, axis=1) for x in both))
     new = new._replace(index=jnp.where(best.swapaxes(1, 2) >= 0, new.index, -1))
+    if far is not None:
+      distance = (start_B1 + at_B[:, None])[..., None] - new.index
+      crossed = (new.index >= at[..., None]) & (distance >= far.least) & (distance < far.least + chunk)
+      position = jnp.where(crossed, new.index - at[..., None], 0)
+      bare = jax.lax.cond(crossed.any(), lambda k: far.without_rope(k, position), lambda k: k, new.k)
+      new = new._replace(k=jnp.where(crossed[..., None], bare, new.k))
     return Kept(*(jnp.where(any_B.reshape(-1, *[1] * (x.ndim - 1)), x, y) for x, y in zip(new, kept, strict=True)))
 
   if held:
