@@ -352,30 +352,30 @@ def _block(queries, text, sunk, first_Bc, start_B1, real_Bc, carry, *, sinks, ch
   begun = first_Bc[:, :1]
   sink = begun + jnp.arange(sinks)
   out_of_sight = (sink[:, None] < oldest) & (first_Bc == begun)[..., None]
-  fixed = jnp.concatenate([out_of_sight, near], axis=-1)[:, None, None]
+  fixed = jnp.concatenate([out_of_sight, near], axis=-1)[:, None, :, None]
   k, v = (jnp.concatenate(pair, axis=1).astype(q.dtype) for pair in zip(sunk, text, strict=True))
   logits = [attention_logits(far_q, k[:, :sinks])] * bool(sinks) + [attention_logits(q, k[:, sinks:])]
   fixed_logits = jnp.where(fixed, jnp.concatenate(logits, axis=-1), _NOTHING)
   seen = jnp.concatenate([score, jnp.zeros((score.shape[0], size, score.shape[2]), score.dtype)], axis=1)
 
   def weights(kept: Kept) -> jax.Array:
-    """Returns the weights of the retained tokens, the sinks, and the last tokens, [B, G, R, c, M + N + W + C + c]."""
-    token = kept.index.swapaxes(1, 2)[:, :, None, None]
+    """Returns the weights of the retained tokens, the sinks, and the last tokens, [B, G, c, R, M + N + W + C + c]."""
+    token = kept.index.swapaxes(1, 2)[:, :, None, None]  # [B, G, 1, 1, M]
     own = attention_logits(q, kept.k.astype(q.dtype))
     if far is not None:
-      is_far = unjudged[:, None, None, :, None] - 1 - token >= far.least
+      is_far = unjudged[:, None, :, None, None] - 1 - token >= far.least
       from_afar = functools.partial(attention_logits, far_q, kept.k.astype(q.dtype))
       own = jax.lax.cond(is_far.any(), lambda own: jnp.where(is_far, from_afar(), own), lambda own: own, own)
-    own = jnp.where(token >= first_Bc[:, None, None, :, None], own, _NOTHING)
+    own = jnp.where(token >= first_Bc[:, None, :, None, None], own, _NOTHING)
     return jax.nn.softmax(jnp.concatenate([own, fixed_logits], axis=-1), axis=-1)
 
   def total(weights, kept):
-    values = jnp.einsum("bgrtm,bmgv->btgrv", weights[..., :held], kept.v.astype(q.dtype))
-    return values + jnp.einsum("bgrts,bsgv->btgrv", weights[..., held:], v)
+    values = jnp.einsum("bgtrm,bmgv->btgrv", weights[..., :held], kept.v.astype(q.dtype))
+    return values + jnp.einsum("bgtrs,bsgv->btgrv", weights[..., held:], v)
 
   def received(weights, counts_Bc):
     """Returns the attention that each token receives from the queries that count, [B, S, G]."""
-    summed = jnp.einsum("bgrts,bt->bsg", jax.lax.stop_gradient(weights), counts_Bc.astype(weights.dtype))
+    summed = jnp.einsum("bgtrs,bt->bsg", jax.lax.stop_gradient(weights), counts_Bc.astype(weights.dtype))
     return summed.astype(jnp.float32)
 
   held = kept.index.shape[1]
