@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from supra_jax.model import presets
-from supra_jax.model.mixers.memory import Far, MemoryConfig, Where, attend, empty_slots
+from supra_jax.model.bounded_attention import Far, Where, attend, empty_slots
+from supra_jax.model.mixers.memory import MemoryConfig
 from supra_jax.model.registry import layer
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
