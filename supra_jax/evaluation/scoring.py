@@ -217,9 +217,10 @@ class _Run:
     for batch, shape in self._batches(nodes, leaves, capacity, False):
       self._read([nodes[i] for i in batch], [rows[i] for i in batch], parents, shape, None)
 
-  def _held(self, nodes, parents, rows, taken, capacity) -> tuple[DecodeState, dict[int, int]]:
+  def _held(self, nodes, parents, rows, taken, capacity) -> tuple[DecodeState | None, dict[int, int]]:
     """Reads nodes that others follow; returns (the state after them, the row of each)."""
-    held, places = None, {}
+    held: DecodeState | None = None
+    places: dict[int, int] = {}
     parts = list(self._batches(nodes, taken, capacity, True))
     for batch, shape in parts:
       state = self._read([nodes[i] for i in batch], [rows[i] for i in batch], parents, shape, capacity)
@@ -232,7 +233,6 @@ class _Run:
       slots = np.full(shape[0], size, np.int32)  # out of range: padding is dropped
       slots[: len(batch)] = [places[i] for i in batch]
       held = _put(held, slots, state)
-    assert held is not None
     return held, places
 
   def _batches(self, nodes, chosen, capacity, keep: bool) -> Iterator[tuple[list[int], Shape]]:

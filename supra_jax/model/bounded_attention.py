@@ -45,7 +45,8 @@ def empty_slots(
   near = [jnp.zeros((batch, sinks + ring, heads, width), dtype) for width in widths]
   kept = [jnp.zeros((batch, retained, heads, width), dtype) for width in widths]
   score, kept_score = (jnp.zeros((batch, count, heads), jnp.float32) for count in (ring, retained))
-  return Slots(*near, score, *kept, jnp.full((batch, retained, heads), -1, jnp.int32), kept_score)
+  tokens = jnp.full((batch, retained, heads), -1, jnp.int32)
+  return Slots(near[0], near[1], score, kept[0], kept[1], tokens, kept_score)
 
 
 class Where(NamedTuple):
@@ -122,20 +123,20 @@ def attend(
   first = padded(where.first_BT)
   joined = [jnp.concatenate([before, x], axis=1) for before, x in zip(held[:2], (k_BTGK, v_BTGV), strict=True)]
 
-  carry = Kept(*held[3:]), _rows(held.score, order)
+  carry = Kept(held.kept_k, held.kept_v, held.kept_index, held.kept_score), _rows(held.score, order)
   how = {"sinks": sinks, "chunk": chunk, "ring": ring, "size": size, "aligned": where.aligned, "far": far}
   queries = (q_BTHK,) if far is None else (q_BTHK, far.q_BTHK)
 
-  def at(number, queries, k, v, first_Bc, carry):
-    """Reads one block of tokens; k and v are those of the W + C tokens before it too."""
+  def at(number, queries, text, first_Bc, carry):
+    """Reads one block of tokens; `text`, keys and values, is of the W + C tokens before it too."""
     start_B1 = cached_B1 + number * size
     slot = sink_slots(first_Bc[:, 0], sinks, ring, cached_B1, cached_B1 + time)
     sunk = [taken(x, slot) for x in joined]
     real = jnp.arange(size) < where.count_B[:, None] - number * size
-    return _block(queries, (k, v), sunk, first_Bc, start_B1, real, carry, **how)
+    return _block(queries, text, sunk, first_Bc, start_B1, real, carry, **how)
 
   if blocks == 1:
-    out, (kept, score), seen = at(0, queries, *text, first, carry)
+    out, (kept, score), seen = at(0, queries, text, first, carry)
     scores = seen[None]
   else:
     column = jnp.arange(blocks)[:, None] * size + jnp.arange(ring + size)
@@ -146,10 +147,11 @@ def attend(
     windows = [x[:, column].swapaxes(0, 1) for x in text]
 
     def step(carry, block):
-      out, carry, seen = at(*block, carry)
+      number, asking, windows, first_Bc = block
+      out, carry, seen = at(number, asking, windows, first_Bc, carry)
       return carry, (out, seen)
 
-    steps = (jnp.arange(blocks), tuple(blocked(padded(q)) for q in queries), *windows, blocked(first))
+    steps = (jnp.arange(blocks), tuple(blocked(padded(q)) for q in queries), windows, blocked(first))
     (kept, score), (out, scores) = jax.lax.scan(step, carry, steps)
     out = out.swapaxes(0, 1).reshape(batch, whole, *out.shape[3:])[:, :time]
 
@@ -163,15 +165,15 @@ def attend(
   last = jnp.take_along_axis(where.first_BT, jnp.maximum(where.count_B - 1, 0)[:, None], axis=1)
   slot = sink_slots(last, sinks, ring, cached_B1, end_B1)
   k, v = (jnp.concatenate([taken(x, slot), y], axis=1) for x, y in zip(joined, (k, v), strict=True))
-  return out, Slots(k, v, score, *kept)
+  return out, Slots(k, v, score, kept.k, kept.v, kept.token, kept.score)
 
 
 class Kept(NamedTuple):
-  """The retained tokens, see `Slots`."""
+  """The retained tokens, see `Slots`; `token` is `kept_index`."""
 
   k: jax.Array
   v: jax.Array
-  index: jax.Array
+  token: jax.Array
   score: jax.Array
 
 
@@ -204,7 +206,7 @@ def _block(queries, text, sunk, first_Bc, start_B1, real_Bc, carry, *, sinks, ch
 
   def weights(kept: Kept) -> jax.Array:
     """Returns the weights of the retained tokens, the sinks, and the last tokens, [B, G, c, R, M + N + W + C + c]."""
-    token = kept.index.swapaxes(1, 2)[:, :, None, None]  # [B, G, 1, 1, M]
+    token = kept.token.swapaxes(1, 2)[:, :, None, None]  # [B, G, 1, 1, M]
     own = attention_logits(q, kept.k.astype(q.dtype))
     if far is not None:
       is_far = unjudged[:, None, :, None, None] - 1 - token >= far.least
@@ -222,7 +224,7 @@ def _block(queries, text, sunk, first_Bc, start_B1, real_Bc, carry, *, sinks, ch
     summed = jnp.einsum("bgtrs,bt->bsg", jax.lax.stop_gradient(weights), counts_Bc.astype(weights.dtype))
     return summed.astype(jnp.float32)
 
-  held = kept.index.shape[1]
+  held = kept.token.shape[1]
   chosen_Bc = real_Bc & ((position + 1) % chunk == 0)
   any_B = chosen_Bc.any(axis=1)
   at_B = jnp.argmax(chosen_Bc, axis=1)
@@ -237,25 +239,22 @@ def _block(queries, text, sunk, first_Bc, start_B1, real_Bc, carry, *, sinks, ch
     leaving = at_B[:, None] + 1 + jnp.arange(chunk)  # among the last tokens: W + C to W + 1 tokens before the choice
     at = jnp.take_along_axis(first_Bc, at_B[:, None], axis=1)
     told = jnp.take_along_axis(key, leaving, axis=1).astype(jnp.int32)[..., None]
-    fresh = Kept(
-      *(taken(x, leaving) for x in text),
-      jnp.broadcast_to(told, (*told.shape[:2], kept.index.shape[2])),
-      _rows(seen, leaving),
-    )
+    tokens = jnp.broadcast_to(told, (*told.shape[:2], kept.token.shape[2]))
+    fresh = Kept(taken(text[0], leaving), taken(text[1], leaving), tokens, _rows(seen, leaving))
     both = Kept(*(jnp.concatenate(pair, axis=1) for pair in zip(kept, fresh, strict=True)))
     valid = jnp.concatenate(
-      [kept.index >= at[..., None], jnp.broadcast_to(told - at[..., None] >= sinks, fresh.index.shape)], axis=1
+      [kept.token >= at[..., None], jnp.broadcast_to(told - at[..., None] >= sinks, fresh.token.shape)], axis=1
     )
-    age = (start_B1 + at_B[:, None] + 1)[..., None] - both.index
+    age = (start_B1 + at_B[:, None] + 1)[..., None] - both.token
     worth = jnp.where(valid, both.score / age, -1.0)
     best, slot = jax.lax.top_k(worth.swapaxes(1, 2), held)
     slot = slot.swapaxes(1, 2)
     new = Kept(*(jnp.take_along_axis(x, slot[..., None] if x.ndim == 4 else slot, axis=1) for x in both))
-    new = new._replace(index=jnp.where(best.swapaxes(1, 2) >= 0, new.index, -1))
+    new = new._replace(token=jnp.where(best.swapaxes(1, 2) >= 0, new.token, -1))
     if far is not None:
-      distance = (start_B1 + at_B[:, None])[..., None] - new.index
-      crossed = (new.index >= at[..., None]) & (distance >= far.least) & (distance < far.least + chunk)
-      position = jnp.where(crossed, new.index - at[..., None], 0)
+      distance = (start_B1 + at_B[:, None])[..., None] - new.token
+      crossed = (new.token >= at[..., None]) & (distance >= far.least) & (distance < far.least + chunk)
+      position = jnp.where(crossed, new.token - at[..., None], 0)
       bare = jax.lax.cond(crossed.any(), lambda k: far.without_rope(k, position), lambda k: k, new.k)
       new = new._replace(k=jnp.where(crossed[..., None], bare, new.k))
     return Kept(*(jnp.where(any_B.reshape(-1, *[1] * (x.ndim - 1)), x, y) for x, y in zip(new, kept, strict=True)))
