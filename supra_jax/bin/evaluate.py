@@ -11,7 +11,7 @@ from absl import flags
 from supra_jax.bin import model_flags, task_flags, text_flags
 from supra_jax.bin.entry import run
 from supra_jax.bin.implementation import with_implementation
-from supra_jax.core.plain_json import write_json
+from supra_jax.core.plain_json import check_output, write_json
 from supra_jax.evaluation.perplexity import evaluate_text
 
 _load = model_flags.define()
@@ -30,6 +30,8 @@ def main() -> None:
     return
   if not _INPUT.value:
     raise ValueError("Nothing to evaluate on: give --input, a text, or --tasks.")
+  if _OUTPUT.value is not None:
+    check_output(_OUTPUT.value)
   how = _how()
   loss = evaluate_text(_load(), _INPUT.value, progress=True, **how)
   print(loss)

@@ -40,7 +40,7 @@ _OUTPUT = flags.DEFINE_string("output", None, "Directory for answers and results
 def main() -> None:
   questions = read_questions(_TASK.value, _DATA.value, _SPLIT.value)
   shots = long_context.SHOTS[_TASK.value] if _SHOTS.value is None else _SHOTS.value
-  train = read_questions(_TASK.value, _DATA.value, "train") if shots else []
+  before = long_context.drawn_examples(_TASK.value, _DATA.value, shots)
   lm, name = _load(), flags.FLAGS.checkpoint
   about: dict[str, Any] = {"fingerprint": lm.checkpoint, "dtype": flags.FLAGS.dtype, "quantize": flags.FLAGS.quantize}
   if _YARN.value is not None:
@@ -48,9 +48,10 @@ def main() -> None:
     about |= {"yarn_factor": _YARN.value, "yarn_original": lm.config.rope.original_max_positions}
   about |= {"model": name, "split": _SPLIT.value, "shots": shots}
   how: dict[str, Any] = {"limit": _LIMIT.value, "max_new_tokens": _NEW.value, "rows": _ROWS.value, "settings": about}
-  how["before"] = long_context.examples(train, shots)
-  lengths = whole_numbers(_LENGTHS) or []
-  results = long_context.answer_questions(lm, _TASK.value, questions, lengths, _OUTPUT.value, progress=True, **how)
+  how |= {"before": before, "progress": True}
+  results = long_context.answer_questions(
+    lm, _TASK.value, questions, whole_numbers(_LENGTHS) or [], _OUTPUT.value, **how
+  )
   print(long_context.table(results), end="")
 
 

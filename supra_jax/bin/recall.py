@@ -8,9 +8,10 @@ from absl import flags
 
 import supra_jax
 from supra_jax.bin import model_flags
+from supra_jax.bin.choices import whole_numbers
 from supra_jax.bin.entry import DTYPES, run
 from supra_jax.bin.implementation import with_implementation
-from supra_jax.core.plain_json import write_json
+from supra_jax.core.plain_json import check_output, write_json
 from supra_jax.data.planted import KINDS, SPLITS
 from supra_jax.data.text import read_documents
 from supra_jax.evaluation import by_distance, recall
@@ -38,12 +39,14 @@ _OUTPUT = flags.DEFINE_string("output", None, "JSON file for all numbers. Defaul
 
 
 def main() -> None:
+  if _OUTPUT.value is not None:
+    check_output(_OUTPUT.value)
+  distances = whole_numbers(_DISTANCES) or []
   lm = _load()
   teacher = supra_jax.load(_TEACHER.value, lm.model.dtype, mesh=flags.FLAGS.mesh)
   if lm.tokenizer is None:
     raise ValueError("This checkpoint has no tokenizer to read text with: use supra_jax.evaluation.recall.report.")
   documents = map(lm.tokenizer.encode, read_documents(_INPUT.value, _TEXT_KEY.value))
-  distances = [int(text) for text in _DISTANCES.value]
   how: dict[str, Any] = {
     flag.name: flag.value for flag in (_LENGTH, _DOCUMENTS, _ITEMS, _SPLIT, _SEED, _BATCH, _STATE, _SINKS)
   }

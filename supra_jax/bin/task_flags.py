@@ -8,6 +8,7 @@ from absl import flags
 
 from supra_jax.inference.lm import LM
 
+flags.disclaim_key_flags()  # --help of each program lists them as its own
 _TASKS = (
   "Tasks of lm-evaluation-harness, as in hellaswag,piqa,winogrande,arc_easy,arc_challenge,mmlu, the paper's table 1, "
   "for which table1 stands too."

@@ -11,7 +11,7 @@ from typing import Any
 
 from lm_eval.utils import handle_non_serializable
 
-from supra_jax.core.plain_json import write_json
+from supra_jax.core.plain_json import check_output, write_json
 from supra_jax.evaluation.pictures import plot_scores
 from supra_jax.evaluation.tasks import TABLE_1_TASKS, Exam, evaluate_tasks, load_tasks, report
 from supra_jax.inference.lm import LM, load
@@ -52,13 +52,21 @@ def fetched(exam: Exam) -> str:
 def loader(spec: str, trust_remote_code: bool = False) -> Callable[[], Any]:
   """Returns a function that loads a model.
 
+  Raises:
+    FileNotFoundError: there is no such directory.
+
   Args:
     spec: a model directory, or `hf:NAME` for a model of transformers, a directory or a name on the hub, which answers
       through lm-eval's own model `hf`.
     trust_remote_code: whether code that comes with a model of transformers may run.
   """
   if not spec.startswith("hf:"):
+    if not Path(spec).is_dir() and "://" not in spec:
+      raise FileNotFoundError(f"--compare={spec}: no such directory; hf:NAME is a model of transformers.")
     return lambda: load(spec)
+  name = spec.removeprefix("hf:")
+  if not name or (name.startswith((".", "/", "~")) and not Path(name).is_dir()):
+    raise FileNotFoundError(f"--compare={spec}: wanted hf:DIR with a directory that is there, or a name on the hub.")
 
   def of_transformers() -> Any:
     try:
@@ -67,7 +75,7 @@ def loader(spec: str, trust_remote_code: bool = False) -> Callable[[], Any]:
     except ModuleNotFoundError as error:
       raise ValueError(f"{error.name} is not installed, which {spec} wants: pip install 'supra_jax[torch]'.") from error
 
-    name, on_gpu = spec.removeprefix("hf:"), torch.cuda.is_available()
+    on_gpu = torch.cuda.is_available()
     how = {"device": "cuda", "batch_size": "auto"} if on_gpu else {"device": "cpu", "batch_size": 8}
     return HFLM(pretrained=name, trust_remote_code=trust_remote_code, **how)
 
@@ -92,6 +100,8 @@ def compare(models: Mapping[str, Callable[[], Any]], exam: Exam, output: str | o
   Returns:
     The results in Markdown.
   """
+  if output is not None:
+    check_output(output, (".md", ".png"))
   found: dict[str, dict[str, Any]] = {}
   kept: list[Path] = []
   for name, make in models.items():

@@ -120,7 +120,7 @@ class HarnessLM(TemplateLM):
   def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
     template = self.lm.template
     if template is None:
-      raise ValueError("This checkpoint has no chat template: run without --apply_chat_template.")
+      raise ValueError("This checkpoint has no chat template: do not ask for it.")
     try:
       text = template.render(chat_history, reply=add_generation_prompt)
     except ValueError:
@@ -201,7 +201,12 @@ class HarnessLM(TemplateLM):
   def get_model_info(self) -> dict[str, Any]:
     """Returns facts about the model for lm-eval's results."""
     config = self.lm.config
-    return {"mixers": sorted(set(config.mixers)), "dtype": str(self.lm.model.dtype), "max_length": self.max_length}
+    about = {"checkpoint": self._checkpoint, "fingerprint": self.lm.checkpoint}
+    return about | {
+      "mixers": sorted(set(config.mixers)),
+      "dtype": str(self.lm.model.dtype),
+      "max_length": self.max_length,
+    }
 
 
 def _settings(how: Mapping[str, Any]) -> dict[str, Any]:

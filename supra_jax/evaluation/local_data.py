@@ -13,7 +13,7 @@ import contextlib
 import json
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -95,12 +95,23 @@ def _rows(file: Path) -> list[dict[str, Any]]:
     if file.suffix == ".parquet":
       return datasets.Dataset.from_parquet(str(file), keep_in_memory=True).to_list()
     with open(file, encoding="utf-8") as lines:
-      rows = json.load(lines) if file.suffix == ".json" else [json.loads(line) for line in lines if line.strip()]
+      rows = json.load(lines) if file.suffix == ".json" else [*_json_lines(lines)]
   except (ValueError, OSError) as error:
     raise ValueError(f"{file} cannot be read: {error}") from error
+  if not rows:
+    raise ValueError(f"{file} holds nothing.")
   if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
     raise ValueError(f"{file}: wanted JSON objects, one a line, or a list of them.")
   return rows
+
+
+def _json_lines(lines: Iterable[str]) -> Iterator[Any]:
+  for number, line in enumerate(lines, 1):
+    try:
+      if line.strip():
+        yield json.loads(line)
+    except ValueError as error:
+      raise ValueError(f"line {number}: {error}") from error
 
 
 def _hellaswag(row: dict[str, Any]) -> dict[str, Any]:

@@ -6,6 +6,8 @@ stay. An answer ends at a line break. Questions that are all about yes or no get
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import itertools
 import json
 import math
@@ -24,7 +26,7 @@ from supra_jax.core.progress import Progress
 from supra_jax.core.sharding import on_mesh
 from supra_jax.evaluation import paper
 from supra_jax.evaluation.answers import best_f1, rouge_l, words
-from supra_jax.evaluation.questions import Question
+from supra_jax.evaluation.questions import Question, read_questions
 from supra_jax.inference import decode
 from supra_jax.inference.lm import LM, ROWS
 from supra_jax.inference.state import State
@@ -63,6 +65,19 @@ def examples(questions: Sequence[Question], count: int) -> str:
     raise ValueError(f"{count} examples are wanted, and there are {len(questions)} questions to draw them from.")
   drawn = random.Random(_SEED).sample(questions, count)
   return "".join(f"{_asked(shot)} {', '.join(dict.fromkeys(shot.answers))}\n\n" for shot in drawn)
+
+
+def drawn_examples(task: str, data: str | os.PathLike[str], shots: int) -> str:
+  """Returns `examples` from the split train of `questions.read_questions`; "" for none.
+
+  Raises:
+    FileNotFoundError, ValueError: as `read_questions`; or `data` is one file, whose questions are those that are asked.
+  """
+  if not shots:
+    return ""
+  if Path(data).is_file():
+    raise ValueError(f"{data} is one file, and {shots} examples have to come from another: give a directory, or none.")
+  return examples(read_questions(task, data, "train"), shots)
 
 
 def _asked(question: Question) -> str:
@@ -130,6 +145,7 @@ def answer_questions(
     score(task, question, "")  # if a package is missing, this says so before the model works
   directory = local(output)
   about = {**(settings or {}), "task": task, "max_new_tokens": max_new_tokens, "example_characters": len(before)}
+  about["data"] = _digest(questions, before)
   with locked(directory):
     known = _known(directory / SETTINGS_FILE, directory / ANSWERS_FILE, about)
     wanted = list(dict.fromkeys(question.key for question in questions[: limit or None]))
@@ -151,6 +167,14 @@ def answer_questions(
   return results
 
 
+def _digest(questions: Sequence[Question], before: str) -> str:
+  """Returns a fingerprint of all questions, documents and examples."""
+  found = hashlib.sha256(before.encode())
+  for question in questions:
+    found.update(repr(dataclasses.astuple(question)).encode())
+  return found.hexdigest()[:16]
+
+
 def _known(settings: Path, answers: Path, about: Mapping[str, Any]) -> dict[tuple[int, str, str], dict[str, Any]]:
   """Returns the answers that an earlier call left, after a look at its settings; drops a line that was cut short."""
   if settings.exists():
@@ -158,7 +182,9 @@ def _known(settings: Path, answers: Path, about: Mapping[str, Any]) -> dict[tupl
     for name in sorted(theirs.keys() | about.keys()):
       if theirs.get(name) != about.get(name):
         mine = about.get(name)
-        raise ValueError(f"{settings.parent} holds answers for {name}={theirs.get(name)!r}, not {mine!r}.")
+        raise ValueError(
+          f"{settings.parent} holds answers for {name}={theirs.get(name)!r}, not {mine!r}: take another --output."
+        )
   else:
     write_json(settings, about)
   stored = answers.read_bytes() if answers.exists() else b""

@@ -52,10 +52,15 @@ TABLE_2: tuple[tuple[str, str, int, tuple[float, ...], tuple[float, ...]], ...] 
 )
 
 
-def score(results: Mapping[str, Any], task: str, metric: str) -> tuple[float, float | None] | None:
-  """Returns (value, standard error or None) of a task's metric in lm-eval's results; None if it is not there."""
+def score(
+  results: Mapping[str, Any], task: str, metric: str, extraction: str = "none"
+) -> tuple[float, float | None] | None:
+  """Returns (value, standard error or None) of a task's metric in lm-eval's results; None if it is not there.
+
+  `extraction` is the name of lm-eval's filter, where a task has several ways to take an answer from a text.
+  """
   metrics = results["results"].get(task, {})
-  value, error = metrics.get(f"{metric},none"), metrics.get(f"{metric}_stderr,none")
+  value, error = metrics.get(f"{metric},{extraction}"), metrics.get(f"{metric}_stderr,{extraction}")
   if not isinstance(value, float | int):
     return None
   return value, error if isinstance(error, float | int) else None

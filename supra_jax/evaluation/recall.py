@@ -111,8 +111,15 @@ def texts(
   lm: LM, filler: np.ndarray, distances: Sequence[int], kinds: Sequence[str] | None = None, **how: Any
 ) -> dict[str, dict[int, list[Planted]]]:
   """Returns {kind: {distance: planted texts}}; for `filler` and `how` see `data.planted.plant`."""
+  if not distances:
+    return {}
   encode = None if lm.tokenizer is None else functools.partial(lm.tokenizer.encode, continues=True)
   chosen = kinds or (KINDS if encode else ("repeat",))
-  return {
-    kind: {distance: plant(kind, distance, filler, encode=encode, **how) for distance in distances} for kind in chosen
-  }
+
+  def of(kind: str, distance: int) -> list[Planted]:
+    try:
+      return plant(kind, distance, filler, encode=encode, **how)
+    except ValueError as error:
+      raise ValueError(f"{kind} at a distance of {distance}: {error}") from error
+
+  return {kind: {distance: of(kind, distance) for distance in distances} for kind in chosen}

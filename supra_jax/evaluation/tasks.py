@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import datetime
 import functools
+import importlib.metadata
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,6 +23,8 @@ from supra_jax.evaluation.paper import COLUMNS, FEWSHOT, score, table_1
 from supra_jax.inference.lm import LM
 
 TABLE_1_TASKS = tuple(task for task, _ in COLUMNS.values())
+# Metrics of lm-eval that are no shares, whatever their value.
+_NO_SHARES = {"bits_per_byte", "byte_perplexity", "word_perplexity", "perplexity"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +65,9 @@ def load_tasks(exam: Exam) -> Any:
   manager = _manager()
   names = manager.match_tasks(list(exam.tasks))
   if missing := [task for task in exam.tasks if task not in names and not manager.match_tasks([task])]:
-    raise ValueError(f"lm-eval has no task {', '.join(missing)}; `lm_eval ls tasks` lists all.")
+    raise ValueError(
+      f"lm-eval has no task {', '.join(map(repr, missing))}; `python -m supra_jax.bin.lm_eval ls tasks` lists all."
+    )
   with local_datasets(exam.data_dir) if exam.data_dir else contextlib.nullcontext():
     loaded = manager.load(names)
   counts = {}
@@ -72,24 +78,27 @@ def load_tasks(exam: Exam) -> Any:
     counts[name] = len(task.eval_docs)  # lm-eval prepares all questions each time they are asked for
     if not counts[name]:
       raise ValueError(f"{name}: {exam.data_dir} has no question of the split that is asked.")
-    if task.get_config("num_fewshot") and not len(list(task.fewshot_docs() or ())):
-      raise ValueError(
-        f"{name} wants {task.get_config('num_fewshot')} examples, and there is no data to take them from."
-      )
+    wanted = task.get_config("num_fewshot")
+    examples = len(list(task.fewshot_docs() or ())) if wanted else 0
+    if wanted and wanted > examples:
+      there = f"there are {examples}" if examples else "there is no data to take them from"
+      raise ValueError(f"{name} wants {wanted} examples, and {there}.")
   for name, indices in (exam.samples or {}).items():
     if name not in loaded["tasks"]:
-      raise ValueError(f"samples has questions of {name}, which is not asked; asked are {', '.join(loaded['tasks'])}.")
+      asked = [*loaded["tasks"]]
+      some = ", ".join(asked[:8]) + " and others" * (len(asked) > 8)
+      raise ValueError(f"samples has questions of {name}, which is no task that is asked; asked are {some}.")
     _check_samples(name, indices, counts[name])
   return loaded
 
 
 def _check_samples(name: str, indices: Sequence[int], count: int) -> None:
-  if wrong := [i for i in indices if not (isinstance(i, int) and 0 <= i < count)]:
+  if wrong := [i for i in indices if type(i) is not int or not 0 <= i < count]:
     raise ValueError(f"samples asks question {wrong[0]!r} of {name}, which has questions 0 to {count - 1}.")
   if not indices:
     raise ValueError(f"samples asks no question of {name}.")
-  if len(set(indices)) < len(indices):
-    raise ValueError(f"samples asks a question of {name} twice.")
+  if twice := [i for i in indices if indices.count(i) > 1]:
+    raise ValueError(f"samples asks question {twice[0]} of {name} twice.")
 
 
 @functools.cache
@@ -118,17 +127,29 @@ def evaluate_tasks(model: LM | Any, exam: Exam, *, kept: str | os.PathLike[str] 
   began = time.monotonic()
   loaded = load_tasks(exam)
   harness = HarnessLM(lm=model) if isinstance(model, LM) else model
+  if exam.chat and isinstance(harness, HarnessLM) and harness.lm.template is None:
+    raise ValueError("This checkpoint has no chat template: run without --chat.")
   keeping = CachingLM(harness, os.fspath(kept)) if kept else harness
   results = evaluator.evaluate(
     keeping,
     loaded,
     limit=exam.limit,
-    samples=exam.samples and {name: list(indices) for name, indices in exam.samples.items()},
+    # Sorted, since lm-eval asks in the order of the data and labels the answers in the order of the indices.
+    samples=exam.samples and {name: sorted(indices) for name, indices in exam.samples.items()},
     log_samples=exam.log_samples,
     apply_chat_template=exam.chat,
     fewshot_as_multiturn=exam.chat,
   )
-  asked = {"tasks": list(exam.tasks), "limit": exam.limit, "chat": exam.chat, "fewshot_seed": exam.seed}
+  asked = {
+    "tasks": list(exam.tasks),
+    "limit": exam.limit,
+    "samples": exam.samples,
+    "chat": exam.chat,
+    "fewshot_seed": exam.seed,
+    "data_dir": None if exam.data_dir is None else os.fspath(exam.data_dir),
+  }
+  results["date"] = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+  results["lm_eval_version"] = importlib.metadata.version("lm_eval")
   results["seconds"] = time.monotonic() - began
   results["config"] = asked | (harness.get_model_info() if hasattr(harness, "get_model_info") else {})
   if isinstance(harness, HarnessLM):
@@ -153,14 +174,16 @@ def report(models: Mapping[str, Mapping[str, Any]], *, paper: bool = True) -> st
   parts = []
   if asked & set(TABLE_1_TASKS):
     parts.append(table_1({name: percentages(results) for name, results in models.items()}, paper=paper))
+    if sample := _sample(next(iter(models.values())).get("config", {})):
+      parts.append(f"The last row{'s are' if len(models) > 1 else ' is'} of {sample}, the paper's of all.")
   parts.append("\n".join(_lines(models)))
   parts.append("\n".join(f"{name}: {_spent(results)}" for name, results in models.items()))
   return "\n\n".join(parts)
 
 
 def _spent(results: Mapping[str, Any]) -> str:
-  tokens = results.get("tokens")
-  read = f"; of texts of {tokens['asked']:,} tokens {tokens['read']:,} were read" if tokens else ""
+  tokens = results.get("tokens") or {"asked": 0}
+  read = f"; of texts of {tokens['asked']:,} tokens {tokens['read']:,} were read" if tokens["asked"] else ""
   return f"{results['seconds']:,.0f} seconds{read}."
 
 
@@ -171,16 +194,24 @@ def _lines(models: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
   first = next(iter(models.values()))["results"]
   for task, metrics in first.items():
     for key in metrics:
-      metric, _, how = key.partition(",")
-      if how != "none" or metric.endswith("_stderr"):
+      metric, comma, how = key.partition(",")
+      if not comma or metric.endswith("_stderr"):
         continue
-      cells = [_cell(score(results, task, metric)) for results in models.values()]
-      yield f"| {task} | {metric} | {' | '.join(cells)} |"
+      found = [score(results, task, metric, how) for results in models.values()]
+      share = metric not in _NO_SHARES and all(0 <= one[0] <= 1 for one in found if one is not None)
+      cells = [_cell(one, 100 if share else 1) for one in found]
+      yield f"| {task} | {metric}{f' ({how})' * (how != 'none')} | {' | '.join(cells)} |"
 
 
-def _cell(found: tuple[float, float | None] | None) -> str:
+def _sample(config: Mapping[str, Any]) -> str:
+  """Returns what was asked where it was not all, "" where it was."""
+  if config.get("samples"):
+    return "chosen questions"
+  return "" if config.get("limit") is None else f"{config['limit']} questions of each task"
+
+
+def _cell(found: tuple[float, float | None] | None, scale: int) -> str:
   if found is None:
     return ""
   value, error = found
-  scale = 100 if 0 <= value <= 1 else 1
   return f"{scale * value:.2f}" + ("" if error is None else f" ± {scale * error:.2f}")

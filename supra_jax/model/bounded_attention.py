@@ -246,7 +246,7 @@ def _block(queries, text, sunk, first_Bc, start_B1, real_Bc, carry, *, sinks, ch
       [kept.token >= at[..., None], jnp.broadcast_to(told - at[..., None] >= sinks, fresh.token.shape)], axis=1
     )
     age = (start_B1 + at_B[:, None] + 1)[..., None] - both.token
-    worth = jnp.where(valid, both.score / age, -1.0)
+    worth = jnp.where(valid, both.score / age.astype(jnp.float32), -1.0)
     best, slot = jax.lax.top_k(worth.swapaxes(1, 2), held)
     slot = slot.swapaxes(1, 2)
     new = Kept(*(jnp.take_along_axis(x, slot[..., None] if x.ndim == 4 else slot, axis=1) for x in both))

@@ -11,10 +11,10 @@ from lm_eval.api.instance import Instance
 import supra_jax
 from convert_weights.orbax_to_hf import convert
 from supra_jax.evaluation import paper
-from supra_jax.evaluation.comparison import compare, task_names
+from supra_jax.evaluation.comparison import compare, loader, task_names
 from supra_jax.evaluation.harness import HarnessLM
 from supra_jax.evaluation.local_data import read
-from supra_jax.evaluation.tasks import Exam, evaluate_tasks
+from supra_jax.evaluation.tasks import Exam, evaluate_tasks, report
 from supra_jax.experiments import tiny
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -36,7 +36,8 @@ def data(tmp_path_factory):
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
   scene = {"activity_label": "Roof", "ctx_a": "A man sits.", "ctx_b": "he", "endings": ["a.", "b.", "c.", "d."]}
-  write("Rowan/hellaswag/validation.jsonl", [scene | {"label": str(i % 4)} for i in range(6)])
+  scenes = [scene | {"label": str(i % 4), "ctx_a": f"A man sits{' on' * i}."} for i in range(6)]
+  write("Rowan/hellaswag/validation.jsonl", scenes)
   sentence = {"sentence": "Sarah met Sandra since _ was there.", "option1": "Sarah", "option2": "Sandra"}
   write("winogrande/winogrande_xl/validation.jsonl", [sentence | {"answer": str(1 + i % 2)} for i in range(4)])
   choices = {"text": ["one", "two", "three"], "label": ["A", "B", "C"]}
@@ -169,11 +170,17 @@ def test_tasks_from_the_first_question_to_the_table(directory, data, tmp_path, m
 
   chosen = evaluate_tasks(lm, Exam(("hellaswag",), data_dir=data, log_samples=True, samples={"hellaswag": [4, 1]}))
   scored = {sample["doc_id"]: sample["filtered_resps"] for sample in chosen["samples"]["hellaswag"]}
-  assert scored == {i: results["samples"]["hellaswag"][i]["filtered_resps"] for i in (1, 4)}
-  for wrong, says in [({"hellaswag": [6]}, "question 6 of hellaswag"), ({"piqa": [0]}, "piqa, which is not asked")]:
+  assert sorted(scored) == [1, 4]
+  for i, answers in scored.items():
+    of_all = [score for score, _ in results["samples"]["hellaswag"][i]["filtered_resps"]]
+    np.testing.assert_allclose([score for score, _ in answers], of_all, atol=1e-4)
+  for wrong, says in [
+    ({"hellaswag": [6]}, "question 6 of hellaswag"),
+    ({"piqa": [0]}, "piqa, which is no task that is asked"),
+  ]:
     with pytest.raises(ValueError, match=says):
       evaluate_tasks(lm, Exam(("hellaswag",), data_dir=data, samples=wrong))
-  with pytest.raises(ValueError, match="lm-eval has no task helaswag"):
+  with pytest.raises(ValueError, match="lm-eval has no task 'helaswag'"):
     evaluate_tasks(lm, Exam(("helaswag",), data_dir=data))
   with pytest.raises(ValueError, match="hellaswag wants 2 examples, and there is no data"):
     evaluate_tasks(lm, Exam(("hellaswag",), fewshot=2, data_dir=data))
@@ -201,6 +208,33 @@ def test_recall_from_pages(directory, tmp_path):
     answers = lm.generate(texts, max_new_tokens=tokens, stop=stop, temperature=0.0)
     assert [sample["resps"][0][0] for sample in results["samples"][task]] == answers
     assert results["results"][task]["contains,none"] == pytest.approx(1 / 3)
+
+
+def test_the_report_of_other_metrics():
+  """Bits are no share, answers of two filters are two lines, and a table of a sample says so."""
+  tasks = {"gsm8k": {"exact_match,strict-match": 0.5, "exact_match,flexible-extract": 1.0, "alias": "gsm8k"}}
+  results = {
+    bits: {"results": tasks | {"wikitext": {"bits_per_byte,none": bits}}, "seconds": 1} for bits in (0.72, 1.08)
+  }
+  text = report({str(bits): found for bits, found in results.items()})
+  assert "| wikitext | bits_per_byte | 0.72 | 1.08 |" in text
+  assert "| gsm8k | exact_match (flexible-extract) | 100.00 | 100.00 |" in text
+  sample = {"results": {"piqa": {"acc_norm,none": 0.5}}, "seconds": 1, "config": {"limit": 3}}
+  assert "The last row is of 3 questions of each task, the paper's of all." in report({"m": sample})
+
+
+@pytest.mark.parametrize("name", ["", ".", "x.md", "x.png"])
+def test_outputs_that_cannot_be_written_are_refused_first(name, tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  with pytest.raises(ValueError, match="wanted the name of a JSON file"):
+    compare({"model": lambda: pytest.fail("asked")}, Exam(("piqa",)), name)
+  assert not list(tmp_path.iterdir())
+
+
+def test_models_to_compare_with_are_looked_for_first(tmp_path):
+  for spec in (f"{tmp_path}/none", f"hf:{tmp_path}/none", "hf:"):
+    with pytest.raises(FileNotFoundError, match=f"--compare={spec}"):
+      loader(spec)
 
 
 def test_averages_of_the_papers_table():

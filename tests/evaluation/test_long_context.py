@@ -142,4 +142,4 @@ def test_the_program(tmp_path):
   assert f"| {checkpoint}, YaRN 4 | " in ran.stdout and ran.stdout.endswith("| answers | 2 | 2 |\n")
   assert "4/4 answers" in ran.stderr and math.isfinite(results["lengths"]["32"]["f1"])
   again = programs.run("supra_jax.bin.long_context", *command, "--shots=0")
-  assert again.returncode == 1 and "holds answers for example_characters=" in again.stderr
+  assert again.returncode == 1 and "holds answers for data=" in again.stderr

@@ -86,6 +86,7 @@ def test_a_gap_that_a_window_reaches_over_is_refused(teacher):
     measure(METHODS["window_only"], teacher, near, "long", 0, 0)
 
 
+@pytest.mark.slow
 def test_cells_run_once_and_in_order(tmp_path, monkeypatch):
   monkeypatch.setitem(mqar.TEACHERS, "small", (HEADS, WIDTH))
   cells = [
