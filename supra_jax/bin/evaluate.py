@@ -30,8 +30,7 @@ def main() -> None:
     return
   if not _INPUT.value:
     raise ValueError("Nothing to evaluate on: give --input, a text, or --tasks.")
-  if _OUTPUT.value is not None:
-    check_output(_OUTPUT.value)
+  check_output(_OUTPUT.value)
   how = _how()
   loss = evaluate_text(_load(), _INPUT.value, progress=True, **how)
   print(loss)

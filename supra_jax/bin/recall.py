@@ -39,8 +39,7 @@ _OUTPUT = flags.DEFINE_string("output", None, "JSON file for all numbers. Defaul
 
 
 def main() -> None:
-  if _OUTPUT.value is not None:
-    check_output(_OUTPUT.value)
+  check_output(_OUTPUT.value)
   distances = whole_numbers(_DISTANCES) or []
   lm = _load()
   teacher = supra_jax.load(_TEACHER.value, lm.model.dtype, mesh=flags.FLAGS.mesh)

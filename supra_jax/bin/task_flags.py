@@ -32,9 +32,7 @@ def define() -> Callable[[Callable[[], LM], str | None, str | None], bool]:
   fetch_only = flags.DEFINE_bool("fetch_only", False, "Only load the tasks' data sets, on a node with network, say.")
   chat = flags.DEFINE_bool("chat", False, "Whether prompts of tasks go through the model's chat template.")
   log_samples = flags.DEFINE_bool("log_samples", False, "Whether --output has every question with its log-likelihoods.")
-  samples = flags.DEFINE_string(
-    "samples", None, 'JSON file of the questions to ask, by index: {"piqa": [0, 7], ...}. Default: all.'
-  )
+  samples = flags.DEFINE_string("samples", None, _SAMPLES)
   compare = flags.DEFINE_list("compare", [], _COMPARE)
   trust = flags.DEFINE_bool("trust_remote_code", False, "Whether models of hf: may run code that comes with them.")
 

@@ -6,7 +6,6 @@ import json
 import math
 import os
 from collections.abc import Collection, Mapping
-from pathlib import Path
 from typing import Any
 
 from supra_jax.core.files import into_place, local
@@ -26,22 +25,23 @@ def to_json(value: Any, **how: Any) -> str:
   return json.dumps(_plain(value), allow_nan=False, **how)
 
 
-def check_output(path: str | os.PathLike[str], beside: Collection[str] = ()) -> Path:
-  """Returns the local path of a JSON file that is written at the end of long work.
+def check_output(path: str | os.PathLike[str] | None, beside: Collection[str] = ()) -> None:
+  """Checks the name of a JSON file that is written at the end of long work.
 
   Args:
-    path: what the user gave.
+    path: what the user gave; None: no file is written.
     beside: suffixes of files that are written beside it.
 
   Raises:
     ValueError: the path is empty, a URL or a directory, or has a suffix of `beside`.
   """
+  if path is None:
+    return
   file = local(path)
   if not os.fspath(path) or file.is_dir():
     raise ValueError(f"--output={path}: wanted the name of a JSON file to write, not a directory.")
   if file.suffix in beside:
     raise ValueError(f"--output={path}: wanted the name of a JSON file; {file.suffix} is written beside it.")
-  return file
 
 
 def write_json(path: str | os.PathLike[str], value: Any, **how: Any) -> None:

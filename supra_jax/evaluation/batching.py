@@ -6,6 +6,8 @@ import collections
 import dataclasses
 from collections.abc import Callable, Collection, Sequence
 
+from supra_jax.inference.decode import round_up_length
+
 SHORTEST = 4
 CALL = 40  # what reading the parameters costs once more, in tokens that could be read in that time
 
@@ -14,8 +16,7 @@ Shape = tuple[int, int]  # (rows, width)
 
 def width_for(tokens: int) -> int:
   """Rounds a length up to 4, 8, 12, ..., 32, 40, ..., 64, 80, ..."""
-  step = max(1 << max(tokens - 1, 0).bit_length() >> 3, SHORTEST)
-  return -(-max(tokens, 1) // step) * step
+  return -(-round_up_length(tokens) // SHORTEST) * SHORTEST
 
 
 def room_for(tokens: int) -> int:
@@ -51,10 +52,10 @@ def batches(
   widths = sorted(counts)
   best = [_Plan(0.0, ())]  # for the pieces of the first widths
   for high in range(len(widths)):
-    plans, number = [], 0
+    plans, number, most = [], 0, rows_for(widths[high])
     for low in range(high, -1, -1):
       number += counts[widths[low]]
-      more = _run(number, widths[high], rows_for(widths[high]), known, new_shape)
+      more = _run(number, widths[high], most, known, new_shape)
       plans.append(_Plan(best[low].cost + more.cost, best[low].shapes + more.shapes))
     best.append(min(plans, key=lambda plan: plan.cost))
   order = sorted(range(len(lengths)), key=lambda i: -lengths[i])

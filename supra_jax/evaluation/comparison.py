@@ -52,13 +52,13 @@ def fetched(exam: Exam) -> str:
 def loader(spec: str, trust_remote_code: bool = False) -> Callable[[], Any]:
   """Returns a function that loads a model.
 
-  Raises:
-    FileNotFoundError: there is no such directory.
-
   Args:
     spec: a model directory, or `hf:NAME` for a model of transformers, a directory or a name on the hub, which answers
       through lm-eval's own model `hf`.
     trust_remote_code: whether code that comes with a model of transformers may run.
+
+  Raises:
+    FileNotFoundError: there is no such directory.
   """
   if not spec.startswith("hf:"):
     if not Path(spec).is_dir() and "://" not in spec:
@@ -100,8 +100,7 @@ def compare(models: Mapping[str, Callable[[], Any]], exam: Exam, output: str | o
   Returns:
     The results in Markdown.
   """
-  if output is not None:
-    check_output(output, (".md", ".png"))
+  check_output(output, (".md", ".png"))
   found: dict[str, dict[str, Any]] = {}
   kept: list[Path] = []
   for name, make in models.items():

@@ -27,6 +27,7 @@ from supra_jax.core.sharding import on_mesh
 from supra_jax.evaluation import paper
 from supra_jax.evaluation.answers import best_f1, rouge_l, words
 from supra_jax.evaluation.questions import Question, read_questions
+from supra_jax.evaluation.scoring import common_prefix
 from supra_jax.inference import decode
 from supra_jax.inference.lm import LM, ROWS
 from supra_jax.inference.state import State
@@ -225,7 +226,7 @@ def _answers(
   lm: LM, task: str, questions: Sequence[Question], prompts: Sequence[list[int]], max_new_tokens: int, rows: int
 ) -> Iterator[tuple[Question, str]]:
   """Yields (question, answer) of questions about one document; the common beginning of their prompts is read once."""
-  shared = _common(prompts)
+  shared = common_prefix(min(prompts), max(prompts))  # in the order of words in a dictionary
   state = lm.read(prompts[0][:shared]) if shared else None
   free: list[tuple[Question, list[int]]] = []
   for question, ids in zip(questions, prompts, strict=True):
@@ -241,11 +242,6 @@ def _answers(
   made = lm.complete([ids for _, ids in free], state=state, rows=rows, **how) if free else []
   for (question, _), completion in zip(free, made, strict=True):
     yield question, completion.text.strip()
-
-
-def _common(rows: Sequence[Sequence[int]]) -> int:
-  """Returns the number of tokens that all rows begin with."""
-  return sum(1 for _ in itertools.takewhile(lambda ids: len(set(ids)) == 1, zip(*rows, strict=False)))
 
 
 def loglikelihood(lm: LM, state: State, text: str) -> float:

@@ -190,6 +190,7 @@ class _Run:
     self._lm, self._texts, self._shown, self._each = lm, texts, shown, each
     self._batch_tokens, self._state_bytes, self._new_shape = limits
     self._shapes: dict[tuple[int, bool], set[Shape]] = {}
+    self._row_bytes: dict[int, int] = {}  # capacity -> bytes of a row's state
     self._grows = any(mixer_class(mixer).GROWS for mixer in lm.config.mixers)
     self._left = [len(text.tokens) - text.first for text in texts]
     self._pending: collections.deque[tuple[list[int], jax.Array, jax.Array]] = collections.deque()
@@ -208,7 +209,8 @@ class _Run:
     inner = sorted((i for i, node in enumerate(nodes) if node.children), key=lambda i: -nodes[i].longest)
     while inner:
       room = (capacity or room_for(nodes[inner[0]].longest)) if self._grows else 0
-      taken, inner = inner[: self._rows(1, room)], inner[self._rows(1, room) :]
+      most = self._rows(1, room)
+      taken, inner = inner[:most], inner[most:]
       held, places = self._held(nodes, parents, rows, taken, room)
       children = [(child, places[i]) for i in taken for child in nodes[i].children]
       self.read([child for child, _ in children], held, [place for _, place in children], room)
@@ -245,8 +247,10 @@ class _Run:
 
   def _rows(self, width: int, capacity: int) -> int:
     """Returns the number of rows that are read together, a power of two."""
-    held = state_bytes(self._lm.config, capacity, self._lm.model.dtype)
-    return 1 << max(min(self._batch_tokens // width, self._state_bytes // max(held, 1)), 1).bit_length() - 1
+    if capacity not in self._row_bytes:  # found by tracing the model
+      self._row_bytes[capacity] = max(state_bytes(self._lm.config, capacity, self._lm.model.dtype), 1)
+    held = self._state_bytes // self._row_bytes[capacity]
+    return 1 << max(min(self._batch_tokens // width, held), 1).bit_length() - 1
 
   def _fresh(self, rows: int, capacity: int) -> DecodeState:
     return placed(self._lm.model.init_state(rows, capacity), self._lm.config, self._lm.mesh)

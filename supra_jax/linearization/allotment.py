@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from supra_jax.data.loading import Batch
+from supra_jax.linearization.hybrid import embed, outside_layers
 from supra_jax.model.config import ModelConfig
 from supra_jax.model.layers import Norm, at_least_float32
 from supra_jax.model.mixers.memory import MemoryConfig
@@ -45,19 +46,13 @@ def head_errors(
   params, config = teacher
   model = Transformer(config)
   totals = np.zeros((config.num_layers, config.num_kv_heads, len(choices)))
-  ends = {name: tree for name, tree in params.items() if not name.startswith("layers_")}
+  ends = outside_layers(params)
   for batch in batches:
-    x_BTD = _embed(model, ends, batch)
+    x_BTD = embed(model, ends, batch)
     for number, layer in enumerate(config.layers):
       x_BTD, lost = _lost(model, layer, tuple(choices), params[f"layers_{number}"], x_BTD, batch)
       totals[number] += np.asarray(lost, np.float64)
   return totals / len(batches)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _embed(model: Transformer, ends: Any, batch: Mapping[str, Any]) -> jax.Array:
-  x_BTD: Any = model.apply({"params": ends}, inputs_of(batch)[0], method="embed")
-  return x_BTD
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))

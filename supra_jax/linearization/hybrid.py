@@ -150,8 +150,8 @@ def _measurements(
 ) -> Iterator[tuple[int | None, LossSums]]:
   """Yields (layer, loss sums of the student with this layer replaced) in order, then (None, those of the student)."""
   layers = range(ours[0].config.num_layers)
-  ends = [(model, _ends(params)) for model, params in (theirs, ours)]
-  target, x_BTD = (_embed(*model, batch) for model in ends)
+  ends = [(model, outside_layers(params)) for model, params in (theirs, ours)]
+  target, x_BTD = (embed(*model, batch) for model in ends)
   target = _through(theirs, target, layers, batch)
   for i in layers:
     if i in changed:
@@ -161,7 +161,7 @@ def _measurements(
   yield None, _divergence(*ends[0], *ends[1], target, x_BTD, batch)
 
 
-def _ends(params: Mapping[str, Any]) -> dict[str, Any]:
+def outside_layers(params: Mapping[str, Any]) -> dict[str, Any]:
   """Returns the parameters outside the layers: embedding, last norm, unembedding."""
   return {name: tree for name, tree in params.items() if not name.startswith("layers_")}
 
@@ -173,7 +173,7 @@ def _through(model: Model, x_BTD: jax.Array, layers: Iterable[int], batch: Mappi
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _embed(model: Transformer, ends: Any, batch: Mapping[str, jax.Array]) -> jax.Array:
+def embed(model: Transformer, ends: Any, batch: Mapping[str, jax.Array]) -> jax.Array:
   x_BTD: Any = model.apply({"params": ends}, inputs_of(batch)[0], method="embed")
   return x_BTD
 

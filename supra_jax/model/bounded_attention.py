@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from supra_jax.model.mixers.softmax import attention_logits
+from supra_jax.model.mixers.softmax import UNSEEN, attention_logits
 from supra_jax.model.mixers.supra_window import ring_index, sink_slots, taken
 
 
@@ -118,12 +118,12 @@ def attend(
 
   # The ring in the order of the text: entry i is the token with index cached - (W + C) + i.
   order = (cached_B1 - ring + jnp.arange(ring)) % ring
-  near = (_rows(held.k[:, sinks:], order), _rows(held.v[:, sinks:], order))
+  near = (taken(held.k[:, sinks:], order), taken(held.v[:, sinks:], order))
   text = [jnp.concatenate([before, padded(x)], axis=1) for before, x in zip(near, (k_BTGK, v_BTGV), strict=True)]
   first = padded(where.first_BT)
   joined = [jnp.concatenate([before, x], axis=1) for before, x in zip(held[:2], (k_BTGK, v_BTGV), strict=True)]
 
-  carry = Kept(held.kept_k, held.kept_v, held.kept_index, held.kept_score), _rows(held.score, order)
+  carry = Kept(held.kept_k, held.kept_v, held.kept_index, held.kept_score), taken(held.score, order)
   how = {"sinks": sinks, "chunk": chunk, "ring": ring, "size": size, "aligned": where.aligned, "far": far}
   queries = (q_BTHK,) if far is None else (q_BTHK, far.q_BTHK)
 
@@ -158,10 +158,10 @@ def attend(
   # What is held after the last real token, back in the order of the ring.
   end_B1 = cached_B1 + where.count_B[:, None]
   index = ring_index(end_B1[:, 0], ring)
-  k, v = (_rows(x, index - (cached_B1 - ring)) for x in text)
+  k, v = (taken(x, index - (cached_B1 - ring)) for x in text)
   last_block = jnp.maximum(where.count_B - 1, 0) // size
   seen = scores[last_block, jnp.arange(batch)]
-  score = _rows(seen, index - (cached_B1 + last_block[:, None] * size - ring))
+  score = taken(seen, index - (cached_B1 + last_block[:, None] * size - ring))
   last = jnp.take_along_axis(where.first_BT, jnp.maximum(where.count_B - 1, 0)[:, None], axis=1)
   slot = sink_slots(last, sinks, ring, cached_B1, end_B1)
   k, v = (jnp.concatenate([taken(x, slot), y], axis=1) for x, y in zip(joined, (k, v), strict=True))
@@ -201,7 +201,7 @@ def _block(queries, text, sunk, first_Bc, start_B1, real_Bc, carry, *, sinks, ch
   fixed = jnp.concatenate([out_of_sight, near], axis=-1)[:, None, :, None]
   k, v = (jnp.concatenate(pair, axis=1).astype(q.dtype) for pair in zip(sunk, text, strict=True))
   logits = [attention_logits(far_q, k[:, :sinks])] * bool(sinks) + [attention_logits(q, k[:, sinks:])]
-  fixed_logits = jnp.where(fixed, jnp.concatenate(logits, axis=-1), _NOTHING)
+  fixed_logits = jnp.where(fixed, jnp.concatenate(logits, axis=-1), UNSEEN)
   seen = jnp.concatenate([score, jnp.zeros((score.shape[0], size, score.shape[2]), score.dtype)], axis=1)
 
   def weights(kept: Kept) -> jax.Array:
@@ -212,7 +212,7 @@ def _block(queries, text, sunk, first_Bc, start_B1, real_Bc, carry, *, sinks, ch
       is_far = unjudged[:, None, :, None, None] - 1 - token >= far.least
       from_afar = functools.partial(attention_logits, far_q, kept.k.astype(q.dtype))
       own = jax.lax.cond(is_far.any(), lambda own: jnp.where(is_far, from_afar(), own), lambda own: own, own)
-    own = jnp.where(token >= first_Bc[:, None, :, None, None], own, _NOTHING)
+    own = jnp.where(token >= first_Bc[:, None, :, None, None], own, UNSEEN)
     return jax.nn.softmax(jnp.concatenate([own, fixed_logits], axis=-1), axis=-1)
 
   def total(weights, kept):
@@ -240,7 +240,7 @@ def _block(queries, text, sunk, first_Bc, start_B1, real_Bc, carry, *, sinks, ch
     at = jnp.take_along_axis(first_Bc, at_B[:, None], axis=1)
     told = jnp.take_along_axis(key, leaving, axis=1).astype(jnp.int32)[..., None]
     tokens = jnp.broadcast_to(told, (*told.shape[:2], kept.token.shape[2]))
-    fresh = Kept(taken(text[0], leaving), taken(text[1], leaving), tokens, _rows(seen, leaving))
+    fresh = Kept(taken(text[0], leaving), taken(text[1], leaving), tokens, taken(seen, leaving))
     both = Kept(*(jnp.concatenate(pair, axis=1) for pair in zip(kept, fresh, strict=True)))
     valid = jnp.concatenate(
       [kept.token >= at[..., None], jnp.broadcast_to(told - at[..., None] >= sinks, fresh.token.shape)], axis=1
@@ -274,11 +274,3 @@ def _block(queries, text, sunk, first_Bc, start_B1, real_Bc, carry, *, sinks, ch
     seen = seen + got[:, held + sinks :]
   batch, time = q.shape[:2]
   return out.reshape(batch, time, -1, out.shape[-1]), (kept, seen[:, size:]), seen
-
-
-_NOTHING = float(jnp.finfo(jnp.float32).min) / 2
-
-
-def _rows(x_BS: jax.Array, slot_BN: jax.Array) -> jax.Array:
-  """Returns x[b, slot[b, n]] of x [B, S, ...]."""
-  return jnp.take_along_axis(x_BS, slot_BN.reshape(*slot_BN.shape, *[1] * (x_BS.ndim - 2)), axis=1)

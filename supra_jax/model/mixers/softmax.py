@@ -15,6 +15,10 @@ from supra_jax.model.config import ModelConfig
 from supra_jax.model.mixers.base import Context, MixerState, Projections, side_by_side
 from supra_jax.model.registry import MixerConfig, register
 
+# Logit of what is not seen. It is finite: so is the output of a padded token that sees nothing, which else could make
+# other outputs NaN.
+UNSEEN = float(jnp.finfo(jnp.float32).min) / 2
+
 
 @dataclasses.dataclass(frozen=True)
 class SoftmaxConfig(MixerConfig):
@@ -114,8 +118,7 @@ def attention_logits(q_BTHK: jax.Array, k_BSGK: jax.Array) -> jax.Array:
 def weighted_sum(logits_BGTRS: jax.Array, v_BSGV: jax.Array, mask_BTS: jax.Array) -> jax.Array:
   """Returns the sum of values, weighted by the softmax of the logits where the mask is true, [B, T, H, V]."""
   batch, groups, time, repeats, _ = logits_BGTRS.shape
-  # A finite floor: the output of a padded token that sees nothing is finite, and cannot make other outputs NaN.
-  logits = jnp.where(mask_BTS[:, None, :, None], logits_BGTRS, jnp.finfo(jnp.float32).min / 2)
+  logits = jnp.where(mask_BTS[:, None, :, None], logits_BGTRS, UNSEEN)
   weights = jax.nn.softmax(logits, axis=-1).astype(v_BSGV.dtype)
   out = jnp.einsum("bgtrs,bsgv->btgrv", weights, v_BSGV)
   return out.reshape(batch, time, groups * repeats, v_BSGV.shape[-1])

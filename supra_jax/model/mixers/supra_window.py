@@ -277,5 +277,6 @@ def _with_sinks(q, far_q, k, v, mask, sinks: int):
   return weighted_sum(jnp.concatenate(logits, axis=-1), v, mask)
 
 
-def taken(x_BSGK: jax.Array, slot_BN: jax.Array) -> jax.Array:
-  return jnp.take_along_axis(x_BSGK, slot_BN[..., None, None], axis=1)
+def taken(x_BS: jax.Array, slot_BN: jax.Array) -> jax.Array:
+  """Returns x[b, slot[b, n]] of x [B, S, ...]."""
+  return jnp.take_along_axis(x_BS, slot_BN.reshape(*slot_BN.shape, *[1] * (x_BS.ndim - 2)), axis=1)
