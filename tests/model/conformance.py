@@ -77,11 +77,11 @@ EXAMPLES: dict[str, list[ModelConfig]] = {
 
 
 EXAMPLES["memory"] = [
-  TINY.replace(layers=(layer("memory", windows=(2,), retained=(2,), sinks=1, chunk=3), layer("softmax"))),
+  TINY.replace(layers=(layer("memory", window=2, retained=(2,), sinks=1, chunk=3), layer("softmax"))),
   TINY.replace(
     layers=(
-      layer("memory", windows=(1, 3), retained=(3, 0), sinks=0, chunk=1),
-      layer("memory", windows=(3, 1), retained=(1, 2), sinks=2, chunk=4),
+      layer("memory", window=1, retained=(3, 0), sinks=0, chunk=1),
+      layer("memory", window=3, retained=(1, 2), sinks=2, chunk=4),
     ),
     num_heads=4,
     num_kv_heads=2,

@@ -11,6 +11,7 @@ from supra_jax.model import presets
 from supra_jax.model.bounded_attention import Far, Where, attend, empty_slots
 from supra_jax.model.mixers.memory import MemoryConfig
 from supra_jax.model.registry import layer
+from supra_jax.model.slot_layout import Layout
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -66,25 +67,28 @@ def turned_back(k, position):
 
 
 SIZES = [
-  {"window": 5, "retained": 3, "sinks": 2, "chunk": 4},
-  {"window": 2, "retained": 6, "sinks": 0, "chunk": 3},
-  {"window": 1, "retained": 1, "sinks": 4, "chunk": 7},
-  {"window": 4, "retained": 4, "sinks": 1, "chunk": 1},
-  {"window": 6, "retained": 0, "sinks": 2, "chunk": 2},
-  {"window": 3, "retained": 6, "sinks": 2, "chunk": 2, "reach": 11},
+  {"window": 5, "retained": (3,), "sinks": 2, "chunk": 4},
+  {"window": 2, "retained": (6, 0), "sinks": 0, "chunk": 3},
+  {"window": 1, "retained": (3, 1), "sinks": 4, "chunk": 7},
+  {"window": 4, "retained": (4,), "sinks": 1, "chunk": 1},
+  {"window": 6, "retained": (0,), "sinks": 2, "chunk": 2},
+  {"window": 3, "retained": (2, 6, 2, 5), "sinks": 2, "chunk": 2, "reach": 11},
 ]
 
 
 @pytest.mark.parametrize("sizes", SIZES)
 @pytest.mark.parametrize("cuts", [(), (1, 9, 10, 30)])
 def test_attention_and_choices_against_a_loop(sizes, cuts):
-  batch, time, heads, repeats, width = 2, 43, 2, 3, 8
+  batch, time, heads, repeats, width = 2, 43, 4, 3, 8
   with jax.enable_x64(True):
     rng = np.random.default_rng(0)
     q = rng.standard_normal((batch, time, heads, repeats, width)) * 2
     k, v = (rng.standard_normal((batch, time, heads, width)) for _ in range(2))
-    window, retained, sinks, chunk = (sizes[name] for name in ("window", "retained", "sinks", "chunk"))
-    held = empty_slots(batch, window + chunk, retained, heads, sinks, (width, width), jnp.float64)
+    window, sinks, chunk = (sizes[name] for name in ("window", "sinks", "chunk"))
+    layout = Layout(sizes["retained"])
+    held = empty_slots(
+      batch, heads, layout, ring=window + chunk, sinks=sinks, widths=(width, width), dtype=jnp.float64
+    )
     position, reach = np.arange(time)[None, :, None], sizes.get("reach", 10**9)
     near_q, near_k = turned(q, position[..., None]), turned(k, position)
     far_q = turned(q, np.minimum(position, reach)[..., None])
@@ -98,23 +102,35 @@ def test_attention_and_choices_against_a_loop(sizes, cuts):
 
       far = Far(piece(far_q), reach - chunk, lambda k, position: turned_back(k, position))
       how = {"sinks": sinks, "chunk": chunk, "far": far}
-      out, held = attend(piece(near_q), near_k[:, start:stop], v[:, start:stop], held, where, **how)
+      out, held = attend(piece(near_q), near_k[:, start:stop], v[:, start:stop], held, where, layout, **how)
       outs.append(np.asarray(out))
     got = np.concatenate(outs, axis=1).reshape(batch, time, heads, repeats, width)
+  by_head = np.asarray(layout.by_head(held.kept_index, -1)).reshape(batch, heads, -1)
   for b in range(batch):
     for g in range(heads):
-      want, kept = by_a_loop(q[b, :, g], k[b, :, g], v[b, :, g], **sizes)
+      own = {**sizes, "retained": sizes["retained"][g % len(sizes["retained"])]}
+      want, kept = by_a_loop(q[b, :, g], k[b, :, g], v[b, :, g], **own)
       np.testing.assert_allclose(got[b, :, g], want, atol=1e-9)
-      index = np.asarray(held.kept_index)[b, :, g]
-      assert sorted(index[index >= 0].tolist()) == kept[-1]
+      assert sorted(i for i in by_head[b, g].tolist() if i >= 0) == kept[-1]
 
 
-def test_sizes_of_heads():
-  assert MemoryConfig(windows=(8, 2, 8), retained=(4,)).groups(3) == [(2, 4, [1]), (8, 4, [0, 2])]
-  with pytest.raises(ValueError, match="windows has 2 sizes: wanted 1, or 3"):
-    MemoryConfig(windows=(8, 2)).groups(3)
-  with pytest.raises(ValueError, match=r"MemoryConfig\.windows holds 0"):
-    MemoryConfig(windows=(0,))
+def test_slots_of_heads():
+  layout = Layout((3, 1, 3, 0))
+  assert layout.slots == 7 and layout.begins.tolist() == [1, 0, 4, 0]
+  assert layout.groups == [(0, [3], 0), (1, [1], 0), (3, [0, 2], 1)]
+  numbers = np.arange(7)[None, None]
+  assert layout.by_head(numbers, 9).tolist() == [[[[1, 2, 3], [0, 9, 9], [4, 5, 6], [9, 9, 9]]]]
+  assert [part.tolist() for part in layout.split(numbers)] == [[[[[]]]], [[[[0]]]], [[[[1, 2, 3], [4, 5, 6]]]]]
+  heads = np.arange(4)[None, None]
+  assert layout.joined(layout.heads_of(jnp.asarray(heads))).tolist() == heads.tolist()
+  with pytest.raises(ValueError, match=r"MemoryConfig\.retained holds -1"):
+    MemoryConfig(retained=(-1,))
+  with pytest.raises(ValueError, match="retained is empty"):
+    MemoryConfig(retained=())
+  with pytest.raises(ValueError, match="3 numbers, which do not divide 2 key/value heads"):
+    from supra_jax.model.registry import mixer_class
+
+    raise ValueError(mixer_class("memory").refusal(presets.tiny(), MemoryConfig(retained=(1, 2, 3))))
 
 
 def test_a_memory_of_the_whole_text_is_softmax_attention(random_params):
@@ -129,6 +145,6 @@ def test_a_memory_of_the_whole_text_is_softmax_attention(random_params):
     return np.asarray(jax.jit(lambda p, t: model.apply({"params": p}, t, method="logits")[0])(params, tokens))
 
   whole = logits(layer("softmax"))
-  np.testing.assert_allclose(logits(layer("memory", windows=(30,), retained=(0,))), whole, atol=1e-4)
-  np.testing.assert_allclose(logits(layer("memory", windows=(4,), retained=(26,), chunk=8)), whole, atol=1e-4)
-  assert np.abs(logits(layer("memory", windows=(4,), retained=(4,), chunk=8)) - whole).max() > 1e-2
+  np.testing.assert_allclose(logits(layer("memory", window=30, retained=(0,))), whole, atol=1e-4)
+  np.testing.assert_allclose(logits(layer("memory", window=4, retained=(26,), chunk=8)), whole, atol=1e-4)
+  assert np.abs(logits(layer("memory", window=4, retained=(4,), chunk=8)) - whole).max() > 1e-2

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar
 
 import flax
@@ -18,6 +18,9 @@ from supra_jax.model.mixers.base import Context, MixerState, Projections, side_b
 from supra_jax.model.mixers.softmax import attention_flops
 from supra_jax.model.registry import MixerConfig, register
 from supra_jax.model.rope import apply_rope, rope_table
+from supra_jax.model.slot_layout import Layout
+
+HEADS_OF_TOKENS = ("batch", None, "heads", None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,50 +28,40 @@ class MemoryConfig(MixerConfig):
   """Config of softmax attention over N + W + M tokens of the document, and up to C more.
 
   Attributes:
-    windows: W, number of last tokens that a key/value head holds: one number for each head, or one for all.
-    retained: M, number of tokens that left the window and are held on: one number for each head, or one for all.
+    window: W, number of last tokens that a key/value head holds.
+    retained: M, number of tokens that left the window and are held on: one number for all key/value heads, or P numbers
+      for a pattern of P heads that is repeated.
     sinks: N, number of first tokens of the document that all heads hold (Xiao et al. 2023, arXiv 2309.17453).
     chunk: C, tokens of the document between two choices of what is held on. Tokens since the last choice are seen too.
   """
 
-  windows: tuple[Annotated[int, POSITIVE], ...] = (64,)
-  retained: tuple[Annotated[int, AtLeast(0)], ...] = (64,)
+  window: Annotated[int, POSITIVE] = 16
+  retained: tuple[Annotated[int, AtLeast(0)], ...] = (96,)
   sinks: Annotated[int, AtLeast(0)] = 4
   chunk: Annotated[int, POSITIVE] = 16
 
   def __post_init__(self):
     check(self, type(self).__name__)
+    if not self.retained:
+      raise ValueError("MemoryConfig.retained is empty: wanted a number of tokens for all heads, or one for each.")
 
-  def groups(self, heads: int) -> list[tuple[int, int, list[int]]]:
-    """Returns (W, M, key/value heads of that size) of each size, the order in which the state holds them.
-
-    Raises:
-      ValueError: there is neither one size nor one for each of so many heads.
-    """
-    for name in ("windows", "retained"):
-      if len(getattr(self, name)) not in (1, heads):
-        raise ValueError(f"{name} has {len(getattr(self, name))} sizes: wanted 1, or {heads}, one for each head.")
-    sizes = list(
-      zip(self.windows * (heads // len(self.windows)), self.retained * (heads // len(self.retained)), strict=True)
-    )
-    return [(*size, [i for i, other in enumerate(sizes) if other == size]) for size in sorted(set(sizes))]
+  @property
+  def layout(self) -> Layout:
+    """Where the retained tokens of each head lie."""
+    return Layout(self.retained)
 
 
 @flax.struct.dataclass
 class MemoryState(MixerState):
-  """The fields of `Slots`, each a tuple with an array for each size of head."""
+  """What the layer holds; for the fields see `Slots`."""
 
-  k: tuple[jax.Array, ...]
-  v: tuple[jax.Array, ...]
-  score: tuple[jax.Array, ...]
-  kept_k: tuple[jax.Array, ...]
-  kept_v: tuple[jax.Array, ...]
-  kept_index: tuple[jax.Array, ...]
-  kept_score: tuple[jax.Array, ...]
-
-  def slots(self, size: int) -> Slots:
-    """Returns what the heads of one size hold, by the number of the size."""
-    return Slots(*(getattr(self, name)[size] for name in Slots._fields))
+  k: jax.Array
+  v: jax.Array
+  score: jax.Array
+  kept_k: jax.Array
+  kept_v: jax.Array
+  kept_index: jax.Array
+  kept_score: jax.Array
 
 
 @register("memory")
@@ -84,21 +77,25 @@ class MemoryAttention(Projections):
   Config = MemoryConfig
   PARTS = {"window": ("k", "v", "score"), "retained": ("kept_k", "kept_v", "kept_index", "kept_score")}
   STATE_AXES: ClassVar[Mapping[str, tuple[str | None, ...]]] = {
-    name: ("batch", None, "heads", *[None] * name.endswith(("k", "v"))) for name in Slots._fields
+    "k": HEADS_OF_TOKENS,
+    "v": HEADS_OF_TOKENS,
+    "score": HEADS_OF_TOKENS[:3],
+    "kept_k": ("batch", "heads", None, None),
+    "kept_v": ("batch", "heads", None, None),
+    "kept_index": ("batch", "heads", None),
+    "kept_score": ("batch", "heads", None),
   }
 
   @nn.nowrap
   def init_state(self, batch: int, capacity: int) -> MemoryState:
     del capacity
-    sizes = self.layer.groups(self.config.num_kv_heads)
-    made = [self._empty(batch, *size) for size in sizes]
-    return MemoryState(**{name: tuple(getattr(slots, name) for slots in made) for name in Slots._fields})
+    return MemoryState(**self._empty(batch)._asdict())
 
   @nn.nowrap
-  def _empty(self, batch: int, window: int, retained: int, heads: Sequence[int]) -> Slots:
+  def _empty(self, batch: int) -> Slots:
     widths = (self.config.head_dim, self.config.value_width)
-    ring = window + self.layer.chunk
-    return empty_slots(batch, ring, retained, len(heads), self.layer.sinks, widths, self.held_dtype)
+    how = {"ring": self.layer.window + self.layer.chunk, "sinks": self.layer.sinks, "widths": widths}
+    return empty_slots(batch, self.config.num_kv_heads, self.layer.layout, **how, dtype=self.held_dtype)
 
   def outputs(
     self, x_BTD: jax.Array, state: MemoryState | None, context: Context
@@ -106,32 +103,19 @@ class MemoryAttention(Projections):
     q, k, v = self.project(x_BTD)
     q, k = self.rotate_by_head(q), self.rotate_by_head(k)
     reach = self.reach(self.config, self.layer)
+    if state is None and reach is not None and x_BTD.shape[1] <= reach - self.layer.chunk:
+      reach = None  # no two of the tokens are too far apart
     far_q = None if reach is None else self.rotate(q, context.far_rotations[reach])
     q, k = self.rotate(q, context.rotation), self.rotate(k, context.rotation)
     k, v = self.held(k), self.held(v)
-    batch, time, groups, _ = k.shape
-    repeats = q.shape[2] // groups
+    batch, time = x_BTD.shape[:2]
     count = jnp.full(batch, time, jnp.int32) if context.lengths is None else context.lengths
     where = Where(context.index[:, 0], count, context.first, state is None and context.segment_ids is None)
-    outs, held, order = [], [], []
-    for number, (window, retained, heads) in enumerate(self.layer.groups(groups)):
-      slots = self._empty(batch, window, retained, heads) if state is None else state.slots(number)
-      own = jnp.asarray(heads)
-
-      def of(x, own=own):
-        """The queries of these key/value heads, [B, T, G R, K]."""
-        return x.reshape(batch, time, groups, repeats, -1)[:, :, own].reshape(batch, time, len(own) * repeats, -1)
-
-      far = None if reach is None else Far(of(far_q), reach - self.layer.chunk, self._without_rope)
-      how = {"sinks": self.layer.sinks, "chunk": self.layer.chunk, "far": far}
-      out, slots = attend(of(q), k[:, :, own], v[:, :, own], slots, where, **how)
-      outs.append(out.reshape(batch, time, len(heads), repeats, -1))
-      held.append(slots)
-      order += heads
-    back = jnp.asarray([order.index(head) for head in range(groups)])
-    out = jnp.concatenate(outs, axis=2)[:, :, back].reshape(batch, time, groups * repeats, -1)
-    state = MemoryState(**{name: tuple(getattr(slots, name) for slots in held) for name in Slots._fields})
-    return {"o_proj": side_by_side(out)}, state
+    slots = self._empty(batch) if state is None else Slots(*(getattr(state, name) for name in Slots._fields))
+    far = None if reach is None else Far(far_q, reach - self.layer.chunk, self._without_rope)
+    how = {"sinks": self.layer.sinks, "chunk": self.layer.chunk, "far": far}
+    out, slots = attend(q, k, v, slots, where, self.layer.layout, **how)
+    return {"o_proj": side_by_side(out)}, MemoryState(**slots._asdict())
 
   @nn.nowrap
   def _without_rope(self, k_BMGK: jax.Array, position_BMG: jax.Array) -> jax.Array:
@@ -149,19 +133,20 @@ class MemoryAttention(Projections):
     """
     if config.max_positions is None or config.rope.kind not in ("half", "interleaved"):
       return None
-    return max(config.max_positions - 1, max(layer.windows) + 3 * layer.chunk + layer.sinks)
+    return max(config.max_positions - 1, layer.window + 3 * layer.chunk + layer.sinks)
 
   @classmethod
   def flops(cls, config: ModelConfig, layer: Any, tokens: int) -> float:
-    total = super().flops(config, layer, tokens)
-    for window, retained, heads in layer.groups(config.num_kv_heads):
-      seen = layer.sinks + window + retained + layer.chunk // 2
-      total += attention_flops(config, tokens, seen) * len(heads) / config.num_kv_heads
-    return total
+    seen = layer.sinks + layer.window + layer.chunk // 2 + sum(layer.retained) // len(layer.retained)
+    return super().flops(config, layer, tokens) + attention_flops(config, tokens, seen)
 
   @classmethod
   def refusal(cls, config: ModelConfig, layer: Any) -> str | None:
-    layer.groups(config.num_kv_heads)
+    if config.num_kv_heads % len(layer.retained):
+      return (
+        f"retained has {len(layer.retained)} numbers, which do not divide {config.num_kv_heads} key/value heads: wanted "
+        "one number for all, or a pattern that is repeated."
+      )
     if config.sliding_window is None:
       return None
     return f"The teacher's own softmax sees {config.sliding_window} tokens, which a memory goes beyond: take a window."
