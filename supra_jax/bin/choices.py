@@ -26,7 +26,7 @@ def given(
     needs: name of a flag -> name of another flag, without which the first one has no effect.
 
   Returns:
-    The instance. Fields that have no flag keep their defaults.
+    The instance. Fields whose flags are not given keep their defaults.
 
   Raises:
     ValueError: a flag is given that applies to other choices only, or a flag without the flag that it needs; or a value
@@ -48,7 +48,7 @@ def given(
   for flag, needed in needs.items():
     if flags.FLAGS[flag].present and not flags.FLAGS[needed].present:
       raise ValueError(f"--{flag} does nothing without --{needed}.")
-  return choices[chosen](**{field: flags.FLAGS[flag].value for flag, field in own.items()})
+  return choices[chosen](**{field: flags.FLAGS[flag].value for flag, field in own.items() if flags.FLAGS[flag].present})
 
 
 def whole_numbers(flag: flags.FlagHolder) -> list[int] | None:

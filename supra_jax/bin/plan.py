@@ -6,9 +6,10 @@ from absl import flags
 from ml_collections import config_flags
 
 from supra_jax.bin.entry import run
+from supra_jax.core.amounts import parse_bytes
 from supra_jax.model.registry import mixer_names
 from supra_jax.training.config import TrainConfig
-from supra_jax.training.plan import CPU_NOTE, parse_bytes, plan, planned_mesh, planned_model, planned_teacher, render
+from supra_jax.training.plan import CPU_NOTE, plan, planned_mesh, planned_model, planned_teacher, render
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Recipe to plan, such as configs/FILE.py.", lock_config=True)
 _MESH = flags.DEFINE_string(

@@ -1,22 +1,25 @@
 """Gives every key/value head of a memory a size of its own, so that the least of attention's output is lost a byte.
 
 For each layer, head and size the loss of a head is measured on the teacher's own streams: the mean square of what its
-attention says with all tokens and does not say with those that it would hold, behind W_o, over that of the stream. Then
-heads grow from the smallest size, one step at a time, where a step gains most for each token that it holds more.
+attention says with all tokens and does not say with those that it would hold, behind W_o, over that of the stream.
+
+Layers with the same sizes are one program to compile. So the layers are cut into a few runs. In a run all layers have
+the same sizes, and each layer gives the larger ones to the heads that need them: `with_order` puts the heads in order.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from scipy.optimize import linear_sum_assignment
 
-from supra_jax.data.loading import Batch
 from supra_jax.linearization.hybrid import embed, outside_layers
 from supra_jax.model.config import ModelConfig
 from supra_jax.model.layers import Norm, at_least_float32
@@ -25,33 +28,50 @@ from supra_jax.model.registry import MIXER, MixerConfig, mixer_class
 from supra_jax.model.transformer import Block, Transformer
 from supra_jax.objectives.losses import inputs_of
 
-
-def held(config: MemoryConfig, head: int = 0) -> int:
-  """Returns the number of tokens that a head holds: sinks, window, tokens since the last choice, and retained ones."""
-  sizes = (sizes[head if len(sizes) > 1 else 0] for sizes in (config.windows, config.retained))
-  return config.sinks + config.chunk + sum(sizes)
+MOST_HEADS = 8  # of a pattern: the patterns of four sizes are then 165
+MOST_SIZES = 4  # of a pattern, each of which adds to the time of compilation
 
 
-def sized(tokens: int, *, sinks: int = 4, chunk: int = 16) -> MemoryConfig:
-  """Returns a memory whose heads hold so many tokens each, a quarter of them in the window if there is room."""
-  rest = tokens - sinks - chunk
-  window = max(min(tokens // 4, rest), 1)
-  return MemoryConfig(windows=(window,), retained=(max(rest - window, 0),), sinks=sinks, chunk=chunk)
+class Allotment(NamedTuple):
+  """What each head retains.
+
+  Attributes:
+    retained: int [L, P], number of tokens of each head of a layer's pattern, sorted; the same for all layers of a run.
+    order: int [L, G], the heads of the teacher in the order in which they take the places of the pattern's repeats.
+    error: the sum of the errors of all heads.
+  """
+
+  retained: np.ndarray
+  order: np.ndarray
+  error: float
 
 
 def head_errors(
-  teacher: tuple[Mapping[str, Any], ModelConfig], choices: Sequence[MemoryConfig], batches: Sequence[Batch]
+  teacher: tuple[Mapping[str, Any], ModelConfig],
+  choices: Sequence[MemoryConfig],
+  batches: Sequence[Mapping[str, Any]],
+  report: Any = None,
 ) -> np.ndarray:
-  """Returns the share of the stream that each head loses with each of the choices, float64 [L, G, choices]."""
+  """Returns the share of the stream that each head loses with each of the choices, float64 [L, G, choices].
+
+  Args:
+    teacher: (parameters, one subtree per layer, and config) of the softmax model.
+    choices: memories whose heads are all of one size.
+    batches: rows to read: "tokens" int32 [rows, T + 1], and "segment_ids" if documents are kept apart.
+    report: called after each layer, with the largest of its errors.
+  """
   params, config = teacher
   model = Transformer(config)
   totals = np.zeros((config.num_layers, config.num_kv_heads, len(choices)))
   ends = outside_layers(params)
-  for batch in batches:
-    x_BTD = embed(model, ends, batch)
-    for number, layer in enumerate(config.layers):
-      x_BTD, lost = _lost(model, layer, tuple(choices), params[f"layers_{number}"], x_BTD, batch)
+  streams = [embed(model, ends, batch) for batch in batches]
+  for number, layer in enumerate(config.layers):
+    for i, batch in enumerate(batches):
+      streams[i], lost = _lost(model, layer, tuple(choices), params[f"layers_{number}"], streams[i], batch)
       totals[number] += np.asarray(lost, np.float64)
+    if report is not None:
+      worst = float(totals[number].max() / len(batches))
+      report(number, config.num_layers, worst, f"heads of layer {number} lose up to {worst:.1%}")
   return totals / len(batches)
 
 
@@ -81,49 +101,125 @@ def _lost(model: Transformer, layer: MixerConfig, choices: tuple[MemoryConfig, .
   return x_BTD, jnp.stack(lost, axis=-1)
 
 
-def allotted(errors: np.ndarray, sizes: Sequence[int], tokens: int) -> np.ndarray:
-  """Returns the choice of each head, int [L, G]: the least error with at most `tokens` tokens a head on average.
+def allotted(errors: np.ndarray, sizes: Sequence[int], tokens: float, *, runs: int, repeats: int = 1) -> Allotment:
+  """Returns what each head retains: the least error with at most `tokens` tokens a head on average.
+
+  The best division for a price a token is found by dynamic programming over layers and runs, and the price by
+  bisection. What then is left of the tokens buys the steps to larger patterns that gain most for each token.
 
   Args:
-    errors: [L, G, choices].
-    sizes: number of tokens of each choice, increasing.
-    tokens: tokens a head may hold on average.
+    errors: [L, G, sizes].
+    sizes: numbers of tokens that a head may retain, increasing.
+    tokens: number that a head may retain on average.
+    runs: number of runs of consecutive layers with the same sizes, at most.
+    repeats: number by which the heads of each size can be divided, such as the mesh's axis `tensor`; divides G.
 
   Raises:
-    ValueError: not even the smallest choice fits.
+    ValueError: not even the smallest size fits.
   """
-  layers, groups, _ = errors.shape
-  room = tokens * layers * groups - sizes[0] * layers * groups
-  if room < 0:
-    raise ValueError(f"{tokens} tokens a head: wanted {sizes[0]} or more.")
-  chosen = np.zeros((layers, groups), int)
-  while True:
-    best, step = 0.0, None
-    for layer, group in np.ndindex(layers, groups):
-      now = int(chosen[layer, group])
-      for more in range(now + 1, len(sizes)):
-        cost = sizes[more] - sizes[now]
-        gain = (errors[layer, group, now] - errors[layer, group, more]) / cost
-        if cost <= room and gain > best:
-          best, step = gain, (layer, group, more)
-    if step is None:
-      return chosen
-    layer, group, more = step
-    room -= sizes[more] - sizes[int(chosen[layer, group])]
-    chosen[layer, group] = more
-
-
-def allot(
-  teacher: tuple[Mapping[str, Any], ModelConfig], tokens: int, batches: Sequence[Batch], choices: Sequence[MemoryConfig]
-) -> tuple[MemoryConfig, ...]:
-  """Returns the memory of each layer, with `tokens` tokens a head on average."""
-  sizes = [held(choice) for choice in choices]
-  chosen = allotted(head_errors(teacher, choices, batches), sizes, tokens)
-  return tuple(
-    dataclasses.replace(
-      choices[0],
-      windows=tuple(choices[i].windows[0] for i in row),
-      retained=tuple(choices[i].retained[0] for i in row),
-    )
-    for row in chosen.tolist()
+  layers, heads, _ = errors.shape
+  places = max(n for n in range(1, min(heads // repeats, MOST_HEADS) + 1) if heads // repeats % n == 0)
+  patterns = np.array(
+    [
+      pattern
+      for pattern in itertools.combinations_with_replacement(range(len(sizes)), places)
+      if len(set(pattern)) <= MOST_SIZES
+    ]
   )
+  held = np.asarray(sizes)[patterns].sum(axis=1)
+  room = tokens * places * layers
+  if held.min() * layers > room:
+    raise ValueError(f"{tokens:.0f} retained tokens a head: wanted {min(sizes)} or more.")
+  copies = heads // places
+  assigned = np.array([[_assigned(errors[i], pattern, copies)[1] for pattern in patterns] for i in range(layers)])
+
+  def total(path: np.ndarray) -> tuple[float, int]:
+    return assigned[np.arange(layers), path].sum(), held[path].sum()
+
+  fit = np.flatnonzero(held * layers <= room)
+  best = np.full(layers, fit[assigned[:, fit].sum(axis=0).argmin()])  # of one run
+  low, high = 0.0, float((assigned.max() - assigned.min()) * layers)
+  for _ in range(100):
+    price = (low + high) / 2
+    path = _path(assigned, held, price, runs)
+    if total(path)[1] <= room:
+      high = price
+      best = min(best, path, key=lambda path: total(path)[0])
+    else:
+      low = price
+  best = _spent(best, assigned, held, room)
+  orders = [_assigned(errors[i], patterns[j], copies)[0] for i, j in enumerate(best)]
+  return Allotment(np.asarray(sizes)[patterns[best]], np.array(orders), float(total(best)[0]))
+
+
+def _assigned(errors: np.ndarray, pattern: np.ndarray, copies: int) -> tuple[np.ndarray, float]:
+  """Returns (the heads in the order of the places of all repeats of a pattern, the sum of their errors)."""
+  places = np.tile(pattern, copies)
+  _, heads = linear_sum_assignment(errors[:, places].T)
+  return heads, float(errors[heads, places].sum())
+
+
+def _path(errors: np.ndarray, held: np.ndarray, price: float, runs: int) -> np.ndarray:
+  """Returns the pattern of each layer, with at most so many runs: least error [L, patterns] plus price times tokens."""
+  costs = errors + price * held
+  best, back = np.full((runs, costs.shape[1]), np.inf), []
+  best[0] = costs[0]
+  for cost in costs[1:]:
+    cheapest = np.concatenate([[np.inf], best[:-1].min(axis=1)])[:, None]
+    before = np.concatenate([[0], best[:-1].argmin(axis=1)])[:, None]
+    back.append(np.where(best <= cheapest, -1, before))
+    best = np.minimum(best, cheapest) + cost
+  run, pattern = np.unravel_index(best.argmin(), best.shape)
+  path = [pattern]
+  for came in reversed(back):
+    if came[run, pattern] >= 0:
+      run, pattern = run - 1, came[run, pattern]
+    path.append(pattern)
+  return np.array(path[::-1])
+
+
+def _spent(path: np.ndarray, errors: np.ndarray, held: np.ndarray, room: float) -> np.ndarray:
+  """Returns a path whose runs have larger patterns, as long as there is room."""
+  runs = [list(group) for _, group in itertools.groupby(range(len(path)), key=lambda i: path[i])]
+  while True:
+    left, most, step = room - held[path].sum(), 0.0, None
+    for layers in runs:
+      now = path[layers[0]]
+      costs = (held - held[now]) * len(layers)
+      gains = errors[layers, now].sum() - errors[layers].sum(axis=0)
+      worth = np.where((costs > 0) & (costs <= left), gains / np.maximum(costs, 1), 0)
+      if worth.max() > most:
+        most, step = worth.max(), (layers, int(worth.argmax()))
+    if step is None:
+      return path
+    path[step[0]] = step[1]
+
+
+def with_order(attention: Mapping[str, Any], order: Sequence[int], config: ModelConfig) -> dict[str, Any]:
+  """Returns the parameters of an attention whose key/value heads are in another order; it computes the same.
+
+  Args:
+    attention: parameters of a softmax attention.
+    order: order[i] is the head that becomes head i.
+    config: config of the model.
+  """
+
+  def moved(x: jax.Array, axis: int) -> jax.Array:
+    x = jnp.moveaxis(x, axis, 0)
+    x = x.reshape(config.num_kv_heads, -1, *x.shape[1:])[jnp.asarray(order)].reshape(x.shape)
+    return jnp.moveaxis(x, 0, axis)
+
+  axes = {"q_proj": -1, "k_proj": -1, "v_proj": -1, "o_proj": 0}
+  found: dict[str, Any] = {}
+  for name, tree in attention.items():
+    whole = name in ("q_proj_norm", "k_proj_norm") and config.qk_norm == "all_heads"
+    found[name] = {
+      part: moved(x, axes.get(name, -1)) if whole or (name in axes and (part, name) != ("bias", "o_proj")) else x
+      for part, x in tree.items()
+    }
+  return found
+
+
+def memories(allotment: Allotment, common: MemoryConfig) -> tuple[MemoryConfig, ...]:
+  """Returns the config of each layer."""
+  return tuple(dataclasses.replace(common, retained=tuple(row)) for row in allotment.retained.tolist())

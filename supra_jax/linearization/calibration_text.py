@@ -13,11 +13,11 @@ from supra_jax.data.loading import Batch, make_loader, parse_sources
 from supra_jax.data.packed import META_FILE, check_packed
 from supra_jax.data.text import documents_in_turns
 from supra_jax.data.tokenizer import Tokenizer
-from supra_jax.linearization.starts import Calibrated
+from supra_jax.linearization.starts import Reading
 
 
 def read_batches(
-  start: Calibrated, tokenizer: Tokenizer | None, vocab_size: int, mesh: Mesh, more: int = 0
+  start: Reading, tokenizer: Tokenizer | None, vocab_size: int, mesh: Mesh, more: int = 0
 ) -> list[Batch]:
   """Reads the batches for calibration; each process gets its rows of each batch.
 

@@ -19,7 +19,7 @@ from supra_jax.core.sharding import batch_shards, process_shard, put_batch
 from supra_jax.data.loading import Batch
 from supra_jax.linearization.calibrate import Report
 from supra_jax.model.config import ModelConfig
-from supra_jax.model.costs import state_bytes, train_flops_per_token
+from supra_jax.model.costs import sequence_bytes, state_bytes, train_flops_per_token
 from supra_jax.model.registry import MixerConfig, mixer_class
 from supra_jax.model.transformer import Block, Transformer
 from supra_jax.objectives.losses import LossSums, Teacher, hidden_loss, inputs_of
@@ -139,9 +139,11 @@ def costs(config: ModelConfig) -> str:
   """
   growing = sum(mixer_class(mixer).GROWS for mixer in config.mixers)
   text = f"{config.num_layers - growing} RNN layers, {growing} softmax layers"
+  if not growing:
+    text += f"; {sequence_bytes(config, 1):,} bytes of state at any length"
   for tokens in (2048, 32768):
-    state, work = state_bytes(config, tokens) / 2**20, train_flops_per_token(config, tokens) / 3e9
-    text += f"; at {tokens:,} tokens {state:,.1f} MiB of state and {work:,.2f} GFLOPs a token"
+    state = f"{state_bytes(config, tokens) / 2**20:,.1f} MiB of state and " if growing else ""
+    text += f"; at {tokens:,} tokens {state}{train_flops_per_token(config, tokens) / 3e9:,.2f} GFLOPs a token"
   return text
 
 

@@ -17,10 +17,11 @@ from supra_jax.core.files import check_free
 from supra_jax.core.sharding import least_tokens, make_mesh, process_shard
 from supra_jax.data.loading import Batch
 from supra_jax.data.tokenizer import Tokenizer
+from supra_jax.linearization.budget import remembered, within
 from supra_jax.linearization.calibrate import Report, calibrate
 from supra_jax.linearization.calibration_text import read_batches
 from supra_jax.linearization.hybrid import choose_softmax_layers, layer_divergences, set_apart
-from supra_jax.linearization.starts import STARTS, Calibrated, Identity, Start, Window
+from supra_jax.linearization.starts import STARTS, Calibrated, Identity, Memory, Reading, Start, Window
 from supra_jax.model.config import ModelConfig
 from supra_jax.model.placement import param_shardings
 from supra_jax.model.registry import MIXER, MixerConfig, mixer_class
@@ -99,12 +100,21 @@ def linearize(
   check_fit(config, params)
   report = {"start": start.to_json(), "mixer": {"mixer": layer.mixer, **dataclasses.asdict(layer)}}
   more: dict[str, Any] = {}
-  if not isinstance(start, Calibrated):
+  teacher = (params, config)
+  if isinstance(start, Reading):
+    mesh = make_mesh() if mesh is None else mesh
+  if isinstance(start, Memory):
+    assert mesh is not None
+    within(start, config, chosen)  # before anything is read
+    with jax.set_mesh(mesh):
+      batches = read_batches(start, tokenizer, config.vocab_size, mesh)
+      new, new_config, more = remembered(teacher, start, batches, mesh, chosen, progress)
+      more["calibrated_on"] = _tokens(batches, mesh)
+  elif not isinstance(start, Calibrated):
     new, new_config = _begun(params, config, layer, start, chosen)
   else:
-    mesh = make_mesh() if mesh is None else mesh
+    assert mesh is not None
     with jax.set_mesh(mesh):
-      teacher = (params, config)
       calibrated = functools.partial(_calibrated, teacher, layer, start, mesh, progress)
       if start.keep_softmax is None:
         batches = read_batches(start, tokenizer, config.vocab_size, mesh)
@@ -121,8 +131,7 @@ def linearize(
         more = {"kept_softmax": {"layers": stay, **measured._asdict()}}
         chosen = [i for i in chosen if i not in stay]
         new, new_config = calibrated(chosen, batches)
-      own = sum(batch["tokens"].size - len(batch["tokens"]) for batch in batches)
-      more["calibrated_on"] = own * process_shard(mesh)[1]
+      more["calibrated_on"] = _tokens(batches, mesh)
   return Linearized(new, new_config, {**report, "layers": chosen, **more})
 
 
@@ -142,7 +151,7 @@ def linearize_checkpoint(
     checkpoint: model directory of the softmax model.
     output: model directory to write; it must not exist, or be empty.
     start, mixer, layers, progress: as in `linearize`.
-    mesh: sizes of mesh axes, as `core.sharding.make_mesh` takes them; used by `Calibrated` only.
+    mesh: sizes of mesh axes, as `core.sharding.make_mesh` takes them; used by `Calibrated` and `Memory` only.
 
   Returns:
     The model that was written.
@@ -153,8 +162,7 @@ def linearize_checkpoint(
     ValueError: as `linearize`; or the checkpoint is damaged, or `mesh` does not fit the devices.
   """
   check_free(output)
-  calibrates = isinstance(start, Calibrated)
-  devices = make_mesh(mesh) if calibrates else None
+  devices = make_mesh(mesh) if isinstance(start, Reading) else None
   shardings = None if devices is None else functools.partial(param_shardings, mesh=devices)
   teacher = load_model(checkpoint, shardings=shardings)
   try:
@@ -195,6 +203,11 @@ def _calibrated(
   params = jax.tree.map(_placed, params, param_shardings(params, mesh))
   how: dict[str, Any] = {"ridge": start.ridge, "mlp": start.mlp, "dtype": start.dtype}
   return calibrate(teacher, (params, config), batches, mesh, **how, report=progress), config
+
+
+def _tokens(batches: Sequence[Batch], mesh: Mesh) -> int:
+  """Returns the number of tokens of the batches of all processes."""
+  return sum(batch["tokens"].size - len(batch["tokens"]) for batch in batches) * process_shard(mesh)[1]
 
 
 def _placed(x: jax.Array, sharding: NamedSharding) -> jax.Array:

@@ -10,6 +10,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from supra_jax.core.schema import POSITIVE, AtLeast, check
 from supra_jax.linearization.solve import RIDGE
+from supra_jax.model.mixers.memory import MemoryConfig
 from supra_jax.model.mixers.supra import SupraConfig
 from supra_jax.model.mixers.supra_window import WindowConfig
 from supra_jax.model.registry import MixerConfig
@@ -97,39 +98,86 @@ class Window(Start):
 
 
 @dataclasses.dataclass(frozen=True)
-class Calibrated(Start):
-  """Feature maps phi(x) = relu(x), and projections solved for by least squares on a text, layer by layer.
-
-  With `keep_softmax`, the layers are calibrated twice: once all of them, to measure which ones should stay softmax, and
-  then again without these.
+class Reading(Start):
+  """A start that reads a text.
 
   Attributes:
     data: directories that `prepare_data` packed, with weights, as `data.loading.parse_sources` takes them; or a glob of
       text files, as `data.text.find_files` takes it. No more of the text is read than is needed.
     text_key: the key of JSON lines, or the column of parquet files, that holds the text; unused for packed rows.
     sequence_length: tokens per row of text; unused for packed rows.
-    tokens: number of tokens to calibrate with, rounded up to whole batches.
+    tokens: number of tokens to read, rounded up to whole batches.
     batch_size: rows per batch, rounded up to a multiple of the mesh's shards of rows.
-    ridge, mlp: see `calibrate`.
     seed: seeds the order of packed rows.
     dtype: dtype of the computation.
+  """
+
+  data: str = "pydoc:topics"
+  text_key: str = "text"
+  sequence_length: Annotated[int, AtLeast(1)] = 512
+  tokens: Annotated[int, AtLeast(1)] = 32768
+  batch_size: Annotated[int, AtLeast(1)] = 8
+  seed: Annotated[int, AtLeast(0)] = 0
+  dtype: Literal["float32", "bfloat16", "float64"] = "float32"
+
+
+@dataclasses.dataclass(frozen=True)
+class Calibrated(Reading):
+  """Feature maps phi(x) = relu(x), and projections solved for by least squares on a text, layer by layer.
+
+  With `keep_softmax`, the layers are calibrated twice: once all of them, to measure which ones should stay softmax, and
+  then again without these.
+
+  Attributes:
+    ridge, mlp: see `calibrate`.
     keep_softmax: number of layers to keep as softmax layers: those that bring the calibrated student nearest to its
       teacher (see `hybrid`). None: all chosen layers are linearised.
     measured_tokens: number of tokens, beyond `tokens`, that `keep_softmax` measures on.
   """
 
   method = "calibrated"
-  data: str = "pydoc:topics"
-  text_key: str = "text"
-  sequence_length: Annotated[int, AtLeast(1)] = 512
-  tokens: Annotated[int, AtLeast(1)] = 32768
-  batch_size: Annotated[int, AtLeast(1)] = 8
   ridge: Annotated[float, AtLeast(0)] = RIDGE
   mlp: bool = True
-  seed: Annotated[int, AtLeast(0)] = 0
-  dtype: Literal["float32", "bfloat16", "float64"] = "float32"
   keep_softmax: int | None = None
   measured_tokens: Annotated[int, AtLeast(1)] = MEASURED_TOKENS
 
 
-STARTS: dict[str, type[Start]] = {start.method: start for start in (Window, Calibrated, Identity, Random)}
+@dataclasses.dataclass(frozen=True)
+class Memory(Reading):
+  """The teacher's softmax attention over as many tokens as a state of a given size holds (mixer `memory`).
+
+  Each key/value head holds the first tokens, the last ones, and others that attention has met most; how many of those
+  depends on what the head loses without them, which is measured on a text (`allotment`). Nothing is trained.
+
+  Attributes:
+    state_bytes: size in bytes of the state of one sequence, which no length of text changes. None: see `state_tokens`.
+    state_tokens: the same as the number of tokens whose keys and values take so many bytes, of each key/value head.
+    state_dtype: dtype in which the state is to hold keys and values; what they take is counted in it.
+    window, sinks, chunk: W, N and C of `MemoryConfig`. None: W and C that suit the size.
+    runs: number of runs of layers with sizes of their own, see `allotment`.
+  """
+
+  method = "memory"
+  sequence_length: Annotated[int, AtLeast(1)] = 2048
+  tokens: Annotated[int, AtLeast(1)] = 6144
+  batch_size: Annotated[int, AtLeast(1)] = 1
+  state_bytes: int | None = None
+  state_tokens: Annotated[int, POSITIVE] = 260
+  state_dtype: Literal["float32", "bfloat16"] = "bfloat16"
+  window: int | None = None
+  sinks: Annotated[int, AtLeast(0)] = MemoryConfig.sinks
+  chunk: int | None = None
+  runs: Annotated[int, POSITIVE] = 4
+
+  def layer(self, mixer: MixerConfig | None) -> MixerConfig:
+    """Returns a MemoryConfig; the sizes of heads are found later.
+
+    Raises:
+      ValueError: `mixer` is given.
+    """
+    if mixer is not None:
+      raise ValueError(f"{self} makes memory layers, not such of {mixer}: begin those by Identity().")
+    return MemoryConfig(sinks=self.sinks)
+
+
+STARTS: dict[str, type[Start]] = {start.method: start for start in (Window, Memory, Calibrated, Identity, Random)}

@@ -114,9 +114,8 @@ def attend(
     (out [B, T, H, V]; what is held after the last real token).
   """
   queries = (q_BTHK,) if far is None else (q_BTHK, far.q_BTHK)
-  how = {"layout": layout, "sinks": sinks, "chunk": chunk, "far": far}
   read = _read_one if q_BTHK.shape[1] == 1 else _read_in_blocks
-  return read(queries, (k_BTGK, v_BTGV), held, where, **how)
+  return read(queries, (k_BTGK, v_BTGV), held, where, layout=layout, sinks=sinks, chunk=chunk, far=far)
 
 
 def _read_one(queries, new, held: Slots, where: Where, *, sinks: int, chunk: int, **how):
@@ -348,7 +347,9 @@ class _Reader:
     far, k, last = self.far, kept.k, unjudged[:, None, None, :, None, None] - 1
     is_far = [last - token[:, :, :, None, None] >= far.least for token in self.layout.split(kept.token)]
     if self.aligned:
-      both = product(jnp.concatenate([x[..., None, :] for x in queries], axis=-2).reshape(*queries[0].shape[:2], -1, k.shape[-1]), k)
+      both = product(
+        jnp.concatenate([x[..., None, :] for x in queries], axis=-2).reshape(*queries[0].shape[:2], -1, k.shape[-1]), k
+      )
       return [jnp.where(x, y[..., 1::2, :], y[..., ::2, :]) for x, y in zip(is_far, both, strict=True)]
 
     def with_far(own):
@@ -388,8 +389,8 @@ class _Reader:
     near = received(weights.near, share)[..., self.sinks :]
     seen = seen_BSG + near.reshape(len(near), -1, near.shape[-1]).swapaxes(1, 2).astype(seen_BSG.dtype)
     own = [received(x, of) for x, of in zip(weights.own, self.layout.heads_of(share), strict=True)]
-    own = jnp.concatenate([x.reshape(*x.shape[:2], -1) for x in own], axis=-1)
-    return kept._replace(score=kept.score + own.astype(kept.score.dtype)), seen
+    whole = jnp.concatenate([x.reshape(*x.shape[:2], -1) for x in own], axis=-1)
+    return kept._replace(score=kept.score + whole.astype(kept.score.dtype)), seen
 
   def _choice(self, kept: Kept, seen, key_BX, end_B1, first_B1, any_B) -> _Choice:
     """Finds which of the C tokens that leave the window take the slots of tokens that are worth less."""

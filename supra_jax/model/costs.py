@@ -96,9 +96,19 @@ def state_bytes(config: ModelConfig, tokens: int, dtype: Any = jnp.bfloat16) -> 
   Args:
     config: config of the model.
     tokens: number of tokens that the state has room for.
-    dtype: dtype of the keys and values in the state; the state of linear attention is always float32.
+    dtype: dtype of the keys and values in the state, unless a layer's config names one; the state of linear attention
+      is always float32.
   """
   return sum(state_bytes_by_part(config, tokens, dtype).values())
+
+
+def sequence_bytes(config: ModelConfig, tokens: int) -> int:
+  """Returns the size in bytes of all that inference holds of a sequence between two tokens.
+
+  That is the state, its counters, and the last activations, from which the next token is drawn, in float32.
+  """
+  counters = 3 * jnp.dtype("int32").itemsize
+  return state_bytes(config, tokens) + counters + config.hidden_size * jnp.dtype("float32").itemsize
 
 
 def state_bytes_by_part(config: ModelConfig, tokens: int, dtype: Any = jnp.bfloat16) -> dict[str, int]:

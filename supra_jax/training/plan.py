@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import re
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -23,8 +22,6 @@ from supra_jax.training.compiled import Memory, Traffic, collectives, memory
 from supra_jax.training.config import TrainConfig
 from supra_jax.training.groups import FROZEN
 from supra_jax.training.setup import check_batch, make_train_step, row_leaves, teacher_shapes
-
-_UNITS = {"GB": 10**9, "GiB": 2**30, "MB": 10**6, "MiB": 2**20}
 
 # Temporaries of Mistral-7B on fsdp:8, in GB per device, compiled for CPU, H100 and TPU v5p: 16.0, 12.8 and 17.8 with 2
 # rows per device in each of two microbatches; with 16 rows 46.5 (CPU) and 28.4 (H100).
@@ -199,18 +196,6 @@ def device_bytes(tree: Any) -> int:
 
 def _count(tree: Any) -> int:
   return sum(math.prod(x.shape) for x in jax.tree.leaves(tree))
-
-
-def parse_bytes(text: str) -> int:
-  """Parses an amount of memory into bytes: `80GB` -> 80,000,000,000.
-
-  Raises:
-    ValueError: the text is not a number followed by one of the units GB, GiB, MB and MiB.
-  """
-  found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([GM]i?B)", text)
-  if not found:
-    raise ValueError(f"{text!r}: wanted a number and one of {', '.join(_UNITS)}, as in 80GB.")
-  return round(float(found[1]) * _UNITS[found[2]])
 
 
 def render(plan: Plan, device_memory: int | None = None) -> str:

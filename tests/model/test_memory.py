@@ -86,9 +86,7 @@ def test_attention_and_choices_against_a_loop(sizes, cuts):
     k, v = (rng.standard_normal((batch, time, heads, width)) for _ in range(2))
     window, sinks, chunk = (sizes[name] for name in ("window", "sinks", "chunk"))
     layout = Layout(sizes["retained"])
-    held = empty_slots(
-      batch, heads, layout, ring=window + chunk, sinks=sinks, widths=(width, width), dtype=jnp.float64
-    )
+    held = empty_slots(batch, heads, layout, ring=window + chunk, sinks=sinks, widths=(width, width), dtype=jnp.float64)
     position, reach = np.arange(time)[None, :, None], sizes.get("reach", 10**9)
     near_q, near_k = turned(q, position[..., None]), turned(k, position)
     far_q = turned(q, np.minimum(position, reach)[..., None])

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import AbstractMesh
 
+from supra_jax.core.amounts import parse_bytes
 from supra_jax.core.sharding import make_mesh, parse_mesh
 from supra_jax.data.packing import prepare
 from supra_jax.data.tokenizer import Tokenizer
@@ -272,8 +273,8 @@ class TestOutput:
 
   def test_verdict(self):
     made = handmade(recipe("mistral_7b_supra"))
-    assert planning.verdict(made, planning.parse_bytes("80GB")) == "fits: 39.00 GB of 80.00 GB to spare."
-    assert planning.verdict(made, planning.parse_bytes("40GB")) == (
+    assert planning.verdict(made, parse_bytes("80GB")) == "fits: 39.00 GB of 80.00 GB to spare."
+    assert planning.verdict(made, parse_bytes("40GB")) == (
       "does not fit: 1.00 GB more than 40.00 GB. microbatches up to 128, with 1 row a device, shrink all of the "
       "temporaries but the gradients; more devices on fsdp share the 20.00 GB of parameters, optimizer state and "
       "gradients."
@@ -287,10 +288,6 @@ class TestOutput:
     made = handmade(recipe("mistral_7b_supra"))
     assert "  all-gather                      12  f32 4.00 GB, bf16 8.00 GB, not known exactly" in planning.render(made)
     assert "peak" not in planning.render(dataclasses.replace(made, memory=None))
-
-  def test_parse_bytes(self):
-    assert planning.parse_bytes("1.5 GiB") == 3 * 2**29
-    assert planning.parse_bytes("24MB") == 24_000_000
 
 
 def handmade(config):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 import flax
 import flax.linen as nn
@@ -33,12 +33,14 @@ class MemoryConfig(MixerConfig):
       for a pattern of P heads that is repeated.
     sinks: N, number of first tokens of the document that all heads hold (Xiao et al. 2023, arXiv 2309.17453).
     chunk: C, tokens of the document between two choices of what is held on. Tokens since the last choice are seen too.
+    state_dtype: dtype in which the state holds keys and values, unless the program names another.
   """
 
   window: Annotated[int, POSITIVE] = 16
   retained: tuple[Annotated[int, AtLeast(0)], ...] = (96,)
   sinks: Annotated[int, AtLeast(0)] = 4
   chunk: Annotated[int, POSITIVE] = 16
+  state_dtype: Literal["bfloat16", "float32"] = "bfloat16"
 
   def __post_init__(self):
     check(self, type(self).__name__)
@@ -86,6 +88,11 @@ class MemoryAttention(Projections):
     "kept_score": ("batch", "heads", None),
   }
 
+  @property
+  def held_dtype(self) -> Any:
+    """The dtype in which the state holds keys and values."""
+    return jnp.dtype(self.layer.state_dtype if self.state_dtype is None else self.state_dtype)
+
   @nn.nowrap
   def init_state(self, batch: int, capacity: int) -> MemoryState:
     del capacity
@@ -105,16 +112,17 @@ class MemoryAttention(Projections):
     reach = self.reach(self.config, self.layer)
     if state is None and reach is not None and x_BTD.shape[1] <= reach - self.layer.chunk:
       reach = None  # no two of the tokens are too far apart
-    far_q = None if reach is None else self.rotate(q, context.far_rotations[reach])
+    far = None
+    if reach is not None:
+      far = Far(self.rotate(q, context.far_rotations[reach]), reach - self.layer.chunk, self._without_rope)
     q, k = self.rotate(q, context.rotation), self.rotate(k, context.rotation)
     k, v = self.held(k), self.held(v)
     batch, time = x_BTD.shape[:2]
     count = jnp.full(batch, time, jnp.int32) if context.lengths is None else context.lengths
     where = Where(context.index[:, 0], count, context.first, state is None and context.segment_ids is None)
     slots = self._empty(batch) if state is None else Slots(*(getattr(state, name) for name in Slots._fields))
-    far = None if reach is None else Far(far_q, reach - self.layer.chunk, self._without_rope)
-    how = {"sinks": self.layer.sinks, "chunk": self.layer.chunk, "far": far}
-    out, slots = attend(q, k, v, slots, where, self.layer.layout, **how)
+    told = self.layer
+    out, slots = attend(q, k, v, slots, where, told.layout, sinks=told.sinks, chunk=told.chunk, far=far)
     return {"o_proj": side_by_side(out)}, MemoryState(**slots._asdict())
 
   @nn.nowrap
@@ -144,8 +152,8 @@ class MemoryAttention(Projections):
   def refusal(cls, config: ModelConfig, layer: Any) -> str | None:
     if config.num_kv_heads % len(layer.retained):
       return (
-        f"retained has {len(layer.retained)} numbers, which do not divide {config.num_kv_heads} key/value heads: wanted "
-        "one number for all, or a pattern that is repeated."
+        f"retained has {len(layer.retained)} numbers, which do not divide {config.num_kv_heads} key/value heads: "
+        "wanted one number for all, or a pattern that is repeated."
       )
     if config.sliding_window is None:
       return None

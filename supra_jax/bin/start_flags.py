@@ -1,0 +1,61 @@
+"""The flags of `linearize` that say how layers begin."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from absl import flags
+
+from supra_jax.bin.choices import given
+from supra_jax.core.amounts import parse_bytes
+from supra_jax.linearization.starts import MEASURED_TOKENS, STARTS, Calibrated, Memory, Start, Window
+
+flags.disclaim_key_flags()  # --help of each program lists them as its own
+_METHOD = (
+  "How the layers begin. window: softmax attention over the last tokens, with linear attention that trains beside it. "
+  "memory: softmax attention over as many tokens as a state of a given size holds. The others: linear attention alone. "
+  "calibrated: solved on a text; identity: phi(x) = relu(x); random: the paper's. Default: window; memory with a size."
+)
+_BYTES = "memory: size of the state at any length of text, such as 6MB."
+_TOKENS = "memory: the size as a number of tokens of each key/value head, whose keys and values take as many bytes."
+_DTYPE = "memory: dtype in which the state holds keys and values. Default: bfloat16."
+_LAST = f"Softmax attention sees so many last tokens. Default: {Window.window}; memory: by the size of the state."
+_READ = f"Tokens to read of the text. Default: calibrated {Calibrated.tokens}, memory {Memory.tokens}."
+_FIELDS = {"calibration_data": "data", "calibration_tokens": "tokens", "calibrate_mlp": "mlp"}
+_NEEDS = {"measured_tokens": "keep_softmax"}
+_MESHED = {"calibrated": ["mesh"], "memory": ["mesh"]}
+
+
+class _Bytes(flags.ArgumentParser):
+  """Parses 6MB into a number of bytes."""
+
+  def parse(self, argument: str) -> int:
+    return parse_bytes(argument)
+
+
+def define() -> Callable[[], Start]:
+  """Defines the flags; returns a function that makes the start of them."""
+  method = flags.DEFINE_enum("method", None, list(STARTS), _METHOD)
+  size: flags.FlagHolder = flags.DEFINE(_Bytes(), "state_bytes", None, _BYTES)
+  tokens = flags.DEFINE_integer("state_tokens", None, _TOKENS, lower_bound=1)
+  flags.DEFINE_enum("state_dtype", None, ["bfloat16", "float32"], _DTYPE)
+  flags.DEFINE_integer("window", None, _LAST, lower_bound=1)
+  flags.DEFINE_integer("sinks", Window.sinks, "Softmax attention sees so many first tokens too.", lower_bound=0)
+  data = "calibrated, memory: text, or directories that prepare_data packed."
+  flags.DEFINE_string("calibration_data", Calibrated.data, data)
+  flags.DEFINE_integer("calibration_tokens", None, _READ, lower_bound=1)
+  flags.DEFINE_bool("calibrate_mlp", True, "calibrated: solve for the MLPs' last projections too.")
+  flags.DEFINE_string("text_key", "text", "calibrated, memory: key of a JSON line, or column, that holds the text.")
+  flags.DEFINE_integer("keep_softmax", None, "calibrated: number of layers to leave as they are, chosen by KL.")
+  flags.DEFINE_integer("measured_tokens", MEASURED_TOKENS, "calibrated: tokens for keep_softmax's KL.", lower_bound=1)
+  flags.DEFINE_integer("seed", 0, "random: of the new weights. calibrated, memory: of the order of packed rows.")
+
+  def start() -> Start:
+    sized = size.present or tokens.present
+    if size.present and tokens.present:
+      raise ValueError("--state_bytes and --state_tokens both say how large the state is: wanted one of them.")
+    if method.value is None:
+      flags.FLAGS[method.name].value = Memory.method if sized else Window.method
+    return given(STARTS, method, _FIELDS, _MESHED, _NEEDS)
+
+  return start

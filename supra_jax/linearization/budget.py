@@ -1,0 +1,96 @@
+"""Fits a memory into a budget of bytes: the start `Memory`."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from supra_jax.core.sharding import put_batch
+from supra_jax.data.loading import Batch
+from supra_jax.linearization.allotment import allotted, head_errors, memories, with_order
+from supra_jax.linearization.calibrate import Report
+from supra_jax.linearization.starts import Memory
+from supra_jax.model.config import ModelConfig
+from supra_jax.model.costs import sequence_bytes
+from supra_jax.model.mixers.memory import MemoryConfig
+from supra_jax.model.registry import MIXER
+
+# Sizes of heads, as shares of what a head retains on average. Between 0 and 4 each is at most twice the one before.
+SHARES = (0, 1 / 4, 1 / 2, 1, 2, 4)
+FEW_TOKENS = 100  # a head that holds fewer chooses more often
+
+
+def remembered(
+  teacher: tuple[Mapping[str, Any], ModelConfig],
+  start: Memory,
+  batches: Sequence[Batch],
+  mesh: Mesh,
+  chosen: Sequence[int],
+  report: Report | None = None,
+) -> tuple[dict[str, Any], ModelConfig, dict[str, Any]]:
+  """Makes memories of layers of a softmax model; call this function under `jax.set_mesh(mesh)`.
+
+  Args:
+    teacher: (parameters, one subtree per layer, and config) of the softmax model.
+    start: the budget.
+    batches: this process's rows of each batch, from which the sizes of the heads are found.
+    mesh: device mesh that parameters and batches are sharded over. The heads of each size divide by its axis `tensor`.
+    chosen: numbers of the layers to replace.
+    report: called after each layer, see `head_errors`.
+
+  Returns:
+    (parameters, in which the key/value heads of a layer may have another order; config; what was found, for
+    source.json: `retained`, the tokens of each head, and `attention_lost`, the sum of the heads' shares of the stream
+    that they lose, with these sizes and with one size for all).
+
+  Raises:
+    ValueError: the budget is too small.
+  """
+  params, config = teacher
+  common, tokens = within(start, config, chosen)
+  whole = 8 if tokens >= 64 else 1  # so many tokens make a tile
+  sizes = sorted({int(share * tokens / whole) * whole for share in SHARES})
+  choices = [dataclasses.replace(common, retained=(size,)) for size in sizes]
+  placed = [{name: x[0] for name, x in put_batch(batch, mesh).items()} for batch in batches]
+  errors = head_errors(teacher, choices, placed, report)[list(chosen)]
+  # RoPE by the number of a head forbids another order.
+  repeats = config.num_kv_heads if config.rope.kind == "by_head" else mesh.shape.get("tensor", 1)
+  found = allotted(errors, sizes, tokens, runs=start.runs, repeats=repeats)
+  layers, params = list(config.layers), dict(params)
+  for number, order, layer in zip(chosen, found.order, memories(found, common), strict=True):
+    layers[number] = layer
+    tree = params[f"layers_{number}"]
+    params[f"layers_{number}"] = {**tree, MIXER: with_order(tree[MIXER], order, config)}
+  one_size = errors[..., sizes.index(int(tokens / whole) * whole)].sum()
+  lost = {"sizes_of_heads": round(found.error, 5), "one_size": round(float(one_size), 5)}
+  return params, config.replace(layers=tuple(layers)), {"retained": found.retained.tolist(), "attention_lost": lost}
+
+
+def within(start: Memory, config: ModelConfig, chosen: Sequence[int]) -> tuple[MemoryConfig, float]:
+  """Returns (what all heads have in common, number of tokens that each may retain on average).
+
+  Raises:
+    ValueError: the budget is too small.
+  """
+
+  def held(layer: MemoryConfig) -> int:
+    return sequence_bytes(config.replace(layers=(layer,) * len(chosen)), 1)
+
+  heads = len(chosen) * config.num_kv_heads
+  a_token = (config.head_dim + config.value_width) * jnp.dtype(start.state_dtype).itemsize * heads
+  budget = start.state_tokens * a_token if start.state_bytes is None else start.state_bytes
+  tokens = budget / a_token
+  window = start.window or max(8, int(tokens / 6 / 8) * 8)
+  chunk = start.chunk or (8 if tokens < FEW_TOKENS else 16)
+  common = MemoryConfig(window=window, sinks=start.sinks, chunk=chunk, retained=(0,), state_dtype=start.state_dtype)
+  least, with_one = held(common), held(dataclasses.replace(common, retained=(1,)))
+  if budget < least:
+    raise ValueError(
+      f"{budget:,} bytes of state are {tokens:.0f} tokens a head: wanted at least {least:,} bytes, for {start.sinks} "
+      f"first tokens, the last {window}, and {chunk} between two choices."
+    )
+  return common, (budget - least) / (with_one - least)

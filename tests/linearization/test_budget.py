@@ -1,0 +1,110 @@
+"""A memory within a budget: what it holds is what was asked for, and what is printed, at any length of text."""
+
+import functools
+import json
+
+import jax
+import numpy as np
+import pytest
+
+import supra_jax
+from supra_jax.core.sharding import make_mesh
+from supra_jax.experiments.tiny import tokenizer_json
+from supra_jax.linearization.budget import remembered, within
+from supra_jax.linearization.linearize import linearize
+from supra_jax.linearization.starts import Memory
+from supra_jax.model import presets
+from supra_jax.model.costs import sequence_bytes
+from supra_jax.model.transformer import Transformer
+from supra_jax.storage.model_directory import save_model
+from tests.support import programs
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+TEACHER = presets.tiny("softmax").replace(num_heads=6, num_kv_heads=3)
+
+
+def batches(rows=2, length=64):
+  return [{"tokens": np.random.default_rng(0).integers(0, 97, (rows, length + 1)).astype(np.int32)}]
+
+
+@pytest.mark.parametrize("budget", [{"state_tokens": 40}, {"state_bytes": 20_000}, {"state_tokens": 31, "runs": 1}])
+def test_the_budget_is_kept_and_used(budget, random_params):
+  params = random_params(TEACHER)
+  start, mesh = Memory(chunk=2, window=4, **budget), make_mesh(devices=jax.devices()[:1])
+  with jax.set_mesh(mesh):
+    new, config, found = remembered((params, TEACHER), start, batches(), mesh, range(TEACHER.num_layers))
+  a_token = TEACHER.num_layers * 3 * (TEACHER.head_dim + TEACHER.value_width) * 2
+  asked = budget.get("state_bytes", budget.get("state_tokens", 0) * a_token)
+  assert 0.9 * asked < sequence_bytes(config, 1) <= asked
+  assert len(set(config.layers)) <= start.runs
+  lost = found["attention_lost"]
+  assert 0 <= lost["sizes_of_heads"] <= lost["one_size"]
+  read = jax.jit(lambda p, t: Transformer(config).apply({"params": p}, t, method="logits")[0])
+  assert np.isfinite(read(new, batches()[0]["tokens"])).all()
+
+
+def test_a_memory_larger_than_the_text_is_the_teacher(random_params):
+  """Whatever the order of the heads is now."""
+  params = random_params(TEACHER)
+  start, mesh = Memory(chunk=2, state_tokens=300, state_dtype="float32"), make_mesh(devices=jax.devices()[:1])
+  with jax.set_mesh(mesh):
+    new, config, _ = remembered((params, TEACHER), start, batches(), mesh, range(TEACHER.num_layers))
+  tokens = batches(length=30)[0]["tokens"]
+  want, got = (
+    jax.jit(lambda p, t, c=c: Transformer(c).apply({"params": p}, t, method="logits")[0])(p, tokens)
+    for p, c in ((params, TEACHER), (new, config))
+  )
+  np.testing.assert_allclose(got, want, atol=1e-4)
+
+
+def test_what_does_not_fit(random_params):
+  with pytest.raises(ValueError, match=r"wanted at least [\d,]+ bytes, for 4 first tokens, the last 8, and 8 between"):
+    within(Memory(state_tokens=12), TEACHER, range(2))
+  with pytest.raises(ValueError, match="makes memory layers"):
+    linearize({}, TEACHER, Memory(), mixer="supra")
+  sliding = TEACHER.replace(sliding_window=16)
+  with pytest.raises(ValueError, match="sees 16 tokens"):
+    linearize(random_params(TEACHER), sliding, Memory())
+
+
+def test_heads_that_rope_tells_apart_keep_their_order(random_params):
+  config = TEACHER.replace(rope=TEACHER.rope.__class__(kind="by_head"))
+  mesh = make_mesh(devices=jax.devices()[:1])
+  with jax.set_mesh(mesh):
+    _, made, _ = remembered((random_params(config), config), Memory(chunk=2), batches(), mesh, range(2))
+  assert all(len(layer.retained) == 1 for layer in made.layers)
+
+
+def test_the_program(tmp_path, random_params):
+  """What it prints is what a state of any text takes."""
+  files = {"tokenizer.json": tokenizer_json()}
+  teacher = TEACHER.replace(vocab_size=512)
+  save_model(tmp_path / "teacher", config=teacher, params=random_params(teacher), tokenizer_files=files, source={})
+  text = tmp_path / "text.txt"
+  text.write_text("\n\n".join(["the state of a model remembers what it read " * 40] * 60))
+  run = functools.partial(programs.run, "supra_jax.bin.linearize", f"--checkpoint={tmp_path}/teacher")
+  told = [
+    f"--output={tmp_path}/memory",
+    "--state_bytes=20kB",
+    f"--calibration_data={text}",
+    "--calibration_tokens=2048",
+  ]
+  done = run(*told)
+  assert done.returncode == 0, done.stderr
+  lm = supra_jax.load(tmp_path / "memory")
+  states = [lm.read(prompt) for prompt in ("the", "the state of a model remembers " * 40)]
+  assert states[0].size_bytes == states[1].size_bytes <= 20_000
+  assert f"{states[0].size_bytes:,} bytes of state at any length" in done.stdout
+  source = json.loads((tmp_path / "memory" / "source.json").read_text())
+  assert source["start"]["state_bytes"] == 20_000 and len(source["retained"]) == TEACHER.num_layers
+  for flags, message in [
+    (["--state_bytes=20kB", "--state_tokens=40"], "--state_bytes and --state_tokens both say how large"),
+    (["--state_bytes=20k"], "wanted a number and one of GB"),
+    (["--state_tokens=40", "--method=window"], "--state_tokens does not apply to --method=window, but to"),
+    (["--state_tokens=40", "--decay=none"], "--decay does not apply to --method=memory"),
+    (["--state_bytes=1kB"], "wanted at least"),
+  ]:
+    refused = run(f"--output={tmp_path}/refused", *flags)
+    assert refused.returncode != 0 and message in refused.stderr, (flags, refused.stderr)
+    assert not (tmp_path / "refused").exists()
