@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from absl import flags
 
@@ -18,31 +19,28 @@ _METHOD = (
 )
 _BYTES = "memory: size of the state at any length of text, such as 6MB."
 _TOKENS = "memory: the size as a number of tokens of each key/value head, whose keys and values take as many bytes."
+_RUNS = "memory: most runs of layers with the same sizes; a few compile faster in training. Default: any number."
 _DTYPE = "memory: dtype in which the state holds keys and values. Default: bfloat16."
 _LAST = f"Softmax attention sees so many last tokens. Default: {Window.window}; memory: by the size of the state."
 _READ = f"Tokens to read of the text. Default: calibrated {Calibrated.tokens}, memory {Memory.tokens}."
+_DATA = "calibrated, memory: text, or directories that prepare_data packed."
 _FIELDS = {"calibration_data": "data", "calibration_tokens": "tokens", "calibrate_mlp": "mlp"}
 _NEEDS = {"measured_tokens": "keep_softmax"}
 _MESHED = {"calibrated": ["mesh"], "memory": ["mesh"]}
 
 
-class _Bytes(flags.ArgumentParser):
-  """Parses 6MB into a number of bytes."""
-
-  def parse(self, argument: str) -> int:
-    return parse_bytes(argument)
-
-
 def define() -> Callable[[], Start]:
   """Defines the flags; returns a function that makes the start of them."""
   method = flags.DEFINE_enum("method", None, list(STARTS), _METHOD)
-  size: flags.FlagHolder = flags.DEFINE(_Bytes(), "state_bytes", None, _BYTES)
+  parser: Any = flags.ArgumentParser()
+  parser.parse = parse_bytes
+  size: flags.FlagHolder = flags.DEFINE(parser, "state_bytes", None, _BYTES)
   tokens = flags.DEFINE_integer("state_tokens", None, _TOKENS, lower_bound=1)
+  flags.DEFINE_integer("runs", None, _RUNS, lower_bound=1)
   flags.DEFINE_enum("state_dtype", None, ["bfloat16", "float32"], _DTYPE)
   flags.DEFINE_integer("window", None, _LAST, lower_bound=1)
   flags.DEFINE_integer("sinks", Window.sinks, "Softmax attention sees so many first tokens too.", lower_bound=0)
-  data = "calibrated, memory: text, or directories that prepare_data packed."
-  flags.DEFINE_string("calibration_data", Calibrated.data, data)
+  flags.DEFINE_string("calibration_data", Calibrated.data, _DATA)
   flags.DEFINE_integer("calibration_tokens", None, _READ, lower_bound=1)
   flags.DEFINE_bool("calibrate_mlp", True, "calibrated: solve for the MLPs' last projections too.")
   flags.DEFINE_string("text_key", "text", "calibrated, memory: key of a JSON line, or column, that holds the text.")

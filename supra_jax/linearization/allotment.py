@@ -9,7 +9,6 @@ the same sizes, and each layer gives the larger ones to the heads that need them
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import itertools
 from collections.abc import Mapping, Sequence
@@ -218,8 +217,3 @@ def with_order(attention: Mapping[str, Any], order: Sequence[int], config: Model
       for part, x in tree.items()
     }
   return found
-
-
-def memories(allotment: Allotment, common: MemoryConfig) -> tuple[MemoryConfig, ...]:
-  """Returns the config of each layer."""
-  return tuple(dataclasses.replace(common, retained=tuple(row)) for row in allotment.retained.tolist())

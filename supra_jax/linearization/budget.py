@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from supra_jax.core.sharding import put_batch
 from supra_jax.data.loading import Batch
-from supra_jax.linearization.allotment import allotted, head_errors, memories, with_order
+from supra_jax.linearization.allotment import allotted, head_errors, with_order
 from supra_jax.linearization.calibrate import Report
 from supra_jax.linearization.starts import Memory
 from supra_jax.model.config import ModelConfig
@@ -44,30 +44,42 @@ def remembered(
 
   Returns:
     (parameters, in which the key/value heads of a layer may have another order; config; what was found, for
-    source.json: `retained`, the tokens of each head, and `attention_lost`, the sum of the heads' shares of the stream
-    that they lose, with these sizes and with one size for all).
+    source.json: `retained` and `order`, see `Allotment`, and `attention_lost`, the sum of the shares of the stream that
+    the heads lose, with these sizes and with one size for all).
 
   Raises:
     ValueError: the budget is too small.
   """
-  params, config = teacher
-  common, tokens = within(start, config, chosen)
+  common, tokens = within(start, teacher[1], chosen)
   whole = 8 if tokens >= 64 else 1  # so many tokens make a tile
   sizes = sorted({int(share * tokens / whole) * whole for share in SHARES})
   choices = [dataclasses.replace(common, retained=(size,)) for size in sizes]
   placed = [{name: x[0] for name, x in put_batch(batch, mesh).items()} for batch in batches]
   errors = head_errors(teacher, choices, placed, report)[list(chosen)]
   # RoPE by the number of a head forbids another order.
-  repeats = config.num_kv_heads if config.rope.kind == "by_head" else mesh.shape.get("tensor", 1)
-  found = allotted(errors, sizes, tokens, runs=start.runs, repeats=repeats)
-  layers, params = list(config.layers), dict(params)
-  for number, order, layer in zip(chosen, found.order, memories(found, common), strict=True):
-    layers[number] = layer
-    tree = params[f"layers_{number}"]
-    params[f"layers_{number}"] = {**tree, MIXER: with_order(tree[MIXER], order, config)}
+  repeats = teacher[1].num_kv_heads if teacher[1].rope.kind == "by_head" else mesh.shape.get("tensor", 1)
+  found = allotted(errors, sizes, tokens, runs=start.runs or len(chosen), repeats=repeats)
   one_size = errors[..., sizes.index(int(tokens / whole) * whole)].sum()
   lost = {"sizes_of_heads": round(found.error, 5), "one_size": round(float(one_size), 5)}
-  return params, config.replace(layers=tuple(layers)), {"retained": found.retained.tolist(), "attention_lost": lost}
+  params, config = with_memories(teacher, common, found.retained.tolist(), found.order.tolist(), chosen)
+  return params, config, {"retained": found.retained.tolist(), "order": found.order.tolist(), "attention_lost": lost}
+
+
+def with_memories(
+  teacher: tuple[Mapping[str, Any], ModelConfig],
+  common: MemoryConfig,
+  retained: Sequence[Sequence[int]],
+  order: Sequence[Sequence[int]],
+  chosen: Sequence[int],
+) -> tuple[dict[str, Any], ModelConfig]:
+  """Returns (parameters, config) of a teacher whose chosen layers are memories; see `Allotment`."""
+  params, config = dict(teacher[0]), teacher[1]
+  layers = list(config.layers)
+  for number, heads, sizes in zip(chosen, order, retained, strict=True):
+    layers[number] = dataclasses.replace(common, retained=tuple(sizes))
+    tree = params[f"layers_{number}"]
+    params[f"layers_{number}"] = {**tree, MIXER: with_order(tree[MIXER], heads, config)}
+  return params, config.replace(layers=tuple(layers))
 
 
 def within(start: Memory, config: ModelConfig, chosen: Sequence[int]) -> tuple[MemoryConfig, float]:

@@ -154,7 +154,8 @@ class Memory(Reading):
     state_tokens: the same as the number of tokens whose keys and values take so many bytes, of each key/value head.
     state_dtype: dtype in which the state is to hold keys and values; what they take is counted in it.
     window, sinks, chunk: W, N and C of `MemoryConfig`. None: W and C that suit the size.
-    runs: number of runs of layers with sizes of their own, see `allotment`.
+    runs: most runs of layers that have the same sizes, see `allotment`. Fewer compile faster where layers are scanned,
+      in training, and hold less of what matters. None: any number.
   """
 
   method = "memory"
@@ -167,7 +168,7 @@ class Memory(Reading):
   window: int | None = None
   sinks: Annotated[int, AtLeast(0)] = MemoryConfig.sinks
   chunk: int | None = None
-  runs: Annotated[int, POSITIVE] = 4
+  runs: int | None = None
 
   def layer(self, mixer: MixerConfig | None) -> MixerConfig:
     """Returns a MemoryConfig; the sizes of heads are found later.

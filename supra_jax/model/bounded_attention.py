@@ -8,16 +8,12 @@ single token.
 
 from __future__ import annotations
 
-import dataclasses
-import functools
-import math
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from supra_jax.model.mixers.softmax import UNSEEN, attention_logits
+from supra_jax.model.bounded_block import Block, Far, Kept
 from supra_jax.model.mixers.supra_window import ring_index, sink_slots, taken
 from supra_jax.model.slot_layout import Layout
 
@@ -70,21 +66,6 @@ class Where(NamedTuple):
   aligned: bool
 
 
-class Far(NamedTuple):
-  """How tokens are seen from further away than the teacher has seen two tokens apart.
-
-  Attributes:
-    q_BTHK: queries after RoPE at a position of at most `reach`; sinks outside the window are seen by them.
-    least: distance from the last choice at which a retained token is far: its key is then held before RoPE, and seen
-      by these queries.
-    without_rope: (keys [..., K], int32 positions [...]) -> the keys before RoPE.
-  """
-
-  q_BTHK: jax.Array
-  least: int
-  without_rope: Callable[[jax.Array, jax.Array], jax.Array]
-
-
 def attend(
   q_BTHK: jax.Array,
   k_BTGK: jax.Array,
@@ -96,6 +77,7 @@ def attend(
   sinks: int,
   chunk: int,
   far: Far | None = None,
+  at_random: bool = False,
 ) -> tuple[jax.Array, Slots]:
   """Computes softmax attention over what is held; chooses what is held on every C tokens.
 
@@ -109,13 +91,15 @@ def attend(
     sinks: N.
     chunk: C.
     far: None: no two tokens are too far apart.
+    at_random: a token's score is a random number that depends on its index.
 
   Returns:
     (out [B, T, H, V]; what is held after the last real token).
   """
   queries = (q_BTHK,) if far is None else (q_BTHK, far.q_BTHK)
   read = _read_one if q_BTHK.shape[1] == 1 else _read_in_blocks
-  return read(queries, (k_BTGK, v_BTGV), held, where, layout=layout, sinks=sinks, chunk=chunk, far=far)
+  how: dict[str, Any] = {"layout": layout, "far": far, "at_random": at_random}
+  return read(queries, (k_BTGK, v_BTGV), held, where, sinks=sinks, chunk=chunk, **how)
 
 
 def _read_one(queries, new, held: Slots, where: Where, *, sinks: int, chunk: int, **how):
@@ -128,7 +112,7 @@ def _read_one(queries, new, held: Slots, where: Where, *, sinks: int, chunk: int
   k, v = (x.at[at].set(token, mode="drop") for x, token in zip(held[:2], new, strict=True))
   score = jnp.where((real_B1 & (slot == jnp.arange(ring)))[..., None], 0, held.score)
   key = ring_index(where.cached_B + jnp.minimum(where.count_B, 1), ring)
-  read = _Reader(**how, sinks=sinks, chunk=chunk, window=ring - chunk, size=1, aligned=True)
+  read = Block(**how, sinks=sinks, chunk=chunk, window=ring - chunk, size=1, aligned=True)
   out, kept, score = read(queries, (k, v), score, key, first_B1, cached_B1, real_B1, _kept(held))
   return out, Slots(k, v, score, *kept)
 
@@ -149,7 +133,7 @@ def _read_in_blocks(queries, new, held: Slots, where: Where, *, sinks: int, chun
   order = (cached_B1 - ring + jnp.arange(ring)) % ring
   text = [jnp.concatenate([taken(x[:, sinks:], order), padded(y)], axis=1) for x, y in zip(held[:2], new, strict=True)]
   joined = [jnp.concatenate(pair, axis=1) for pair in zip(held[:2], new, strict=True)]
-  read = _Reader(**how, sinks=sinks, chunk=chunk, window=ring - chunk, size=size, aligned=where.aligned or size == 1)
+  read = Block(**how, sinks=sinks, chunk=chunk, window=ring - chunk, size=size, aligned=where.aligned or size == 1)
 
   def step(carry, block):
     (kept, score), (number, asking, near, first_Bc) = carry, block
@@ -191,263 +175,5 @@ def _read_in_blocks(queries, new, held: Slots, where: Where, *, sinks: int, chun
   return out, Slots(k, v, score, *kept)
 
 
-class Kept(NamedTuple):
-  """The retained tokens, see `Slots`; `token` is `kept_index`."""
-
-  k: jax.Array
-  v: jax.Array
-  token: jax.Array
-  score: jax.Array
-
-
 def _kept(held: Slots) -> Kept:
   return Kept(held.kept_k, held.kept_v, held.kept_index, held.kept_score)
-
-
-class _Choice(NamedTuple):
-  """A choice of what is held on.
-
-  Attributes:
-    end_B1: int32 [B, 1], index in the row of the token after which it is made.
-    first_B1: int32 [B, 1], index of the first token of that token's document.
-    column: int32 [B, A, P, C], where in the text each token is that takes a slot.
-    token: int32 [B, A, P, C], its index in the row.
-    slot: int32 [B, A, P, C], the slot that it takes; S: none.
-    stays: bool [B, A, P, C], whether each of the C tokens that leave the window takes a slot.
-  """
-
-  end_B1: jax.Array
-  first_B1: jax.Array
-  column: jax.Array
-  token: jax.Array
-  slot: jax.Array
-  stays: jax.Array
-
-
-class _Weights(NamedTuple):
-  """Weights of a softmax before they are divided by their sum.
-
-  Attributes:
-    near: [B, A, P, c, R, N + W + C + c], of the sinks and the text.
-    own: [B, A, h, c, R, M] of the retained tokens, for the h heads of each size.
-    share: [B, A, P, c, R], 1 / their sum.
-  """
-
-  near: jax.Array
-  own: list[jax.Array]
-  share: jax.Array
-
-
-@dataclasses.dataclass(frozen=True)
-class _Reader:
-  """Reads a block of at most C tokens, in which at most one choice is made.
-
-  A choice is made after every C tokens of a document, so that of two documents that share a block one at most comes to
-  a choice in it: the first, after token e. Tokens behind e see what is retained after the choice. All of that was
-  retained before, or in the text, so that logits are computed once.
-
-  Attributes:
-    layout, sinks, chunk, far: as in `attend`.
-    window: W.
-    size: c, number of tokens of the block.
-    aligned: whether no token comes after a choice.
-  """
-
-  layout: Layout
-  sinks: int
-  chunk: int
-  far: Far | None
-  window: int
-  size: int
-  aligned: bool
-
-  def __call__(self, queries, text, seen_BXG, key_BX, first_Bc, start_B1, real_Bc, kept):
-    """Reads a block.
-
-    Args:
-      queries: q [B, c, H, K], and if `far` is given its queries.
-      text: keys and values [B, N + X, G, K]: of the first N tokens of the document of the block's first token, and of
-        X tokens, the block and at least W + C - c before it, in the order of their indices or as a ring.
-      seen_BXG: their scores.
-      key_BX: int32 [B, X], their indices in the row; negative where there is none.
-      first_Bc, start_B1: index in the row of the first token of each token's document, and of the block's first token.
-      real_Bc: whether a token is none of the padding.
-      kept: what is retained.
-
-    Returns:
-      (out [B, c, H, V]; what is retained after the block; the scores of the X tokens).
-    """
-    q = queries[0]
-    index = start_B1 + jnp.arange(self.size)
-    position = index - first_Bc
-    unjudged = first_Bc + position // self.chunk * self.chunk  # first token since the last choice
-    oldest = jnp.maximum(first_Bc, unjudged - self.window)[..., None]
-    near = (key_BX[:, None] <= index[..., None]) & (key_BX[:, None] >= oldest)
-    begun = first_Bc[:, :1]
-    sink = begun + jnp.arange(self.sinks)
-    out_of_sight = (sink[:, None] < oldest) & (first_Bc == begun)[..., None]
-    mask = jnp.concatenate([out_of_sight, near], axis=-1)[:, None, None, :, None]
-    since = first_Bc[:, None, None, :, None, None]
-    visible = [token[:, :, :, None, None] >= since for token in self.layout.split(kept.token)]
-
-    k, v = (x.astype(q.dtype) for x in text)
-    sink_logits = [attention_logits(queries[-1], k[:, : self.sinks])] * bool(self.sinks)
-    near_logits = self._by_pattern(jnp.concatenate([*sink_logits, attention_logits(q, k[:, self.sinks :])], axis=-1))
-    logits = near_logits, self._own_logits(queries, kept, unjudged, begun)
-    values = self._by_pattern(v.swapaxes(1, 2)), [x.astype(q.dtype) for x in self.layout.split(kept.v)]
-
-    chooses_Bc = real_Bc & ((position + 1) % self.chunk == 0)
-    any_B, at_B1 = chooses_Bc.any(axis=1), jnp.argmax(chooses_Bc, axis=1)[:, None]
-    twice = bool(self.layout.slots) and not self.aligned
-    late_Bc = any_B[:, None] & (jnp.arange(self.size) > at_B1) if twice else jnp.zeros_like(real_Bc)
-
-    weights = self._weights(logits, mask, visible)
-    kept, seen = self._scored(weights, real_Bc & ~late_Bc, kept, seen_BXG)
-    if not twice:
-      out = self._out(weights, values)
-    if self.layout.slots:
-
-      def choose(kept: Kept) -> tuple[Kept, _Choice]:
-        choice = self._choice(kept, seen, key_BX, start_B1 + at_B1, jnp.take_along_axis(first_Bc, at_B1, 1), any_B)
-        return self._chosen(kept, choice, any_B, text, seen), choice
-
-      if self.size == 1:
-        kept = jax.lax.cond(any_B.any(), lambda kept: choose(kept)[0], lambda kept: kept, kept)
-      else:
-        held, (kept, choice) = kept, choose(kept)
-    if twice:
-      late = late_Bc[:, None, None, :, None, None]
-      gone = self.layout.split(kept.token != held.token)
-      visible = [before & ~(late & x[:, :, :, None, None]) for before, x in zip(visible, gone, strict=True)]
-      stayed = self._stayed(choice, key_BX)[:, :, :, None, None] & (key_BX[:, None, None, None, None] >= since)
-      mask = mask | jnp.pad(late & stayed, [(0, 0)] * 5 + [(self.sinks, 0)])
-      weights = self._weights(logits, mask, visible)
-      out = self._out(weights, values)
-      kept, got = self._scored(weights, late_Bc & real_Bc, kept, jnp.zeros_like(seen))
-      kept = kept._replace(score=self._put(kept.score, choice, got, add=True))
-      seen = seen + got
-    return out, kept, seen
-
-  def _by_pattern(self, x_BG: jax.Array) -> jax.Array:
-    """Returns [B, A, P, ...] of [B, G, ...]."""
-    return x_BG.reshape(len(x_BG), -1, len(self.layout.sizes), *x_BG.shape[2:])
-
-  def _own_logits(self, queries, kept: Kept, unjudged, begun) -> list[jax.Array]:
-    """Returns the logits of the retained tokens, [B, A, h, c, R, M] for the h heads of each size."""
-
-    def product(q_BcHK, k_BASK) -> list[jax.Array]:
-      lead = len(q_BcHK), self.size, k_BASK.shape[1], len(self.layout.sizes)
-      q = q_BcHK.reshape(*lead, -1, q_BcHK.shape[-1]).transpose(0, 2, 3, 1, 4, 5) / math.sqrt(q_BcHK.shape[-1])
-      wide = jnp.promote_types(q.dtype, jnp.float32)
-      pairs = zip(self.layout.heads_of(q), self.layout.split(k_BASK.astype(q.dtype)), strict=True)
-      return [jnp.einsum("bahcrk,bahmk->bahcrm", q, k, preferred_element_type=wide) for q, k in pairs]
-
-    if self.far is None:
-      return product(queries[0], kept.k)
-    far, k, last = self.far, kept.k, unjudged[:, None, None, :, None, None] - 1
-    is_far = [last - token[:, :, :, None, None] >= far.least for token in self.layout.split(kept.token)]
-    if self.aligned:
-      both = product(
-        jnp.concatenate([x[..., None, :] for x in queries], axis=-2).reshape(*queries[0].shape[:2], -1, k.shape[-1]), k
-      )
-      return [jnp.where(x, y[..., 1::2, :], y[..., ::2, :]) for x, y in zip(is_far, both, strict=True)]
-
-    def with_far(own):
-      # A choice in the block may make a token far whose key is held after RoPE.
-      bare = unjudged[:, :1, None] - 1 - kept.token >= far.least
-      position = jnp.maximum(kept.token - begun[..., None], 0)
-      bare_k = jnp.where(bare[..., None], k, far.without_rope(k, position))
-      return [jnp.where(x, a, b) for x, a, b in zip(is_far, product(queries[1], bare_k), own, strict=True)]
-
-    own = product(queries[0], k)
-    return jax.lax.cond(jnp.stack([x.any() for x in is_far]).any(), with_far, lambda own: own, own)
-
-  def _weights(self, logits, mask, visible) -> _Weights:
-    """Computes the softmax over the text and the retained tokens."""
-    near = jnp.where(mask, logits[0], UNSEEN)
-    own = [jnp.where(seen, x, UNSEEN) for seen, x in zip(visible, logits[1], strict=True)]
-    highest = self.layout.joined([x.max(axis=-1, initial=UNSEEN) for x in own])
-    top = jax.lax.stop_gradient(jnp.maximum(near.max(axis=-1), highest))
-    near = jnp.exp(near - top[..., None])
-    own = [jnp.exp(x - of[..., None]) for x, of in zip(own, self.layout.heads_of(top), strict=True)]
-    return _Weights(near, own, 1 / (near.sum(axis=-1) + self.layout.joined([x.sum(axis=-1) for x in own])))
-
-  def _out(self, weights: _Weights, values) -> jax.Array:
-    """Returns the sum of the values by their weights, [B, c, H, V]."""
-    dtype, wide = values[0].dtype, weights.share.dtype
-    product = functools.partial(jnp.einsum, "bapcrs,bapsv->bapcrv", preferred_element_type=wide)
-    own = [product(x.astype(dtype), v) for x, v in zip(weights.own, values[1], strict=True)]
-    out = (product(weights.near.astype(dtype), values[0]) + self.layout.joined(own)) * weights.share[..., None]
-    out = out.astype(dtype).transpose(0, 3, 1, 2, 4, 5)
-    return out.reshape(*out.shape[:2], -1, out.shape[-1])
-
-  def _scored(self, weights: _Weights, counts_Bc, kept: Kept, seen_BSG) -> tuple[Kept, jax.Array]:
-    """Adds to the scores the attention that tokens receive from the queries that count."""
-    weights = jax.lax.stop_gradient(weights)
-    share = weights.share * counts_Bc[:, None, None, :, None].astype(weights.share.dtype)
-    received = functools.partial(jnp.einsum, "bapcrs,bapcr->baps")
-    near = received(weights.near, share)[..., self.sinks :]
-    seen = seen_BSG + near.reshape(len(near), -1, near.shape[-1]).swapaxes(1, 2).astype(seen_BSG.dtype)
-    own = [received(x, of) for x, of in zip(weights.own, self.layout.heads_of(share), strict=True)]
-    whole = jnp.concatenate([x.reshape(*x.shape[:2], -1) for x in own], axis=-1)
-    return kept._replace(score=kept.score + whole.astype(kept.score.dtype)), seen
-
-  def _choice(self, kept: Kept, seen, key_BX, end_B1, first_B1, any_B) -> _Choice:
-    """Finds which of the C tokens that leave the window take the slots of tokens that are worth less."""
-    chunk, extent = self.chunk, key_BX.shape[1]
-    token = end_B1 + 1 - self.window - chunk + jnp.arange(chunk)
-    first_column = (token[:, :1] - key_BX[:, :1]) % extent  # of a ring, slot 0 holds a multiple of its extent
-
-    def worth(score, token, valid):
-      return jnp.where(valid, score / (end_B1[..., None] + 1 - token).astype(score.dtype), -1.0)
-
-    leaving = (first_column + jnp.arange(chunk)) % extent
-    fresh = self._by_pattern(taken(seen, leaving).swapaxes(1, 2))
-    new = worth(fresh.reshape(len(fresh), -1, chunk), token[:, None], (token - first_B1 >= self.sinks)[:, None])
-    old = self.layout.by_head(worth(kept.score, kept.token, kept.token >= first_B1[..., None]), jnp.inf)
-    # The C that are worth least go; of equals those that leave the window.
-    _, lost = jax.lax.top_k(-jnp.concatenate([new.reshape(fresh.shape), old], axis=-1), chunk)
-    stays = ~(lost[..., None, :] == jnp.arange(chunk)[:, None]).any(axis=-1)
-    freed = lost >= chunk
-    paired = stays[..., None, :] & (jnp.cumsum(freed, axis=-1)[..., None] == jnp.cumsum(stays, axis=-1)[..., None, :])
-    source = jnp.argmax(paired, axis=-1).astype(jnp.int32)
-    slot = jnp.asarray(self.layout.begins)[:, None] + lost - chunk
-    slot = jnp.where(freed & any_B[:, None, None, None], slot, self.layout.slots)
-    column = (first_column[:, None, None] + source) % extent
-    return _Choice(end_B1, first_B1, column, (token[:, None, None, :1] + source).astype(jnp.int32), slot, stays)
-
-  def _chosen(self, kept: Kept, choice: _Choice, any_B, text, seen) -> Kept:
-    """Returns what is retained after a choice."""
-    near = [x[:, self.sinks :] for x in text]
-    k, v, score = (self._put(x, choice, y) for x, y in zip((kept.k, kept.v, kept.score), (*near, seen), strict=True))
-    token = self._write(kept.token, choice, choice.token)
-    if self.far is not None:
-      far, first = self.far, choice.first_B1[..., None]
-      distance = choice.end_B1[..., None] - token
-      crossed = any_B[:, None, None] & (token >= first) & (distance >= far.least) & (distance < far.least + self.chunk)
-      position = jnp.where(crossed, token - first, 0)
-      bare = jax.lax.cond(crossed.any(), lambda k: far.without_rope(k, position), lambda k: k, k)
-      k = jnp.where(crossed[..., None], bare, k)
-    return Kept(k, v, token, score)
-
-  def _put(self, x_BAS: jax.Array, choice: _Choice, text_BXG: jax.Array, *, add: bool = False) -> jax.Array:
-    """Writes to their slots the entries of a text of the tokens that take one."""
-    text = self._by_pattern(text_BXG.swapaxes(1, 2))
-    column = choice.column.reshape(*choice.column.shape, *[1] * (text.ndim - 4))
-    return self._write(x_BAS, choice, jnp.take_along_axis(text, column, axis=3), add=add)
-
-  @staticmethod
-  def _write(x_BAS: jax.Array, choice: _Choice, new_BAPC: jax.Array, *, add: bool = False) -> jax.Array:
-    batch, repeats = x_BAS.shape[:2]
-    at = x_BAS.at[
-      jnp.arange(batch)[:, None, None], jnp.arange(repeats)[:, None], choice.slot.reshape(batch, repeats, -1)
-    ]
-    new = new_BAPC.reshape(batch, repeats, -1, *x_BAS.shape[3:]).astype(x_BAS.dtype)
-    return at.add(new, mode="drop") if add else at.set(new, mode="drop")
-
-  def _stayed(self, choice: _Choice, key_BX: jax.Array) -> jax.Array:
-    """Returns whether each token of a text left the window at the choice and was retained, [B, A, P, X]."""
-    number = key_BX - (choice.end_B1 + 1 - self.window - self.chunk)
-    stays = jnp.pad(choice.stays, [(0, 0)] * 3 + [(0, 1)])
-    number = jnp.where((number >= 0) & (number < self.chunk), number, self.chunk)
-    return jnp.take_along_axis(stays, number[:, None, None], axis=-1)

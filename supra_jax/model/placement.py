@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from collections.abc import Sequence
 from typing import Any, cast
@@ -77,14 +78,21 @@ def param_specs(params: Any, mesh: Mesh) -> Any:
 
 
 def state_shardings(state: DecodeState, config: ModelConfig, mesh: Mesh | jax.sharding.AbstractMesh) -> DecodeState:
-  """Returns the sharding of each array of a model's state, in a state like `state`; see `Mixer.STATE_AXES`."""
+  """Returns the sharding of each array of a model's state, in a state like `state`; see `Mixer.STATE_AXES`.
+
+  Raises:
+    ValueError: a mesh axis does not divide a dimension.
+  """
 
   def of(*axes: str | None) -> Any:
     return NamedSharding(mesh, dimensions_spec(*axes, mesh=mesh, rows=state.cached.shape[0]))
 
   def of_layer(held: MixerState, layer: MixerConfig) -> MixerState:
     axes = mixer_class(layer.mixer).STATE_AXES
-    made = {name: jax.tree.map(lambda _, name=name: of(*axes[name]), getattr(held, name)) for name in axes}
+    made = {name: of(*axes[name]) for name in axes}
+    for name, sharding in made.items():
+      cuts = f"{name} of the state of {layer.mixer} layers"
+      _check_cuts(cuts, getattr(held, name).shape, sharding.spec, mesh, " Or linearize its teacher with this --mesh.")
     return dataclasses.replace(held, **made)
 
   layers = tuple(of_layer(held, layer) for held, layer in zip(state.layers, config.layers, strict=True))
@@ -102,11 +110,16 @@ def constrain_state(state: DecodeState, config: ModelConfig) -> DecodeState:
   return state if mesh.empty else jax.lax.with_sharding_constraint(state, state_shardings(state, config, mesh))
 
 
-def _check_cuts(name: str, shape: Sequence[int], spec: PartitionSpec, mesh: Mesh) -> None:
+def _check_cuts(
+  name: str, shape: Sequence[int], spec: PartitionSpec, mesh: Mesh | jax.sharding.AbstractMesh, more: str = ""
+) -> None:
   for size, axis in zip(shape, spec, strict=False):
-    if axis is not None and size % mesh.shape[axis]:
+    axes = axis if isinstance(axis, tuple) else (axis,) if axis is not None else ()
+    parts = math.prod(mesh.shape[axis] for axis in axes)
+    if size % parts:
+      told = ",".join(f"{axis}:{mesh.shape[axis]}" for axis in axes)
       raise ValueError(
-        f"{name} {tuple(shape)}: {axis}:{mesh.shape[axis]} does not divide {size}. Choose another mesh for this model."
+        f"{name} {tuple(shape)}: {told} does not divide {size}. Choose another mesh for this model.{more}"
       )
 
 

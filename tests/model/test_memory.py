@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from supra_jax.model import presets
-from supra_jax.model.bounded_attention import Far, Where, attend, empty_slots
+from supra_jax.model.bounded_attention import Where, attend, empty_slots
+from supra_jax.model.bounded_block import Far
 from supra_jax.model.mixers.memory import MemoryConfig
 from supra_jax.model.registry import layer
 from supra_jax.model.slot_layout import Layout
@@ -143,6 +144,8 @@ def test_a_memory_of_the_whole_text_is_softmax_attention(random_params):
     return np.asarray(jax.jit(lambda p, t: model.apply({"params": p}, t, method="logits")[0])(params, tokens))
 
   whole = logits(layer("softmax"))
-  np.testing.assert_allclose(logits(layer("memory", window=30, retained=(0,))), whole, atol=1e-4)
-  np.testing.assert_allclose(logits(layer("memory", window=4, retained=(26,), chunk=8)), whole, atol=1e-4)
+  np.testing.assert_allclose(logits(layer("memory", window=30, retained=(0,), state_dtype="float32")), whole, atol=1e-4)
+  np.testing.assert_allclose(
+    logits(layer("memory", window=4, retained=(26,), chunk=8, state_dtype="float32")), whole, atol=1e-4
+  )
   assert np.abs(logits(layer("memory", window=4, retained=(4,), chunk=8)) - whole).max() > 1e-2

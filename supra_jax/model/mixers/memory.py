@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 
 from supra_jax.core.schema import POSITIVE, AtLeast, check
-from supra_jax.model.bounded_attention import Far, Slots, Where, attend, empty_slots
+from supra_jax.model.bounded_attention import Slots, Where, attend, empty_slots
+from supra_jax.model.bounded_block import Far
 from supra_jax.model.config import ModelConfig
 from supra_jax.model.mixers.base import Context, MixerState, Projections, side_by_side
 from supra_jax.model.mixers.softmax import attention_flops
@@ -33,6 +34,8 @@ class MemoryConfig(MixerConfig):
       for a pattern of P heads that is repeated.
     sinks: N, number of first tokens of the document that all heads hold (Xiao et al. 2023, arXiv 2309.17453).
     chunk: C, tokens of the document between two choices of what is held on. Tokens since the last choice are seen too.
+    score: what makes a token worth holding on: the attention it received; or random numbers, which shows what the first
+      is worth.
     state_dtype: dtype in which the state holds keys and values, unless the program names another.
   """
 
@@ -40,6 +43,7 @@ class MemoryConfig(MixerConfig):
   retained: tuple[Annotated[int, AtLeast(0)], ...] = (96,)
   sinks: Annotated[int, AtLeast(0)] = 4
   chunk: Annotated[int, POSITIVE] = 16
+  score: Literal["attention", "random"] = "attention"
   state_dtype: Literal["bfloat16", "float32"] = "bfloat16"
 
   def __post_init__(self):
@@ -122,7 +126,8 @@ class MemoryAttention(Projections):
     where = Where(context.index[:, 0], count, context.first, state is None and context.segment_ids is None)
     slots = self._empty(batch) if state is None else Slots(*(getattr(state, name) for name in Slots._fields))
     told = self.layer
-    out, slots = attend(q, k, v, slots, where, told.layout, sinks=told.sinks, chunk=told.chunk, far=far)
+    how: dict[str, Any] = {"sinks": told.sinks, "chunk": told.chunk, "far": far, "at_random": told.score == "random"}
+    out, slots = attend(q, k, v, slots, where, told.layout, **how)
     return {"o_proj": side_by_side(out)}, MemoryState(**slots._asdict())
 
   @nn.nowrap
