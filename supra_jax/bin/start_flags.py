@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 from absl import flags
 
@@ -32,9 +31,7 @@ _MESHED = {"calibrated": ["mesh"], "memory": ["mesh"]}
 def define() -> Callable[[], Start]:
   """Defines the flags; returns a function that makes the start of them."""
   method = flags.DEFINE_enum("method", None, list(STARTS), _METHOD)
-  parser: Any = flags.ArgumentParser()
-  parser.parse = parse_bytes
-  size: flags.FlagHolder = flags.DEFINE(parser, "state_bytes", None, _BYTES)
+  size = flags.DEFINE_string("state_bytes", None, _BYTES)
   tokens = flags.DEFINE_integer("state_tokens", None, _TOKENS, lower_bound=1)
   flags.DEFINE_integer("runs", None, _RUNS, lower_bound=1)
   flags.DEFINE_enum("state_dtype", None, ["bfloat16", "float32"], _DTYPE)
@@ -52,6 +49,8 @@ def define() -> Callable[[], Start]:
     sized = size.present or tokens.present
     if size.present and tokens.present:
       raise ValueError("--state_bytes and --state_tokens both say how large the state is: wanted one of them.")
+    if isinstance(size.value, str):
+      flags.FLAGS[size.name].value = parse_bytes(size.value)
     if method.value is None:
       flags.FLAGS[method.name].value = Memory.method if sized else Window.method
     return given(STARTS, method, _FIELDS, _MESHED, _NEEDS)
