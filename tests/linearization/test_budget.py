@@ -109,3 +109,46 @@ def test_the_program(tmp_path, random_params):
     refused = run(f"--output={tmp_path}/refused", *flags)
     assert refused.returncode != 0 and message in refused.stderr, (flags, refused.stderr)
     assert not (tmp_path / "refused").exists()
+
+
+INSIDE = """
+import jax, numpy as np
+from supra_jax.core.sharding import make_mesh
+from supra_jax.linearization.budget import remembered
+from supra_jax.linearization.starts import Memory
+from supra_jax.model import presets
+from supra_jax.model.placement import param_shardings, placed
+from supra_jax.model.transformer import Transformer
+
+config = presets.tiny("softmax").replace(num_heads=8, num_kv_heads=4, vocab_size=96)
+params = Transformer(config).init(jax.random.key(0), np.zeros((1, 4), int), method="logits")["params"]
+rows = [{"tokens": np.random.default_rng(0).integers(0, 96, (2, 65)).astype(np.int32)}]
+tokens = np.arange(48).reshape(1, 48)
+logits = {}
+for text in ("fsdp:2", "tensor:2"):
+  mesh = make_mesh(text)
+  with jax.set_mesh(mesh):
+    theirs = jax.device_put(params, param_shardings(params, mesh))
+    new, made, _ = remembered((theirs, config), Memory(chunk=2, state_tokens=30, state_dtype="float32"), rows, mesh, range(2))
+    model = Transformer(made)
+    state = placed(model.init_state(1, 0), made, mesh)
+    read = jax.jit(lambda p, t, s: model.apply({"params": p}, t, s, method="logits")[0])
+    logits[text] = np.asarray(read(new, tokens, state))
+    # On one device the same parameters say the same.
+    alone = Transformer(made).apply({"params": jax.device_get(new)}, tokens, method="logits")[0]
+    np.testing.assert_allclose(logits[text], np.asarray(alone), atol=1e-4)
+  if text == "fsdp:2":
+    assert any(len(set(layer.retained)) > 1 and len(layer.retained) == 4 for layer in made.layers), made.layers
+    try:
+      placed(model.init_state(1, 0), made, make_mesh("tensor:2"))
+      raise SystemExit("not refused")
+    except ValueError as error:
+      assert "tensor:2 does not divide 1" in str(error) and "linearize its teacher with this --mesh" in str(error), error
+  else:
+    assert all(len(layer.retained) <= 2 for layer in made.layers), made.layers
+"""
+
+
+def test_on_a_mesh():
+  """Sizes are found on a mesh, and the heads of each divide by `tensor`; a mesh that does not divide them is refused."""
+  programs.succeeds_on_devices(2, "-c", INSIDE)
