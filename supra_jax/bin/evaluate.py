@@ -14,8 +14,8 @@ from supra_jax.bin.implementation import with_implementation
 from supra_jax.core.plain_json import check_output, write_json
 from supra_jax.evaluation.perplexity import evaluate_text
 
-_load = model_flags.define()
 _run_tasks = task_flags.define()
+_load = model_flags.define(unless="fetch_only")
 _how = text_flags.define()
 _INPUT = flags.DEFINE_string(
   "input", None, "Text to evaluate on: glob of .txt, .jsonl[.gz|.zst] or .parquet, or pydoc:topics."

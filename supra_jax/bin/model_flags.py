@@ -17,10 +17,17 @@ _MESH = (
 )
 
 
-def define() -> Callable[[], LM]:
-  """Defines the flags, and returns a function that loads the model that they name."""
-  checkpoint = flags.DEFINE_string("checkpoint", None, "Model directory.", required=True)
+def define(*, unless: str | None = None) -> Callable[[], LM]:
+  """Defines the flags, and returns a function that loads the model that they name.
+
+  Args:
+    unless: name of a boolean flag; if it is given, no model is wanted.
+  """
+  checkpoint = flags.DEFINE_string("checkpoint", None, "Model directory.", required=unless is None)
+  if unless is not None:
+    names = ["checkpoint", unless]
+    flags.register_multi_flags_validator(names, lambda told: any(told.values()), f"wanted --checkpoint, or --{unless}.")
   dtype = flags.DEFINE_enum("dtype", None, DTYPES, "Dtype of parameters and computation. Default: as stored.")
   quantize = flags.DEFINE_enum("quantize", None, ["int8"], "int8 keeps all matrices in 8 bits. Default: as --dtype.")
   mesh = flags.DEFINE_string("mesh", None, _MESH)
-  return lambda: supra_jax.load(checkpoint.value, dtype.value, mesh=mesh.value, quantize=quantize.value)
+  return lambda: supra_jax.load(str(checkpoint.value), dtype.value, mesh=mesh.value, quantize=quantize.value)
