@@ -90,14 +90,14 @@ def step_flops_per_token(config: ModelConfig, sequence_length: int, teacher: Mod
   return own if teacher is None else own + train_flops_per_token(teacher, sequence_length) / 3
 
 
-def state_bytes(config: ModelConfig, tokens: int, dtype: Any = jnp.bfloat16) -> int:
+def state_bytes(config: ModelConfig, tokens: int, dtype: Any = None) -> int:
   """Returns the size in bytes of a model's state for one sequence.
 
   Args:
     config: config of the model.
     tokens: number of tokens that the state has room for.
-    dtype: dtype of the keys and values in the state, unless a layer's config names one; the state of linear attention
-      is always float32.
+    dtype: dtype of the keys and values in the state; the state of linear attention is always float32. None: what the
+      layer's config names, bfloat16 if it names none.
   """
   return sum(state_bytes_by_part(config, tokens, dtype).values())
 
@@ -111,12 +111,13 @@ def sequence_bytes(config: ModelConfig, tokens: int) -> int:
   return state_bytes(config, tokens) + counters + config.hidden_size * jnp.dtype("float32").itemsize
 
 
-def state_bytes_by_part(config: ModelConfig, tokens: int, dtype: Any = jnp.bfloat16) -> dict[str, int]:
+def state_bytes_by_part(config: ModelConfig, tokens: int, dtype: Any = None) -> dict[str, int]:
   """Returns {part: size in bytes} of a model's state, summed over all layers, for the parts that `Mixer.PARTS` names.
 
   For the arguments see `state_bytes`.
   """
-  states = jax.eval_shape(lambda: Transformer(config, dtype).init_state(1, tokens).layers)
+  model = Transformer(config, jnp.bfloat16, state_dtype=dtype)
+  states = jax.eval_shape(lambda: model.init_state(1, tokens).layers)
   parts: dict[str, int] = {}
   for layer, state in zip(config.layers, states, strict=True):
     for part, fields in mixer_class(layer.mixer).PARTS.items():
