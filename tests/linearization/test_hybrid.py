@@ -256,9 +256,9 @@ def test_the_default_is_a_window_and_needs_no_text(tmp_path, teacher):
   ("method", "flag", "applies"),
   [
     ("random", "keep_softmax=1", "calibrated"),
-    ("calibrated", "window=16", "window"),
-    ("window", "seed=1", "calibrated and random"),
-    ("identity", "mesh=fsdp:1", "calibrated"),
+    ("calibrated", "window=16", "window and memory"),
+    ("window", "seed=1", "memory and calibrated and random"),
+    ("identity", "mesh=fsdp:1", "memory and calibrated"),
   ],
 )
 def test_a_flag_of_another_method_is_refused(tmp_path, teacher, method, flag, applies):
