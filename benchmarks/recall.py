@@ -144,12 +144,12 @@ def plot(reports: dict[str, dict[str, Any]], path: Path) -> None:
   for axes in (left, right):
     axes.set_xscale("log", base=2)
     axes.spines[["top", "right"]].set_visible(False)
-  left.legend(frameon=False, fontsize=7)
+  figure.legend(*left.get_legend_handles_labels(), loc="outside right upper", frameon=False, fontsize=7)
   figure.savefig(path)
 
 
 def _curves(reports: dict[str, dict[str, Any]]) -> Iterator[tuple[str, str, list, list]]:
-  first = True
+  first, drawn = True, set()
   for name, found in reports.items():
     for role in [MODEL, EQUAL, *([TEACHER] if first and TRANSFORMER not in reports else [])]:
       if role in found["models"] and not (name == TRANSFORMER and role != MODEL):
@@ -157,7 +157,11 @@ def _curves(reports: dict[str, dict[str, Any]]) -> Iterator[tuple[str, str, list
         shares: dict[int, list[float]] = {}
         for line in itertools.chain.from_iterable(found["recall"].values()):
           shares.setdefault(line["distance"], []).append(line["models"][role]["right"])
-        label = {MODEL: name, TEACHER: TEACHER, EQUAL: f"{name}: {EQUAL}"}[role]
+        window = found["loss"]["against"].get(role, {}).get("window")
+        label = {MODEL: name, TEACHER: TEACHER, EQUAL: f"window of as many bytes, {window} tokens"}[role]
+        if label in drawn:
+          continue
+        drawn.add(label)
         style = "--" if role == EQUAL else "-"
         yield label, style, repeats, [(distance, float(np.mean(x))) for distance, x in sorted(shares.items())]
     first = False
