@@ -19,6 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 from scipy.optimize import linear_sum_assignment
 
+from supra_jax.core.sharding import constrain
+from supra_jax.linearization.calibrate import Report
 from supra_jax.linearization.hybrid import embed, outside_layers
 from supra_jax.model.config import ModelConfig
 from supra_jax.model.layers import Norm, at_least_float32
@@ -49,7 +51,9 @@ def head_errors(
   teacher: tuple[Mapping[str, Any], ModelConfig],
   choices: Sequence[MemoryConfig],
   batches: Sequence[Mapping[str, Any]],
-  report: Any = None,
+  *,
+  dtype: Any = jnp.float32,
+  report: Report | None = None,
 ) -> np.ndarray:
   """Returns the share of the stream that each head loses with each of the choices, float64 [L, G, choices].
 
@@ -57,10 +61,14 @@ def head_errors(
     teacher: (parameters, one subtree per layer, and config) of the softmax model.
     choices: memories whose heads are all of one size.
     batches: rows to read: "tokens" int32 [rows, T + 1], and "segment_ids" if documents are kept apart.
+    dtype: dtype of the computation.
     report: called after each layer, with the largest of its errors.
+
+  Raises:
+    ValueError: activations are not finite.
   """
   params, config = teacher
-  model = Transformer(config)
+  model = Transformer(config, jnp.dtype(dtype))
   totals = np.zeros((config.num_layers, config.num_kv_heads, len(choices)))
   ends = outside_layers(params)
   streams = [embed(model, ends, batch) for batch in batches]
@@ -68,8 +76,10 @@ def head_errors(
     for i, batch in enumerate(batches):
       streams[i], lost = _lost(model, layer, tuple(choices), params[f"layers_{number}"], streams[i], batch)
       totals[number] += np.asarray(lost, np.float64)
+    worst = float(totals[number].max() / len(batches))
+    if not np.isfinite(worst):
+      raise ValueError(f"Sizes of heads cannot be measured: activations of layer {number} are not finite.")
     if report is not None:
-      worst = float(totals[number].max() / len(batches))
       report(number, config.num_layers, worst, f"heads of layer {number} lose up to {worst:.1%}")
   return totals / len(batches)
 
@@ -97,7 +107,7 @@ def _lost(model: Transformer, layer: MixerConfig, choices: tuple[MemoryConfig, .
     missing_BTGD = jnp.einsum("btgf,gfd->btgd", whole - said(choice), kernel)
     lost.append(jnp.mean(jnp.mean(missing_BTGD**2, axis=-1) * weight_BT[..., None], axis=(0, 1)))
   x_BTD = Block(c, layer, model.dtype).apply({"params": params}, x_BTD, None, context)[0]
-  return x_BTD, jnp.stack(lost, axis=-1)
+  return x_BTD, constrain(jnp.stack(lost, axis=-1), None, None)  # whole on each process
 
 
 def allotted(errors: np.ndarray, sizes: Sequence[int], tokens: float, *, runs: int, repeats: int = 1) -> Allotment:

@@ -55,7 +55,7 @@ def remembered(
   sizes = sorted({int(share * tokens / whole) * whole for share in SHARES})
   choices = [dataclasses.replace(common, retained=(size,)) for size in sizes]
   placed = [{name: x[0] for name, x in put_batch(batch, mesh).items()} for batch in batches]
-  errors = head_errors(teacher, choices, placed, report)[list(chosen)]
+  errors = head_errors(teacher, choices, placed, dtype=start.dtype, report=report)[list(chosen)]
   # RoPE by the number of a head forbids another order.
   repeats = teacher[1].num_kv_heads if teacher[1].rope.kind == "by_head" else mesh.shape.get("tensor", 1)
   found = allotted(errors, sizes, tokens, runs=start.runs or len(chosen), repeats=repeats)

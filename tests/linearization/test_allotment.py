@@ -68,6 +68,11 @@ def test_a_head_that_holds_all_loses_nothing(random_params):
   errors = head_errors((params, config), choices, batches)
   assert errors.shape == (config.num_layers, config.num_kv_heads, 3)
   assert (errors[..., 2] < 1e-9).all() and (errors[..., :2] > 1e-5).all()
+  rough = head_errors((params, config), choices[:2], batches, dtype="bfloat16")
+  np.testing.assert_allclose(rough, errors[..., :2], rtol=0.1, atol=1e-3)
+  spoilt = jax.tree.map(lambda x: x.at[0].set(np.nan), params)
+  with pytest.raises(ValueError, match="activations of layer 0 are not finite"):
+    head_errors((spoilt, config), choices, batches)
 
 
 @pytest.mark.parametrize("changes", [{}, {"qkv_bias": True, "output_bias": True, "qk_norm": "all_heads"}])
