@@ -98,6 +98,8 @@ def within(start: Memory, config: ModelConfig, chosen: Sequence[int]) -> tuple[M
   tokens = budget / a_token
   window = start.window or max(8, int(tokens / 6 / 8) * 8)
   chunk = start.chunk or (8 if tokens < FEW_TOKENS else 16)
+  if start.window is None and config.sliding_window is not None:
+    window = max(min(window, config.sliding_window - chunk), 1)
   common = MemoryConfig(window=window, sinks=start.sinks, chunk=chunk, retained=(0,), state_dtype=start.state_dtype)
   least, with_one = held(common), held(dataclasses.replace(common, retained=(1,)))
   if budget < least:

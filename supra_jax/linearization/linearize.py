@@ -93,6 +93,8 @@ def linearize(
     raise ValueError(f"start={start!r}: wanted one of {', '.join(f'{kind.__name__}()' for kind in STARTS.values())}.")
   chosen = _chosen_layers(config, layers)
   layer = start.layer(make_layer(mixer) if isinstance(mixer, str) else mixer)
+  if isinstance(start, Memory):
+    layer, _ = within(start, config, chosen)
   if mixer_class(layer.mixer).begin is None:
     raise ValueError(f"The mixer {layer.mixer!r} cannot take over a trained layer: it is for models from scratch.")
   if refusal := mixer_class(layer.mixer).refusal(config, layer):
@@ -105,7 +107,6 @@ def linearize(
     mesh = make_mesh() if mesh is None else mesh
   if isinstance(start, Memory):
     assert mesh is not None
-    within(start, config, chosen)  # before anything is read
     with jax.set_mesh(mesh):
       batches = read_batches(start, tokenizer, config.vocab_size, mesh)
       new, new_config, more = remembered(teacher, start, batches, mesh, chosen, progress)

@@ -15,6 +15,7 @@ from supra_jax.linearization.linearize import linearize
 from supra_jax.linearization.starts import Memory
 from supra_jax.model import presets
 from supra_jax.model.costs import sequence_bytes
+from supra_jax.model.registry import mixer_class
 from supra_jax.model.stacking import stacks
 from supra_jax.model.transformer import Transformer
 from supra_jax.storage.model_directory import save_model
@@ -65,8 +66,20 @@ def test_what_does_not_fit(random_params):
   with pytest.raises(ValueError, match="makes memory layers"):
     linearize({}, TEACHER, Memory(), mixer="supra")
   sliding = TEACHER.replace(sliding_window=16)
-  with pytest.raises(ValueError, match="sees 16 tokens"):
+  with pytest.raises(ValueError, match="sees 16 tokens, fewer than the last 17 of a memory"):
     linearize(random_params(TEACHER), sliding, Memory())
+
+
+def test_a_teacher_with_a_sliding_window(random_params):
+  """Its memory goes beyond that window, but sees nothing from further away."""
+  config = TEACHER.replace(sliding_window=40)
+  mesh = make_mesh(devices=jax.devices()[:1])
+  with jax.set_mesh(mesh):
+    _, made, _ = remembered((random_params(config), config), Memory(state_tokens=300), batches(), mesh, range(2))
+  layer = made.layers[0]
+  assert layer.window + layer.chunk <= 40 and max(layer.retained) > 40
+  assert mixer_class("memory").reach(made, layer) == layer.window + 3 * layer.chunk + layer.sinks
+  assert mixer_class("memory").reach(made.replace(sliding_window=4096), layer) == 4095
 
 
 def test_heads_that_rope_tells_apart_keep_their_order(random_params):

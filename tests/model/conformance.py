@@ -88,6 +88,7 @@ EXAMPLES["memory"] = [
     num_heads=4,
     num_kv_heads=2,
     value_head_dim=4,
+    max_positions=6,  # the first layer meets tokens that are further away
   ),
 ]
 

@@ -142,11 +142,13 @@ class MemoryAttention(Projections):
   def reach(cls, config: ModelConfig, layer: Any) -> int | None:
     """Returns the largest position that q is rotated to when it meets sinks and far tokens; None: any position.
 
-    It is the largest distance between two tokens that the teacher has seen in training, but more than what is near.
+    It is the largest distance between two tokens that the teacher's attention has seen in training, but more than what
+    is near.
     """
-    if config.max_positions is None or config.rope.kind not in ("half", "interleaved"):
+    limits = [limit for limit in (config.max_positions, config.sliding_window) if limit is not None]
+    if not limits or config.rope.kind not in ("half", "interleaved"):
       return None
-    return max(config.max_positions - 1, layer.window + 3 * layer.chunk + layer.sinks)
+    return max(min(limits) - 1, layer.window + 3 * layer.chunk + layer.sinks)
 
   @classmethod
   def flops(cls, config: ModelConfig, layer: Any, tokens: int) -> float:
@@ -160,9 +162,10 @@ class MemoryAttention(Projections):
         f"retained has {len(layer.retained)} numbers, which do not divide {config.num_kv_heads} key/value heads: "
         "wanted one number for all, or a pattern that is repeated."
       )
-    if config.sliding_window is None:
+    near = layer.window + layer.chunk
+    if config.sliding_window is None or near <= config.sliding_window:
       return None
-    return f"The teacher's own softmax sees {config.sliding_window} tokens, which a memory goes beyond: take a window."
+    return f"The teacher's own softmax sees {config.sliding_window} tokens, fewer than the last {near} of a memory."
 
   @classmethod
   def begin(cls, drawn: Mapping[str, Any], start: Any) -> Mapping[str, Any]:
