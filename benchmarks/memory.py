@@ -11,7 +11,6 @@ and a plot.
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from matplotlib.figure import Figure
 
 import supra_jax
 from benchmarks.machine import described as machine
-from benchmarks.recall import Cells
+from benchmarks.recall import Cells, keep_recipe, rounded_losses
 from supra_jax.bin.entry import run
 from supra_jax.core.plain_json import to_json
 from supra_jax.core.sharding import make_mesh
@@ -82,7 +81,7 @@ def plot(found: dict[int, dict[str, Any]], path: Path) -> None:
   figure = Figure(figsize=(11, 4.2), dpi=150, layout="constrained")
   FigureCanvasAgg(figure)
   left, right = figure.subplots(1, 2)
-  ways = list(dict.fromkeys(way for at in found.values() for way in at["bytes"] if way != TEACHER))
+  ways = list(dict.fromkeys(way for at in found.values() for way in at["bytes"]))
   for way in ways:
     points = sorted(
       (at["bytes"][way] / 1e6, at["loss"]["all"]["loss"][way]) for at in found.values() if way in at["bytes"]
@@ -113,8 +112,6 @@ def table(found: dict[int, dict[str, Any]]) -> str:
   lines.append("| --- | --- | --- | --- | --- | --- | --- |")
   for tokens, at in found.items():
     for way, size in at["bytes"].items():
-      if way == TEACHER:
-        continue
       row = [f"{tokens}", way, f"{size:,}", f"{at['loss']['all']['loss'][way]:.4f}"]
       for part in ("all_tokens", "far_repeats", "elsewhere"):
         saved = at[part]["saved"].get(way)
@@ -125,12 +122,7 @@ def table(found: dict[int, dict[str, Any]]) -> str:
 
 def main() -> None:
   workdir = Path(_WORKDIR.value)
-  workdir.mkdir(parents=True, exist_ok=True)
-  recipe = {name: flags.FLAGS[name].value for name in ("teacher", "input", "length", "documents")}
-  kept = workdir / "recipe.json"
-  if kept.exists() and json.loads(kept.read_text()) != recipe:
-    raise ValueError(f"{kept} is of another recipe, {kept.read_text()}: choose another --workdir.")
-  kept.write_text(to_json(recipe))
+  recipe = keep_recipe(workdir, ("teacher", "input", "length", "documents"))
 
   teacher, cells = supra_jax.load(_TEACHER.value), Cells(workdir)
   documents = map(teacher.tokenizer.encode, read_documents(_INPUT.value, _TEXT_KEY.value))
@@ -139,13 +131,11 @@ def main() -> None:
   theirs = reader(teacher, DTYPE)
 
   def losses(name: str, model: Reader) -> np.ndarray:
-    def measure() -> list[list[float]]:
-      return memory_loss.read_losses({name: model}, rows, batch_size=_BATCH.value)[name].round(5).tolist()
-
     jax.clear_caches()
-    return np.array(cells.of(f"losses-{name}", measure), np.float32)
+    return np.array(cells.of(f"losses-{name}", lambda: rounded_losses(model, rows, _BATCH.value)), np.float32)
 
   found: dict[int, dict[str, Any]] = {}
+  back = np.stack([memory_loss.repeat_distances(row) for row in rows])[:, 1:]
   own = losses(TEACHER, theirs)
   for text in _TOKENS.value:
     tokens = int(text)
@@ -154,7 +144,6 @@ def main() -> None:
     if _ONE_SIZE.value:
       models["one size"] = one_size(teacher, tokens)
     read = {TEACHER: own} | {way: losses(f"{way}-{tokens}", model) for way, model in models.items()}
-    back = np.stack([memory_loss.repeat_distances(row) for row in rows])[:, 1:]
     found[tokens] = {
       "bytes": {way: model.bytes(_LENGTH.value) for way, model in models.items()},
       "loss": memory_loss.summary(rows, read, {"window": tokens}),

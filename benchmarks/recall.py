@@ -13,7 +13,7 @@ from __future__ import annotations
 import itertools
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +98,9 @@ def report(name: str, roles: dict[str, Reader], rows: np.ndarray, planted: dict,
   how: dict[str, Any] = {"batch_size": _BATCH.value}
   windows = {role: last_tokens(roles[role]) for role in (EQUAL, OWN) if role in roles}
   losses = {
-    role: np.array(cells.of(f"losses-{key(name, role, reader)}", lambda r=reader: r_losses(r, rows)), np.float32)
+    role: np.array(
+      cells.of(f"losses-{key(name, role, reader)}", lambda r=reader: rounded_losses(r, rows, _BATCH.value)), np.float32
+    )
     for role, reader in roles.items()
   }
   found: dict[str, Any] = {
@@ -122,9 +124,24 @@ def report(name: str, roles: dict[str, Reader], rows: np.ndarray, planted: dict,
   return found
 
 
-def r_losses(reader: Reader, rows: np.ndarray) -> list[list[float]]:
+def rounded_losses(reader: Reader, rows: np.ndarray, batch_size: int) -> list[list[float]]:
   """Returns the losses of one model, rounded to what a plot or a mean of thousands can show."""
-  return memory_loss.read_losses({MODEL: reader}, rows, batch_size=_BATCH.value)[MODEL].round(5).tolist()
+  return memory_loss.read_losses({MODEL: reader}, rows, batch_size=batch_size)[MODEL].round(5).tolist()
+
+
+def keep_recipe(workdir: Path, names: Sequence[str]) -> dict[str, Any]:
+  """Returns {name: value} of the flags that cells depend on, and keeps them in the work directory, which it makes.
+
+  Raises:
+    ValueError: the directory's cells are of other values.
+  """
+  workdir.mkdir(parents=True, exist_ok=True)
+  recipe = {name: flags.FLAGS[name].value for name in names}
+  kept = workdir / "recipe.json"
+  if kept.exists() and json.loads(kept.read_text()) != recipe:
+    raise ValueError(f"{kept} is of another recipe, {kept.read_text()}: choose another --workdir.")
+  kept.write_text(to_json(recipe))
+  return recipe
 
 
 def plot(reports: dict[str, dict[str, Any]], path: Path) -> None:
@@ -169,15 +186,8 @@ def _curves(reports: dict[str, dict[str, Any]]) -> Iterator[tuple[str, str, list
 
 def main() -> None:
   workdir = Path(_WORKDIR.value)
-  workdir.mkdir(parents=True, exist_ok=True)
-  recipe = {
-    name: flags.FLAGS[name].value
-    for name in ("teacher", "input", "length", "documents", "distances", "kind", "items", "state_dtype")
-  }
-  kept = workdir / "recipe.json"
-  if kept.exists() and json.loads(kept.read_text()) != recipe:
-    raise ValueError(f"{kept} is of another recipe, {kept.read_text()}: choose another --workdir.")
-  kept.write_text(to_json(recipe))
+  names = ("teacher", "input", "length", "documents", "distances", "kind", "items", "state_dtype")
+  recipe = keep_recipe(workdir, names)
 
   teacher, lms, cells = supra_jax.load(_TEACHER.value), models(workdir), Cells(workdir)
   documents = map(teacher.tokenizer.encode, read_documents(_INPUT.value, _TEXT_KEY.value))

@@ -27,16 +27,13 @@ flags.DEFINE_enum("feature_map", "dense", typing.get_args(FeatureMapKind), "Shap
 _DECAY = flags.DEFINE_enum("decay", "lightning", typing.get_args(Decay), "Decay of the heads.")
 _DECAY_START = flags.DEFINE_float("decay_start", None, "First lightning slope. Default: the series' own ratio.")
 flags.DEFINE_bool("qk_norm", False, "Normalise phi(q) and phi(k) before RoPE.")
-_OF_MIXER = ("feature_map", "decay", "decay_start", "qk_norm")
 
 
 def main() -> None:
   start = _START()
   if _DECAY_START.value is not None and _DECAY.value != "lightning":
     raise ValueError(f"--decay_start does not apply to --decay={_DECAY.value}, but to --decay=lightning.")
-  told = {name: flags.FLAGS[name].value for name in _OF_MIXER}
-  if isinstance(start, Memory) and (others := [name for name in _OF_MIXER if flags.FLAGS[name].present]):
-    raise ValueError(f"--{others[0]} does not apply to --method=memory, which has no linear attention.")
+  told = {name: flags.FLAGS[name].value for name in start_flags.OF_MIXER}
   mixer = None if isinstance(start, Memory) else layer("supra", **told)
   how: dict[str, typing.Any] = {"mixer": mixer, "layers": whole_numbers(_LAYERS), "mesh": _MESH.value}
   with shown(enabled=isinstance(start, Reading)) as how["progress"]:

@@ -25,7 +25,9 @@ _READ = f"Tokens to read of the text. Default: calibrated {Calibrated.tokens}, m
 _DATA = "calibrated, memory: text, or directories that prepare_data packed."
 _FIELDS = {"calibration_data": "data", "calibration_tokens": "tokens", "calibrate_mlp": "mlp"}
 _NEEDS = {"measured_tokens": "keep_softmax"}
-_MESHED = {"calibrated": ["mesh"], "memory": ["mesh"]}
+OF_MIXER = ("feature_map", "decay", "decay_start", "qk_norm")  # a memory has no linear attention
+_ALSO: dict[str, list[str]] = {name: [*OF_MIXER] for name in STARTS}
+_ALSO |= {Calibrated.method: [*OF_MIXER, "mesh"], Memory.method: ["mesh"]}
 
 
 def define() -> Callable[[], Start]:
@@ -53,6 +55,6 @@ def define() -> Callable[[], Start]:
       flags.FLAGS[size.name].value = parse_bytes(size.value)
     if method.value is None:
       flags.FLAGS[method.name].value = Memory.method if sized else Window.method
-    return given(STARTS, method, _FIELDS, _MESHED, _NEEDS)
+    return given(STARTS, method, _FIELDS, _ALSO, _NEEDS)
 
   return start

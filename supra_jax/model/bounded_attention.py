@@ -10,15 +10,18 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import flax
 import jax
 import jax.numpy as jnp
 
 from supra_jax.model.bounded_block import Block, Far, Kept
+from supra_jax.model.mixers.base import MixerState
 from supra_jax.model.mixers.supra_window import ring_index, sink_slots, taken
 from supra_jax.model.slot_layout import Layout
 
 
-class Slots(NamedTuple):
+@flax.struct.dataclass
+class MemoryState(MixerState):
   """What a layer holds.
 
   Attributes:
@@ -41,13 +44,13 @@ class Slots(NamedTuple):
 
 def empty_slots(
   batch: int, heads: int, layout: Layout, *, ring: int, sinks: int, widths: tuple[int, int], dtype: Any
-) -> Slots:
+) -> MemoryState:
   """Returns what a layer of G heads holds before any token; `ring` is W + C, `widths` those of keys and values."""
   near = [jnp.zeros((batch, sinks + ring, heads, width), dtype) for width in widths]
   lead = (batch, heads // len(layout.sizes), layout.slots)
   kept = [jnp.zeros((*lead, width), dtype) for width in widths]
   score, kept_score = (jnp.zeros(shape, jnp.float32) for shape in ((batch, ring, heads), lead))
-  return Slots(near[0], near[1], score, kept[0], kept[1], jnp.full(lead, -1, jnp.int32), kept_score)
+  return MemoryState(near[0], near[1], score, kept[0], kept[1], jnp.full(lead, -1, jnp.int32), kept_score)
 
 
 class Where(NamedTuple):
@@ -70,7 +73,7 @@ def attend(
   q_BTHK: jax.Array,
   k_BTGK: jax.Array,
   v_BTGV: jax.Array,
-  held: Slots,
+  held: MemoryState,
   where: Where,
   layout: Layout,
   *,
@@ -78,7 +81,7 @@ def attend(
   chunk: int,
   far: Far | None = None,
   at_random: bool = False,
-) -> tuple[jax.Array, Slots]:
+) -> tuple[jax.Array, MemoryState]:
   """Computes softmax attention over what is held; chooses what is held on every C tokens.
 
   Takes O(T (N + W + M + C)) time. Tokens are read C at a time.
@@ -102,22 +105,22 @@ def attend(
   return read(queries, (k_BTGK, v_BTGV), held, where, sinks=sinks, chunk=chunk, **how)
 
 
-def _read_one(queries, new, held: Slots, where: Where, *, sinks: int, chunk: int, **how):
+def _read_one(queries, new, held: MemoryState, where: Where, *, sinks: int, chunk: int, **how):
   """Does one decoding step: overwrites the oldest ring slot (and a sink slot while position < N), then attends."""
   batch, ring = held.score.shape[:2]
   cached_B1, first_B1, real_B1 = where.cached_B[:, None], where.first_BT, where.count_B[:, None] > 0
   slot, position = cached_B1 % ring, cached_B1 - first_B1
   places = jnp.concatenate([sinks + slot, jnp.where(position < sinks, position, sinks + ring)], axis=1)
   at = jnp.arange(batch)[:, None], jnp.where(real_B1, places, sinks + ring)  # out of range: dropped
-  k, v = (x.at[at].set(token, mode="drop") for x, token in zip(held[:2], new, strict=True))
+  k, v = (x.at[at].set(token, mode="drop") for x, token in zip((held.k, held.v), new, strict=True))
   score = jnp.where((real_B1 & (slot == jnp.arange(ring)))[..., None], 0, held.score)
   key = ring_index(where.cached_B + jnp.minimum(where.count_B, 1), ring)
   read = Block(**how, sinks=sinks, chunk=chunk, window=ring - chunk, size=1, aligned=True)
   out, kept, score = read(queries, (k, v), score, key, first_B1, cached_B1, real_B1, _kept(held))
-  return out, Slots(k, v, score, *kept)
+  return out, MemoryState(k, v, score, *kept)
 
 
-def _read_in_blocks(queries, new, held: Slots, where: Where, *, sinks: int, chunk: int, **how):
+def _read_in_blocks(queries, new, held: MemoryState, where: Where, *, sinks: int, chunk: int, **how):
   """Reads C tokens at a time; a block sees the W + C tokens before it, and the sinks of the block's first document."""
   batch, time = new[0].shape[:2]
   ring = held.score.shape[1]
@@ -131,8 +134,10 @@ def _read_in_blocks(queries, new, held: Slots, where: Where, *, sinks: int, chun
 
   # The ring in the order of the text: entry i is the token with index cached - (W + C) + i.
   order = (cached_B1 - ring + jnp.arange(ring)) % ring
-  text = [jnp.concatenate([taken(x[:, sinks:], order), padded(y)], axis=1) for x, y in zip(held[:2], new, strict=True)]
-  joined = [jnp.concatenate(pair, axis=1) for pair in zip(held[:2], new, strict=True)]
+  text = [
+    jnp.concatenate([taken(x[:, sinks:], order), padded(y)], axis=1) for x, y in zip((held.k, held.v), new, strict=True)
+  ]
+  joined = [jnp.concatenate(pair, axis=1) for pair in zip((held.k, held.v), new, strict=True)]
   read = Block(**how, sinks=sinks, chunk=chunk, window=ring - chunk, size=size, aligned=where.aligned or size == 1)
 
   def step(carry, block):
@@ -172,8 +177,8 @@ def _read_in_blocks(queries, new, held: Slots, where: Where, *, sinks: int, chun
   last = jnp.take_along_axis(where.first_BT, jnp.maximum(where.count_B - 1, 0)[:, None], axis=1)
   slot = sink_slots(last, sinks, ring, cached_B1, end_B1)
   k, v = (jnp.concatenate([taken(x, slot), y], axis=1) for x, y in zip(joined, (k, v), strict=True))
-  return out, Slots(k, v, score, *kept)
+  return out, MemoryState(k, v, score, *kept)
 
 
-def _kept(held: Slots) -> Kept:
+def _kept(held: MemoryState) -> Kept:
   return Kept(held.kept_k, held.kept_v, held.kept_index, held.kept_score)

@@ -32,7 +32,7 @@ class Far(NamedTuple):
 
 
 class Kept(NamedTuple):
-  """The retained tokens, see `bounded_attention.Slots`; `token` is `kept_index`."""
+  """The retained tokens, see `bounded_attention.MemoryState`; `token` is `kept_index`."""
 
   k: jax.Array
   v: jax.Array

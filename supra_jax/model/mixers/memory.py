@@ -6,16 +6,15 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
-import flax
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from supra_jax.core.schema import POSITIVE, AtLeast, check
-from supra_jax.model.bounded_attention import Slots, Where, attend, empty_slots
+from supra_jax.model.bounded_attention import MemoryState, Where, attend, empty_slots
 from supra_jax.model.bounded_block import Far
 from supra_jax.model.config import ModelConfig
-from supra_jax.model.mixers.base import Context, MixerState, Projections, side_by_side
+from supra_jax.model.mixers.base import Context, Projections, side_by_side
 from supra_jax.model.mixers.softmax import attention_flops
 from supra_jax.model.registry import MixerConfig, register
 from supra_jax.model.rope import apply_rope, rope_table
@@ -57,19 +56,6 @@ class MemoryConfig(MixerConfig):
     return Layout(self.retained)
 
 
-@flax.struct.dataclass
-class MemoryState(MixerState):
-  """What the layer holds; for the fields see `Slots`."""
-
-  k: jax.Array
-  v: jax.Array
-  score: jax.Array
-  kept_k: jax.Array
-  kept_v: jax.Array
-  kept_index: jax.Array
-  kept_score: jax.Array
-
-
 @register("memory")
 class MemoryAttention(Projections):
   """W_o softmax(q k^T / sqrt(K)) v over the tokens that a head holds; the state does not grow.
@@ -100,10 +86,6 @@ class MemoryAttention(Projections):
   @nn.nowrap
   def init_state(self, batch: int, capacity: int) -> MemoryState:
     del capacity
-    return MemoryState(**self._empty(batch)._asdict())
-
-  @nn.nowrap
-  def _empty(self, batch: int) -> Slots:
     widths = (self.config.head_dim, self.config.value_width)
     how = {"ring": self.layer.window + self.layer.chunk, "sinks": self.layer.sinks, "widths": widths}
     return empty_slots(batch, self.config.num_kv_heads, self.layer.layout, **how, dtype=self.held_dtype)
@@ -124,11 +106,11 @@ class MemoryAttention(Projections):
     batch, time = x_BTD.shape[:2]
     count = jnp.full(batch, time, jnp.int32) if context.lengths is None else context.lengths
     where = Where(context.index[:, 0], count, context.first, state is None and context.segment_ids is None)
-    slots = self._empty(batch) if state is None else Slots(*(getattr(state, name) for name in Slots._fields))
+    held = self.init_state(batch, 0) if state is None else state
     told = self.layer
     how: dict[str, Any] = {"sinks": told.sinks, "chunk": told.chunk, "far": far, "at_random": told.score == "random"}
-    out, slots = attend(q, k, v, slots, where, told.layout, **how)
-    return {"o_proj": side_by_side(out)}, MemoryState(**slots._asdict())
+    out, held = attend(q, k, v, held, where, told.layout, **how)
+    return {"o_proj": side_by_side(out)}, held
 
   @nn.nowrap
   def _without_rope(self, k_BMGK: jax.Array, position_BMG: jax.Array) -> jax.Array:
