@@ -1,4 +1,4 @@
-"""phi(x) = relu(W x + b), the kernel feature map that replaces the softmax (paper eq. 8; Kasai et al. 2021)."""
+"""Kernel feature maps that replace the softmax: phi(x) = relu(W x + b) (paper eq. 8; Kasai et al. 2021); Hedgehog's."""
 
 from __future__ import annotations
 
@@ -93,6 +93,24 @@ class PerHeadFeatureMap(nn.Module):
       y = product("btmrk,mkj->btmrj", self.dtype, self.dtype, y, kernel)
     bias = self.param("bias", init, (self.maps, self.width))
     return nn.relu(add_bias(y, bias[:, None])).reshape(x_BTNK.shape)
+
+
+class Hedgehog(nn.Module):
+  """phi(x) = [softmax(W x), softmax(-W x)] with a matrix W [K, K] for each head (Zhang et al. 2024, arXiv 2402.04347).
+
+  Attributes:
+    dtype: dtype of the product; the softmax is computed in float32 at least.
+  """
+
+  dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(self, x_BTNK: jax.Array) -> jax.Array:
+    """Returns features [B, T, N, 2K], all positive, whose sum is 2, in float32 at least."""
+    heads, width = x_BTNK.shape[2:]
+    kernel = self.param("kernel", _uniform_fan_in(width), (heads, width, width))
+    y = product("btnk,nkj->btnj", self.dtype, jnp.promote_types(self.dtype, jnp.float32), x_BTNK, kernel)
+    return jnp.concatenate([nn.softmax(y), nn.softmax(-y)], axis=-1)
 
 
 def make_feature_maps(config: ModelConfig, kind: FeatureMapKind, dtype: Any) -> tuple[nn.Module, nn.Module | None]:

@@ -14,6 +14,7 @@ _MODULES = {
   "supra": "supra_jax.model.mixers.supra",
   "supra_window": "supra_jax.model.mixers.supra_window",
   "memory": "supra_jax.model.mixers.memory",
+  "lolcats": "supra_jax.model.mixers.lolcats",
 }
 _CLASSES: dict[str, Any] = {}
 MIXER = "self_attn"  # name of the mixer in a layer's parameters, as in Hugging Face's models

@@ -92,6 +92,20 @@ EXAMPLES["memory"] = [
   ),
 ]
 
+EXAMPLES["lolcats"] = [
+  TINY.replace(
+    layers=(layer("softmax"), layer("lolcats", window=3)), qk_norm="head", sliding_window=7, value_head_dim=4, **BIASES
+  ),
+  TINY.replace(
+    # The second layer's window is longer than a call.
+    layers=(layer("lolcats", window=1), layer("lolcats", window=11)),
+    num_heads=4,
+    num_kv_heads=2,
+    norm="layer_norm",
+    rope=RopeConfig(kind="interleaved"),
+  ),
+]
+
 
 def examples(mixer: str) -> list[ModelConfig]:
   return EXAMPLES.get(mixer) or [presets.tiny(mixer)]

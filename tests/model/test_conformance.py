@@ -300,6 +300,8 @@ def main():
     config = presets.tiny(mixer).replace(num_heads=4, hidden_size=64, vocab_size=96)
     if mixer == "supra_window":
       config = config.replace(layers=layers((mixer,) * 2, window=5, sinks=2, feature_map="per_head"), max_positions=16)
+    elif mixer == "lolcats":
+      config = config.replace(layers=layers((mixer,) * 2, window=5))
     params = _random_params(config)
     want = _read(config, params, None)
     mesh = make_mesh("fsdp:2,context:2,tensor:2")

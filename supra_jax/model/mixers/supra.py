@@ -141,15 +141,7 @@ class LinearProjections(Projections):
     slopes = jnp.asarray(head_slopes(self.layer, self.config.num_heads))
     scale = self.config.head_dim**-0.5
     initial = None if state is None else state.s
-    if initial is not None and context.continues is not None:
-      initial = jnp.where(context.continues[:, None, None, None], initial, 0)
-    if q.shape[1] == 1 and initial is not None and context.lengths is None:
-      out, s = linear_attention_step(q[:, 0], k[:, 0], v[:, 0], slopes, initial, scale=scale)
-      out = out[:, None]
-    else:
-      sequence = functools.partial(_sequence, scale=scale, implementation=self.implementation)
-      op = per_device(sequence, (HEADS, HEADS, HEADS, ("heads",), STATE, ("batch", "time"), ("batch",)), (HEADS, STATE))
-      out, s = op(q, k, v, slopes, initial, context.segment_ids, context.lengths)
+    out, s = read_linearly(q, k, v, slopes, initial, context, scale=scale, implementation=self.implementation)
     return group_norm(out), s
 
   def _qk_norm(self, q_BTHK: jax.Array, k_BTGK: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -170,12 +162,50 @@ class LinearProjections(Projections):
     """Returns the new parameters as drawn, but if `start.phi` is "identity", feature maps with W = I and b = 0."""
     if start.phi == "random":
       return drawn
-    return {name: _identity(tree) if name.startswith("feature_map") else tree for name, tree in drawn.items()}
+    return {name: identity_map(tree) if name.startswith("feature_map") else tree for name, tree in drawn.items()}
 
 
-def _identity(tree: Mapping[str, jax.Array]) -> Mapping[str, jax.Array]:
-  kernel, bias = tree["kernel"], tree["bias"]
-  return {"kernel": jnp.broadcast_to(jnp.eye(kernel.shape[-1]), kernel.shape), "bias": jnp.zeros_like(bias)}
+def read_linearly(
+  q_BTHK: jax.Array,
+  k_BTGK: jax.Array,
+  v_BTGV: jax.Array,
+  slopes_H: jax.Array,
+  initial_BHKV: jax.Array | None,
+  context: Context,
+  *,
+  scale: float,
+  implementation: str,
+) -> tuple[jax.Array, jax.Array]:
+  """Runs the linear attention op on the tokens of a call, each document from S = 0, on one device or on a mesh.
+
+  Args:
+    q_BTHK, k_BTGK, v_BTGV: queries, keys and values, as `kernels_pallas.linear_attention` takes them.
+    slopes_H: slopes of the decays.
+    initial_BHKV: S before these tokens; None: no tokens were read before.
+    context: documents of the tokens.
+    scale, implementation: see `kernels_pallas.linear_attention`.
+
+  Returns:
+    (output [B, T, H, V], S after the last real token, float32 [B, H, K, V]).
+  """
+  if initial_BHKV is not None and context.continues is not None:
+    initial_BHKV = jnp.where(context.continues[:, None, None, None], initial_BHKV, 0)
+  if q_BTHK.shape[1] == 1 and initial_BHKV is not None and context.lengths is None:
+    q, k, v = (x[:, 0] for x in (q_BTHK, k_BTGK, v_BTGV))
+    out, s = linear_attention_step(q, k, v, slopes_H, initial_BHKV, scale=scale)
+    return out[:, None], s
+  sequence = functools.partial(_sequence, scale=scale, implementation=implementation)
+  op = per_device(sequence, (HEADS, HEADS, HEADS, ("heads",), STATE, ("batch", "time"), ("batch",)), (HEADS, STATE))
+  read: tuple[jax.Array, jax.Array] = op(
+    q_BTHK, k_BTGK, v_BTGV, slopes_H, initial_BHKV, context.segment_ids, context.lengths
+  )
+  return read
+
+
+def identity_map(tree: Mapping[str, jax.Array]) -> Mapping[str, jax.Array]:
+  """Returns the parameters of a feature map with W = I, and b = 0 if it has a bias."""
+  kernel = jnp.broadcast_to(jnp.eye(tree["kernel"].shape[-1]), tree["kernel"].shape)
+  return {**jax.tree.map(jnp.zeros_like, tree), "kernel": kernel}
 
 
 def _sequence(q, k, v, slopes, initial_state, segment_ids, lengths, *, scale, implementation):

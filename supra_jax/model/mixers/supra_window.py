@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any, ClassVar
 
 import flax
@@ -15,10 +15,13 @@ import jax.numpy as jnp
 from supra_jax.core.schema import POSITIVE, AtLeast
 from supra_jax.model.config import ModelConfig
 from supra_jax.model.layers import Dense
-from supra_jax.model.mixers.base import Axes, Context, side_by_side
-from supra_jax.model.mixers.softmax import attention_flops, attention_logits, masked_softmax_attention, weighted_sum
+from supra_jax.model.mixers.base import Axes, Context, Mixer, side_by_side
+from supra_jax.model.mixers.softmax import attention_flops, attention_logits, weighted_sum
 from supra_jax.model.mixers.supra import STATE, LinearProjections, LinearState, SupraConfig
 from supra_jax.model.registry import register
+
+# (logits [B, G, T, R, S], values [B, S, G, V], mask [B, T, S]) -> output [B, T, H, ...], such as `weighted_sum`.
+Weigh = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +71,8 @@ class WindowAttention(LinearProjections):
   @nn.nowrap
   def init_state(self, batch: int, capacity: int) -> WindowState:
     del capacity
-    return WindowState(self.init_linear_state(batch), *self._nothing_held(batch))
+    slots = self.layer.sinks + self.layer.window
+    return WindowState(self.init_linear_state(batch), *nothing_held(self, batch, slots))
 
   def outputs(
     self, x_BTD: jax.Array, state: WindowState | None, context: Context
@@ -80,19 +84,12 @@ class WindowAttention(LinearProjections):
     far_q = self.rotate(q, context.rotation if reach is None else context.far_rotations[reach])
     q, k = self.rotate(q, context.rotation), self.rotate(k, context.rotation)
     k, v = self.held(k), self.held(v)
-    batch, time = x_BTD.shape[:2]
-    held = self._nothing_held(batch) if state is None else (state.k, state.v)
-    count = jnp.full(batch, time, jnp.int32) if context.lengths is None else context.lengths
-    where = {"cached_B": context.index[:, 0], "count_B": count, "first_BT": context.first}
-    softmax_out, held = window_softmax_attention(q, k, v, held, sinks=self.layer.sinks, far_q_BTHK=far_q, **where)
+    slots = self.layer.sinks + self.layer.window
+    held = nothing_held(self, len(x_BTD), slots) if state is None else (state.k, state.v)
+    how = {"sinks": self.layer.sinks, "far_q_BTHK": far_q, **window_places(context)}
+    softmax_out, held = window_softmax_attention(q, k, v, held, **how)
     outputs = {"o_proj": side_by_side(softmax_out), "linear_o_proj": side_by_side(linear_out)}
     return outputs, WindowState(s, *held)
-
-  @nn.nowrap
-  def _nothing_held(self, batch: int) -> tuple[jax.Array, jax.Array]:
-    c = self.config
-    k = jnp.zeros((batch, self.layer.sinks + self.layer.window, c.num_kv_heads, c.head_dim), self.held_dtype)
-    return k, jnp.zeros((*k.shape[:-1], c.value_width), self.held_dtype)
 
   @classmethod
   def flops(cls, config: ModelConfig, layer: Any, tokens: int) -> float:
@@ -129,6 +126,20 @@ class WindowAttention(LinearProjections):
     return {**begun, "linear_o_proj": jax.tree.map(jnp.zeros_like, drawn["linear_o_proj"])}
 
 
+def nothing_held(mixer: Mixer, batch: int, slots: int) -> tuple[jax.Array, jax.Array]:
+  """Returns the keys and values, [B, slots, G, K] and [B, slots, G, V], that a mixer holds before any token: zeros."""
+  c = mixer.config
+  k = jnp.zeros((batch, slots, c.num_kv_heads, c.head_dim), mixer.held_dtype)
+  return k, jnp.zeros((*k.shape[:-1], c.value_width), mixer.held_dtype)
+
+
+def window_places(context: Context) -> dict[str, Any]:
+  """Returns the arguments of `window_softmax_attention` that say where the tokens of a call are."""
+  batch, time = context.index.shape
+  count = jnp.full(batch, time, jnp.int32) if context.lengths is None else context.lengths
+  return {"cached_B": context.index[:, 0], "count_B": count, "first_BT": context.first}
+
+
 def ring_index(count_B: jax.Array, window: int) -> jax.Array:
   """Returns the index of the token that each slot of a ring holds, int32 [B, W]; negative where the slot is empty.
 
@@ -153,6 +164,7 @@ def window_softmax_attention(
   cached_B: jax.Array,
   count_B: jax.Array,
   first_BT: jax.Array,
+  weigh: Weigh = weighted_sum,
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
   """Computes softmax attention of each token over the last W tokens, itself included, and its document's first N.
 
@@ -167,6 +179,7 @@ def window_softmax_attention(
     cached_B: int32, number of tokens read before.
     count_B: int32, number of real tokens among the T; padding is on the right.
     first_BT: int32, the index of the first token of each token's document; `cached_B` is the index of token 0.
+    weigh: function that makes the output of logits, values and mask.
 
   Returns:
     (out [B, T, H, V]; (keys, values), to hold after the last real token, with the shapes of `held`).
@@ -174,12 +187,12 @@ def window_softmax_attention(
   far_q = q_BTHK if far_q_BTHK is None else far_q_BTHK
   new = (k_BTGK, v_BTGV)
   if q_BTHK.shape[1] == 1:
-    return _attend_one(q_BTHK, far_q, new, held, sinks, cached_B, count_B, first_BT)
-  out = _attend_in_blocks(q_BTHK, far_q, new, held, sinks, cached_B, first_BT)
+    return _attend_one(q_BTHK, far_q, new, held, sinks, cached_B, count_B, first_BT, weigh)
+  out = _attend_in_blocks(q_BTHK, far_q, new, held, sinks, cached_B, first_BT, weigh)
   return out, _hold(new, held, sinks, cached_B, count_B, first_BT)
 
 
-def _attend_in_blocks(q_BTHK, far_q_BTHK, new, held, sinks, cached_B, first_BT):
+def _attend_in_blocks(q_BTHK, far_q_BTHK, new, held, sinks, cached_B, first_BT, weigh):
   """Cuts T into blocks of W tokens; a block sees itself, the W tokens before it, and N sinks that lie further back.
 
   The sinks are those of the document in which the block begins: a document that begins later in the block has its sinks
@@ -218,12 +231,12 @@ def _attend_in_blocks(q_BTHK, far_q_BTHK, new, held, sinks, cached_B, first_BT):
     out_of_sight = begun[..., None] + number < query[:, :, 0] - window
     mask = jnp.concatenate([out_of_sight[:, :, None] & (first == begun[..., None, None]), mask], axis=-1)
   # Blocks stay an axis of their own, which a mesh may shard as it sharded the time.
-  attend = jax.vmap(functools.partial(_with_sinks, sinks=sinks), in_axes=1, out_axes=1)
+  attend = jax.vmap(functools.partial(_with_sinks, sinks=sinks, weigh=weigh), in_axes=1, out_axes=1)
   out = attend(blocked(q_BTHK), blocked(far_q_BTHK), k, v, mask)
   return out.reshape(batch, whole, *out.shape[3:])[:, :time]
 
 
-def _attend_one(q_BTHK, far_q_BTHK, new, held, sinks, cached_B, count_B, first_BT):
+def _attend_one(q_BTHK, far_q_BTHK, new, held, sinks, cached_B, count_B, first_BT, weigh):
   """Does one decoding step: overwrites the oldest ring slot (and a sink slot while position < N), then attends."""
   batch, slots = held[0].shape[:2]
   window, first_B1 = slots - sinks, first_BT[:, :1]
@@ -236,7 +249,7 @@ def _attend_one(q_BTHK, far_q_BTHK, new, held, sinks, cached_B, count_B, first_B
   ring_BW = ring_index(cached_B + 1, window) >= first_B1
   sink_BN = first_B1 + jnp.arange(sinks) <= cached_B[:, None] - window
   mask_B1S = jnp.concatenate([sink_BN, ring_BW], axis=1)[:, None]
-  return _with_sinks(q_BTHK, far_q_BTHK, k, v, mask_B1S, sinks), (k, v)
+  return _with_sinks(q_BTHK, far_q_BTHK, k, v, mask_B1S, sinks, weigh), (k, v)
 
 
 def _hold(new, held, sinks, cached_B, count_B, first_BT):
@@ -268,13 +281,13 @@ def sink_slots(first, sinks: int, window: int, cached_B1, end_B1):
   return jnp.where((token >= cached_B1) & (token < end_B1), sinks + window + token - cached_B1, old)
 
 
-def _with_sinks(q, far_q, k, v, mask, sinks: int):
-  """Computes `masked_softmax_attention`, but with the queries `far_q` for the first `sinks` slots."""
+def _with_sinks(q, far_q, k, v, mask, sinks: int, weigh: Weigh):
+  """Weighs values by the products of q and k, but with the queries `far_q` for the first `sinks` slots."""
   k, v = k.astype(q.dtype), v.astype(q.dtype)
-  if not sinks:
-    return masked_softmax_attention(q, k, v, mask)
-  logits = [attention_logits(far_q, k[:, :sinks]), attention_logits(q, k[:, sinks:])]
-  return weighted_sum(jnp.concatenate(logits, axis=-1), v, mask)
+  logits = attention_logits(q, k[:, sinks:])
+  if sinks:
+    logits = jnp.concatenate([attention_logits(far_q, k[:, :sinks]), logits], axis=-1)
+  return weigh(logits, v, mask)
 
 
 def taken(x_BS: jax.Array, slot_BN: jax.Array) -> jax.Array:
