@@ -13,7 +13,7 @@ from supra_jax.bin.implementation import with_implementation
 from supra_jax.linearization.calibrate import shown
 from supra_jax.linearization.hybrid import costs, table
 from supra_jax.linearization.linearize import linearize_checkpoint
-from supra_jax.linearization.starts import Memory, Reading
+from supra_jax.linearization.starts import Lolcats, Memory, Reading
 from supra_jax.model.feature_maps import FeatureMapKind
 from supra_jax.model.mixers.supra import Decay
 from supra_jax.model.registry import layer
@@ -34,7 +34,7 @@ def main() -> None:
   if _DECAY_START.value is not None and _DECAY.value != "lightning":
     raise ValueError(f"--decay_start does not apply to --decay={_DECAY.value}, but to --decay=lightning.")
   told = {name: flags.FLAGS[name].value for name in start_flags.OF_MIXER}
-  mixer = None if isinstance(start, Memory) else layer("supra", **told)
+  mixer = None if isinstance(start, Memory | Lolcats) else layer("supra", **told)
   how: dict[str, typing.Any] = {"mixer": mixer, "layers": whole_numbers(_LAYERS), "mesh": _MESH.value}
   with shown(enabled=isinstance(start, Reading)) as how["progress"]:
     made = linearize_checkpoint(_CHECKPOINT.value, _OUTPUT.value, start, **how)

@@ -8,13 +8,14 @@ from absl import flags
 
 from supra_jax.bin.choices import given
 from supra_jax.core.amounts import parse_bytes
-from supra_jax.linearization.starts import MEASURED_TOKENS, STARTS, Calibrated, Memory, Start, Window
+from supra_jax.linearization.starts import MEASURED_TOKENS, STARTS, Calibrated, Lolcats, Memory, Start, Window
 
 flags.disclaim_key_flags()  # --help of each program lists them as its own
 _METHOD = (
   "How the layers begin. window: softmax attention over the last tokens, with linear attention that trains beside it. "
-  "memory: softmax attention over as many tokens as a state of a given size holds. The others: linear attention alone. "
-  "calibrated: solved on a text; identity: phi(x) = relu(x); random: the paper's. Default: window; memory with a size."
+  "memory: softmax attention over as many tokens as a state of a given size holds. lolcats: LoLCATs' layer, to compare "
+  "with. The others: linear attention alone. calibrated: solved on a text; identity: phi(x) = relu(x); random: the "
+  "paper's. Default: window; memory with a size."
 )
 _BYTES = "memory: size of the state at any length of text, such as 6MB."
 _TOKENS = "memory: the size as a number of tokens of each key/value head, whose keys and values take as many bytes."
@@ -24,10 +25,9 @@ _LAST = f"Softmax attention sees so many last tokens. Default: {Window.window}; 
 _READ = f"Tokens to read of the text. Default: calibrated {Calibrated.tokens}, memory {Memory.tokens}."
 _DATA = "calibrated, memory: text, or directories that prepare_data packed."
 _FIELDS = {"calibration_data": "data", "calibration_tokens": "tokens", "calibrate_mlp": "mlp"}
-_NEEDS = {"measured_tokens": "keep_softmax"}
-OF_MIXER = ("feature_map", "decay", "decay_start", "qk_norm")  # a memory has no linear attention
+OF_MIXER = ("feature_map", "decay", "decay_start", "qk_norm")  # of SUPRA's linear attention
 _ALSO: dict[str, list[str]] = {name: [*OF_MIXER] for name in STARTS}
-_ALSO |= {Calibrated.method: [*OF_MIXER, "mesh"], Memory.method: ["mesh"]}
+_ALSO |= {Calibrated.method: [*OF_MIXER, "mesh"], Memory.method: ["mesh"], Lolcats.method: []}
 
 
 def define() -> Callable[[], Start]:
@@ -55,6 +55,6 @@ def define() -> Callable[[], Start]:
       flags.FLAGS[size.name].value = parse_bytes(size.value)
     if method.value is None:
       flags.FLAGS[method.name].value = Memory.method if sized else Window.method
-    return given(STARTS, method, _FIELDS, _ALSO, _NEEDS)
+    return given(STARTS, method, _FIELDS, _ALSO, {"measured_tokens": "keep_softmax"})
 
   return start

@@ -21,6 +21,7 @@ from supra_jax.inference.lm import LM
 from supra_jax.model.config import ModelConfig
 from supra_jax.model.costs import state_bytes_by_part
 from supra_jax.model.finite import not_finite
+from supra_jax.model.mixers.lolcats import LolcatsConfig
 from supra_jax.model.mixers.softmax import SoftmaxConfig
 from supra_jax.model.mixers.supra_window import WindowConfig
 from supra_jax.model.placement import placed
@@ -196,7 +197,7 @@ def reach(reader: Reader) -> int | None:
       if reader.config.sliding_window is None:
         return None
       seen += reader.config.sliding_window
-    elif isinstance(layer, WindowConfig):
+    elif isinstance(layer, WindowConfig | LolcatsConfig):
       seen += layer.window
   return seen
 

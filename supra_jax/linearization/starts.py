@@ -10,6 +10,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from supra_jax.core.schema import POSITIVE, AtLeast, check
 from supra_jax.linearization.solve import RIDGE
+from supra_jax.model.mixers.lolcats import LolcatsConfig
 from supra_jax.model.mixers.memory import MemoryConfig
 from supra_jax.model.mixers.supra import SupraConfig
 from supra_jax.model.mixers.supra_window import WindowConfig
@@ -98,6 +99,30 @@ class Window(Start):
 
 
 @dataclasses.dataclass(frozen=True)
+class Lolcats(Start):
+  """LoLCATs' layer (mixer `lolcats`), for comparison with the others: see `LolcatsAttention`.
+
+  Feature maps begin with W = I. LoLCATs trains them first, by attention transfer (`TrainConfig.transfer_steps`).
+
+  Attributes:
+    window: W, see `LolcatsConfig`.
+  """
+
+  method = "lolcats"
+  window: Annotated[int, POSITIVE] = LolcatsConfig.window
+
+  def layer(self, mixer: MixerConfig | None) -> MixerConfig:
+    """Returns a LolcatsConfig with this start's window.
+
+    Raises:
+      ValueError: `mixer` is given.
+    """
+    if mixer is not None:
+      raise ValueError(f"{self} makes lolcats layers, not such of {mixer}: begin those by Identity().")
+    return LolcatsConfig(self.window)
+
+
+@dataclasses.dataclass(frozen=True)
 class Reading(Start):
   """A start that reads a text.
 
@@ -181,4 +206,6 @@ class Memory(Reading):
     return MemoryConfig(sinks=self.sinks)
 
 
-STARTS: dict[str, type[Start]] = {start.method: start for start in (Window, Memory, Calibrated, Identity, Random)}
+STARTS: dict[str, type[Start]] = {
+  start.method: start for start in (Window, Memory, Lolcats, Calibrated, Identity, Random)
+}

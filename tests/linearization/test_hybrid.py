@@ -256,9 +256,10 @@ def test_the_default_is_a_window_and_needs_no_text(tmp_path, teacher):
   ("method", "flag", "applies"),
   [
     ("random", "keep_softmax=1", "calibrated"),
-    ("calibrated", "window=16", "window and memory"),
+    ("calibrated", "window=16", "window and memory and lolcats"),
     ("window", "seed=1", "memory and calibrated and random"),
     ("identity", "mesh=fsdp:1", "memory and calibrated"),
+    ("lolcats", "decay=none", "window and calibrated and identity and random"),
   ],
 )
 def test_a_flag_of_another_method_is_refused(tmp_path, teacher, method, flag, applies):

@@ -8,8 +8,9 @@ import pytest
 
 from supra_jax.experiments.tiny import tokenizer_json
 from supra_jax.linearization.linearize import linearize, linearize_checkpoint
-from supra_jax.linearization.starts import Calibrated, Identity, Random, Window
+from supra_jax.linearization.starts import Calibrated, Identity, Lolcats, Random, Window
 from supra_jax.model import registry
+from supra_jax.model.mixers.lolcats import LolcatsConfig
 from supra_jax.model.mixers.supra import SupraConfig
 from supra_jax.model.mixers.supra_window import WindowConfig
 from supra_jax.model.presets import tiny
@@ -175,6 +176,31 @@ def test_a_window(random_params):
       linearize(kept, TEACHER.replace(sliding_window=4), start, mixer=mixer)
 
 
+def test_lolcats(random_params):
+  """Feature maps begin as W = I, factors as 0.1; a text no longer than the window is read as by the teacher."""
+  kept = random_params(TEACHER)
+  made = linearize(kept, TEACHER, Lolcats(window=9))
+  assert made.config.layers == (LolcatsConfig(window=9),) * 3
+  assert made.report["start"] == {"method": "lolcats", "window": 9}
+  assert made.report["mixer"] == {"mixer": "lolcats", "window": 9}
+  for i in range(3):
+    attention = dict(made.params[f"layers_{i}"]["self_attn"])
+    for name, heads in (("hedgehog_q", TEACHER.num_heads), ("hedgehog_k", TEACHER.num_kv_heads)):
+      np.testing.assert_array_equal(attention.pop(name)["kernel"], np.broadcast_to(np.eye(8), (heads, 8, 8)))
+    np.testing.assert_allclose(jax.nn.sigmoid(attention.pop("window_factor")["weight"]), 0.1, rtol=1e-5)
+    _assert_same_bits(attention, kept[f"layers_{i}"]["self_attn"])
+  tokens = np.arange(9)[None]
+  want, got = (
+    jax.jit(functools.partial(Transformer(config).apply, method="logits"))({"params": params}, tokens)[0]
+    for config, params in ((TEACHER, kept), (made.config, made.params))
+  )
+  np.testing.assert_allclose(got, want, atol=1e-4)
+  with pytest.raises(ValueError, match="makes lolcats layers, not such of SupraConfig"):
+    linearize(kept, TEACHER, Lolcats(), mixer="supra")
+  with pytest.raises(ValueError, match="window=64: the teacher's own softmax sees 4 tokens"):
+    linearize(kept, TEACHER.replace(sliding_window=4), Lolcats())
+
+
 def test_a_mixer_that_is_given_is_taken_as_it_is(random_params):
   """Or refused by a start that would change it; without a start it begins with phi(x) = relu(x)."""
   kept = random_params(TEACHER)
@@ -185,7 +211,9 @@ def test_a_mixer_that_is_given_is_taken_as_it_is(random_params):
   assert linearize(kept, TEACHER).config.layers == (WindowConfig(),) * 3
   with pytest.raises(ValueError, match="makes supra_window layers of a SupraConfig, not of WindowConfig"):
     linearize(kept, TEACHER, Window(window=8), mixer=WindowConfig(window=5))
-  with pytest.raises(ValueError, match=r"start='random': wanted one of Window\(\), Memory\(\), Calibrated\(\)"):
+  with pytest.raises(
+    ValueError, match=r"start='random': wanted one of Window\(\), Memory\(\), Lolcats\(\), Calibrated\(\)"
+  ):
     linearize(kept, TEACHER, "random")
   with pytest.raises(ValueError, match=r"Calibrated\.batch_size=0: wanted a whole number, 1 or more"):
     Calibrated(batch_size=0)

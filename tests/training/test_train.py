@@ -20,7 +20,10 @@ from benchmarks.runs import losses, make_config
 from supra_jax.core.sharding import make_mesh
 from supra_jax.data import loading
 from supra_jax.experiments import tiny
+from supra_jax.linearization.linearize import linearize_checkpoint
+from supra_jax.linearization.starts import Lolcats
 from supra_jax.model.adapters import AdapterConfig
+from supra_jax.model.registry import new_parameters
 from supra_jax.model.stacking import stack_layers, unstack_layers
 from supra_jax.model.transformer import Transformer
 from supra_jax.objectives import layer_losses
@@ -307,6 +310,21 @@ def test_transfers_attention_first_and_then_distils_streams(start, text, teacher
   found = {name: errors(params[name], params["teacher"]) for name in ("start", "first", "then")}
   assert found["first"][0] < 0.98 * found["start"][0]
   assert found["then"][1] < 0.9 * found["start"][1]
+
+
+def test_lolcats_transfers_to_feature_maps_and_then_trains_adapters(text, teacher, tmp_path):
+  linearize_checkpoint(teacher, tmp_path / "start", Lolcats(window=4))
+  stages = {"distill_from": str(teacher), "distill_weight": 0.0, "transfer_steps": 3}
+  told = {"adapters": AdapterConfig(rank=2), "transfer": new_parameters(["lolcats"])}
+  config = make_config(tmp_path / "start", text, num_steps=3, **stages, **told)
+  train.train(config, tmp_path / "run")
+  maps = {"self_attn/hedgehog_q/kernel", "self_attn/hedgehog_k/kernel", "self_attn/window_factor/weight"}
+  assert _changed(tmp_path / "run", tmp_path / "start") == maps
+  assert not losses(tmp_path / "run")
+  train.train(dataclasses.replace(config, num_steps=6), tmp_path / "then")
+  projections = {f"self_attn/{name}_proj/kernel" for name in "qkvo"}
+  assert _changed(tmp_path / "then", tmp_path / "start") == maps | projections
+  assert set(losses(tmp_path / "then")) == {4, 5, 6}
 
 
 @pytest.mark.compat
