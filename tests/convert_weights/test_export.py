@@ -143,12 +143,13 @@ def test_layers_that_differ_are_refused(different, said, format, tmp_path):
     {"transformers": hf_export.export, "openlm": export_openlm}[format](config)
 
 
+@pytest.mark.parametrize("mixer", ["toy", "memory", "lolcats"])
 @pytest.mark.parametrize("export", [hf_export.export, export_openlm])
-def test_a_mixer_that_others_do_not_know_is_refused(export):
+def test_a_mixer_that_others_do_not_know_is_refused(export, mixer):
   from tests.model import toy_mixer  # noqa: F401  # registers itself
 
-  with pytest.raises(ConversionError, match=r"mixer 'toy'|'toy' layer"):
-    export(tiny().replace(layers=layers(("supra", "toy"))))
+  with pytest.raises(ConversionError, match=f"mixer '{mixer}'|'{mixer}' layer"):
+    export(tiny().replace(layers=layers(("supra", mixer))))
 
 
 def test_what_layers_of_two_kinds_share():
