@@ -252,6 +252,16 @@ def test_the_default_is_a_window_and_needs_no_text(tmp_path, teacher):
   assert made.source["start"] == {"method": "window", "window": 64, "sinks": 2}
 
 
+def test_lolcats_from_the_command_line(tmp_path, teacher):
+  ran = _program(f"--checkpoint={teacher}", f"--output={tmp_path}/out", "--method=lolcats", "--window=9")
+  assert ran.returncode == 0, ran.stderr[-2000:]
+  made = load_model(tmp_path / "out")
+  assert made.config.layers == registry.layers(("lolcats",) * 4, window=9)
+  assert made.source["start"] == {"method": "lolcats", "window": 9}
+  assert "bytes of state at any length" in ran.stdout
+  assert len(load(tmp_path / "out").generate("The", max_new_tokens=20)) > 0
+
+
 @pytest.mark.parametrize(
   ("method", "flag", "applies"),
   [
