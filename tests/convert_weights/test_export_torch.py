@@ -13,7 +13,7 @@ from convert_weights.orbax_to_hf import convert  # noqa: E402
 from supra_jax.experiments.tiny import write_checkpoint  # noqa: E402
 from supra_jax.model.config import RopeConfig  # noqa: E402
 from supra_jax.model.presets import tiny  # noqa: E402
-from supra_jax.model.registry import layers  # noqa: E402
+from supra_jax.model.registry import layer, layers  # noqa: E402
 from supra_jax.storage.model_directory import save_model  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("quick_compilation", "exported_code")
@@ -78,6 +78,29 @@ MODELS = {
     max_positions=20,
     rope=RopeConfig(kind="interleaved"),
   ),
+  "memories of two kinds": tiny().replace(
+    layers=(
+      layer("memory", window=5, retained=(6, 3), sinks=2, chunk=4, state_dtype="float32"),
+      layer("memory", window=1, retained=(0,), sinks=0, chunk=3, state_dtype="float32"),
+    ),
+    value_head_dim=12,
+    qk_norm="all_heads",
+    output_bias=True,
+  ),
+  "memories beyond the teacher's reach": tiny().replace(
+    layers=(
+      layer("memory", window=2, retained=(3, 9), sinks=1, chunk=2, state_dtype="float32"),
+      layer("supra_window", window=4, sinks=2),
+      layer("memory", window=7, retained=(5,), sinks=3, chunk=5, state_dtype="float32"),
+    ),
+    max_positions=20,
+    rope=RopeConfig(scaling="yarn", factor=4.0, original_max_positions=64, attention_factor=1.2, kind="interleaved"),
+  ),
+  "a memory of random tokens": tiny().replace(
+    layers=(layer("memory", window=3, retained=(5,), chunk=6, score="random", state_dtype="float32"), layer("softmax")),
+    sliding_window=30,
+    rope=RopeConfig(kind="by_head"),
+  ),
   "windows of two kinds": tiny().replace(
     layers=layers(("softmax", "supra_window"), window=5, sinks=0), sliding_window=20, rope=RopeConfig(kind="by_head")
   ),
@@ -131,15 +154,13 @@ def test_logits(name, random_params, tmp_path):
     output = model(tokens[:, t : t + 1], use_cache=True, **carried(output))
     logits.append(output.logits)
   close(torch.cat(logits, 1), want)
-  windows = [
-    config.sliding_window if layer.mixer == "softmax" else getattr(layer, "window", 1) for layer in config.layers
-  ]
-  if None not in windows:
-    # It remembers no more keys than the next token can see.
-    (cache,) = carried(output).values()
-    for i, (layer, mixer) in enumerate(zip(config.layers, config.mixers, strict=True)):
-      count = windows[i] - 1 + getattr(layer, "sinks", 0)
-      assert mixer == "supra" or cache.tensors[i][-1].shape[2] == cache.slots[mixer].shape[1] == count
+  # It remembers no more keys than the next token can see.
+  (cache,) = carried(output).values()
+  for i, (told, mixer) in enumerate(zip(config.layers, config.mixers, strict=True)):
+    window = config.sliding_window if mixer == "softmax" else getattr(told, "window", None)
+    if window is not None and mixer != "memory":
+      count = window - 1 + getattr(told, "sinks", 0)
+      assert cache.tensors[i][-1].shape[2] == cache.slots[mixer].shape[1] == count
 
   # Row 1 is shorter; what follows it then is read with a cache that has seen padding.
   pad = 7
