@@ -25,7 +25,7 @@ class Memory(NamedTuple):
     score: float32 [B, G, W + C], the attention that each of these tokens has received.
     kept_k, kept_v: keys [B, S, K] and values [B, S, V] of the retained tokens, the first head's first; within a call,
       [B, G, M, K] and [B, G, M, V].
-    kept_position: int64 [B, G, M], positions of the retained tokens; -1: the place is empty.
+    kept_position: int32 [B, G, M], positions of the retained tokens; -1: the place is empty.
     kept_score: float32 [B, G, M].
   """
 
@@ -111,7 +111,7 @@ class SupraMemory(SupraAttention):
       at_least_float32(x).unflatten(1, (k.shape[1], -1)) * x.shape[-1] ** -0.5 for x in (q, far_q) if x is not None
     ]
     before = self._empty(k, v) if held is None else Memory(*held)
-    memory = before._replace(kept_k=self._by_head(before.kept_k), kept_v=self._by_head(before.kept_v))
+    memory = self._by_head(before)
     chooses, outs = self.chunk in tokens.choices, []
     blocks, column_BT = self._blocks(queries, k, v, tokens, begins=held is None)
     for block in blocks:
@@ -119,25 +119,25 @@ class SupraMemory(SupraAttention):
       outs.append(out)
       if chooses:
         memory = self._choose(memory, block)
-    kept = [self._compact(x) for x in (memory.kept_k, memory.kept_v)] if chooses else before[3:5]
+    kept_k, kept_v = (self._compact(x) for x in memory[3:5]) if chooses else before[3:5]
     out_BGRTV = torch.take_along_dim(torch.cat(outs, -2), column_BT[:, None, None, :, None], -2)
     out_BTF = out_BGRTV.flatten(1, 2).transpose(1, 2).flatten(2)
-    return self.o_proj(out_BTF.to(x_BTD.dtype)), memory._replace(kept_k=kept[0], kept_v=kept[1])
+    return self.o_proj(out_BTF.to(x_BTD.dtype)), memory._replace(kept_k=kept_k, kept_v=kept_v)
 
   def _empty(self, k_BGTK: Tensor, v_BGTV: Tensor) -> Memory:
     (batch, heads), size = k_BGTK.shape[:2], self.window + self.chunk
     near = [x.new_zeros(batch, heads, size, x.shape[-1]) for x in (k_BGTK, v_BGTV)]
     kept = [x.new_zeros(batch, sum(self.sizes), x.shape[-1]) for x in (k_BGTK, v_BGTV)]
     score, kept_score = (k_BGTK.new_zeros(batch, heads, n, dtype=torch.float32) for n in (size, max(self.sizes)))
-    return Memory(
-      near[0], near[1], score, kept[0], kept[1], torch.full_like(kept_score, -1, dtype=torch.int64), kept_score
-    )
+    kept_position = torch.full_like(kept_score, -1, dtype=torch.int32)
+    return Memory(near[0], near[1], score, kept[0], kept[1], kept_position, kept_score)
 
-  def _by_head(self, x_BS: Tensor) -> Tensor:
-    """Returns [B, G, M, ...] of [B, S, ...]; places that a head does not have are filled with other entries."""
-    first = torch.tensor(self.sizes).cumsum(0) - torch.tensor(self.sizes)
-    place_GM = (first[:, None] + torch.arange(max(self.sizes))).clamp(max=x_BS.shape[1] - 1)
-    return x_BS[:, place_GM.to(x_BS.device)]
+  def _by_head(self, memory: Memory) -> Memory:
+    """Returns the memory with keys and values of retained tokens as [B, G, M, ...]; empty places hold other tokens'."""
+    sizes = torch.tensor(self.sizes, device=memory.kept_k.device)
+    place = (sizes.cumsum(0) - sizes)[:, None] + torch.arange(max(self.sizes), device=sizes.device)
+    place = place.clamp(max=sum(self.sizes) - 1)
+    return memory._replace(kept_k=memory.kept_k[:, place], kept_v=memory.kept_v[:, place])
 
   def _compact(self, x_BGM: Tensor) -> Tensor:
     """Returns [B, S, ...] of [B, G, M, ...]."""
@@ -224,7 +224,7 @@ class SupraMemory(SupraAttention):
     # Stable: of equals those that leave the window go.
     best = worth.argsort(dim=-1, descending=True, stable=True)[..., :size]
     sizes = torch.tensor(self.sizes, device=position.device)[:, None]
-    position = position.gather(2, best).masked_fill(torch.arange(size, device=position.device) >= sizes, -1)
+    position = position.gather(2, best).masked_fill(torch.arange(size, device=position.device) >= sizes, -1).int()
     kept_k, kept_v = (
       torch.take_along_dim(torch.cat([kept, near[:, :, :chunk]], 2), best[..., None], 2)
       for kept, near in ((memory.kept_k, memory.k), (memory.kept_v, memory.v))

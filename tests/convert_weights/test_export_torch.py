@@ -8,13 +8,14 @@ import pytest
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
+from torch_exports import carried, close, exported, load, tokens_of  # noqa: E402
+
 import supra_jax  # noqa: E402
 from convert_weights.orbax_to_hf import convert  # noqa: E402
 from supra_jax.experiments.tiny import write_checkpoint  # noqa: E402
 from supra_jax.model.config import RopeConfig  # noqa: E402
 from supra_jax.model.presets import tiny  # noqa: E402
 from supra_jax.model.registry import layer, layers  # noqa: E402
-from supra_jax.storage.model_directory import save_model  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("quick_compilation", "exported_code")
 
@@ -107,30 +108,6 @@ MODELS = {
 }
 
 
-def load(directory, **kwargs):
-  return transformers.AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True, **kwargs).eval()
-
-
-def exported(config, params, directory):
-  save_model(directory / "orbax", config=config, params=params, tokenizer_files={}, source={})
-  convert(directory / "orbax", directory / "hf")
-  return load(directory / "hf")
-
-
-def tokens_of(config, batch=2, length=LENGTH, seed=0):
-  return np.random.default_rng(seed).integers(3, config.vocab_size, (batch, length))
-
-
-def close(got, want, tol=1e-4):
-  np.testing.assert_allclose(np.asarray(got), np.asarray(want), rtol=0, atol=tol)
-
-
-def carried(output):
-  """What is passed on, by the first of its names that this release of transformers knows."""
-  name = next(name for name in ("cache", "past_key_values") if name in output)
-  return {name: output[name]}
-
-
 @pytest.mark.parametrize("name", MODELS)
 @torch.no_grad()
 def test_logits(name, random_params, tmp_path):
@@ -140,7 +117,7 @@ def test_logits(name, random_params, tmp_path):
   model = exported(config, params, tmp_path)
   own = not name.endswith("LM")
   assert type(model).__name__ == ("SupraForCausalLM" if own else name)
-  tokens = tokens_of(config)
+  tokens = tokens_of(config, length=LENGTH)
   want, _ = supra_jax.LM(config, params)(tokens)
   tokens = torch.from_numpy(tokens)
   close(model(tokens).logits, want)
@@ -179,13 +156,20 @@ def test_logits(name, random_params, tmp_path):
     close(further.logits[1], want[1, LENGTH - pad :])
 
 
-@pytest.fixture(scope="module")
-def hybrid(tmp_path_factory):
-  """(our model, theirs, its directory), softmax with a window below SUPRA without and with one, with a tokenizer."""
+GENERATING = {
+  "softmax with a window below SUPRA without and with one": layers(("softmax", "supra", "supra_window"), sinks=0),
+  "memories": (
+    layer("memory", window=3, retained=(5,), sinks=1, chunk=4, state_dtype="float32"),
+    layer("memory", window=2, retained=(2,), sinks=0, chunk=3, state_dtype="float32"),
+  ),
+}
+
+
+@pytest.fixture(scope="module", params=GENERATING)
+def hybrid(request, tmp_path_factory):
+  """(our model, theirs, its directory), with a tokenizer."""
   directory = tmp_path_factory.mktemp("hybrid")
-  write_checkpoint(
-    directory / "orbax", "supra", layers=layers(("softmax", "supra", "supra_window"), sinks=0), sliding_window=8
-  )
+  write_checkpoint(directory / "orbax", "supra", layers=GENERATING[request.param], sliding_window=8)
   convert(directory / "orbax", directory / "hf")
   return supra_jax.load(directory / "orbax"), load(directory / "hf"), directory / "hf"
 
