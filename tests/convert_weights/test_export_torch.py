@@ -94,7 +94,7 @@ MODELS = {
       layer("supra_window", window=4, sinks=2),
       layer("memory", window=7, retained=(5,), sinks=3, chunk=5, state_dtype="float32"),
     ),
-    max_positions=20,
+    max_positions=29,  # so that token 29 is too far from the last sink before that has the distance of a far token
     rope=RopeConfig(scaling="yarn", factor=4.0, original_max_positions=64, attention_factor=1.2, kind="interleaved"),
   ),
   "a memory of random tokens": tiny().replace(
@@ -166,16 +166,16 @@ GENERATING = {
 
 
 @pytest.fixture(scope="module", params=GENERATING)
-def hybrid(request, tmp_path_factory):
+def generating(request, tmp_path_factory):
   """(our model, theirs, its directory), with a tokenizer."""
-  directory = tmp_path_factory.mktemp("hybrid")
+  directory = tmp_path_factory.mktemp("generating")
   write_checkpoint(directory / "orbax", "supra", layers=GENERATING[request.param], sliding_window=8)
   convert(directory / "orbax", directory / "hf")
   return supra_jax.load(directory / "orbax"), load(directory / "hf"), directory / "hf"
 
 
-def test_generate_is_ours(hybrid):
-  ours, theirs, directory = hybrid
+def test_generate_is_ours(generating):
+  ours, theirs, directory = generating
   tokenizer = transformers.AutoTokenizer.from_pretrained(directory, trust_remote_code=True)
   texts = ["A function is", "The for statement is used to iterate over the elements of a sequence"]
   ids = [tokenizer(text)["input_ids"] for text in texts]
@@ -189,17 +189,17 @@ def test_generate_is_ours(hybrid):
   np.testing.assert_array_equal(logits[:, -12:].argmax(-1), new[:, -12:])
 
 
-def test_generate_with_beams_and_many_sequences(hybrid):
-  _, theirs, _ = hybrid
+def test_generate_with_beams_and_many_sequences(generating):
+  _, theirs, _ = generating
   prompt = torch.tensor([[5, 6, 7, 8], [90, 80, 70, 60]])
   how = {"max_new_tokens": 10, "pad_token_id": 0, "num_beams": 3, "num_return_sequences": 2, "do_sample": False}
   with_cache = theirs.generate(prompt, **how, use_cache=True)
   assert with_cache.tolist() == theirs.generate(prompt, **how, use_cache=False).tolist()
 
 
-def test_generate_goes_on(hybrid):
+def test_generate_goes_on(generating):
   """A text in two calls, the second given all tokens or the new ones, is the text in one."""
-  _, theirs, _ = hybrid
+  _, theirs, _ = generating
   prompt = torch.tensor([[5, 6, 7, 8, 9, 10, 11]])
   how = {"do_sample": False, "pad_token_id": 0, "eos_token_id": None}
   whole = theirs.generate(prompt, **how, max_new_tokens=9)
@@ -208,8 +208,8 @@ def test_generate_goes_on(hybrid):
   assert second.tolist() == whole.tolist()
 
 
-def test_the_model_card_s_load_lines_run(hybrid, capsys):
-  _, _, directory = hybrid
+def test_the_model_card_s_load_lines_run(generating, capsys):
+  _, _, directory = generating
   (lines,) = re.findall(r"```python\n(.*?)```", (directory / "README.md").read_text(), re.DOTALL)
   exec(lines.replace("USER/NAME", str(directory)))
   assert "Once upon a time" in capsys.readouterr().out
