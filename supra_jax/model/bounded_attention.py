@@ -60,13 +60,15 @@ class Where(NamedTuple):
     cached_B: int32 [B], number of tokens that were read before.
     count_B: int32 [B], number of real tokens in the call.
     first_BT: int32 [B, T], index of the first token of each token's document.
-    aligned: whether all rows begin with the call, and each is one document: a choice is then made after every C tokens.
+    fresh: whether nothing was read before in any row.
+    packed: whether documents may begin within the call.
   """
 
   cached_B: jax.Array
   count_B: jax.Array
   first_BT: jax.Array
-  aligned: bool
+  fresh: bool
+  packed: bool
 
 
 def attend(
@@ -121,63 +123,92 @@ def _read_one(queries, new, held: MemoryState, where: Where, *, sinks: int, chun
 
 
 def _read_in_blocks(queries, new, held: MemoryState, where: Where, *, sinks: int, chunk: int, **how):
-  """Reads C tokens at a time; a block sees the W + C tokens before it, and the sinks of the block's first document."""
+  """Reads at most C tokens at a time.
+
+  Blocks end where choices are made: the first block begins with the tokens since the last choice, though they were read
+  before. If documents may begin within the call, blocks begin with the call, and choices are made within blocks.
+  """
   batch, time = new[0].shape[:2]
   ring = held.score.shape[1]
-  size = min(time, chunk)
-  blocks = -(-time // size)
+  window = ring - chunk
+  cached_B1, first_B1 = where.cached_B[:, None], where.first_BT[:, :1]
+  again: Any = 0  # number of tokens of the first block that were read before, an int or int32 [B, 1]
+  size, blocks = min(time, chunk), -(-time // min(time, chunk))
+  if not (where.fresh or where.packed):
+    again, size, blocks = (cached_B1 - first_B1) % chunk, chunk, -(-(time + chunk - 1) // chunk)
+  before = ring if where.packed else window  # number of tokens before a block that it sees
   whole = blocks * size
-  cached_B1 = where.cached_B[:, None]
+  origin_B1 = cached_B1 - again  # index of the first token of the first block
 
-  def padded(x: jax.Array) -> jax.Array:
-    return jnp.pad(x, [(0, 0), (0, whole - time)] + [(0, 0)] * (x.ndim - 2))
+  def of_blocks(x: jax.Array, *, lead: int = 0, before: int = 0) -> jax.Array:
+    """Returns the entries of all blocks, and of `before` tokens before them, of x [B, lead + T] with `lead` old ones."""
+    return _cut(x, lead - before - again, before + whole)
+
+  def blocked(x: jax.Array) -> jax.Array:
+    return x.reshape(batch, blocks, size, *x.shape[2:]).swapaxes(0, 1)
 
   # The ring in the order of the text: entry i is the token with index cached - (W + C) + i.
   order = (cached_B1 - ring + jnp.arange(ring)) % ring
-  text = [
-    jnp.concatenate([taken(x[:, sinks:], order), padded(y)], axis=1) for x, y in zip((held.k, held.v), new, strict=True)
-  ]
+  text = [jnp.concatenate([taken(x[:, sinks:], order), y], axis=1) for x, y in zip((held.k, held.v), new, strict=True)]
   joined = [jnp.concatenate(pair, axis=1) for pair in zip((held.k, held.v), new, strict=True)]
-  read = Block(**how, sinks=sinks, chunk=chunk, window=ring - chunk, size=size, aligned=where.aligned or size == 1)
+  first = blocked(of_blocks(where.first_BT))
+  begun = first[:, :, 0].T if where.packed else first_B1  # of each block, or of all
+  slot = sink_slots(begun, sinks, ring, cached_B1, cached_B1 + time)
+  column = jnp.arange(blocks)[:, None] * size + jnp.arange(before + size)
+
+  def seen(x: jax.Array, near: jax.Array) -> jax.Array:
+    """Returns what each block sees of keys or values, [blocks, B, N + before + c, ...]."""
+    sink = taken(x, slot).reshape(batch, begun.shape[1], sinks, *x.shape[2:])
+    sink = jnp.broadcast_to(sink, (batch, blocks, *sink.shape[2:]))
+    return jnp.concatenate([sink, of_blocks(near, lead=ring, before=before)[:, column]], axis=2).swapaxes(0, 1)
+
+  read = Block(**how, sinks=sinks, chunk=chunk, window=window, size=size, aligned=not where.packed or size == 1)
 
   def step(carry, block):
     (kept, score), (number, asking, near, first_Bc) = carry, block
-    start_B1 = cached_B1 + number * size
-    slot = sink_slots(first_Bc[:, 0], sinks, ring, cached_B1, cached_B1 + time)
-    seen = [jnp.concatenate([taken(x, slot), y], axis=1) for x, y in zip(joined, near, strict=True)]
-    real = jnp.arange(size) < where.count_B[:, None] - number * size
-    key = start_B1 - ring + jnp.arange(ring + size)
-    score = jnp.pad(score, ((0, 0), (0, size), (0, 0)))
-    out, kept, score = read(asking, seen, score, key, first_Bc, start_B1, real, kept)
-    return (kept, score[:, size:]), (out, score)
+    start_B1 = origin_B1 + number * size
+    index = start_B1 + jnp.arange(size)
+    real = (index >= cached_B1) & (index < cached_B1 + where.count_B[:, None])
+    key = start_B1 - before + jnp.arange(before + size)
+    out, kept, score = read(asking, near, score, key, first_Bc, start_B1, real, kept)
+    return (kept, jnp.pad(score[:, size:], ((0, 0), (0, size), (0, 0)))), (out, score)
 
-  carry = _kept(held), taken(held.score, order)
-  first = padded(where.first_BT)
+  score = jnp.pad(taken(held.score, order), ((0, 0), (0, size), (0, 0)))
+  carry = _kept(held), _cut(score, ring - before - again, before + size)
+  asked = tuple(blocked(of_blocks(q)) for q in queries)
+  steps = (jnp.arange(blocks), asked, [seen(*pair) for pair in zip(joined, text, strict=True)], first)
   if blocks == 1:
-    (kept, _), (out, scores) = step(carry, (0, queries, text, first))
-    scores = scores[None]
+    (kept, _), (out, scores) = step(carry, jax.tree.map(lambda x: x[0], steps))
+    out, scores = out[None], scores[None]
   else:
-    column = jnp.arange(blocks)[:, None] * size + jnp.arange(ring + size)
-
-    def blocked(x: jax.Array) -> jax.Array:
-      return x.reshape(batch, blocks, size, *x.shape[2:]).swapaxes(0, 1)
-
-    windows = [x[:, column].swapaxes(0, 1) for x in text]
-    steps = (jnp.arange(blocks), tuple(blocked(padded(q)) for q in queries), windows, blocked(first))
     (kept, _), (out, scores) = jax.lax.scan(step, carry, steps)
-    out = out.swapaxes(0, 1).reshape(batch, whole, *out.shape[3:])[:, :time]
+  out = out.swapaxes(0, 1).reshape(batch, whole, *out.shape[3:])
 
   # What is held after the last real token, back in the order of the ring.
   end_B1 = cached_B1 + where.count_B[:, None]
   index = ring_index(end_B1[:, 0], ring)
   k, v = (taken(x, index - (cached_B1 - ring)) for x in text)
-  last_block = jnp.maximum(where.count_B - 1, 0) // size
-  seen = scores[last_block, jnp.arange(batch)]
-  score = taken(seen, index - (cached_B1 + last_block[:, None] * size - ring))
+  last_block = jnp.maximum(end_B1 - origin_B1 - 1, 0) // size
+  column = index - (origin_B1 + last_block * size - before)  # negative: the token will not be seen again
+  score = taken(scores[last_block[:, 0], jnp.arange(batch)], jnp.maximum(column, 0))
   last = jnp.take_along_axis(where.first_BT, jnp.maximum(where.count_B - 1, 0)[:, None], axis=1)
   slot = sink_slots(last, sinks, ring, cached_B1, end_B1)
   k, v = (jnp.concatenate([taken(x, slot), y], axis=1) for x, y in zip(joined, (k, v), strict=True))
-  return out, MemoryState(k, v, score, *kept)
+  return _cut(out, again, time), MemoryState(k, v, score, *kept)
+
+
+def _cut(x: jax.Array, first: Any, length: int) -> jax.Array:
+  """Returns x[b, first[b] : first[b] + length] of x [B, S, ...]; what lies outside x may be anything.
+
+  Args:
+    x: the array.
+    first: int32 [B, 1], or one int >= 0 for all rows.
+    length: number of entries.
+  """
+  if isinstance(first, int):
+    x = x[:, first : first + length]
+    return jnp.pad(x, [(0, 0), (0, length - x.shape[1])] + [(0, 0)] * (x.ndim - 2))
+  return taken(x, jnp.clip(first + jnp.arange(length), 0, x.shape[1] - 1))
 
 
 def _kept(held: MemoryState) -> Kept:

@@ -46,18 +46,16 @@ class _Choice(NamedTuple):
   Attributes:
     end_B1: int32 [B, 1], index in the row of the token after which it is made.
     first_B1: int32 [B, 1], index of the first token of that token's document.
-    column: int32 [B, A, P, C], where in the text each token is that takes a slot.
-    token: int32 [B, A, P, C], its index in the row.
+    token: int32 [B, A, P, C], index in the row of each of the C tokens that leave the window.
+    column: int32 [B, A, P, C], where in the text it is.
     slot: int32 [B, A, P, C], the slot that it takes; S: none.
-    stays: bool [B, A, P, C], whether each of the C tokens that leave the window takes a slot.
   """
 
   end_B1: jax.Array
   first_B1: jax.Array
-  column: jax.Array
   token: jax.Array
+  column: jax.Array
   slot: jax.Array
-  stays: jax.Array
 
 
 class _Weights(NamedTuple):
@@ -104,7 +102,8 @@ class Block:
     Args:
       queries: q [B, c, H, K], and if `far` is given its queries.
       text: keys and values [B, N + X, G, K]: of the first N tokens of the document of the block's first token, and of
-        X tokens, the block and at least W + C - c before it, in the order of their indices or as a ring.
+        X tokens, the block and those before it, in the order of their indices or as a ring: at least W + C, and W + C
+        before the block if a token comes after a choice.
       seen_BXG: their scores.
       key_BX: int32 [B, X], their indices in the row; negative where there is none.
       first_Bc, start_B1: index in the row of the first token of each token's document, and of the block's first token.
@@ -134,15 +133,19 @@ class Block:
     values = self._by_pattern(v.swapaxes(1, 2)), [x.astype(q.dtype) for x in self.layout.split(kept.v)]
 
     chooses_Bc = real_Bc & ((position + 1) % self.chunk == 0)
-    any_B, at_B1 = chooses_Bc.any(axis=1), jnp.argmax(chooses_Bc, axis=1)[:, None]
-    twice = bool(self.layout.slots) and not self.aligned
+    if self.aligned:
+      any_B, at_B1 = chooses_Bc[:, -1], jnp.full_like(start_B1, self.size - 1)
+    else:
+      any_B, at_B1 = chooses_Bc.any(axis=1), jnp.argmax(chooses_Bc, axis=1)[:, None]
+    chosen = bool(self.layout.slots) and not (self.aligned and 1 < self.size < self.chunk)
+    twice = chosen and not self.aligned
     late_Bc = any_B[:, None] & (jnp.arange(self.size) > at_B1) if twice else jnp.zeros_like(real_Bc)
 
     weights = self._weights(logits, mask, visible)
     kept, seen = self._scored(weights, real_Bc & ~late_Bc, kept, seen_BXG)
     if not twice:
       out = self._out(weights, values)
-    if self.layout.slots:
+    if chosen:
 
       def choose(kept: Kept) -> tuple[Kept, _Choice]:
         choice = self._choice(kept, seen, key_BX, start_B1 + at_B1, jnp.take_along_axis(first_Bc, at_B1, 1), any_B)
@@ -244,17 +247,15 @@ class Block:
     leaving = (first_column + jnp.arange(chunk)) % extent
     fresh = self._by_pattern(taken(seen, leaving).swapaxes(1, 2))
     new = worth(fresh.reshape(len(fresh), -1, chunk), token[:, None], (token - first_B1 >= self.sinks)[:, None])
-    old = self.layout.by_head(worth(kept.score, kept.token, kept.token >= first_B1[..., None]), jnp.inf)
-    # The C that are worth least go; of equals those that leave the window.
-    _, lost = jax.lax.top_k(-jnp.concatenate([new.reshape(fresh.shape), old], axis=-1), chunk)
-    stays = ~(lost[..., None, :] == jnp.arange(chunk)[:, None]).any(axis=-1)
-    freed = lost >= chunk
-    paired = stays[..., None, :] & (jnp.cumsum(freed, axis=-1)[..., None] == jnp.cumsum(stays, axis=-1)[..., None, :])
-    source = jnp.argmax(paired, axis=-1).astype(jnp.int32)
-    slot = jnp.asarray(self.layout.begins)[:, None] + lost - chunk
-    slot = jnp.where(freed & any_B[:, None, None, None], slot, self.layout.slots)
-    column = (first_column[:, None, None] + source) % extent
-    return _Choice(end_B1, first_B1, column, (token[:, None, None, :1] + source).astype(jnp.int32), slot, stays)
+    old = worth(kept.score, kept.token, kept.token >= first_B1[..., None])
+    old = self.layout.by_head(old, jnp.inf, at_least=chunk)
+    # The best of the new against the least of the old, the second best against the second least, and so on.
+    best, source = jax.lax.top_k(new.reshape(fresh.shape), chunk)
+    least, lost = jax.lax.top_k(-old, chunk)
+    takes = (best > -least) & any_B[:, None, None, None]
+    slot = jnp.where(takes, jnp.asarray(self.layout.begins)[:, None] + lost, self.layout.slots)
+    token = token[:, None, None, :1] + source
+    return _Choice(end_B1, first_B1, token, (first_column[:, None, None] + source) % extent, slot)
 
   def _chosen(self, kept: Kept, choice: _Choice, any_B, text, seen) -> Kept:
     """Returns what is retained after a choice."""
@@ -287,7 +288,5 @@ class Block:
 
   def _stayed(self, choice: _Choice, key_BX: jax.Array) -> jax.Array:
     """Returns whether each token of a text left the window at the choice and was retained, [B, A, P, X]."""
-    number = key_BX - (choice.end_B1 + 1 - self.window - self.chunk)
-    stays = jnp.pad(choice.stays, [(0, 0)] * 3 + [(0, 1)])
-    number = jnp.where((number >= 0) & (number < self.chunk), number, self.chunk)
-    return jnp.take_along_axis(stays, number[:, None, None], axis=-1)
+    token = jnp.where(choice.slot < self.layout.slots, choice.token, -1)
+    return (key_BX[:, None, None, :, None] == token[..., None, :]).any(axis=-1)

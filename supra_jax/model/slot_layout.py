@@ -47,9 +47,9 @@ class Layout(NamedTuple):
   def _heads(self) -> range:
     return range(len(self.sizes))
 
-  def by_head(self, x_BAS: jax.Array, fill: float) -> jax.Array:
-    """Returns the values of each head's slots, [B, A, P, max M]; `fill` where a head has fewer."""
-    most = max(self.sizes)
+  def by_head(self, x_BAS: jax.Array, fill: float, at_least: int = 0) -> jax.Array:
+    """Returns the values of each head's slots, [B, A, P, max(M, at_least)]; `fill` where a head has fewer."""
+    most = max(*self.sizes, at_least)
     pairs = zip(self.begins, self.sizes, strict=True)
     table = np.array([[*range(begin, begin + size), *[self.slots] * (most - size)] for begin, size in pairs], int)
     return jnp.pad(x_BAS, ((0, 0), (0, 0), (0, 1)), constant_values=fill)[:, :, table]

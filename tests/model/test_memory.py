@@ -78,8 +78,8 @@ SIZES = [
 
 
 @pytest.mark.parametrize("sizes", SIZES)
-@pytest.mark.parametrize("cuts", [(), (1, 9, 10, 30)])
-def test_attention_and_choices_against_a_loop(sizes, cuts):
+@pytest.mark.parametrize("cuts, packed", [((), False), ((), True), ((1, 9, 10, 30), False), ((1, 9, 10, 30), True)])
+def test_attention_and_choices_against_a_loop(sizes, cuts, packed):
   batch, time, heads, repeats, width = 2, 43, 4, 3, 8
   with jax.enable_x64(True):
     rng = np.random.default_rng(0)
@@ -94,7 +94,7 @@ def test_attention_and_choices_against_a_loop(sizes, cuts):
     outs = []
     for start, stop in zip((0, *cuts), (*cuts, time), strict=True):
       count = np.full(batch, stop - start, np.int32)
-      where = Where(np.full(batch, start, np.int32), count, np.zeros((batch, stop - start), np.int32), not cuts)
+      where = Where(np.full(batch, start, np.int32), count, np.zeros((batch, stop - start), np.int32), start == 0, packed)
 
       def piece(x, start=start, stop=stop):
         return x[:, start:stop].reshape(batch, stop - start, heads * repeats, width)

@@ -105,7 +105,7 @@ class MemoryAttention(Projections):
     k, v = self.held(k), self.held(v)
     batch, time = x_BTD.shape[:2]
     count = jnp.full(batch, time, jnp.int32) if context.lengths is None else context.lengths
-    where = Where(context.index[:, 0], count, context.first, state is None and context.segment_ids is None)
+    where = Where(context.index[:, 0], count, context.first, state is None, context.segment_ids is not None)
     held = self.init_state(batch, 0) if state is None else state
     told = self.layer
     how: dict[str, Any] = {"sinks": told.sinks, "chunk": told.chunk, "far": far, "at_random": told.score == "random"}
