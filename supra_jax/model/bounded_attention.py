@@ -8,6 +8,7 @@ single token.
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import flax
@@ -15,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from supra_jax.model.bounded_block import Block, Far, Kept
+from supra_jax.model.bounded_positions import positions
 from supra_jax.model.mixers.base import MixerState
 from supra_jax.model.mixers.supra_window import ring_index, sink_slots, taken
 from supra_jax.model.slot_layout import Layout
@@ -117,8 +119,9 @@ def _read_one(queries, new, held: MemoryState, where: Where, *, sinks: int, chun
   k, v = (x.at[at].set(token, mode="drop") for x, token in zip((held.k, held.v), new, strict=True))
   score = jnp.where((real_B1 & (slot == jnp.arange(ring)))[..., None], 0, held.score)
   key = ring_index(where.cached_B + jnp.minimum(where.count_B, 1), ring)
-  read = Block(**how, sinks=sinks, chunk=chunk, window=ring - chunk, size=1, aligned=True)
-  out, kept, score = read(queries, (k, v), score, key, first_B1, cached_B1, real_B1, _kept(held))
+  sizes: dict[str, Any] = {"sinks": sinks, "chunk": chunk, "aligned": True}
+  at = positions(first_B1, cached_B1, real_B1, key, **sizes, window=ring - chunk)
+  out, kept, score = Block(**how, **sizes)(queries, (k, v), score, at, _kept(held))
   return out, MemoryState(k, v, score, *kept)
 
 
@@ -141,7 +144,7 @@ def _read_in_blocks(queries, new, held: MemoryState, where: Where, *, sinks: int
   origin_B1 = cached_B1 - again  # index of the first token of the first block
 
   def of_blocks(x: jax.Array, *, lead: int = 0, before: int = 0) -> jax.Array:
-    """Returns the entries of all blocks, and of `before` tokens before them, of x [B, lead + T] with `lead` old ones."""
+    """Returns the entries of all blocks, and of `before` tokens before them, of x [B, lead + T], `lead` of them old."""
     return _cut(x, lead - before - again, before + whole)
 
   def blocked(x: jax.Array) -> jax.Array:
@@ -162,21 +165,23 @@ def _read_in_blocks(queries, new, held: MemoryState, where: Where, *, sinks: int
     sink = jnp.broadcast_to(sink, (batch, blocks, *sink.shape[2:]))
     return jnp.concatenate([sink, of_blocks(near, lead=ring, before=before)[:, column]], axis=2).swapaxes(0, 1)
 
-  read = Block(**how, sinks=sinks, chunk=chunk, window=window, size=size, aligned=not where.packed or size == 1)
+  sizes: dict[str, Any] = {"sinks": sinks, "chunk": chunk, "aligned": not where.packed or size == 1}
+  start = origin_B1 + jnp.arange(blocks)[:, None, None] * size
+  index = start + jnp.arange(size)
+  real = (index >= cached_B1) & (index < cached_B1 + where.count_B[:, None])
+  key = start - before + jnp.arange(before + size)
+  at = jax.vmap(functools.partial(positions, **sizes, window=window))(first, start, real, key)
+  read = Block(**how, **sizes)
 
   def step(carry, block):
-    (kept, score), (number, asking, near, first_Bc) = carry, block
-    start_B1 = origin_B1 + number * size
-    index = start_B1 + jnp.arange(size)
-    real = (index >= cached_B1) & (index < cached_B1 + where.count_B[:, None])
-    key = start_B1 - before + jnp.arange(before + size)
-    out, kept, score = read(asking, near, score, key, first_Bc, start_B1, real, kept)
+    (kept, score), (asking, near, at) = carry, block
+    out, kept, score = read(asking, near, score, at, kept)
     return (kept, jnp.pad(score[:, size:], ((0, 0), (0, size), (0, 0)))), (out, score)
 
   score = jnp.pad(taken(held.score, order), ((0, 0), (0, size), (0, 0)))
   carry = _kept(held), _cut(score, ring - before - again, before + size)
   asked = tuple(blocked(of_blocks(q)) for q in queries)
-  steps = (jnp.arange(blocks), asked, [seen(*pair) for pair in zip(joined, text, strict=True)], first)
+  steps = (asked, [seen(*pair) for pair in zip(joined, text, strict=True)], at)
   if blocks == 1:
     (kept, _), (out, scores) = step(carry, jax.tree.map(lambda x: x[0], steps))
     out, scores = out[None], scores[None]

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from supra_jax.model.bounded_positions import Positions
 from supra_jax.model.mixers.softmax import UNSEEN, attention_logits
 from supra_jax.model.mixers.supra_window import taken
 from supra_jax.model.slot_layout import Layout
@@ -41,18 +42,14 @@ class Kept(NamedTuple):
 
 
 class _Choice(NamedTuple):
-  """A choice of what is held on.
+  """Which of the C tokens that leave the window take which slots, int32 [B, A, P, C] each.
 
   Attributes:
-    end_B1: int32 [B, 1], index in the row of the token after which it is made.
-    first_B1: int32 [B, 1], index of the first token of that token's document.
-    token: int32 [B, A, P, C], index in the row of each of the C tokens that leave the window.
-    column: int32 [B, A, P, C], where in the text it is.
-    slot: int32 [B, A, P, C], the slot that it takes; S: none.
+    token: index of each of the C tokens in the row.
+    column: where in the text it is.
+    slot: the slot that it takes; S: none.
   """
 
-  end_B1: jax.Array
-  first_B1: jax.Array
   token: jax.Array
   column: jax.Array
   slot: jax.Array
@@ -62,7 +59,7 @@ class _Weights(NamedTuple):
   """Weights of a softmax before they are divided by their sum.
 
   Attributes:
-    near: [B, A, P, c, R, N + W + C + c], of the sinks and the text.
+    near: [B, A, P, c, R, N + X], of the sinks and the text.
     own: [B, A, h, c, R, M] of the retained tokens, for the h heads of each size.
     share: [B, A, P, c, R], 1 / their sum.
   """
@@ -82,8 +79,6 @@ class Block:
 
   Attributes:
     layout, sinks, chunk, far, at_random: as in `bounded_attention.attend`.
-    window: W.
-    size: c, number of tokens of the block.
     aligned: whether no token comes after a choice.
   """
 
@@ -92,11 +87,9 @@ class Block:
   chunk: int
   far: Far | None
   at_random: bool
-  window: int
-  size: int
   aligned: bool
 
-  def __call__(self, queries, text, seen_BXG, key_BX, first_Bc, start_B1, real_Bc, kept):
+  def __call__(self, queries, text, seen_BXG, where: Positions, kept: Kept):
     """Reads a block.
 
     Args:
@@ -105,65 +98,50 @@ class Block:
         X tokens, the block and those before it, in the order of their indices or as a ring: at least W + C, and W + C
         before the block if a token comes after a choice.
       seen_BXG: their scores.
-      key_BX: int32 [B, X], their indices in the row; negative where there is none.
-      first_Bc, start_B1: index in the row of the first token of each token's document, and of the block's first token.
-      real_Bc: whether a token is none of the padding.
+      where: positions of the tokens.
       kept: what is retained.
 
     Returns:
       (out [B, c, H, V]; what is retained after the block; the scores of the X tokens).
     """
     q = queries[0]
-    index = start_B1 + jnp.arange(self.size)
-    position = index - first_Bc
-    unjudged = first_Bc + position // self.chunk * self.chunk  # first token since the last choice
-    oldest = jnp.maximum(first_Bc, unjudged - self.window)[..., None]
-    near = (key_BX[:, None] <= index[..., None]) & (key_BX[:, None] >= oldest)
-    begun = first_Bc[:, :1]
-    sink = begun + jnp.arange(self.sinks)
-    out_of_sight = (sink[:, None] < oldest) & (first_Bc == begun)[..., None]
-    mask = jnp.concatenate([out_of_sight, near], axis=-1)[:, None, None, :, None]
-    since = first_Bc[:, None, None, :, None, None]
+    size = q.shape[1]
+    mask = where.sees_BcX[:, None, None, :, None]
+    since = where.first_Bc[:, None, None, :, None, None]
     visible = [token[:, :, :, None, None] >= since for token in self.layout.split(kept.token)]
 
     k, v = (x.astype(q.dtype) for x in text)
     sink_logits = [attention_logits(queries[-1], k[:, : self.sinks])] * bool(self.sinks)
     near_logits = self._by_pattern(jnp.concatenate([*sink_logits, attention_logits(q, k[:, self.sinks :])], axis=-1))
-    logits = near_logits, self._own_logits(queries, kept, unjudged, begun)
+    logits = near_logits, self._own_logits(queries, kept, where)
     values = self._by_pattern(v.swapaxes(1, 2)), [x.astype(q.dtype) for x in self.layout.split(kept.v)]
 
-    chooses_Bc = real_Bc & ((position + 1) % self.chunk == 0)
-    if self.aligned:
-      any_B, at_B1 = chooses_Bc[:, -1], jnp.full_like(start_B1, self.size - 1)
-    else:
-      any_B, at_B1 = chooses_Bc.any(axis=1), jnp.argmax(chooses_Bc, axis=1)[:, None]
-    chosen = bool(self.layout.slots) and not (self.aligned and 1 < self.size < self.chunk)
-    twice = chosen and not self.aligned
-    late_Bc = any_B[:, None] & (jnp.arange(self.size) > at_B1) if twice else jnp.zeros_like(real_Bc)
-
+    chooses = bool(self.layout.slots) and not (self.aligned and 1 < size < self.chunk)
+    twice = chooses and not self.aligned
     weights = self._weights(logits, mask, visible)
-    kept, seen = self._scored(weights, real_Bc & ~late_Bc, kept, seen_BXG)
+    kept, seen = self._scored(weights, where.real_Bc & ~where.late_Bc, kept, seen_BXG)
     if not twice:
       out = self._out(weights, values)
-    if chosen:
+    if chooses:
 
       def choose(kept: Kept) -> tuple[Kept, _Choice]:
-        choice = self._choice(kept, seen, key_BX, start_B1 + at_B1, jnp.take_along_axis(first_Bc, at_B1, 1), any_B)
-        return self._chosen(kept, choice, any_B, text, seen), choice
+        choice = self._choice(kept, seen, where)
+        return self._chosen(kept, choice, where, text, seen), choice
 
-      if self.size == 1:
-        kept = jax.lax.cond(any_B.any(), lambda kept: choose(kept)[0], lambda kept: kept, kept)
+      if size == 1:
+        kept = jax.lax.cond(where.any_B.any(), lambda kept: choose(kept)[0], lambda kept: kept, kept)
       else:
         held, (kept, choice) = kept, choose(kept)
     if twice:
-      late = late_Bc[:, None, None, :, None, None]
+      late = where.late_Bc[:, None, None, :, None, None]
       gone = self.layout.split(kept.token != held.token)
       visible = [before & ~(late & x[:, :, :, None, None]) for before, x in zip(visible, gone, strict=True)]
-      stayed = self._stayed(choice, key_BX)[:, :, :, None, None] & (key_BX[:, None, None, None, None] >= since)
+      stayed = self._stayed(choice, where.key_BX)[:, :, :, None, None]
+      stayed = stayed & (where.key_BX[:, None, None, None, None] >= since)
       mask = mask | jnp.pad(late & stayed, [(0, 0)] * 5 + [(self.sinks, 0)])
       weights = self._weights(logits, mask, visible)
       out = self._out(weights, values)
-      kept, got = self._scored(weights, late_Bc & real_Bc, kept, jnp.zeros_like(seen))
+      kept, got = self._scored(weights, where.late_Bc & where.real_Bc, kept, jnp.zeros_like(seen))
       kept = kept._replace(score=self._put(kept.score, choice, got, add=True))
       seen = seen + got
     return out, kept, seen
@@ -172,11 +150,11 @@ class Block:
     """Returns [B, A, P, ...] of [B, G, ...]."""
     return x_BG.reshape(len(x_BG), -1, len(self.layout.sizes), *x_BG.shape[2:])
 
-  def _own_logits(self, queries, kept: Kept, unjudged, begun) -> list[jax.Array]:
+  def _own_logits(self, queries, kept: Kept, where: Positions) -> list[jax.Array]:
     """Returns the logits of the retained tokens, [B, A, h, c, R, M] for the h heads of each size."""
 
     def product(q_BcHK, k_BASK) -> list[jax.Array]:
-      lead = len(q_BcHK), self.size, k_BASK.shape[1], len(self.layout.sizes)
+      lead = *q_BcHK.shape[:2], k_BASK.shape[1], len(self.layout.sizes)
       q = q_BcHK.reshape(*lead, -1, q_BcHK.shape[-1]).transpose(0, 2, 3, 1, 4, 5) / math.sqrt(q_BcHK.shape[-1])
       wide = jnp.promote_types(q.dtype, jnp.float32)
       pairs = zip(self.layout.heads_of(q), self.layout.split(k_BASK.astype(q.dtype)), strict=True)
@@ -184,7 +162,7 @@ class Block:
 
     if self.far is None:
       return product(queries[0], kept.k)
-    far, k, last = self.far, kept.k, unjudged[:, None, None, :, None, None] - 1
+    far, k, last = self.far, kept.k, where.unjudged_Bc[:, None, None, :, None, None] - 1
     is_far = [last - token[:, :, :, None, None] >= far.least for token in self.layout.split(kept.token)]
     if self.aligned:
       both = product(
@@ -194,8 +172,8 @@ class Block:
 
     def with_far(own):
       # A choice in the block may make a token far whose key is held after RoPE.
-      bare = unjudged[:, :1, None] - 1 - kept.token >= far.least
-      position = jnp.maximum(kept.token - begun[..., None], 0)
+      bare = where.unjudged_Bc[:, :1, None] - 1 - kept.token >= far.least
+      position = jnp.maximum(kept.token - where.first_Bc[:, :1, None], 0)
       bare_k = jnp.where(bare[..., None], k, far.without_rope(k, position))
       return [jnp.where(x, a, b) for x, a, b in zip(is_far, product(queries[1], bare_k), own, strict=True)]
 
@@ -232,40 +210,39 @@ class Block:
     whole = jnp.concatenate([x.reshape(*x.shape[:2], -1) for x in own], axis=-1)
     return kept._replace(score=kept.score + whole.astype(kept.score.dtype)), seen
 
-  def _choice(self, kept: Kept, seen, key_BX, end_B1, first_B1, any_B) -> _Choice:
+  def _choice(self, kept: Kept, seen, where: Positions) -> _Choice:
     """Finds which of the C tokens that leave the window take the slots of tokens that are worth less."""
-    chunk, extent = self.chunk, key_BX.shape[1]
-    token = end_B1 + 1 - self.window - chunk + jnp.arange(chunk)
-    first_column = (token[:, :1] - key_BX[:, :1]) % extent  # of a ring, slot 0 holds a multiple of its extent
+    chunk, first = self.chunk, where.first_at_end_B1
 
     def worth(score, token, valid):
       if self.at_random:
         mixed = token.astype(jnp.uint32) * jnp.uint32(2654435761)  # Knuth's multiplicative hash, its high bits
         score = jnp.broadcast_to((mixed >> 8).astype(score.dtype), score.shape)
-      return jnp.where(valid, score / (end_B1[..., None] + 1 - token).astype(score.dtype), -1.0)
+      return jnp.where(valid, score / (where.end_B1[..., None] + 1 - token).astype(score.dtype), -1.0)
 
-    leaving = (first_column + jnp.arange(chunk)) % extent
-    fresh = self._by_pattern(taken(seen, leaving).swapaxes(1, 2))
-    new = worth(fresh.reshape(len(fresh), -1, chunk), token[:, None], (token - first_B1 >= self.sinks)[:, None])
-    old = worth(kept.score, kept.token, kept.token >= first_B1[..., None])
-    old = self.layout.by_head(old, jnp.inf, at_least=chunk)
+    fresh = self._by_pattern(taken(seen, where.column_BC).swapaxes(1, 2))
+    token = where.token_BC[:, None]
+    new = worth(fresh.reshape(len(fresh), -1, chunk), token, token - first[..., None] >= self.sinks)
+    old = worth(kept.score, kept.token, kept.token >= first[..., None])
     # The best of the new against the least of the old, the second best against the second least, and so on.
     best, source = jax.lax.top_k(new.reshape(fresh.shape), chunk)
-    least, lost = jax.lax.top_k(-old, chunk)
-    takes = (best > -least) & any_B[:, None, None, None]
+    least, lost = jax.lax.top_k(-self.layout.by_head(old, jnp.inf, at_least=chunk), chunk)
+    takes = (best > -least) & where.any_B[:, None, None, None]
     slot = jnp.where(takes, jnp.asarray(self.layout.begins)[:, None] + lost, self.layout.slots)
-    token = token[:, None, None, :1] + source
-    return _Choice(end_B1, first_B1, token, (first_column[:, None, None] + source) % extent, slot)
+    column, extent = where.column_BC[:, None, None, :1] + source, where.key_BX.shape[1]
+    column = jnp.where(column < extent, column, column - extent)
+    return _Choice(token[:, None, :, :1] + source, column, slot)
 
-  def _chosen(self, kept: Kept, choice: _Choice, any_B, text, seen) -> Kept:
+  def _chosen(self, kept: Kept, choice: _Choice, where: Positions, text, seen) -> Kept:
     """Returns what is retained after a choice."""
     near = [x[:, self.sinks :] for x in text]
     k, v, score = (self._put(x, choice, y) for x, y in zip((kept.k, kept.v, kept.score), (*near, seen), strict=True))
     token = self._write(kept.token, choice, choice.token)
     if self.far is not None:
-      far, first = self.far, choice.first_B1[..., None]
-      distance = choice.end_B1[..., None] - token
-      crossed = any_B[:, None, None] & (token >= first) & (distance >= far.least) & (distance < far.least + self.chunk)
+      far, first = self.far, where.first_at_end_B1[..., None]
+      distance = where.end_B1[..., None] - token
+      crossed = (token >= first) & (distance >= far.least) & (distance < far.least + self.chunk)
+      crossed = crossed & where.any_B[:, None, None]
       position = jnp.where(crossed, token - first, 0)
       bare = jax.lax.cond(crossed.any(), lambda k: far.without_rope(k, position), lambda k: k, k)
       k = jnp.where(crossed[..., None], bare, k)
@@ -275,7 +252,7 @@ class Block:
     """Writes to their slots the entries of a text of the tokens that take one."""
     text = self._by_pattern(text_BXG.swapaxes(1, 2))
     column = choice.column.reshape(*choice.column.shape, *[1] * (text.ndim - 4))
-    return self._write(x_BAS, choice, jnp.take_along_axis(text, column, axis=3), add=add)
+    return self._write(x_BAS, choice, jnp.take_along_axis(text, column, axis=3, mode="promise_in_bounds"), add=add)
 
   @staticmethod
   def _write(x_BAS: jax.Array, choice: _Choice, new_BAPC: jax.Array, *, add: bool = False) -> jax.Array:

@@ -50,9 +50,8 @@ class Layout(NamedTuple):
   def by_head(self, x_BAS: jax.Array, fill: float, at_least: int = 0) -> jax.Array:
     """Returns the values of each head's slots, [B, A, P, max(M, at_least)]; `fill` where a head has fewer."""
     most = max(*self.sizes, at_least)
-    pairs = zip(self.begins, self.sizes, strict=True)
-    table = np.array([[*range(begin, begin + size), *[self.slots] * (most - size)] for begin, size in pairs], int)
-    return jnp.pad(x_BAS, ((0, 0), (0, 0), (0, 1)), constant_values=fill)[:, :, table]
+    pads = [[(0, 0)] * 3 + [(0, most - size)] for size, _, _ in self.groups]
+    return self.joined([jnp.pad(x, pad, constant_values=fill) for x, pad in zip(self.split(x_BAS), pads, strict=True)])
 
   def split(self, x_BAS: jax.Array) -> list[jax.Array]:
     """Returns [B, A, h, M, ...] for the h heads of each size, of x [B, A, S, ...]."""

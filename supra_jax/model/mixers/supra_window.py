@@ -291,5 +291,6 @@ def _with_sinks(q, far_q, k, v, mask, sinks: int, weigh: Weigh):
 
 
 def taken(x_BS: jax.Array, slot_BN: jax.Array) -> jax.Array:
-  """Returns x[b, slot[b, n]] of x [B, S, ...]."""
-  return jnp.take_along_axis(x_BS, slot_BN.reshape(*slot_BN.shape, *[1] * (x_BS.ndim - 2)), axis=1)
+  """Returns x[b, slot[b, n]] of x [B, S, ...]; slots are within 0 to S - 1."""
+  slot = slot_BN.reshape(*slot_BN.shape, *[1] * (x_BS.ndim - 2))
+  return jnp.take_along_axis(x_BS, slot, axis=1, mode="promise_in_bounds")
