@@ -42,8 +42,7 @@ WAYS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
   "memory": ({}, {}),
   "random": ({}, {"score": "random"}),
   "topics": ({"data": Memory.data}, {}),
-  "4 runs": ({"runs": 4}, {}),
-  "8 runs": ({"runs": 8}, {}),
+  "8 patterns": ({"patterns": 8}, {}),
 }
 DTYPE = "bfloat16"
 

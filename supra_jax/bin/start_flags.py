@@ -19,7 +19,7 @@ _METHOD = (
 )
 _BYTES = "memory: size of the state at any length of text, such as 6MB."
 _TOKENS = "memory: the size as a number of tokens of each key/value head, whose keys and values take as many bytes."
-_RUNS = "memory: most runs of layers with the same sizes; a few compile faster in training. Default: any number."
+_PATTERNS = "memory: most patterns of sizes of heads that layers have; fewer compile faster and lose more."
 _DTYPE = "memory: dtype in which the state holds keys and values. Default: bfloat16."
 _LAST = f"Softmax attention sees so many last tokens. Default: {Window.window}; memory: by the size of the state."
 _READ = f"Tokens to read of the text. Default: calibrated {Calibrated.tokens}, memory {Memory.tokens}."
@@ -35,7 +35,7 @@ def define() -> Callable[[], Start]:
   method = flags.DEFINE_enum("method", None, list(STARTS), _METHOD)
   size = flags.DEFINE_string("state_bytes", None, _BYTES)
   tokens = flags.DEFINE_integer("state_tokens", None, _TOKENS, lower_bound=1)
-  flags.DEFINE_integer("runs", None, _RUNS, lower_bound=1)
+  flags.DEFINE_integer("patterns", Memory.patterns, _PATTERNS, lower_bound=1)
   flags.DEFINE_enum("state_dtype", None, ["bfloat16", "float32"], _DTYPE)
   flags.DEFINE_integer("window", None, _LAST, lower_bound=1)
   flags.DEFINE_integer("sinks", Window.sinks, "Softmax attention sees so many first tokens too.", lower_bound=0)

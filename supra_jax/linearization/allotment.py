@@ -3,8 +3,8 @@
 For each layer, head and size the loss of a head is measured on the teacher's own streams: the mean square of what its
 attention says with all tokens and does not say with those that it would hold, behind W_o, over that of the stream.
 
-Layers with the same sizes are one program to compile. So the layers are cut into a few runs. In a run all layers have
-the same sizes, and each layer gives the larger ones to the heads that need them: `with_order` puts the heads in order.
+Layers with the same sizes compile once. So there are a few patterns of sizes, and each layer has one of them, whose
+larger sizes it gives to the heads that need them: `with_order` puts the heads in order.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Allotment(NamedTuple):
   """What each head retains.
 
   Attributes:
-    retained: int [L, P], number of tokens of each head of a layer's pattern, sorted; the same for all layers of a run.
+    retained: int [L, P], number of tokens of each head of a layer's pattern, sorted.
     order: int [L, G], the heads of the teacher in the order in which they take the places of the pattern's repeats.
     error: the sum of the errors of all heads.
   """
@@ -110,17 +110,17 @@ def _lost(model: Transformer, layer: MixerConfig, choices: tuple[MemoryConfig, .
   return x_BTD, constrain(jnp.stack(lost, axis=-1), None, None)  # whole on each process
 
 
-def allotted(errors: np.ndarray, sizes: Sequence[int], tokens: float, *, runs: int, repeats: int = 1) -> Allotment:
+def allotted(errors: np.ndarray, sizes: Sequence[int], tokens: float, *, patterns: int, repeats: int = 1) -> Allotment:
   """Returns what each head retains: the least error with at most `tokens` tokens a head on average.
 
-  The best division for a price a token is found by dynamic programming over layers and runs, and the price by
-  bisection. What then is left of the tokens buys the steps to larger patterns that gain most for each token.
+  For a price a token, the patterns are found by local search, and the price by bisection. What then is left of the
+  tokens buys the steps to larger patterns that gain most for each token.
 
   Args:
     errors: [L, G, sizes].
     sizes: numbers of tokens that a head may retain, increasing.
     tokens: number that a head may retain on average.
-    runs: number of runs of consecutive layers with the same sizes, at most.
+    patterns: number of patterns, at most.
     repeats: number by which the heads of each size can be divided, such as the mesh's axis `tensor`; divides G.
 
   Raises:
@@ -128,37 +128,37 @@ def allotted(errors: np.ndarray, sizes: Sequence[int], tokens: float, *, runs: i
   """
   layers, heads, _ = errors.shape
   places = max(n for n in range(1, min(heads // repeats, MOST_HEADS) + 1) if heads // repeats % n == 0)
-  patterns = np.array(
+  known = np.array(
     [
       pattern
       for pattern in itertools.combinations_with_replacement(range(len(sizes)), places)
       if len(set(pattern)) <= MOST_SIZES
     ]
   )
-  held = np.asarray(sizes)[patterns].sum(axis=1)
+  held = np.asarray(sizes)[known].sum(axis=1)
   room = tokens * places * layers
   if held.min() * layers > room:
     raise ValueError(f"{tokens:.0f} retained tokens a head: wanted {min(sizes)} or more.")
   copies = heads // places
-  assigned = np.array([[_assigned(errors[i], pattern, copies)[1] for pattern in patterns] for i in range(layers)])
+  assigned = np.array([[_assigned(errors[i], pattern, copies)[1] for pattern in known] for i in range(layers)])
 
   def total(path: np.ndarray) -> tuple[float, int]:
     return assigned[np.arange(layers), path].sum(), held[path].sum()
 
   fit = np.flatnonzero(held * layers <= room)
-  best = np.full(layers, fit[assigned[:, fit].sum(axis=0).argmin()])  # of one run
+  best = np.full(layers, fit[assigned[:, fit].sum(axis=0).argmin()])  # of one pattern
   low, high = 0.0, float((assigned.max() - assigned.min()) * layers)
-  for _ in range(100):
+  for _ in range(60):
     price = (low + high) / 2
-    path = _path(assigned, held, price, runs)
+    path = _few(assigned + price * held, patterns)
     if total(path)[1] <= room:
       high = price
       best = min(best, path, key=lambda path: total(path)[0])
     else:
       low = price
-  best = _spent(best, assigned, held, room)
-  orders = [_assigned(errors[i], patterns[j], copies)[0] for i, j in enumerate(best)]
-  return Allotment(np.asarray(sizes)[patterns[best]], np.array(orders), float(total(best)[0]))
+  best = _spent(best, assigned, held, room, patterns)
+  orders = [_assigned(errors[i], known[j], copies)[0] for i, j in enumerate(best)]
+  return Allotment(np.asarray(sizes)[known[best]], np.array(orders), float(total(best)[0]))
 
 
 def _assigned(errors: np.ndarray, pattern: np.ndarray, copies: int) -> tuple[np.ndarray, float]:
@@ -168,37 +168,44 @@ def _assigned(errors: np.ndarray, pattern: np.ndarray, copies: int) -> tuple[np.
   return heads, float(errors[heads, places].sum())
 
 
-def _path(errors: np.ndarray, held: np.ndarray, price: float, runs: int) -> np.ndarray:
-  """Returns the pattern of each layer, with at most so many runs: least error [L, patterns] plus price times tokens."""
-  costs = errors + price * held
-  best, back = np.full((runs, costs.shape[1]), np.inf), []
-  best[0] = costs[0]
-  for cost in costs[1:]:
-    cheapest = np.concatenate([[np.inf], best[:-1].min(axis=1)])[:, None]
-    before = np.concatenate([[0], best[:-1].argmin(axis=1)])[:, None]
-    back.append(np.where(best <= cheapest, -1, before))
-    best = np.minimum(best, cheapest) + cost
-  run, pattern = np.unravel_index(best.argmin(), best.shape)
-  path = [pattern]
-  for came in reversed(back):
-    if came[run, pattern] >= 0:
-      run, pattern = run - 1, came[run, pattern]
-    path.append(pattern)
-  return np.array(path[::-1])
+def _few(costs: np.ndarray, patterns: int) -> np.ndarray:
+  """Returns the pattern of each layer, with at most so many of them in use, such that costs [L, all patterns] are low.
+
+  Patterns are added one by one, then exchanged for others one by one, as long as that lowers the costs.
+  """
+  layers = len(costs)
+  used: list[int] = []
+
+  def best_with(others: list[int]) -> tuple[float, int]:
+    least = costs[:, others].min(axis=1) if others else np.full(layers, np.inf)
+    sums = np.minimum(least[:, None], costs).sum(axis=0)
+    return sums.min(), int(sums.argmin())
+
+  for _ in range(min(patterns, layers)):
+    cost, found = best_with(used)
+    used.append(found)
+  while True:
+    exchanges = [(*best_with(used[:i] + used[i + 1 :]), i) for i in range(len(used))]
+    least, found, i = min(exchanges)
+    if least >= cost * (1 - 1e-12):
+      return np.array(used)[costs[:, used].argmin(axis=1)]
+    cost, used[i] = least, found
 
 
-def _spent(path: np.ndarray, errors: np.ndarray, held: np.ndarray, room: float) -> np.ndarray:
-  """Returns a path whose runs have larger patterns, as long as there is room."""
-  runs = [list(group) for _, group in itertools.groupby(range(len(path)), key=lambda i: path[i])]
+def _spent(path: np.ndarray, errors: np.ndarray, held: np.ndarray, room: float, patterns: int) -> np.ndarray:
+  """Returns a path with larger patterns, of layers alone or of all that have the same, as long as there is room."""
   while True:
     left, most, step = room - held[path].sum(), 0.0, None
-    for layers in runs:
+    used = np.unique(path)
+    alone = used if len(used) >= patterns else np.arange(len(held))
+    groups = [(np.flatnonzero(path == now), np.arange(len(held))) for now in used]
+    for layers, others in [*groups, *((np.array([i]), alone) for i in range(len(path)))]:
       now = path[layers[0]]
-      costs = (held - held[now]) * len(layers)
-      gains = errors[layers, now].sum() - errors[layers].sum(axis=0)
+      costs = (held[others] - held[now]) * len(layers)
+      gains = errors[layers, now].sum() - errors[np.ix_(layers, others)].sum(axis=0)
       worth = np.where((costs > 0) & (costs <= left), gains / np.maximum(costs, 1), 0)
       if worth.max() > most:
-        most, step = worth.max(), (layers, int(worth.argmax()))
+        most, step = worth.max(), (layers, int(others[worth.argmax()]))
     if step is None:
       return path
     path[step[0]] = step[1]

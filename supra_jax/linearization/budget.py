@@ -58,7 +58,7 @@ def remembered(
   errors = head_errors(teacher, choices, placed, dtype=start.dtype, report=report)[list(chosen)]
   # RoPE by the number of a head forbids another order.
   repeats = teacher[1].num_kv_heads if teacher[1].rope.kind == "by_head" else mesh.shape.get("tensor", 1)
-  found = allotted(errors, sizes, tokens, runs=start.runs or len(chosen), repeats=repeats)
+  found = allotted(errors, sizes, tokens, patterns=start.patterns, repeats=repeats)
   one_size = errors[..., sizes.index(int(tokens / whole) * whole)].sum()
   lost = {"sizes_of_heads": round(found.error, 5), "one_size": round(float(one_size), 5)}
   params, config = with_memories(teacher, common, found.retained.tolist(), found.order.tolist(), chosen)

@@ -179,8 +179,8 @@ class Memory(Reading):
     state_tokens: the same as the number of tokens whose keys and values take so many bytes, of each key/value head.
     state_dtype: dtype in which the state is to hold keys and values; what they take is counted in it.
     window, sinks, chunk: W, N and C of `MemoryConfig`. None: W and C that suit the size.
-    runs: most runs of layers that have the same sizes, see `allotment`. Fewer compile faster where layers are scanned,
-      in training, and hold less of what matters. None: any number.
+    patterns: most patterns of sizes that layers have, see `allotment`. Fewer compile faster and hold less of what
+      matters.
   """
 
   method = "memory"
@@ -193,7 +193,7 @@ class Memory(Reading):
   window: int | None = None
   sinks: Annotated[int, AtLeast(0)] = MemoryConfig.sinks
   chunk: int | None = None
-  runs: int | None = None
+  patterns: Annotated[int, AtLeast(1)] = 4
 
   def layer(self, mixer: MixerConfig | None) -> MixerConfig:
     """Returns a MemoryConfig; the sizes of heads are found later.

@@ -16,7 +16,6 @@ from supra_jax.linearization.starts import Memory
 from supra_jax.model import presets
 from supra_jax.model.costs import sequence_bytes
 from supra_jax.model.registry import mixer_class
-from supra_jax.model.stacking import stacks
 from supra_jax.model.transformer import Transformer
 from supra_jax.storage.model_directory import save_model
 from tests.support import programs
@@ -30,7 +29,7 @@ def batches(rows=2, length=64):
   return [{"tokens": np.random.default_rng(0).integers(0, 97, (rows, length + 1)).astype(np.int32)}]
 
 
-@pytest.mark.parametrize("budget", [{"state_tokens": 40}, {"state_bytes": 20_000}, {"state_tokens": 31, "runs": 1}])
+@pytest.mark.parametrize("budget", [{"state_tokens": 40}, {"state_bytes": 20_000}, {"state_tokens": 31, "patterns": 1}])
 def test_the_budget_is_kept_and_used(budget, random_params):
   params = random_params(TEACHER)
   start, mesh = Memory(chunk=2, window=4, **budget), make_mesh(devices=jax.devices()[:1])
@@ -39,7 +38,7 @@ def test_the_budget_is_kept_and_used(budget, random_params):
   a_token = TEACHER.num_layers * 3 * (TEACHER.head_dim + TEACHER.value_width) * 2
   asked = budget.get("state_bytes", budget.get("state_tokens", 0) * a_token)
   assert 0.9 * asked < sequence_bytes(config, 1) <= asked
-  assert len(stacks(config.layers)) <= (start.runs or TEACHER.num_layers)
+  assert len(set(config.layers)) <= start.patterns
   lost = found["attention_lost"]
   assert 0 <= lost["sizes_of_heads"] <= lost["one_size"]
   read = jax.jit(lambda p, t: Transformer(config).apply({"params": p}, t, method="logits")[0])

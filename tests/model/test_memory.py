@@ -94,7 +94,9 @@ def test_attention_and_choices_against_a_loop(sizes, cuts, packed):
     outs = []
     for start, stop in zip((0, *cuts), (*cuts, time), strict=True):
       count = np.full(batch, stop - start, np.int32)
-      where = Where(np.full(batch, start, np.int32), count, np.zeros((batch, stop - start), np.int32), start == 0, packed)
+      where = Where(
+        np.full(batch, start, np.int32), count, np.zeros((batch, stop - start), np.int32), start == 0, packed
+      )
 
       def piece(x, start=start, stop=stop):
         return x[:, start:stop].reshape(batch, stop - start, heads * repeats, width)
