@@ -8,7 +8,6 @@ single token.
 
 from __future__ import annotations
 
-import functools
 from typing import Any, NamedTuple
 
 import flax
@@ -120,8 +119,8 @@ def _read_one(queries, new, held: MemoryState, where: Where, *, sinks: int, chun
   score = jnp.where((real_B1 & (slot == jnp.arange(ring)))[..., None], 0, held.score)
   key = ring_index(where.cached_B + jnp.minimum(where.count_B, 1), ring)
   sizes: dict[str, Any] = {"sinks": sinks, "chunk": chunk, "aligned": True}
-  at = positions(first_B1, cached_B1, real_B1, key, **sizes, window=ring - chunk)
-  out, kept, score = Block(**how, **sizes)(queries, (k, v), score, at, _kept(held))
+  here = positions(first_B1, cached_B1, real_B1, key, **sizes, window=ring - chunk)
+  out, kept, score = Block(**how, **sizes)(queries, (k, v), score, here, _kept(held))
   return out, MemoryState(k, v, score, *kept)
 
 
@@ -170,18 +169,18 @@ def _read_in_blocks(queries, new, held: MemoryState, where: Where, *, sinks: int
   index = start + jnp.arange(size)
   real = (index >= cached_B1) & (index < cached_B1 + where.count_B[:, None])
   key = start - before + jnp.arange(before + size)
-  at = jax.vmap(functools.partial(positions, **sizes, window=window))(first, start, real, key)
+  here = jax.vmap(lambda *given: positions(*given, window=window, **sizes))(first, start, real, key)
   read = Block(**how, **sizes)
 
   def step(carry, block):
-    (kept, score), (asking, near, at) = carry, block
-    out, kept, score = read(asking, near, score, at, kept)
+    (kept, score), (asking, near, here) = carry, block
+    out, kept, score = read(asking, near, score, here, kept)
     return (kept, jnp.pad(score[:, size:], ((0, 0), (0, size), (0, 0)))), (out, score)
 
   score = jnp.pad(taken(held.score, order), ((0, 0), (0, size), (0, 0)))
   carry = _kept(held), _cut(score, ring - before - again, before + size)
   asked = tuple(blocked(of_blocks(q)) for q in queries)
-  steps = (asked, [seen(*pair) for pair in zip(joined, text, strict=True)], at)
+  steps = (asked, [seen(*pair) for pair in zip(joined, text, strict=True)], here)
   if blocks == 1:
     (kept, _), (out, scores) = step(carry, jax.tree.map(lambda x: x[0], steps))
     out, scores = out[None], scores[None]
