@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,7 @@ from supra_jax.model.config import ModelConfig
 from supra_jax.model.mixers.softmax import SoftmaxConfig
 from supra_jax.model.mixers.supra import SupraConfig
 from supra_jax.model.mixers.supra_window import WindowConfig
+from supra_jax.model.registry import MixerConfig
 
 
 def _as_it_is(array: np.ndarray) -> np.ndarray:
@@ -71,14 +72,14 @@ def transformers_tensors(config: ModelConfig) -> list[Tensor]:
   return [Tensor(p.hf, p.source_shape, [part_of(p)]) for p in names.parameters(config)]
 
 
-def shared_linear_config(config: ModelConfig) -> WindowConfig:
-  """Returns the mixer options that all linear layers share, for formats that store one set of options per model.
+def shared_linear_config(layers: Iterable[MixerConfig]) -> WindowConfig:
+  """Returns the mixer options that the linear ones of these layers share, for formats that store one set per model.
 
   Raises:
-    ConversionError: two linear layers have different options, or a layer has a mixer that other formats do not know.
+    ConversionError: two linear layers have different options, or a layer is neither linear nor softmax.
   """
   shared: dict[str, Any] = {}
-  for layer in dict.fromkeys(config.layers):
+  for layer in dict.fromkeys(layers):
     if not isinstance(layer, SoftmaxConfig | SupraConfig):
       raise ConversionError(f"Layers with the mixer {layer.mixer!r}: the format has none such.")
     for name, value in dataclasses.asdict(layer).items():

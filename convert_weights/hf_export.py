@@ -11,11 +11,13 @@ from convert_weights import hf_config
 from convert_weights.errors import ConversionError
 from convert_weights.export import Export, essential, one_or_many, shared_linear_config, transformers_tensors
 from supra_jax.core.plain_json import to_json
+from supra_jax.core.schema import from_mapping
 from supra_jax.model.config import ModelConfig, RopeConfig
+from supra_jax.model.mixers.memory import MemoryConfig
 
 OWN_MODEL_TYPE = "supra"
 _CODE = Path(__file__).parent / "for_transformers"
-_CODE_FILES = ("configuration_supra.py", "attention_supra.py", "modeling_supra.py")
+_CODE_FILES = ("configuration_supra.py", "attention_supra.py", "memory_supra.py", "modeling_supra.py")
 _AUTO_MAP = {
   "AutoConfig": "configuration_supra.SupraConfig",
   "AutoModel": "modeling_supra.SupraModel",
@@ -41,7 +43,12 @@ def export(config: ModelConfig) -> Export:
   files |= {name: (_CODE / name).read_bytes() for name in _CODE_FILES}
   fields = dataclasses.asdict(config.replace(layers=config.layers[:1]))
   del fields["layers"]
-  fields |= {"mixers": config.mixers, "supra": dataclasses.asdict(shared_linear_config(config))}
+  others = tuple(layer for layer in config.layers if not isinstance(layer, MemoryConfig))
+  fields |= {"mixers": config.mixers, "supra": dataclasses.asdict(shared_linear_config(others))}
+  if "memory" in config.mixers:
+    fields["memories"] = [
+      dataclasses.asdict(layer) if isinstance(layer, MemoryConfig) else None for layer in config.layers
+    ]
   return Export(values | fields, tensors, files)
 
 
@@ -56,11 +63,28 @@ def own_config(values: Mapping[str, Any], where: str) -> ModelConfig:
     ConversionError: the values do not describe a model.
   """
   fields = {field.name for field in dataclasses.fields(ModelConfig)} - {"layers"} | {"mixers", "supra"}
+  # All other keys, but `memories`, are those that transformers adds to every config.
+  own = {key: value for key, value in values.items() if key in fields}
+  mixers, memories = values.get("mixers"), values.get("memories")
   try:
-    # All other keys are those that transformers adds to every config.
-    return ModelConfig.from_values({key: value for key, value in values.items() if key in fields}, where)
+    if memories is None and not (isinstance(mixers, list) and "memory" in mixers):
+      return ModelConfig.from_values(own, where)
+    return _with_memories(own, mixers, memories, where)
   except (TypeError, ValueError) as error:
     raise ConversionError(f"{where}: {error}") from error
+
+
+def _with_memories(values: Mapping[str, Any], mixers: Any, memories: Any, where: str) -> ModelConfig:
+  """Returns the config of a model in which layer i has the memory `memories[i]`, or another mixer if that is None."""
+  if not isinstance(memories, list) or [memory is not None for memory in memories] != [m == "memory" for m in mixers]:
+    raise ValueError("memories: wanted a list of one entry a layer, null for a layer whose mixer is not 'memory'.")
+  others = ["softmax" if mixer == "memory" else mixer for mixer in mixers]
+  config = ModelConfig.from_values({**values, "mixers": others}, where)
+  layers = (
+    layer if memory is None else from_mapping(MemoryConfig, memory, f"{where}: memories[{number}]")
+    for number, (layer, memory) in enumerate(zip(config.layers, memories, strict=True))
+  )
+  return config.replace(layers=tuple(layers))
 
 
 def _is_same_model(values: Mapping[str, Any], config: ModelConfig) -> bool:

@@ -18,6 +18,7 @@ from convert_weights import openlm_config
 from convert_weights.export import Export
 from convert_weights.source import Source
 from supra_jax.model.config import ModelConfig
+from supra_jax.model.mixers.memory import MemoryConfig
 from supra_jax.model.mixers.supra import SupraConfig
 from supra_jax.model.mixers.supra_window import WindowConfig
 from supra_jax.model.registry import MixerConfig
@@ -58,20 +59,21 @@ def card(model: ModelCheckpoint, export: Export, dtype: np.dtype, *, has_tokeniz
   """
   origin, steps = _history(model.source)
   hub = _ON_THE_HUB.fullmatch(str(origin.get("name")))
-  linear = set(model.config.mixers) != {"softmax"}
+  linear = any(isinstance(layer, SupraConfig) for layer in model.config.layers)
+  bounded = "memory" in model.config.mixers
   openlm = export.config["model_type"] == openlm_config.MODEL_TYPE
   data = ModelCardData(
     base_model=hub["id"] if hub else None,
     library_name=None if openlm else "transformers",
     pipeline_tag="text-generation",
-    tags=["supra", "linear-attention"] if linear else None,
+    tags=["supra"] * (linear or bounded) + ["linear-attention"] * linear or None,
     **_license(origin.get("license"), hub["id"] if hub else None),
   )
   name = hub["id"].partition("/")[2] if hub else origin.get("name", "A language model")
   count = sum(math.prod(tensor.shape) for tensor in export.tensors)
   sections = [
     f"---\n{data.to_yaml()}\n---",
-    f"# {name}, linearised" if linear else f"# {name}",
+    f"# {name}" + (", linearised" if linear else ", with a bounded memory" if bounded else ""),
     "\n".join(
       [
         *_base(origin, hub),
@@ -120,6 +122,10 @@ def _base(origin: Mapping[str, Any], hub: re.Match[str] | None) -> list[str]:
 
 def _step(step: Mapping[str, Any]) -> str:
   """Returns one line of the card about one step of `source.json`: a linearisation or a training run."""
+  if "linearized_from" in step and step.get("mixer", {}).get("mixer") == "memory":
+    tokens = step.get("calibrated_on")
+    sizes = "" if tokens is None else f", whose size in each head was found on {tokens:,} tokens"
+    return f"- Given a bounded memory{sizes}."
   if "linearized_from" in step:
     return f"- Linearised ({_PAPER}): {_method(step)}."
   config = step.get("train_config") or {}
@@ -173,6 +179,14 @@ def _layers(config: ModelConfig) -> list[str]:
 
 
 def _kind(config: ModelConfig, layer: MixerConfig) -> str:
+  if isinstance(layer, MemoryConfig):
+    sinks = f", a text's first {layer.sinks}" if layer.sinks else ""
+    last, others = (
+      _range(layer.window + 1, layer.window + layer.chunk),
+      _range(min(layer.retained), max(layer.retained)),
+    )
+    chosen = "have received most attention" if layer.score == "attention" else "are drawn at random"
+    return f"softmax attention over the last {last} tokens{sinks}, and in each head {others} others, which {chosen}"
   if not isinstance(layer, SupraConfig):
     seen = "all tokens" if config.sliding_window is None else f"the last {config.sliding_window} tokens"
     return f"softmax attention over {seen}"
@@ -181,6 +195,10 @@ def _kind(config: ModelConfig, layer: MixerConfig) -> str:
     return linear
   sinks = f" and a text's first {layer.sinks}" if layer.sinks else ""
   return f"softmax attention over the last {layer.window} tokens{sinks}, and {linear}"
+
+
+def _range(least: int, most: int) -> str:
+  return str(least) if least == most else f"{least} to {most}"
 
 
 def _load(has_tokenizer: bool, own_code: bool) -> str:

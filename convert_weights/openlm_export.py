@@ -47,7 +47,7 @@ def export(config: ModelConfig) -> Export:
 
 def _with_dense_maps(config: ModelConfig) -> ModelConfig:
   """Returns the config with dense feature maps, as in OpenLM: maps per head equal a block-diagonal dense map."""
-  kind = shared_linear_config(config).feature_map
+  kind = shared_linear_config(config.layers).feature_map
   if kind == "per_head_separate" and config.num_kv_heads == config.num_heads:
     # Left as it is, so that `export` refuses it: with as many key as query heads OpenLM has one map for both.
     return config
@@ -59,7 +59,7 @@ def _with_dense_maps(config: ModelConfig) -> ModelConfig:
 
 
 def _config(config: ModelConfig) -> dict[str, Any]:
-  is_linear, supra, rope = "supra" in config.mixers, shared_linear_config(config), config.rope
+  is_linear, supra, rope = "supra" in config.mixers, shared_linear_config(config.layers), config.rope
   values = {
     "architectures": ["OpenLMForCausalLM"],
     "model_type": openlm_config.MODEL_TYPE,
@@ -111,7 +111,7 @@ def _tensors(config: ModelConfig, dense: ModelConfig) -> list[Tensor]:
 
 def _part(parameter: names.Parameter, config: ModelConfig) -> Part:
   *module, leaf = parameter.path
-  kind = shared_linear_config(config).feature_map
+  kind = shared_linear_config(config.layers).feature_map
   if kind == "dense" or not module[-1].startswith("feature_map"):
     return part_of(parameter)
   heads = config.num_heads if module[-1] == "feature_map" else config.num_kv_heads

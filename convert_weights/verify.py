@@ -28,6 +28,7 @@ from supra_jax.bin.entry import run
 from supra_jax.core.files import local
 from supra_jax.inference import lm
 from supra_jax.model.finite import not_finite
+from supra_jax.model.mixers.memory import MemoryConfig
 
 # Tokens of the text that are used: enough to reveal a wrong rotary angle or window, and few enough for a CPU.
 MAX_TOKENS = 512
@@ -90,7 +91,13 @@ def compare(source: str | os.PathLike[str], checkpoint: str | os.PathLike[str], 
 
 def _run_checkpoint(checkpoint: str | os.PathLike[str], text: str | None) -> tuple[np.ndarray, np.ndarray]:
   """Returns token ids int64 [T] and logits float32 [T, vocabulary]; the parameters are freed on return."""
-  model = lm.load(checkpoint, "float32")
+  stored = lm.load(checkpoint, "float32")
+  layers = (
+    # One key that is rounded to the other neighbour would hide what the weights do.
+    dataclasses.replace(layer, state_dtype="float32") if isinstance(layer, MemoryConfig) else layer
+    for layer in stored.config.layers
+  )
+  model = lm.LM(stored.config.replace(layers=tuple(layers)), stored.params, stored.tokenizer)
   if model.tokenizer is None:
     tokens = np.random.default_rng(0).integers(model.config.vocab_size, size=MAX_TOKENS)
   else:
@@ -149,6 +156,8 @@ def _load_huggingface(source: Source) -> Any:
   else:
     model_class = getattr(transformers, hf_config.FAMILIES[model_type].architectures[0])
   config = model_class.config_class.from_pretrained(directory, local_files_only=True)
+  for memory in filter(None, getattr(config, "memories", None) or ()):
+    memory["state_dtype"] = "float32"  # as in `_run_checkpoint`
   return model_class.from_pretrained(
     None, config=config, state_dict=state, dtype=torch.float32, attn_implementation="eager"
   )

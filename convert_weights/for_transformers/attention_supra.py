@@ -223,26 +223,31 @@ class Tokens(NamedTuple):
     position_BT: int64, number of real tokens of the row before each token.
     slots: mixer -> position of each key, int64 [B, S], keys of earlier calls included; PADDING for padding.
     rotation: (cos, sin) of RoPE, float32 [B, T, 1, K/2]; None if the model has no RoPE over positions.
-    far_rotation: (cos, sin) with which q is rotated against a window's sinks, at distances clamped to `sink_reach`;
-      None if no distance is clamped.
+    far_rotations: {reach: (cos, sin)}, like `rotation` but at min(position, reach), for each reach of a layer that some
+      token may be beyond, see `sink_reach`.
     slopes_H: slopes of the decays, float32.
     unpadded: whether the text begins in this call and has no padding, so that column t holds position t.
+    seen_B: int64, number of real tokens of the row before this call.
+    choices: sizes of the chunks of memories that may end in this call, see `memory_supra.py`.
   """
 
   real_BT: Tensor
   position_BT: Tensor
   slots: dict[str, Tensor]
   rotation: tuple[Tensor, Tensor] | None
-  far_rotation: tuple[Tensor, Tensor] | None
+  far_rotations: dict[int, tuple[Tensor, Tensor]]
   slopes_H: Tensor
   unpadded: bool
+  seen_B: Tensor
+  choices: set[int]
 
 
 class SupraAttention(nn.Module):
   """Attention of one layer, of the kind that `config.mixers[layer]` names.
 
   `softmax` is softmax attention; `supra` is SUPRA's linear attention (arXiv 2405.06640); `supra_window` is the sum of
-  linear attention and of softmax attention over the last `window` and the text's first `sinks` tokens.
+  linear attention and of softmax attention over the last `window` and the text's first `sinks` tokens. A subclass in
+  `memory_supra.py` is `memory`.
   """
 
   def __init__(self, config: SupraConfig, layer: int):
@@ -256,7 +261,7 @@ class SupraAttention(nn.Module):
     if config.qk_norm != "none":
       self.q_norm = SupraNorm(config, width if config.qk_norm == "head" else heads * width)
       self.k_norm = SupraNorm(config, width if config.qk_norm == "head" else groups * width)
-    if self.mixer == "softmax":
+    if self.mixer in ("softmax", "memory"):
       return
     if self.mixer == "supra_window":
       self.linear_o_proj = nn.Linear(heads * config.value_width, config.hidden_size, bias=False)
@@ -285,20 +290,12 @@ class SupraAttention(nn.Module):
       The output [B, T, D], and what the layer remembers: (state,), (k, v) or (state, k, v), with the state of linear
       attention [B, H, K, V], and softmax attention's keys k [B, G, S, K] and values v [B, G, S, V].
     """
-    c = self.config
-    q, k, v = (proj(x_BTD) for proj in (self.q_proj, self.k_proj, self.v_proj))
-    if c.qk_norm == "all_heads":
-      q, k = self.q_norm(q), self.k_norm(k)
-    q, k, v = q.unflatten(-1, (c.num_heads, -1)), *(x.unflatten(-1, (c.num_kv_heads, -1)) for x in (k, v))
-    if c.qk_norm == "head":
-      q, k = self.q_norm(q), self.k_norm(k)
+    q, k, v = self._project(x_BTD)
     outs: list[Tensor] = []
     kept: tuple[Tensor, ...] = ()
     if self.mixer != "supra":
       turned = self._turned(q, k, v, tokens, softmax=True)
-      far_q = None
-      if self.mixer == "supra_window" and tokens.far_rotation is not None:
-        far_q = self._rotate(q, tokens.far_rotation).transpose(1, 2)
+      far_q = self._far_queries(q, sink_reach(self.config), tokens) if self.mixer == "supra_window" else None
       out, kept = self._softmax(*turned, far_q, tokens, None if held is None else held[-2:])
       outs.append(out)
     if self.mixer != "softmax":
@@ -307,6 +304,17 @@ class SupraAttention(nn.Module):
       outs, kept = [*outs, out], (state, *kept)
     first, *second = (out_BHTV.transpose(1, 2).flatten(2).to(x_BTD.dtype) for out_BHTV in outs)
     return sum((self.linear_o_proj(x) for x in second), self.o_proj(first)), kept
+
+  def _project(self, x_BTD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns q, k and v as [B, T, N, width], normalised as `config.qk_norm` says."""
+    c = self.config
+    q, k, v = (proj(x_BTD) for proj in (self.q_proj, self.k_proj, self.v_proj))
+    if c.qk_norm == "all_heads":
+      q, k = self.q_norm(q), self.k_norm(k)
+    q, k, v = q.unflatten(-1, (c.num_heads, -1)), *(x.unflatten(-1, (c.num_kv_heads, -1)) for x in (k, v))
+    if c.qk_norm == "head":
+      q, k = self.q_norm(q), self.k_norm(k)
+    return q, k, v
 
   def _turned(self, q: Tensor, k: Tensor, v: Tensor, tokens: Tokens, softmax: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Returns q, k and v as [B, N, T, width], with q and k rotated by RoPE, and k and v set to 0 at padding."""
@@ -317,6 +325,12 @@ class SupraAttention(nn.Module):
     # Replaces the values rather than multiplying them by 0: padding may hold NaN, and 0 * NaN is NaN.
     k, v = k.masked_fill(padding, 0), v.masked_fill(padding, 0)
     return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+
+  def _far_queries(self, q_BTHK: Tensor, reach: int | None, tokens: Tokens) -> Tensor | None:
+    """Returns q rotated at positions of at most `reach`, [B, H, T, K]; None: no token is beyond `reach`."""
+    if reach is None or reach not in tokens.far_rotations:
+      return None
+    return self._rotate(q_BTHK, tokens.far_rotations[reach]).transpose(1, 2)
 
   def _rotate(self, x_BTNK: Tensor, rotation: tuple[Tensor, Tensor] | None) -> Tensor:
     rope = self.config.rope

@@ -14,6 +14,7 @@ _DEFAULTS: dict[str, Any] = {
   "num_kv_heads": 8,
   "head_dim": 128,
   "mixers": ["supra"] * 32,
+  "memories": None,
   "value_head_dim": None,
   "supra": {
     "feature_map": "dense",
@@ -52,9 +53,12 @@ _DEFAULTS: dict[str, Any] = {
 
 
 class SupraConfig(PretrainedConfig):
-  """Config of a Llama-like model. `mixers` says which attention each layer has: softmax, SUPRA's linear one, or both.
+  """Config of a Llama-like model. `mixers` says which attention each layer has: softmax, SUPRA's linear one, both,
+  or softmax over a bounded memory.
 
-  The defaults are Mistral-7B with linear attention in all layers. `supra_jax/model/config.py` describes each field.
+  `supra` has the options of all layers with linear attention. `memories` is None, or has for each layer the options of
+  its bounded memory, or None. `config.py` and `mixers/` in `supra_jax/model` describe each field. The defaults are
+  Mistral-7B with linear attention in all layers.
   """
 
   model_type = "supra"

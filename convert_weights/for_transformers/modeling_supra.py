@@ -2,10 +2,11 @@
 
   model = AutoModelForCausalLM.from_pretrained(DIRECTORY, trust_remote_code=True)
 
-supra_jax wrote this file, attention_supra.py and configuration_supra.py next to the weights. They need only torch and
-transformers. A layer has SUPRA's linear attention, whose cache is one matrix per head; or linear attention and a window
-of softmax attention, whose cache is this matrix and the keys and values of the window and of the text's first tokens;
-or softmax attention, whose cache is all keys and values.
+supra_jax wrote this file and the other *_supra.py next to the weights. They need only torch and transformers. A layer
+has SUPRA's linear attention, whose cache is one matrix per head; or linear attention and a window of softmax attention,
+whose cache is this matrix and the keys and values of the window and of the text's first tokens; or softmax attention
+over a bounded memory, whose cache is the keys and values of a fixed number of tokens; or softmax attention, whose cache
+is all keys and values.
 
 Shape suffixes: B batch, T tokens, S slots of a cache, D hidden width.
 """
@@ -35,9 +36,9 @@ from .attention_supra import (
   head_slopes,
   rope_table,
   sights,
-  sink_reach,
 )
 from .configuration_supra import SupraConfig
+from .memory_supra import SupraMemory, reaches
 
 logger = logging.get_logger(__name__)
 # Name of the cache in the outputs, which differs between releases of transformers.
@@ -115,7 +116,7 @@ class SupraBlock(GradientCheckpointingLayer):
   def __init__(self, config: SupraConfig, layer: int):
     super().__init__()
     self.input_layernorm = SupraNorm(config, config.hidden_size)
-    self.self_attn = SupraAttention(config, layer)
+    self.self_attn = (SupraMemory if config.mixers[layer] == "memory" else SupraAttention)(config, layer)
     self.post_attention_layernorm = SupraNorm(config, config.hidden_size)
     self.mlp = SupraMLP(config)
 
@@ -227,9 +228,8 @@ class SupraModel(SupraPreTrainedModel):
       real = torch.ones(batch, time, dtype=torch.bool, device=x_BTD.device)
     else:
       real = attention_mask[:, -time:].to(x_BTD.device, torch.bool)
-    count = real.cumsum(1)
-    if cache is not None and cache.columns:
-      count = count + cache.seen_B[:, None]
+    seen = real.new_zeros(batch, dtype=torch.int64) if cache is None or not cache.columns else cache.seen_B
+    count = seen[:, None] + real.cumsum(1)
     position = (count - 1).clamp(min=0)
     slot = position.masked_fill(~real, PADDING)
     held = {} if cache is None else cache.slots
@@ -237,12 +237,23 @@ class SupraModel(SupraPreTrainedModel):
     if cache is not None:
       cache.columns, cache.seen_B, cache.slots = read + time, count[:, -1], slots
     slopes = torch.tensor(head_slopes(self.config), dtype=torch.float32, device=x_BTD.device)
-    rope, rotation, far = self.config.rope, None, None
+    rope, rotation, far = self.config.rope, None, {}
     if rope["kind"] in ("half", "interleaved"):
-      rotation, reach = rope_table(rope, self.config.head_dim, position[..., None]), sink_reach(self.config)
-      if reach is not None and read + time - 1 > reach:
-        far = rope_table(rope, self.config.head_dim, position.clamp(max=reach)[..., None])
-    return Tokens(real, position, slots, rotation, far, slopes, read == 0 and attention_mask is None)
+      rotation = rope_table(rope, self.config.head_dim, position[..., None])
+      far = {
+        reach: rope_table(rope, self.config.head_dim, position.clamp(max=reach)[..., None])
+        for reach, length in reaches(self.config).items()
+        if read + time > length
+      }
+    begins = read == 0 and attention_mask is None
+    return Tokens(real, position, slots, rotation, far, slopes, begins, seen, self._choices(real, position))
+
+  def _choices(self, real_BT: Tensor, position_BT: Tensor) -> set[int]:
+    """Returns the sizes of the chunks of memories of which one ends in this call, in some row."""
+    chunks = {memory["chunk"] for memory in filter(None, self.config.memories or ())}
+    if real_BT.shape[1] > 1 or torch.compiler.is_compiling():  # compiled code cannot depend on data
+      return chunks
+    return {chunk for chunk in chunks if bool((real_BT & ((position_BT + 1) % chunk == 0)).any())}
 
   def _check_positions(self, position_ids: Tensor, tokens: Tokens) -> None:
     """Raises ValueError unless `position_ids` equals `tokens.position_BT` at all real tokens."""

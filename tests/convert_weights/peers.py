@@ -23,7 +23,8 @@ if __name__ == "__main__":
 import transformers
 
 TOKENS = torch.from_numpy(np.random.default_rng(0).integers(4, 97, (2, 40)))
-TOOLS_MODEL = "window"  # dense feature maps, two ids that end a text, sinks beyond the teacher's reach
+# Dense feature maps, two ids that end a text, a window with sinks and a memory, both beyond the teacher's reach.
+TOOLS_MODEL = "window"
 
 
 def load(directory):
@@ -52,7 +53,8 @@ def lora(directory):
   adapted = {name: m for name, m in model.named_modules() if hasattr(m, "lora_A")}
   wanted = {name for name, m in load(directory).named_modules() if isinstance(m, torch.nn.Linear)} - {"lm_head"}
   assert {name.removeprefix("base_model.model.") for name in adapted} == wanted
-  assert sum("feature_map" in name for name in adapted) == 2 * len(model.base_model.model.model.layers)
+  linear = sum(mixer != "memory" for mixer in model.config.mixers)
+  assert sum("feature_map" in name for name in adapted) == 2 * linear
   by_hand = load(directory)
   torch.manual_seed(0)
   with torch.no_grad():
@@ -98,7 +100,7 @@ def token_ids(directory):
   assert type(config)(eos_token_id=7).eos_token_ids == [7] and type(config)().eos_token_id is None
   text = model.generate(TOKENS[:1], max_new_tokens=8, do_sample=False, eos_token_id=None, pad_token_id=0)[0]
   stop = int(text[TOKENS.shape[1] + 3])
-  config.eos_token_id = [stop, 96]
+  config.eos_token_id = [stop, next(i for i in range(4, 97) if i not in text)]
   again = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=True).eval()
   again.load_state_dict(model.state_dict())
   length = TOKENS.shape[1] + text[TOKENS.shape[1] :].tolist().index(stop) + 1
@@ -153,7 +155,7 @@ def trainer(directory):
   """What it saves loads again, code included; returns where that is."""
   saved = directory.parent / f"trained-{transformers.__version__}"
   want = trained(load(directory), saved)
-  assert len(list(saved.glob("*_supra.py"))) == 3
+  assert len(list(saved.glob("*_supra.py"))) == 4
   assert torch.equal(logits_of(load(saved)), want)
   return saved
 

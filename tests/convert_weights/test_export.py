@@ -65,13 +65,17 @@ def test_openlm_there_and_back(case, tmp_path):
 
 
 EVERYTHING = tiny().replace(
-  layers=layers(
-    ("supra", "softmax", "supra_window"),
-    feature_map="per_head_separate",
-    decay="retnet",
-    qk_norm=True,
-    window=7,
-    sinks=2,
+  layers=(
+    layer("memory"),
+    *layers(
+      ("supra", "softmax", "supra_window"),
+      feature_map="per_head_separate",
+      decay="retnet",
+      qk_norm=True,
+      window=7,
+      sinks=2,
+    ),
+    layer("memory", window=5, retained=(7, 0), sinks=0, chunk=3, score="random", state_dtype="float32"),
   ),
   value_head_dim=12,
   norm="layer_norm",
@@ -90,7 +94,7 @@ def test_everything_there_and_back(random_params, tmp_path):
   assert_same_model(second, load_model(first))
   assert {path.name for path in exported.iterdir()} == {
     "README.md", "attention_supra.py", "config.json", "configuration_supra.py", "generation_config.json",
-    "model.safetensors", "modeling_supra.py", "tokenizer.json", "tokenizer_config.json",
+    "memory_supra.py", "model.safetensors", "modeling_supra.py", "tokenizer.json", "tokenizer_config.json",
   }  # fmt: skip
 
 
@@ -119,6 +123,7 @@ SOFTMAX = tiny("softmax")
     ({"rope": RopeConfig(kind="interleaved")}, "SupraForCausalLM"),
     ({"layers": layers(("softmax", "supra"))}, "SupraForCausalLM"),
     ({"layers": layers(("supra_window",))}, "SupraForCausalLM"),
+    ({"layers": layers(("memory",))}, "SupraForCausalLM"),
   ],
 )
 def test_which_class(changes, wanted):
@@ -167,6 +172,7 @@ def test_the_code_knows_every_field():
   (defaults,) = (node.value for node in code.body if isinstance(node, ast.AnnAssign))
   known = eval(compile(ast.Expression(defaults), "", "eval"), {})
   ours = json.loads(json.dumps(hf_export.export(hf_export.own_config(known, "")).config))
+  assert known.pop("memories") is None  # where no layer has one, which exports do not say
   assert known == {key: ours[key] for key in set(ours) - {"architectures", "auto_map", "model_type"}}
   assert set(known) == {field.name for field in dataclasses.fields(ModelConfig)} - {"layers"} | {"mixers", "supra"}
   configs = [mixer_class(name).Config for name in ("softmax", "supra", "supra_window")]

@@ -8,13 +8,14 @@ import pytest
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
+from torch_exports import carried, close, exported, load, tokens_of  # noqa: E402
+
 import supra_jax  # noqa: E402
 from convert_weights.orbax_to_hf import convert  # noqa: E402
 from supra_jax.experiments.tiny import write_checkpoint  # noqa: E402
 from supra_jax.model.config import RopeConfig  # noqa: E402
 from supra_jax.model.presets import tiny  # noqa: E402
-from supra_jax.model.registry import layers  # noqa: E402
-from supra_jax.storage.model_directory import save_model  # noqa: E402
+from supra_jax.model.registry import layer, layers  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("quick_compilation", "exported_code")
 
@@ -78,34 +79,33 @@ MODELS = {
     max_positions=20,
     rope=RopeConfig(kind="interleaved"),
   ),
+  "memories of two kinds": tiny().replace(
+    layers=(
+      layer("memory", window=5, retained=(6, 3), sinks=2, chunk=4, state_dtype="float32"),
+      layer("memory", window=1, retained=(0,), sinks=0, chunk=3, state_dtype="float32"),
+    ),
+    value_head_dim=12,
+    qk_norm="all_heads",
+    output_bias=True,
+  ),
+  "memories beyond the teacher's reach": tiny().replace(
+    layers=(
+      layer("memory", window=2, retained=(3, 9), sinks=1, chunk=2, state_dtype="float32"),
+      layer("supra_window", window=4, sinks=2),
+      layer("memory", window=7, retained=(5,), sinks=3, chunk=5, state_dtype="float32"),
+    ),
+    max_positions=20,
+    rope=RopeConfig(scaling="yarn", factor=4.0, original_max_positions=64, attention_factor=1.2, kind="interleaved"),
+  ),
+  "a memory of random tokens": tiny().replace(
+    layers=(layer("memory", window=3, retained=(5,), chunk=6, score="random", state_dtype="float32"), layer("softmax")),
+    sliding_window=30,
+    rope=RopeConfig(kind="by_head"),
+  ),
   "windows of two kinds": tiny().replace(
     layers=layers(("softmax", "supra_window"), window=5, sinks=0), sliding_window=20, rope=RopeConfig(kind="by_head")
   ),
 }
-
-
-def load(directory, **kwargs):
-  return transformers.AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True, **kwargs).eval()
-
-
-def exported(config, params, directory):
-  save_model(directory / "orbax", config=config, params=params, tokenizer_files={}, source={})
-  convert(directory / "orbax", directory / "hf")
-  return load(directory / "hf")
-
-
-def tokens_of(config, batch=2, length=LENGTH, seed=0):
-  return np.random.default_rng(seed).integers(3, config.vocab_size, (batch, length))
-
-
-def close(got, want, tol=1e-4):
-  np.testing.assert_allclose(np.asarray(got), np.asarray(want), rtol=0, atol=tol)
-
-
-def carried(output):
-  """What is passed on, by the first of its names that this release of transformers knows."""
-  name = next(name for name in ("cache", "past_key_values") if name in output)
-  return {name: output[name]}
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -117,7 +117,7 @@ def test_logits(name, random_params, tmp_path):
   model = exported(config, params, tmp_path)
   own = not name.endswith("LM")
   assert type(model).__name__ == ("SupraForCausalLM" if own else name)
-  tokens = tokens_of(config)
+  tokens = tokens_of(config, length=LENGTH)
   want, _ = supra_jax.LM(config, params)(tokens)
   tokens = torch.from_numpy(tokens)
   close(model(tokens).logits, want)
@@ -131,15 +131,13 @@ def test_logits(name, random_params, tmp_path):
     output = model(tokens[:, t : t + 1], use_cache=True, **carried(output))
     logits.append(output.logits)
   close(torch.cat(logits, 1), want)
-  windows = [
-    config.sliding_window if layer.mixer == "softmax" else getattr(layer, "window", 1) for layer in config.layers
-  ]
-  if None not in windows:
-    # It remembers no more keys than the next token can see.
-    (cache,) = carried(output).values()
-    for i, (layer, mixer) in enumerate(zip(config.layers, config.mixers, strict=True)):
-      count = windows[i] - 1 + getattr(layer, "sinks", 0)
-      assert mixer == "supra" or cache.tensors[i][-1].shape[2] == cache.slots[mixer].shape[1] == count
+  # It remembers no more keys than the next token can see.
+  (cache,) = carried(output).values()
+  for i, (told, mixer) in enumerate(zip(config.layers, config.mixers, strict=True)):
+    window = config.sliding_window if mixer == "softmax" else getattr(told, "window", None)
+    if window is not None and mixer != "memory":
+      count = window - 1 + getattr(told, "sinks", 0)
+      assert cache.tensors[i][-1].shape[2] == cache.slots[mixer].shape[1] == count
 
   # Row 1 is shorter; what follows it then is read with a cache that has seen padding.
   pad = 7
@@ -158,13 +156,20 @@ def test_logits(name, random_params, tmp_path):
     close(further.logits[1], want[1, LENGTH - pad :])
 
 
-@pytest.fixture(scope="module")
-def hybrid(tmp_path_factory):
-  """(our model, theirs, its directory), softmax with a window below SUPRA without and with one, with a tokenizer."""
+GENERATING = {
+  "softmax with a window below SUPRA without and with one": layers(("softmax", "supra", "supra_window"), sinks=0),
+  "memories": (
+    layer("memory", window=3, retained=(5,), sinks=1, chunk=4, state_dtype="float32"),
+    layer("memory", window=2, retained=(2,), sinks=0, chunk=3, state_dtype="float32"),
+  ),
+}
+
+
+@pytest.fixture(scope="module", params=GENERATING)
+def hybrid(request, tmp_path_factory):
+  """(our model, theirs, its directory), with a tokenizer."""
   directory = tmp_path_factory.mktemp("hybrid")
-  write_checkpoint(
-    directory / "orbax", "supra", layers=layers(("softmax", "supra", "supra_window"), sinks=0), sliding_window=8
-  )
+  write_checkpoint(directory / "orbax", "supra", layers=GENERATING[request.param], sliding_window=8)
   convert(directory / "orbax", directory / "hf")
   return supra_jax.load(directory / "orbax"), load(directory / "hf"), directory / "hf"
 

@@ -15,6 +15,8 @@ from convert_weights.open_source import open_source
 from convert_weights.orbax_to_hf import convert
 from supra_jax.linearization.linearize import linearize_checkpoint
 from supra_jax.linearization.starts import Window
+from supra_jax.model.config import ModelConfig
+from supra_jax.model.registry import layer
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 STATED = {"license": "other", "license_name": "ours", "license_link": "LICENSE"}
@@ -106,6 +108,26 @@ def test_how_the_layers_began(linearized, step, said, tmp_path):
     text = card_of(checkpoint, tmp_path / f"out{bool(kept)}").text
     (line,) = (line for line in text.splitlines() if line.startswith("- Linearised"))
     assert said in line and line.endswith(f"{more}."), line
+
+
+def test_a_bounded_memory(linearized, tmp_path):
+  mixers = layer("memory", retained=(9, 40)), layer("memory", retained=(7,), sinks=0, chunk=1, score="random")
+  config = ModelConfig.from_json((linearized.parent / "orbax" / "config.json").read_text()).replace(layers=mixers)
+  checkpoint = shutil.copytree(linearized.parent / "orbax", tmp_path / "orbax")
+  (checkpoint / "config.json").write_text(config.to_json())
+  step = {"linearized_from": {}, "mixer": {"mixer": "memory"}, "start": {"method": "memory"}, "calibrated_on": 6144}
+  (checkpoint / "source.json").write_text(json.dumps(step))
+  card = card_of(checkpoint, tmp_path / "out")
+  assert card.data.to_dict()["tags"] == ["supra"]
+  for said in (
+    "# A language model, with a bounded memory\n",
+    "- Given a bounded memory, whose size in each head was found on 6,144 tokens.\n",
+    "- Layers 0: softmax attention over the last 17 to 32 tokens, a text's first 4, and in each head 9 to 40 others, "
+    "which have received most attention.\n",
+    "- Layers 1: softmax attention over the last 17 tokens, and in each head 7 others, which are drawn at random.\n",
+    "- Its memory does not grow with the text.\n",
+  ):
+    assert said in card.text
 
 
 def test_nothing_is_known(linearized, tmp_path):

@@ -25,7 +25,7 @@ from convert_weights.orbax_to_hf import convert  # noqa: E402
 from convert_weights.tokenizer_probe import hard_texts  # noqa: E402
 from supra_jax.model.config import RopeConfig  # noqa: E402
 from supra_jax.model.presets import tiny  # noqa: E402
-from supra_jax.model.registry import layers  # noqa: E402
+from supra_jax.model.registry import layer, layers  # noqa: E402
 from supra_jax.storage.model_directory import load_model, save_model  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -49,6 +49,7 @@ ROPES = {
   "yarn": dataclasses.replace(YARN, truncate=False),
   "yarn, truncated": YARN,
 }
+MEMORY = layer("memory", window=3, retained=(6, 2), sinks=1, chunk=7, state_dtype="float32")
 # Each family with a RoPE of its own, and what has our code.
 CONVERTED = {
   **{
@@ -56,7 +57,7 @@ CONVERTED = {
   },
   "supra": tiny().replace(layers=layers(("supra",)), rope=YARN),
   "window": tiny().replace(
-    layers=layers(("supra", "supra_window"), window=9, sinks=3),
+    layers=(*layers(("supra", "supra_window"), window=9, sinks=3), MEMORY),
     max_positions=20,
     eos_token_ids=(2, 3),
     rope=ROPES["llama3"],

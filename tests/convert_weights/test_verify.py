@@ -14,6 +14,7 @@ from convert_weights.errors import ConversionError
 from convert_weights.hf_to_orbax import convert
 from convert_weights.open_source import open_source
 from supra_jax.experiments.tiny import write_checkpoint
+from supra_jax.model.registry import layer
 from tests.support import programs
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -139,14 +140,15 @@ def test_several_files_with_an_index(stem, ending, transformers, tmp_path):
   assert found.largest < 1e-4 * found.deviation
 
 
-def test_an_export_with_code_of_its_own(transformers, tmp_path):
-  """Its code in the directory is not run: that may be anyone's."""
-  model = write_checkpoint(tmp_path / "model", "supra_window")
+@pytest.mark.parametrize("mixer", [layer("supra_window"), layer("memory", retained=(40,))], ids=lambda x: x.mixer)
+def test_an_export_with_code_of_its_own(mixer, transformers, tmp_path):
+  """Its code in the directory is not run: that may be anyone's. A memory's state is not rounded here."""
+  model = write_checkpoint(tmp_path / "model", mixer)
   orbax_to_hf.convert(model, tmp_path / "export")
   (tmp_path / "export" / "modeling_supra.py").write_text("raise SystemExit('This was run.')")
   found = verify.compare(tmp_path / "export", model)
   assert found.largest < 1e-4 * found.deviation and found.num_tokens == found.agreeing == verify.MAX_TOKENS
-  other = write_checkpoint(tmp_path / "other", "supra_window", seed=1)
+  other = write_checkpoint(tmp_path / "other", mixer, seed=1)
   found = verify.compare(tmp_path / "export", other)
   assert found.largest > 0.1 * found.deviation
 
