@@ -9,7 +9,7 @@ hub and text of your own to a model that transformers loads:
     python -m supra_jax.bin.linearize --checkpoint=models/teacher --output=models/memory --state_bytes=8MB --runs=1 \\
       --calibration_data=data/chat/train
     XLA_CLIENT_MEM_FRACTION=.95 python -m supra_jax.bin.train --config=configs/chat_1b.py --workdir=runs/chat
-    python -m convert_weights.orbax_to_hf --source=runs/chat/checkpoint --output=models/shared
+    python -m convert_weights.orbax_to_hf --source=runs/chat/checkpoint --output=models/shared --dtype=bfloat16
 
 A line of chat/*.jsonl is {"text": ...}, plain text or a conversation. Conversations are rendered first, by
 `supra_jax.load("models/teacher").template.render(messages, reply=False)`; `separate` keeps them apart in a row. All
@@ -23,7 +23,7 @@ weights and no accelerator, while models/ is not there:
 
 The model has 1.24 billion parameters, of which 3.4 million train; a step takes 330 TFLOP. Parameters take 4.96 GB,
 optimizer state 0.03 GB, the teacher 2.47 GB, and peak memory is 15.4 GB compiled for a CPU device. 4.9 GB of them are
-the teacher's weights in float32, which only a CPU makes of bfloat16. --model=qwen3_0_6b has 8.2 GB.
+copies of the teacher's weights in float32, which XLA makes for CPUs alone. --model=qwen3_0_6b has 8.2 GB.
 
 With 24 GB, `linearize --runs=4` remembers more (17.8 GB), and with --config.microbatches=8, two rows at a time, a step
 takes 21.0 GB. Qwen3-0.6B takes 10.6 GB with --config.microbatches=4. Nothing of this has run on a card yet.
