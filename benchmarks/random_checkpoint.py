@@ -26,9 +26,9 @@ def hf_shape(config: ModelConfig) -> dict[str, Any]:
 
 
 def write(directory: Path, **config) -> Path:
-  """Makes a directory with a Llama or Mistral in bfloat16, config.json and model.safetensors, and no tokenizer.
+  """Makes a directory with a Llama, Mistral or Qwen3 in bfloat16, config.json and model.safetensors, and no tokenizer.
 
-  The weights are 2^22 normal numbers with standard deviation 0.02, repeated.
+  The weights are 2^22 normal numbers with standard deviation 0.02, repeated; those of norms are 1 more.
 
   Args:
     directory: directory to make.
@@ -38,7 +38,8 @@ def write(directory: Path, **config) -> Path:
     Path of the file with the weights.
   """
   directory.mkdir()
-  (directory / "config.json").write_text(to_json({"rms_norm_eps": 1e-5, "tie_word_embeddings": False} | config))
+  config = {"rms_norm_eps": 1e-5, "tie_word_embeddings": False} | config
+  (directory / "config.json").write_text(to_json(config))
   header, end = {}, 0
   for name, shape in _shapes(**config).items():
     begin, end = end, end + 2 * int(np.prod(shape))
@@ -47,21 +48,25 @@ def write(directory: Path, **config) -> Path:
   raw, path = to_json(header).encode(), directory / "model.safetensors"
   with path.open("wb") as file:
     file.write(len(raw).to_bytes(8, "little") + raw)
-    for number, entry in enumerate(header.values()):
-      file.write(np.resize(np.roll(noise, number), int(np.prod(entry["shape"]))).tobytes())
+    for number, (name, entry) in enumerate(header.items()):
+      values = np.resize(np.roll(noise, number), int(np.prod(entry["shape"])))
+      file.write((values + values.dtype.type(1) if name.endswith("norm.weight") else values).tobytes())
   return path
 
 
 def _shapes(
-  *, vocab_size, hidden_size, intermediate_size, num_hidden_layers, num_attention_heads, num_key_value_heads, **_
-):
-  narrow = hidden_size // num_attention_heads * num_key_value_heads
+  *, vocab_size, hidden_size, intermediate_size, num_hidden_layers, num_attention_heads, num_key_value_heads,
+  tie_word_embeddings, model_type=None, head_dim=None, **_,
+):  # fmt: skip
+  head_dim = head_dim or hidden_size // num_attention_heads
+  wide, narrow = head_dim * num_attention_heads, head_dim * num_key_value_heads
   layer = {
     "input_layernorm": (hidden_size,),
-    "self_attn.q_proj": (hidden_size, hidden_size),
+    "self_attn.q_proj": (wide, hidden_size),
     "self_attn.k_proj": (narrow, hidden_size),
     "self_attn.v_proj": (narrow, hidden_size),
-    "self_attn.o_proj": (hidden_size, hidden_size),
+    "self_attn.o_proj": (hidden_size, wide),
+    **(dict.fromkeys(("self_attn.q_norm", "self_attn.k_norm"), (head_dim,)) if model_type == "qwen3" else {}),
     "post_attention_layernorm": (hidden_size,),
     "mlp.gate_proj": (intermediate_size, hidden_size),
     "mlp.up_proj": (intermediate_size, hidden_size),
@@ -71,5 +76,5 @@ def _shapes(
     "model.embed_tokens.weight": (vocab_size, hidden_size),
     **{f"model.layers.{i}.{name}.weight": s for i in range(num_hidden_layers) for name, s in layer.items()},
     "model.norm.weight": (hidden_size,),
-    "lm_head.weight": (vocab_size, hidden_size),
+    **({} if tie_word_embeddings else {"lm_head.weight": (vocab_size, hidden_size)}),
   }

@@ -74,6 +74,44 @@ def open_lm_1b(mixer: str | MixerConfig = "softmax") -> ModelConfig:
   )
 
 
+def llama_3_2_1b(mixer: str | MixerConfig = "softmax") -> ModelConfig:
+  """Returns the config of Llama-3.2-1B-Instruct (meta-llama/Llama-3.2-1B-Instruct), for conversations."""
+  return ModelConfig(
+    vocab_size=128_256,
+    hidden_size=2048,
+    intermediate_size=8192,
+    num_heads=32,
+    num_kv_heads=8,
+    head_dim=64,
+    layers=(layer(mixer),) * 16,
+    rope=RopeConfig(500_000.0, "llama3", factor=32.0, original_max_positions=8192),
+    tie_embeddings=True,
+    max_positions=131_072,
+    bos_token_id=128_000,
+    eos_token_ids=(128_001, 128_008, 128_009),
+  )
+
+
+def qwen3_0_6b(mixer: str | MixerConfig = "softmax") -> ModelConfig:
+  """Returns the config of Qwen3-0.6B (Qwen/Qwen3-0.6B), whose heads together are wider than the model."""
+  return ModelConfig(
+    vocab_size=151_936,
+    hidden_size=1024,
+    intermediate_size=3072,
+    num_heads=16,
+    num_kv_heads=8,
+    head_dim=128,
+    layers=(layer(mixer),) * 28,
+    norm_eps=1e-6,
+    rope=RopeConfig(1_000_000.0),
+    qk_norm="head",
+    tie_embeddings=True,
+    max_positions=40_960,
+    bos_token_id=151_643,
+    eos_token_ids=(151_645, 151_643),
+  )
+
+
 def tiny(mixer: str | MixerConfig = "supra") -> ModelConfig:
   """Returns the config of a model of two small layers, for tests and dry runs: grouped heads, no power of two."""
   return ModelConfig(
@@ -90,5 +128,6 @@ def tiny(mixer: str | MixerConfig = "supra") -> ModelConfig:
 
 
 PRESETS: dict[str, Callable[[str | MixerConfig], ModelConfig]] = {
-  preset.__name__: preset for preset in (smollm2_135m, mistral_7b, llama2_7b, open_lm_1b, tiny)
+  preset.__name__: preset
+  for preset in (smollm2_135m, mistral_7b, llama2_7b, open_lm_1b, llama_3_2_1b, qwen3_0_6b, tiny)
 }

@@ -46,7 +46,9 @@ ODD = ModelConfig(
 
 
 @pytest.mark.parametrize("mixer", ["softmax", "supra", "supra_window"])
-@pytest.mark.parametrize("preset", [presets.smollm2_135m, presets.mistral_7b, tiny])
+@pytest.mark.parametrize(
+  "preset", [presets.smollm2_135m, presets.mistral_7b, presets.llama_3_2_1b, presets.qwen3_0_6b, tiny]
+)
 def test_presets_survive_json(preset, mixer):
   c = preset(mixer)
   assert set(c.mixers) == {mixer}
@@ -150,11 +152,14 @@ def test_what_is_wrong_in_such_a_config_is_named(mixers, supra, message):
 def test_presets_have_published_sizes():
   def parameters(c):
     attention = c.hidden_size * c.head_dim * 2 * (c.num_heads + c.num_kv_heads)
+    attention += 2 * c.head_dim * (c.qk_norm == "head")
     layer = attention + 3 * c.hidden_size * c.intermediate_size + 2 * c.hidden_size
     return c.num_layers * layer + c.hidden_size + c.vocab_size * c.hidden_size * (1 if c.tie_embeddings else 2)
 
   assert parameters(presets.smollm2_135m()) == 134_515_008
   assert parameters(presets.mistral_7b()) == 7_241_732_096
+  assert parameters(presets.llama_3_2_1b()) == 1_235_814_400
+  assert parameters(presets.qwen3_0_6b()) == 596_049_920
 
 
 def _changed(path, value):
