@@ -57,7 +57,7 @@ def commands(tokens: int) -> dict[str, str]:
   return {
     "draw": f"benchmarks.random_releases --output=release {drawn}",
     "convert": "convert_weights.hf_to_orbax --source=release --output=models/teacher",
-    "linearize": "supra_jax.bin.linearize --checkpoint=models/teacher --output=models/memory --runs=4 "
+    "linearize": "supra_jax.bin.linearize --checkpoint=models/teacher --output=models/memory "
     f"--state_bytes={_STATE.value} --calibration_data=chat.jsonl --calibration_tokens={4 * tokens}",
     "plan": f"supra_jax.bin.plan {recipe} --mesh=fsdp:1 --device_memory=16GB",
     "pack": "supra_jax.bin.prepare_data --input=chat.jsonl --tokenizer=models/teacher --output=data/chat "
