@@ -23,7 +23,7 @@ from supra_jax.core.progress import Progress
 from supra_jax.core.sharding import on_mesh
 from supra_jax.evaluation.batching import Shape, batches, room_for
 from supra_jax.inference.lm import LM
-from supra_jax.model.costs import state_bytes
+from supra_jax.model.costs import row_bytes
 from supra_jax.model.finite import NotFiniteError, not_finite
 from supra_jax.model.placement import constrain_state, placed
 from supra_jax.model.registry import mixer_class
@@ -248,7 +248,7 @@ class _Run:
   def _rows(self, width: int, capacity: int) -> int:
     """Returns the number of rows that are read together, a power of two."""
     if capacity not in self._row_bytes:  # found by tracing the model
-      self._row_bytes[capacity] = max(state_bytes(self._lm.config, capacity, self._lm.model.dtype), 1)
+      self._row_bytes[capacity] = max(row_bytes(self._lm.model, capacity), 1)
     held = self._state_bytes // self._row_bytes[capacity]
     return 1 << max(min(self._batch_tokens // width, held), 1).bit_length() - 1
 

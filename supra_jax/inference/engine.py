@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 from supra_jax.core.sharding import batch_shards, on_mesh
 from supra_jax.inference import decode
 from supra_jax.inference.sampling import Draws, Sampling
-from supra_jax.model.costs import state_bytes
+from supra_jax.model.costs import row_bytes
 from supra_jax.model.finite import NotFiniteError, generated_not_finite, not_finite
 from supra_jax.model.placement import placed
 from supra_jax.model.registry import mixer_class
@@ -121,7 +121,7 @@ class Engine:
     except jax.errors.JaxRuntimeError as error:
       if "RESOURCE_EXHAUSTED" not in str(error):
         raise
-      size = rows * state_bytes(model.config, self._capacity, model.dtype)
+      size = rows * row_bytes(model, self._capacity)
       raise ValueError(
         f"The states of {rows} texts of up to {capacity} tokens take {size:,} bytes, more than there are: wanted fewer "
         "rows, or a smaller max_new_tokens."

@@ -116,10 +116,18 @@ def state_bytes_by_part(config: ModelConfig, tokens: int, dtype: Any = None) -> 
 
   For the arguments see `state_bytes`.
   """
-  model = Transformer(config, jnp.bfloat16, state_dtype=dtype)
+  return _bytes_by_part(Transformer(config, jnp.bfloat16, state_dtype=dtype), tokens)
+
+
+def row_bytes(model: Transformer, tokens: int) -> int:
+  """Returns the size in bytes of a row of the state that a model makes with room for `tokens` tokens."""
+  return sum(_bytes_by_part(model, tokens).values())
+
+
+def _bytes_by_part(model: Transformer, tokens: int) -> dict[str, int]:
   states = jax.eval_shape(lambda: model.init_state(1, tokens).layers)
   parts: dict[str, int] = {}
-  for layer, state in zip(config.layers, states, strict=True):
+  for layer, state in zip(model.config.layers, states, strict=True):
     for part, fields in mixer_class(layer.mixer).PARTS.items():
       arrays = jax.tree.leaves([getattr(state, field) for field in fields])
       parts[part] = parts.get(part, 0) + sum(math.prod(x.shape) * x.dtype.itemsize for x in arrays)

@@ -83,7 +83,9 @@ def test_keys_and_values_in_fewer_bits(config, random_params):
   holds_keys = any("k" in mixer_class(mixer).STATE_AXES for mixer in config.mixers)
   assert apart < 1e-5 and (moved > 100 * apart if holds_keys else moved == 0), (apart, moved)
   held = jax.eval_shape(lambda: fewer.init_state(1, TIME)).layers
-  assert sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(held)) == costs.state_bytes(config, TIME, jnp.bfloat16)
+  size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(held))
+  assert size == costs.state_bytes(config, TIME, jnp.bfloat16) == costs.row_bytes(fewer, TIME)
+  assert (costs.row_bytes(case.model, TIME) > size) == holds_keys
 
 
 @in_models
