@@ -77,9 +77,14 @@ SIZES = [
 ]
 
 
-@pytest.mark.parametrize("sizes", SIZES)
-@pytest.mark.parametrize("cuts, packed", [((), False), ((), True), ((1, 9, 10, 30), False), ((1, 9, 10, 30), True)])
-def test_attention_and_choices_against_a_loop(sizes, cuts, packed):
+CUTS = (1, 9, 10, 30)
+# What reads the whole text in packed rows, and pieces of a text alone; the other two for one of the sizes.
+READ = [(cuts, packed, sizes) for cuts, packed in (((), True), (CUTS, False)) for sizes in SIZES]
+READ += [((), False, SIZES[-1]), (CUTS, True, SIZES[-1])]
+
+
+@pytest.mark.parametrize("cuts, packed, sizes", READ)
+def test_attention_and_choices_against_a_loop(cuts, packed, sizes):
   batch, time, heads, repeats, width = 2, 43, 4, 3, 8
   with jax.enable_x64(True):
     rng = np.random.default_rng(0)
