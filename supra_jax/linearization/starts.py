@@ -45,6 +45,11 @@ class Start:
     """
     return SupraConfig() if mixer is None else mixer
 
+  def _makes_its_own(self, mixer: MixerConfig | None) -> None:
+    """Raises ValueError if the user asked for a mixer: layers of this start are of the mixer named as its method."""
+    if mixer is not None:
+      raise ValueError(f"{self} makes {self.method} layers, not such of {mixer}: begin those by Identity().")
+
   def to_json(self) -> dict[str, Any]:
     """Returns the start as a JSON object: its fields and `method`."""
     return {"method": self.method, **dataclasses.asdict(self)}
@@ -117,8 +122,7 @@ class Lolcats(Start):
     Raises:
       ValueError: `mixer` is given.
     """
-    if mixer is not None:
-      raise ValueError(f"{self} makes lolcats layers, not such of {mixer}: begin those by Identity().")
+    self._makes_its_own(mixer)
     return LolcatsConfig(self.window)
 
 
@@ -201,8 +205,7 @@ class Memory(Reading):
     Raises:
       ValueError: `mixer` is given.
     """
-    if mixer is not None:
-      raise ValueError(f"{self} makes memory layers, not such of {mixer}: begin those by Identity().")
+    self._makes_its_own(mixer)
     return MemoryConfig(sinks=self.sinks)
 
 

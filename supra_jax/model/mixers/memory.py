@@ -16,6 +16,7 @@ from supra_jax.model.bounded_block import Far
 from supra_jax.model.config import ModelConfig
 from supra_jax.model.mixers.base import Context, Projections, side_by_side
 from supra_jax.model.mixers.softmax import attention_flops
+from supra_jax.model.mixers.supra_window import window_places
 from supra_jax.model.registry import MixerConfig, register
 from supra_jax.model.rope import apply_rope, rope_table
 from supra_jax.model.slot_layout import Layout
@@ -103,10 +104,8 @@ class MemoryAttention(Projections):
       far = Far(self.rotate(q, context.far_rotations[reach]), reach - self.layer.chunk, self._without_rope)
     q, k = self.rotate(q, context.rotation), self.rotate(k, context.rotation)
     k, v = self.held(k), self.held(v)
-    batch, time = x_BTD.shape[:2]
-    count = jnp.full(batch, time, jnp.int32) if context.lengths is None else context.lengths
-    where = Where(context.index[:, 0], count, context.first, state is None, context.segment_ids is not None)
-    held = self.init_state(batch, 0) if state is None else state
+    where = Where(**window_places(context), fresh=state is None, packed=context.segment_ids is not None)
+    held = self.init_state(len(x_BTD), 0) if state is None else state
     told = self.layer
     how: dict[str, Any] = {"sinks": told.sinks, "chunk": told.chunk, "far": far, "at_random": told.score == "random"}
     out, held = attend(q, k, v, held, where, told.layout, **how)

@@ -134,7 +134,7 @@ def nothing_held(mixer: Mixer, batch: int, slots: int) -> tuple[jax.Array, jax.A
 
 
 def window_places(context: Context) -> dict[str, Any]:
-  """Returns the arguments of `window_softmax_attention` that say where the tokens of a call are."""
+  """Returns where the tokens of a call are, by the names of arguments of `window_softmax_attention`."""
   batch, time = context.index.shape
   count = jnp.full(batch, time, jnp.int32) if context.lengths is None else context.lengths
   return {"cached_B": context.index[:, 0], "count_B": count, "first_BT": context.first}
