@@ -2,9 +2,8 @@
 
     make demo
 
-This is the recipe of the run with a window of softmax attention; configs/demo_random.py is that of the run from the
-paper's start. Neither has the paper's schedule, whose 1000 steps of warmup would be longer than the run. See
-benchmarks/RESULTS.md.
+This is the recipe of the run with a memory; configs/demo_random.py is that of the run from the paper's start. Neither
+has the paper's schedule, whose 1000 steps of warmup would be longer than the run. See benchmarks/RESULTS.md.
 """
 
 import ml_collections
@@ -19,7 +18,6 @@ def get_config() -> ml_collections.ConfigDict:
   config.num_steps = 60
   config.dtype = "float32"
   config.remat = "none"
-  config.new_weights_rate = 0.1
   config.log_every = 1
   config.evaluate_every = 20
   config.save_every = 0

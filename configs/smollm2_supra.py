@@ -29,7 +29,6 @@ def get_config() -> ml_collections.ConfigDict:
   config.init_checkpoint = "models/linearized"
   config.batch_size = 64
   config.num_steps = 10_000
-  config.new_weights_rate = 0.1  # for a model with a window; after `linearize --method=random` use 1
 
   config.data.input = "text/*.jsonl.zst"
   config.data.heldout_every = 100

@@ -15,7 +15,7 @@ from supra_jax.experiments.demo import compare_starts
 from supra_jax.training.config import TrainConfig
 
 _CONFIG = config_flags.DEFINE_config_file(
-  "config", "configs/demo.py", "Recipe of the run with a window.", lock_config=True
+  "config", "configs/demo.py", "Recipe of the run with a memory.", lock_config=True
 )
 _RANDOM_CONFIG = config_flags.DEFINE_config_file(
   "random_config", "configs/demo_random.py", "Recipe of the run from the paper's start.", lock_config=True
@@ -40,13 +40,13 @@ def smollm2_gguf() -> Path:
 
 def main() -> None:
   workdir = local(_WORKDIR.value)
-  window, random = (TrainConfig.from_mapping(config.value.to_dict()) for config in (_CONFIG, _RANDOM_CONFIG))
+  memory, random = (TrainConfig.from_mapping(config.value.to_dict()) for config in (_CONFIG, _RANDOM_CONFIG))
   teacher = workdir / "teacher"
   if not teacher.exists():
     print("Converting SmolLM2-135M-Instruct (4-bit GGUF) to float32 Orbax.")
     convert(smollm2_gguf(), teacher, progress=True)
-  report = compare_starts(teacher, window, random, workdir)
-  print(f"The RNN with a window writes:\n\n{_PROMPT.value}", end="", flush=True)
+  report = compare_starts(teacher, memory, random, workdir)
+  print(f"The RNN with a memory writes:\n\n{_PROMPT.value}", end="", flush=True)
   text, rnn = "", supra_jax.load(workdir / "checkpoint")
   for piece in rnn.stream(_PROMPT.value, max_new_tokens=_MAX_NEW_TOKENS.value, temperature=0.7, top_p=0.9):
     print(piece, end="", flush=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import typing
 
 from absl import flags
@@ -13,7 +14,7 @@ from supra_jax.bin.implementation import with_implementation
 from supra_jax.linearization.calibrate import shown
 from supra_jax.linearization.hybrid import costs, table
 from supra_jax.linearization.linearize import linearize_checkpoint
-from supra_jax.linearization.starts import Lolcats, Memory, Reading
+from supra_jax.linearization.starts import Reading
 from supra_jax.model.feature_maps import FeatureMapKind
 from supra_jax.model.mixers.supra import Decay
 from supra_jax.model.registry import layer
@@ -34,10 +35,14 @@ def main() -> None:
   if _DECAY_START.value is not None and _DECAY.value != "lightning":
     raise ValueError(f"--decay_start does not apply to --decay={_DECAY.value}, but to --decay=lightning.")
   told = {name: flags.FLAGS[name].value for name in start_flags.OF_MIXER}
-  mixer = None if isinstance(start, Memory | Lolcats) else layer("supra", **told)
+  mixer = None if start.own_mixer else layer("supra", **told)
   how: dict[str, typing.Any] = {"mixer": mixer, "layers": whole_numbers(_LAYERS), "mesh": _MESH.value}
+  began = time.monotonic()
   with shown(enabled=isinstance(start, Reading)) as how["progress"]:
     made = linearize_checkpoint(_CHECKPOINT.value, _OUTPUT.value, start, **how)
+  if isinstance(start, Reading):
+    own = "" if flags.FLAGS["calibration_data"].present else "; --calibration_data reads text of your own"
+    print(f"Read {made.report['calibrated_on']:,} tokens of {start.data}{own}. {time.monotonic() - began:.0f} seconds.")
   if "kept_softmax" in made.report:
     print(table(made.report["kept_softmax"]))
   print(f"{_OUTPUT.value}: {costs(made.config)}.")

@@ -8,16 +8,16 @@ from absl import flags
 
 from supra_jax.bin.choices import given
 from supra_jax.core.amounts import parse_bytes
-from supra_jax.linearization.starts import MEASURED_TOKENS, STARTS, Calibrated, Lolcats, Memory, Start, Window
+from supra_jax.linearization.starts import MEASURED_TOKENS, STARTS, Calibrated, Memory, Reading, Start, Window
 
 flags.disclaim_key_flags()  # --help of each program lists them as its own
 _METHOD = (
-  "How the layers begin. window: softmax attention over the last tokens, with linear attention that trains beside it. "
-  "memory: softmax attention over as many tokens as a state of a given size holds. lolcats: LoLCATs' layer, to compare "
+  "How the layers begin. memory: softmax attention over as many tokens as a state of a given size holds. window: over "
+  "the last tokens, with linear attention that trains beside it; reads no text. lolcats: LoLCATs' layer, to compare "
   "with. The others: linear attention alone. calibrated: solved on a text; identity: phi(x) = relu(x); random: the "
-  "paper's. Default: window; memory with a size."
+  "paper's. Default: memory; window if --window is given, and no size."
 )
-_BYTES = "memory: size of the state at any length of text, such as 6MB."
+_BYTES = f"memory: size of the state at any length of text, such as 6MB. Default: --state_tokens={Memory.state_tokens}."
 _TOKENS = "memory: the size as a number of tokens of each key/value head, whose keys and values take as many bytes."
 _PATTERNS = "memory: most patterns of sizes of heads that layers have; fewer compile faster and lose more."
 _DTYPE = "memory: dtype in which the state holds keys and values. Default: bfloat16."
@@ -25,9 +25,8 @@ _LAST = f"Softmax attention sees so many last tokens. Default: {Window.window}; 
 _READ = f"Tokens to read of the text. Default: calibrated {Calibrated.tokens}, memory {Memory.tokens}."
 _DATA = "calibrated, memory: text, or directories that prepare_data packed."
 _FIELDS = {"calibration_data": "data", "calibration_tokens": "tokens", "calibrate_mlp": "mlp"}
-OF_MIXER = ("feature_map", "decay", "decay_start", "qk_norm")  # of SUPRA's linear attention
-_ALSO: dict[str, list[str]] = {name: [*OF_MIXER] for name in STARTS}
-_ALSO |= {Calibrated.method: [*OF_MIXER, "mesh"], Memory.method: ["mesh"], Lolcats.method: []}
+OF_MIXER = ["feature_map", "decay", "decay_start", "qk_norm"]  # of SUPRA's linear attention
+_ALSO = {kind: OF_MIXER * (not of.own_mixer) + ["mesh"] * issubclass(of, Reading) for kind, of in STARTS.items()}
 
 
 def define() -> Callable[[], Start]:
@@ -37,7 +36,7 @@ def define() -> Callable[[], Start]:
   tokens = flags.DEFINE_integer("state_tokens", None, _TOKENS, lower_bound=1)
   flags.DEFINE_integer("patterns", Memory.patterns, _PATTERNS, lower_bound=1)
   flags.DEFINE_enum("state_dtype", None, ["bfloat16", "float32"], _DTYPE)
-  flags.DEFINE_integer("window", None, _LAST, lower_bound=1)
+  window = flags.DEFINE_integer("window", None, _LAST, lower_bound=1)
   flags.DEFINE_integer("sinks", Window.sinks, "Softmax attention sees so many first tokens too.", lower_bound=0)
   flags.DEFINE_string("calibration_data", Calibrated.data, _DATA)
   flags.DEFINE_integer("calibration_tokens", None, _READ, lower_bound=1)
@@ -48,13 +47,13 @@ def define() -> Callable[[], Start]:
   flags.DEFINE_integer("seed", 0, "random: of the new weights. calibrated, memory: of the order of packed rows.")
 
   def start() -> Start:
-    sized = size.present or tokens.present
     if size.present and tokens.present:
       raise ValueError("--state_bytes and --state_tokens both say how large the state is: wanted one of them.")
     if isinstance(size.value, str):
       flags.FLAGS[size.name].value = parse_bytes(size.value)
     if method.value is None:
-      flags.FLAGS[method.name].value = Memory.method if sized else Window.method
+      last = window.present and not (size.present or tokens.present)
+      flags.FLAGS[method.name].value = Window.method if last else Memory.method
     return given(STARTS, method, _FIELDS, _ALSO, {"measured_tokens": "keep_softmax"})
 
   return start

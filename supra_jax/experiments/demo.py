@@ -1,4 +1,4 @@
-"""The demo: linearises a teacher with two starts, a softmax window and the paper's, and uptrains both RNNs."""
+"""The demo: linearises a teacher with two starts, a memory and the paper's, and uptrains both RNNs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from supra_jax.core.plain_json import to_json
 from supra_jax.inference.lm import load
 from supra_jax.linearization.calibrate import shown
 from supra_jax.linearization.linearize import linearize_checkpoint
-from supra_jax.linearization.starts import Calibrated, Random, Start, Window
+from supra_jax.linearization.starts import Memory, Random, Reading, Start
 from supra_jax.training.config import TrainConfig
 from supra_jax.training.loop import train
 from supra_jax.training.metrics import read_metrics
@@ -23,7 +23,9 @@ from supra_jax.training.pictures import plot_curves
 from supra_jax.training.setup import heldout_nll, prepare_data
 from supra_jax.training.workdir import METRICS_FILE
 
-NAMES = {"window": "a window", "random": "the paper's start"}
+NAMES = {"memory": "a memory", "random": "the paper's start"}
+# Tokens of each key/value head: a quarter of the demo's rows. A state of as many as a row would lose nothing.
+STATE_TOKENS = 68
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +33,7 @@ class Run:
   """The result of linearising a teacher and uptraining the RNN.
 
   Attributes:
-    calibration_seconds: time of linearising with calibration, in seconds; 0 for starts without calibration.
+    calibration_seconds: time of linearising with a start that reads a text, in seconds; 0 for other starts.
     tokens_per_second: speed of the training steps, over all devices.
     points: (tokens trained on, seconds, held-out loss in nats per token) of each evaluation. The seconds are those of
       calibration, and of the training steps at the speed `tokens_per_second`, without evaluations and compilation.
@@ -54,7 +56,7 @@ class Run:
 
 def compare_starts(
   teacher: Path,
-  window: TrainConfig,
+  memory: TrainConfig,
   random: TrainConfig,
   workdir: Path,
   *,
@@ -62,18 +64,18 @@ def compare_starts(
 ) -> dict[str, Any]:
   """Uptrains from both starts on the same text, and plots their held-out losses against time in `starts.png`.
 
-  The run with a window has the workdir `workdir`, the other run `workdir/random`. A second call resumes an unfinished
+  The run with a memory has the workdir `workdir`, the other run `workdir/random`. A second call resumes an unfinished
   first one.
 
   Args:
     teacher: model directory of the transformer.
-    window: recipe of the run with a window; its `data` has text to pack.
-    random: recipe of the run from the paper's start. Its `data` is ignored: both runs read the data of `window`.
+    memory: recipe of the run with a memory; its `data` has text to pack.
+    random: recipe of the run from the paper's start. Its `data` is ignored: both runs read the data of `memory`.
     workdir: local directory that everything is written to.
     say: called with each line of progress.
 
   Returns:
-    {"teacher_nll": the teacher's held-out loss in nats per token, "window": the fields of the window's `Run` as a dict,
+    {"teacher_nll": the teacher's held-out loss in nats per token, "memory": the fields of the memory's `Run` as a dict,
     "random": those of the other `Run`}.
 
   Raises:
@@ -81,22 +83,19 @@ def compare_starts(
     ValueError: recipes, text and teacher do not fit each other, or as `run_from`.
   """
   lm = load(teacher)
-  ((text, _),), heldout = prepare_data(window.data, lm.tokenizer, lm.config.vocab_size, workdir / "data")
-  rows: dict[str, Any] = {"batch_size": window.rows_a_microbatch, "max_rows": window.data.heldout_rows}
+  ((text, _),), heldout = prepare_data(memory.data, lm.tokenizer, lm.config.vocab_size, workdir / "data")
+  rows: dict[str, Any] = {"batch_size": memory.rows_a_microbatch, "max_rows": memory.data.heldout_rows}
   teacher_nll = heldout_nll(lm.model, lm.params, heldout, **rows)
   del lm
   say(f"Teacher, a transformer: held-out loss {teacher_nll:.4f} nats a token.")
-  packed = dataclasses.replace(window.data, input="", sources=text, heldout=str(heldout))
-  window, random = (dataclasses.replace(config, data=packed) for config in (window, random))
-  start = Window()
-  say(
-    f"Softmax sees the last {start.window} tokens and the first {start.sinks}, linear attention all of them: an RNN. "
-    "It is uptrained."
-  )
-  first = run_from(teacher, start, window, workdir, teacher_nll=teacher_nll)
-  say(f"From the paper's start, phi random, {random.num_steps} steps in place of {window.num_steps}.")
+  packed = dataclasses.replace(memory.data, input="", sources=text, heldout=str(heldout))
+  memory, random = (dataclasses.replace(config, data=packed) for config in (memory, random))
+  start = Memory(state_tokens=STATE_TOKENS, data=text, batch_size=8)
+  say(f"Softmax sees what a state of {STATE_TOKENS} tokens a head holds: an RNN. It is uptrained.")
+  first = run_from(teacher, start, memory, workdir, teacher_nll=teacher_nll)
+  say(f"From the paper's start, phi random, {random.num_steps} steps in place of {memory.num_steps}.")
   second = run_from(teacher, Random(random.seed), random, workdir / "random", teacher_nll=teacher_nll)
-  runs = {"window": first, "random": second}
+  runs = {"memory": first, "random": second}
   minutes = {NAMES[name]: [[(seconds / 60, nll) for _, seconds, nll in run.points]] for name, run in runs.items()}
   plot_curves(minutes, workdir / "starts.png", teacher_nll=teacher_nll, x="minutes")
   for name, run in runs.items():
@@ -132,10 +131,10 @@ def run_from(
   measured = linearized.with_name(f"{linearized.name}_seconds.json")
   if not measured.exists():
     shutil.rmtree(linearized, ignore_errors=True)
-    began, calibrates = time.monotonic(), isinstance(start, Calibrated)
-    with shown() if calibrates else contextlib.nullcontext() as progress:
+    began, reads = time.monotonic(), isinstance(start, Reading)
+    with shown() if reads else contextlib.nullcontext() as progress:
       linearize_checkpoint(teacher, linearized, start, progress=progress)
-    measured.write_text(to_json(time.monotonic() - began if calibrates else 0.0))
+    measured.write_text(to_json(time.monotonic() - began if reads else 0.0))
   calibration_seconds = json.loads(measured.read_text())
   speed = train(
     dataclasses.replace(config, init_checkpoint=str(linearized)), workdir, teacher_nll=teacher_nll

@@ -182,8 +182,10 @@ def _assembled(about: Mapping[str, str], arrays: dict[str, jax.Array]) -> State:
     values = {}
     for field in dataclasses.fields(layer):
       name, shape = f"layers.{number}.{field.name}", getattr(layer, field.name)
-      wide = jnp.promote_types(shape.dtype, hidden.dtype)
-      values[field.name] = _checked(name, arrays.pop(name), shape.shape, wide)
+      array = arrays.pop(name)
+      # In float64 a state begins in float32. A memory holds keys and values in a dtype of its own.
+      wide = shape.dtype if array.dtype == shape.dtype else jnp.promote_types(shape.dtype, hidden.dtype)
+      values[field.name] = _checked(name, array, shape.shape, wide)
     layers.append(type(layer)(**values))
   if arrays:
     raise ValueError(f"arrays that are of no use to it: {', '.join(sorted(arrays)[:3])}")

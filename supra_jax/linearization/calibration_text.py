@@ -54,7 +54,10 @@ def read_batches(
     length = first["tokens"].shape[1] - 1
     return [first, *itertools.islice(loader, count_batches(rows * length) - 1)]
   if tokenizer is None:
-    raise ValueError(f"The model has no tokenizer to read {start.data} with.")
+    raise ValueError(
+      f"The model has no tokenizer to read {start.data} with: convert its source with one, or give rows that "
+      "prepare_data packed. The start Window (--method=window) reads no text."
+    )
   wanted = count_batches(rows * start.sequence_length) * rows
   texts = rows_of_text(start.data, tokenizer, rows=wanted, length=start.sequence_length + 1, text_key=start.text_key)
   whole = len(texts) // rows * rows

@@ -21,7 +21,7 @@ from supra_jax.linearization.budget import remembered, within
 from supra_jax.linearization.calibrate import Report, calibrate
 from supra_jax.linearization.calibration_text import read_batches
 from supra_jax.linearization.hybrid import choose_softmax_layers, layer_divergences, set_apart
-from supra_jax.linearization.starts import STARTS, Calibrated, Identity, Memory, Reading, Start, Window
+from supra_jax.linearization.starts import STARTS, Calibrated, Identity, Memory, Reading, Start
 from supra_jax.model.config import ModelConfig
 from supra_jax.model.placement import param_shardings
 from supra_jax.model.registry import MIXER, MixerConfig, mixer_class
@@ -42,9 +42,9 @@ class Linearized:
     params: parameters, one subtree per layer; new parameters have the dtype of the layer's q_proj.
     config: config of the linearised model.
     report: how the model was made, as JSON values for source.json: `start`; `mixer`; `layers`, the numbers of the
-      layers whose mixer is new; with `Calibrated`, `calibrated_on`, the number of tokens that calibration read, which
-      is less than `Calibrated.tokens` if the text is short; and with `keep_softmax`, `kept_softmax`: the layers that
-      stay softmax, and the `Divergences` that they were chosen by.
+      layers whose mixer is new; with a `Reading` start, `calibrated_on`, the number of tokens that were read, which is
+      less than `Reading.tokens` if the text is short; with `Memory`, what `remembered` found; and with `keep_softmax`,
+      `kept_softmax`: the layers that stay softmax, and the `Divergences` that they were chosen by.
   """
 
   params: dict[str, Any]
@@ -72,23 +72,23 @@ def linearize(
   Args:
     params: parameters of the softmax model, one subtree per layer.
     config: config of the softmax model.
-    start: one of `linearization.starts`. None: `Window()`, or `Identity()` if a mixer is given.
+    start: one of `linearization.starts`. None: `Memory()`, or `Identity()` if a mixer is given.
     mixer: config of the new layers, such as `registry.layer("supra_window", window=16)`, or a mixer's name; None: the
       start's default. `Window` takes a SupraConfig and adds the window.
     layers: numbers of the layers to replace, negative ones counted from the end; None means all softmax layers.
-    tokenizer: tokenizer of the model, with which `Calibrated` reads text; not needed for packed rows.
-    mesh: device mesh that parameters and batches are sharded over in `Calibrated`; None: all devices on `fsdp`.
-    progress: called after each layer that is calibrated or measured, see `calibrate` and `layer_divergences`.
+    tokenizer: tokenizer of the model, with which a `Reading` start reads text; not needed for packed rows.
+    mesh: device mesh that a `Reading` start shards parameters and batches over; None: all devices on `fsdp`.
+    progress: called after each layer that is calibrated or measured, see `calibrate`, `head_errors` and
+      `layer_divergences`.
 
   Raises:
-    FileNotFoundError: the text or a packed directory of `Calibrated` is missing.
+    FileNotFoundError: the text or a packed directory of a `Reading` start is missing.
     ValueError: `start` is not a Start; a layer does not exist or is not a softmax layer; the mixer is unknown, cannot
-      replace the mixer of a trained layer, or does not fit the start or the teacher; `keep_softmax` is not between 1
-      and the number of `layers` minus 1; the data of `Calibrated` do not suffice or do not fit the model; or
-      activations are not finite.
+      replace the mixer of a trained layer, or does not fit the start or the teacher; the size of a memory is too small;
+      `keep_softmax` is not between 1 and the number of `layers` minus 1; the data of a `Reading` start do not suffice
+      or do not fit the model; or activations are not finite.
   """
-  if start is None:
-    start = Window() if mixer is None else Identity()
+  start = _start(start, mixer)
   if not isinstance(start, Start):
     raise ValueError(f"start={start!r}: wanted one of {', '.join(f'{kind.__name__}()' for kind in STARTS.values())}.")
   chosen = _chosen_layers(config, layers)
@@ -152,17 +152,18 @@ def linearize_checkpoint(
     checkpoint: model directory of the softmax model.
     output: model directory to write; it must not exist, or be empty.
     start, mixer, layers, progress: as in `linearize`.
-    mesh: sizes of mesh axes, as `core.sharding.make_mesh` takes them; used by `Calibrated` and `Memory` only.
+    mesh: sizes of mesh axes, as `core.sharding.make_mesh` takes them; used by `Reading` starts only.
 
   Returns:
     The model that was written.
 
   Raises:
     FileExistsError: `output` is not empty.
-    FileNotFoundError: `checkpoint` is not a model directory, or the data of `Calibrated` are missing.
+    FileNotFoundError: `checkpoint` is not a model directory, or the data of a `Reading` start are missing.
     ValueError: as `linearize`; or the checkpoint is damaged, or `mesh` does not fit the devices.
   """
   check_free(output)
+  start = _start(start, mixer)
   devices = make_mesh(mesh) if isinstance(start, Reading) else None
   shardings = None if devices is None else functools.partial(param_shardings, mesh=devices)
   teacher = load_model(checkpoint, shardings=shardings)
@@ -188,6 +189,13 @@ def linearize_checkpoint(
     source={"linearized_from": teacher.source, **made.report},
   )
   return made
+
+
+def _start(start: Start | None, mixer: MixerConfig | str | None) -> Start:
+  """Returns the start that was asked for, or the default."""
+  if start is None:
+    return Memory() if mixer is None else Identity()
+  return start
 
 
 def _calibrated(

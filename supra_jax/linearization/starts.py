@@ -26,10 +26,12 @@ class Start:
   Attributes:
     method: name of the start, the value of the flag `--method`.
     phi: initial feature maps: "random" draws their W and b; "identity" is phi(x) = relu(x).
+    own_mixer: whether its layers are of the mixer that is named as its method, and of no other.
   """
 
   method: ClassVar[str]
   phi: ClassVar[Literal["random", "identity"]] = "identity"
+  own_mixer: ClassVar[bool] = False
 
   def __post_init__(self):
     check(self, type(self).__name__)
@@ -114,6 +116,7 @@ class Lolcats(Start):
   """
 
   method = "lolcats"
+  own_mixer = True
   window: Annotated[int, POSITIVE] = LolcatsConfig.window
 
   def layer(self, mixer: MixerConfig | None) -> MixerConfig:
@@ -188,6 +191,7 @@ class Memory(Reading):
   """
 
   method = "memory"
+  own_mixer = True
   sequence_length: Annotated[int, AtLeast(1)] = 2048
   tokens: Annotated[int, AtLeast(1)] = 6144
   batch_size: Annotated[int, AtLeast(1)] = 1
@@ -210,5 +214,5 @@ class Memory(Reading):
 
 
 STARTS: dict[str, type[Start]] = {
-  start.method: start for start in (Window, Memory, Lolcats, Calibrated, Identity, Random)
+  start.method: start for start in (Memory, Window, Lolcats, Calibrated, Identity, Random)
 }

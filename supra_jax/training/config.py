@@ -176,7 +176,9 @@ class TrainConfig:
       for name, unused in (("new_weights_steps", 0), ("new_weights_rate", 1.0)):
         if getattr(self, name) != unused:
           kinds = ", ".join(sorted(set(model.mixers)))
-          raise ValueError(f"{name}={getattr(self, name)}: the model's mixers, {kinds}, have no new weights.")
+          raise ValueError(
+            f"{name}={getattr(self, name)}: the model's mixers, {kinds}, have no new weights. Leave it {unused}."
+          )
       new = NOTHING
     return dataclasses.replace(self, new_weights=new, transfer=self.transfer or f"{new}|[qk]_proj")
 

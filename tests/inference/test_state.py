@@ -21,6 +21,7 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 MIXERS = {
   "supra": layers(("supra",) * 2),
   "hybrid": layers(("softmax", "supra_window"), window=5, sinks=2),
+  "memory": layers(("memory",) * 2, window=5, sinks=2, retained=(6,), chunk=3),
 }
 LONG = "It was the best of times, it was the worst of times. " * 4
 
@@ -174,8 +175,16 @@ def _changed(change):
   return damage
 
 
-def _without(name):
-  return _changed(lambda about, arrays: (about, {n: x for n, x in arrays.items() if n != name}))
+def _without(name_in):
+  return _changed(lambda about, arrays: (about, {n: x for n, x in arrays.items() if n != name_in(arrays)}))
+
+
+def _of_a_layer(arrays):
+  return next(name for name in sorted(arrays) if name.startswith("layers.1."))
+
+
+def _as_float16(name, arrays):
+  return {name: np.asarray(arrays[name], np.float16)}
 
 
 DAMAGES = {
@@ -186,11 +195,12 @@ DAMAGES = {
   "format": _changed(lambda about, arrays: (about | {"format": "supra_jax state 9"}, arrays)),
   "no config": _changed(lambda about, arrays: ({"format": FORMAT}, arrays)),
   "another config": _changed(lambda about, arrays: (about | {"config": "{}"}, arrays)),
-  "no array": _without("layers.1.s"),
-  "no tokens": _without("tokens.0"),
-  "no counter": _without("cached"),
+  "no array": _without(_of_a_layer),
+  "no tokens": _without(lambda arrays: "tokens.0"),
+  "no counter": _without(lambda arrays: "cached"),
   "left over": _changed(lambda about, arrays: (about, arrays | {"layers.9.s": np.zeros(3, np.float32)})),
-  "shape": _changed(lambda about, arrays: (about, arrays | {"layers.1.s": arrays["layers.1.s"][:, :1]})),
+  "shape": _changed(lambda about, arrays: (about, arrays | {_of_a_layer(arrays): np.zeros(3, np.float32)})),
+  "dtype of a layer": _changed(lambda about, arrays: (about, arrays | _as_float16(_of_a_layer(arrays), arrays))),
   "dtype": _changed(lambda about, arrays: (about, arrays | {"position": arrays["position"].astype(np.float32)})),
   "capacity": _changed(lambda about, arrays: (about | {"capacity": "1000000000000"}, arrays)),
   "no capacity": _changed(lambda about, arrays: (about | {"capacity": "many"}, arrays)),

@@ -64,6 +64,8 @@ def test_what_does_not_fit(random_params):
     within(Memory(state_tokens=12), TEACHER, range(2))
   with pytest.raises(ValueError, match="makes memory layers"):
     linearize({}, TEACHER, Memory(), mixer="supra")
+  with pytest.raises(ValueError, match=r"no tokenizer to read pydoc:topics with: .*Window .* reads no text"):
+    linearize(random_params(TEACHER), TEACHER)
   sliding = TEACHER.replace(sliding_window=16)
   with pytest.raises(ValueError, match="sees 16 tokens, fewer than the last 17 of a memory"):
     linearize(random_params(TEACHER), sliding, Memory())
@@ -109,6 +111,7 @@ def test_the_program(tmp_path, random_params):
   states = [lm.read(prompt) for prompt in ("the", "the state of a model remembers " * 40)]
   assert states[0].size_bytes == states[1].size_bytes <= 20_000
   assert f"{states[0].size_bytes:,} bytes of state at any length" in done.stdout
+  assert f"Read 2,048 tokens of {text}. " in done.stdout
   source = json.loads((tmp_path / "memory" / "source.json").read_text())
   assert source["start"]["state_bytes"] == 20_000 and len(source["retained"]) == TEACHER.num_layers
   for flags, message in [
@@ -116,6 +119,8 @@ def test_the_program(tmp_path, random_params):
     (["--state_bytes=20k"], "wanted a number and one of GB"),
     (["--state_tokens=40", "--method=window"], "--state_tokens does not apply to --method=window, but to"),
     (["--state_tokens=40", "--decay=none"], "--decay does not apply to --method=memory"),
+    (["--qk_norm"], "--qk_norm does not apply to --method=memory, but to --method=window and calibrated"),
+    (["--window=8", "--calibration_tokens=64"], "--calibration_tokens does not apply to --method=window"),
     (["--state_bytes=1kB"], "wanted at least"),
   ]:
     refused = run(f"--output={tmp_path}/refused", *flags)

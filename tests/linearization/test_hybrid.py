@@ -19,7 +19,7 @@ from supra_jax.inference.lm import load
 from supra_jax.linearization.calibrate import calibrate
 from supra_jax.linearization.hybrid import Divergences, choose_softmax_layers, costs, layer_divergences, set_apart
 from supra_jax.linearization.linearize import linearize, linearize_checkpoint
-from supra_jax.linearization.starts import Calibrated, Identity
+from supra_jax.linearization.starts import Calibrated, Identity, Memory
 from supra_jax.model import registry
 from supra_jax.model.costs import state_bytes
 from supra_jax.model.mixers.supra import SupraConfig
@@ -197,7 +197,8 @@ def test_from_the_command_line(tmp_path, teacher, how):
   assert divergences.keys() == {0, 1, 3} and made.source["layers"] == [i for i in (0, 1, 3) if i not in kept["layers"]]
   assert kept["layers"] == [min(divergences, key=divergences.get)] and kept["tokens"] == 144
   assert made.config.mixers == tuple("softmax" if i in (2, *kept["layers"]) else "supra" for i in range(4))
-  first, *rows, last = ran.stdout.splitlines()
+  read, first, *rows, last = ran.stdout.splitlines()
+  assert read.startswith(f"Read 768 tokens of {tmp_path}/data/train. ")
   assert f"on 144 tokens is {kept['student']:.4f}" in first
   assert [row.split()[1:3] for row in rows] == [
     [str(i), f"{divergences[i]:.4f}"] for i in sorted(divergences, key=divergences.get)
@@ -241,15 +242,26 @@ def test_wrong_numbers_are_named(tmp_path, teacher, how, keep, layers, message):
   assert not (tmp_path / "out").exists()
 
 
-def test_the_default_is_a_window_and_needs_no_text(tmp_path, teacher):
-  # Started as it is typed; the other tests run the program in this process.
+def test_the_default_is_a_memory(tmp_path, teacher):
+  """As it is typed; in Python without a start too."""
   command = [sys.executable, "-m", "supra_jax.bin.linearize", f"--checkpoint={teacher}", f"--output={tmp_path}/out"]
   environment = os.environ | {"JAX_PLATFORMS": "cpu"}
-  ran = subprocess.run([*command, "--sinks=2"], cwd=ROOT, capture_output=True, text=True, env=environment)
+  ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
+  assert ran.returncode == 0, ran.stderr[-2000:]
+  read, last = ran.stdout.splitlines()
+  assert read.startswith("Read 6,144 tokens of pydoc:topics; --calibration_data reads text of your own. ")
+  made = load_model(tmp_path / "out")
+  assert made.config.mixers == ("memory",) * 4 and last == f"{tmp_path / 'out'}: {costs(made.config)}."
+  assert made.source["start"] == Memory().to_json()
+  assert linearize_checkpoint(teacher, tmp_path / "python").config == made.config
+
+
+def test_a_window_alone_says_the_method(tmp_path, teacher):
+  ran = _program(f"--checkpoint={teacher}", f"--output={tmp_path}/out", "--window=32", "--sinks=2")
   assert ran.returncode == 0, ran.stderr[-2000:]
   made = load_model(tmp_path / "out")
-  assert made.config.layers == registry.layers(("supra_window",) * 4, window=64, sinks=2)
-  assert made.source["start"] == {"method": "window", "window": 64, "sinks": 2}
+  assert made.config.layers == registry.layers(("supra_window",) * 4, window=32, sinks=2)
+  assert made.source["start"] == {"method": "window", "window": 32, "sinks": 2}
 
 
 def test_lolcats_from_the_command_line(tmp_path, teacher):
@@ -266,7 +278,7 @@ def test_lolcats_from_the_command_line(tmp_path, teacher):
   ("method", "flag", "applies"),
   [
     ("random", "keep_softmax=1", "calibrated"),
-    ("calibrated", "window=16", "window and memory and lolcats"),
+    ("calibrated", "window=16", "memory and window and lolcats"),
     ("window", "seed=1", "memory and calibrated and random"),
     ("identity", "mesh=fsdp:1", "memory and calibrated"),
     ("lolcats", "decay=none", "window and calibrated and identity and random"),
@@ -284,7 +296,10 @@ def test_a_flag_of_another_method_is_refused(tmp_path, teacher, method, flag, ap
   [
     (["--method=calibrated", "--measured_tokens=9"], "--measured_tokens does nothing without --keep_softmax."),
     (["--layers="], "--layers=: wanted whole numbers, as in 0,1,-1."),
-    (["--decay=none", "--decay_start=0.5"], "--decay_start does not apply to --decay=none, but to --decay=lightning."),
+    (
+      ["--method=window", "--decay=none", "--decay_start=0.5"],
+      "--decay_start does not apply to --decay=none, but to --decay=lightning.",
+    ),
     (["--layers=0,a"], "--layers=0,a: wanted whole numbers, as in 0,1,-1."),
   ],
 )
