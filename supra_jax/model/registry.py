@@ -32,6 +32,11 @@ class MixerConfig:
 
   mixer: ClassVar[str]
 
+  @property
+  def alike(self) -> MixerConfig:
+    """The config without what layers of one stack may differ in: parameters do not, nor do other mixers' layers."""
+    return self
+
 
 def register(name: str) -> Callable[[_Class], _Class]:
   """Returns a class decorator that registers a mixer under `name`, and sets `mixer` of the mixer's `Config` to `name`.

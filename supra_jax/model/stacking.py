@@ -1,4 +1,4 @@
-"""Stacks the parameters of consecutive equal layers into one subtree, over which the model scans (`nn.scan`)."""
+"""Stacks the parameters of consecutive layers of a kind into one subtree, over which the model scans (`nn.scan`)."""
 
 from __future__ import annotations
 
@@ -16,14 +16,20 @@ from supra_jax.model.registry import MixerConfig
 def stacks(layers: Sequence[MixerConfig]) -> list[tuple[int, int]]:
   """Returns (index of the first layer, number of layers) of each stack.
 
-  A stack is a longest possible sequence of consecutive layers with equal mixer configs.
+  A stack is a longest possible sequence of consecutive layers whose mixer configs are `alike`.
   """
   found, first = [], 0
-  for _, group in itertools.groupby(layers):
+  for _, group in itertools.groupby(layer.alike for layer in layers):
     length = len(list(group))
     found.append((first, length))
     first += length
   return found
+
+
+def kinds(stack: Sequence[MixerConfig]) -> tuple[tuple[MixerConfig, ...], jax.Array | None]:
+  """Returns (the different configs of a stack's layers; the number of each layer's among them, None if all are one)."""
+  different = tuple(dict.fromkeys(stack))
+  return different, jnp.array([different.index(layer) for layer in stack]) if len(different) > 1 else None
 
 
 def stack_layers(params: Mapping[str, Any], config: ModelConfig) -> dict[str, Any]:

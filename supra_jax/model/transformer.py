@@ -16,7 +16,7 @@ from supra_jax.model.layers import Dense, Embed, Norm, SwiGLU
 from supra_jax.model.mixers.base import Context, MixerState
 from supra_jax.model.registry import MixerConfig, mixer_class
 from supra_jax.model.rope import rope_table
-from supra_jax.model.stacking import stacks
+from supra_jax.model.stacking import kinds, stacks
 
 Padding = Literal["right", "left"]
 Remat = Literal["none", "matmuls", "block"]
@@ -80,24 +80,29 @@ class Block(nn.Module):
   dtype: Any = jnp.float32
   implementation: str = "auto"
   state_dtype: Any = None
+  kinds: tuple[MixerConfig, ...] = ()
 
   def setup(self):
     c = self.config
     mixer = mixer_class(self.layer.mixer)
-    self.self_attn = mixer(c, self.layer, self.dtype, self.implementation, self.state_dtype)
+    self.self_attn = mixer(c, self.layer, self.dtype, self.implementation, self.state_dtype, self.kinds)
     self.input_layernorm, self.post_attention_layernorm = (Norm(c.norm, c.norm_eps, self.dtype) for _ in range(2))
     self.mlp = SwiGLU(c, self.dtype)
 
-  def __call__(self, x_BTD: jax.Array, state: MixerState | None, context: Context) -> tuple[jax.Array, MixerState]:
-    mixed, state = self.attend(x_BTD, state, context)
+  def __call__(
+    self, x_BTD: jax.Array, state: MixerState | None, context: Context, kind: jax.Array | None = None
+  ) -> tuple[jax.Array, MixerState]:
+    mixed, state = self.attend(x_BTD, state, context, kind)
     self._keep(enters=x_BTD, attended=mixed)
     x_BTD = constrain(self.feed(x_BTD + mixed), "batch", "time", None)
     self._keep(leaves=x_BTD)
     return x_BTD, state
 
-  def attend(self, x_BTD: jax.Array, state: MixerState | None, context: Context) -> tuple[jax.Array, MixerState]:
+  def attend(
+    self, x_BTD: jax.Array, state: MixerState | None, context: Context, kind: jax.Array | None = None
+  ) -> tuple[jax.Array, MixerState]:
     """Applies the input norm and the mixer; returns (mixer output [B, T, D], the state after the last real token)."""
-    return self.self_attn(self.input_layernorm(x_BTD), state, context)
+    return self.self_attn(self.input_layernorm(x_BTD), state, dataclasses.replace(context, kind=kind))
 
   def feed(self, x_BTD: jax.Array) -> jax.Array:
     """Applies the second half of the block; returns x + SwiGLU(norm x)."""
@@ -116,8 +121,9 @@ class Transformer(nn.Module):
     dtype: dtype of the computation; parameters are cast to it where they are used. Norms, RoPE, softmax, the linear
       state and logits are computed in float32 at least.
     implementation: implementation of the linear attention op (`kernels_pallas.linear_attention`).
-    stacked: whether parameters are stacked (`stacking.stack_layers`). Each stack of equal layers is then one `nn.scan`,
-      which compiles faster; meant for training.
+    stacked: whether parameters are stacked (`stacking.stack_layers`). Each stack of layers is then one `nn.scan`, which
+      compiles faster; meant for training. Layers of a stack that differ are scanned only if no state is given; the
+      returned state then lacks theirs.
     remat: what the backward pass recomputes: `none`; `matmuls`, everything but products with parameters; `block`,
       whole layers.
     state_dtype: dtype in which states hold keys and values. The parallel form rounds them too, so that both forms
@@ -137,6 +143,7 @@ class Transformer(nn.Module):
     if c.post_embed_norm:
       self.post_embed_norm = Norm(c.norm, c.norm_eps, self.dtype)
     block: Any = Block
+    told = self.dtype, self.implementation, self.state_dtype
     if self.remat != "none":
       block = nn.remat(Block, prevent_cse=not self.stacked, policy=REMAT_POLICIES[self.remat])
     if self.stacked:
@@ -145,16 +152,13 @@ class Transformer(nn.Module):
           block,
           variable_axes={"params": 0, STREAMS: 0},
           split_rngs={"params": True},
-          in_axes=(0, nn.broadcast),
+          in_axes=(0, nn.broadcast, 0),
           length=length,
-        )(c, c.layers[first], self.dtype, self.implementation, self.state_dtype, name=f"run_{first}")
+        )(c, c.layers[first], *told, kinds(c.layers[first : first + length])[0], name=f"run_{first}")
         for first, length in stacks(c.layers)
       ]
     else:
-      self.blocks = [
-        block(c, layer, self.dtype, self.implementation, self.state_dtype, name=f"layers_{i}")
-        for i, layer in enumerate(c.layers)
-      ]
+      self.blocks = [block(c, layer, *told, name=f"layers_{i}") for i, layer in enumerate(c.layers)]
     self.norm = Norm(c.norm, c.norm_eps, self.dtype)
     if not c.tie_embeddings:
       wide = jnp.promote_types(self.dtype, jnp.float32)
@@ -219,8 +223,14 @@ class Transformer(nn.Module):
     new_states: list[MixerState] = []
     if self.stacked:
       for block, (first, length) in zip(self.blocks, stacks(self.config.layers), strict=True):
-        given = layer_states[first : first + length]
-        x_BTD, run = block(x_BTD, None if state is None else jax.tree.map(lambda *s: jnp.stack(s), *given), context)
+        layers, given = self.config.layers[first : first + length], layer_states[first : first + length]
+        kind = kinds(layers)[1]
+        if kind is not None and state is not None:
+          x_BTD, run = self._one_by_one(block.variables["params"], layers, x_BTD, given, context)
+          new_states += run
+          continue
+        together = None if state is None else jax.tree.map(lambda *s: jnp.stack(s), *given)
+        x_BTD, run = block(x_BTD, together, context, kind)
         new_states += [jax.tree.map(lambda leaf, i=i: leaf[i], run) for i in range(length)]
     else:
       for block, layer_state in zip(self.blocks, layer_states, strict=True):
@@ -229,9 +239,18 @@ class Transformer(nn.Module):
     hidden_BTD = self.norm(x_BTD)
 
     end = dataclasses.replace(end, layers=tuple(new_states))
-    if end.capacity is not None and state is not None:
+    if state is not None and end.capacity is not None:
       hidden_BTD = jnp.where((end.cached <= end.capacity)[:, None, None], hidden_BTD, jnp.nan)
     return hidden_BTD if shift is None else _roll_rows(hidden_BTD, shift), end
+
+  def _one_by_one(self, params, layers, x_BTD, states, context: Context) -> tuple[jax.Array, list[MixerState]]:
+    """Applies the layers of a stack whose states differ in shape."""
+    ends: list[Any] = []
+    for i, (layer, state) in enumerate(zip(layers, states, strict=True)):
+      block = Block(self.config, layer, self.dtype, self.implementation, self.state_dtype, parent=None)
+      x_BTD, end = block.apply({"params": jax.tree.map(lambda x, i=i: x[i], params)}, x_BTD, state, context)
+      ends.append(end)
+    return x_BTD, ends
 
   def embed(self, tokens_BT: jax.Array) -> jax.Array:
     """Returns the input of the first layer, [B, T, D], for tokens [B, T]."""

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from supra_jax.model.layers import at_least_float32
 from supra_jax.model.registry import MixerConfig
-from supra_jax.model.stacking import stacks
+from supra_jax.model.stacking import kinds, stacks
 from supra_jax.model.transformer import STREAMS, Block, Transformer
 
 Streams = Mapping[str, Mapping[str, jax.Array]]
@@ -90,16 +90,18 @@ def attention_error(
   context, _ = model.place(tokens_BT, segment_ids=segment_ids)
 
   @functools.partial(jax.checkpoint, static_argnums=0)
-  def layer_error(layer: MixerConfig, params: Any, enters_BTD: jax.Array, attended_BTD: jax.Array) -> jax.Array:
-    block = Block(config, layer, model.dtype, model.implementation)
-    mixed, _ = block.apply({"params": params}, enters_BTD, None, context, method="attend")
+  def layer_error(layers: tuple[MixerConfig, ...], params: Any, enters_BTD: jax.Array, attended_BTD: jax.Array, kind):
+    block = Block(config, layers[0], model.dtype, model.implementation, kinds=layers)
+    mixed, _ = block.apply({"params": params}, enters_BTD, None, context, kind, method="attend")
     return _error(mixed, attended_BTD, enters_BTD + attended_BTD)
 
+  def stack_errors(first: int, length: int) -> jax.Array:
+    layers, kind = kinds(config.layers[first : first + length])
+    of_layers = params[f"run_{first}"], enters[first : first + length], attended[first : first + length], kind
+    return jax.lax.map(lambda of_layer: layer_error(layers, *of_layer), of_layers)
+
   errors = [
-    jax.lax.map(
-      lambda of_layer, layer=config.layers[first]: layer_error(layer, *of_layer),
-      (params[f"run_{first}"], enters[first : first + length], attended[first : first + length]),
-    )
+    stack_errors(first, length)
     for first, length in stacks(config.layers)
     if config.layers[first : first + length] != teacher.config.layers[first : first + length]
   ]

@@ -256,6 +256,8 @@ def _read(config, params, mesh):
   def loss(params):
     variables = {"params": stack_layers(params, config)}
     logits, state = model.apply(variables, tokens, model.init_state(8, 40), segment_ids=ids, method="logits")
+    if "memory" in config.mixers:
+      state = jax.lax.stop_gradient(state)  # on this mesh it would be wrong with jax 0.10.2, see BUILD_NOTES.md
     if mesh is not None:
       state = jax.lax.with_sharding_constraint(state, state_shardings(state, config, mesh))
     more, _ = model.apply(variables, tokens[:, :8], state, method="logits")
@@ -302,6 +304,9 @@ def main():
     config = presets.tiny(mixer).replace(num_heads=4, hidden_size=64, vocab_size=96)
     if mixer == "supra_window":
       config = config.replace(layers=layers((mixer,) * 2, window=5, sinks=2, feature_map="per_head"), max_positions=16)
+    elif mixer == "memory":  # a stack of layers that differ
+      told = {"window": 4, "chunk": 3, "state_dtype": "float32"}
+      config = config.replace(layers=sum((layers((mixer,), **told, retained=(size,)) for size in (5, 8)), ()))
     elif mixer == "lolcats":
       config = config.replace(layers=layers((mixer,) * 2, window=5))
     params = _random_params(config)

@@ -13,6 +13,9 @@ from supra_jax.model.bounded_block import Far
 from supra_jax.model.mixers.memory import MemoryConfig
 from supra_jax.model.registry import layer
 from supra_jax.model.slot_layout import Layout
+from supra_jax.model.stacking import stack_layers, stacks
+from supra_jax.model.transformer import Transformer
+from supra_jax.objectives.layer_losses import attention_error
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -156,3 +159,44 @@ def test_a_memory_of_the_whole_text_is_softmax_attention(random_params):
     logits(layer("memory", window=4, retained=(26,), chunk=8, state_dtype="float32")), whole, atol=1e-4
   )
   assert np.abs(logits(layer("memory", window=4, retained=(4,), chunk=8)) - whole).max() > 1e-2
+
+
+def of_sizes(*sizes):
+  told = {"window": 3, "sinks": 1, "chunk": 4, "state_dtype": "float32"}
+  return presets.tiny().replace(layers=tuple(layer("memory", **told, retained=(size,)) for size in sizes))
+
+
+@pytest.mark.parametrize(("packed", "remat"), [(False, "none"), (True, "block")])
+def test_layers_of_different_sizes_are_one_stack(random_params, remat, packed):
+  """Loss and gradients are those of layers one by one."""
+  config = of_sizes(2, 3, 2, 5, 3)
+  assert stacks(config.layers) == [(0, 5)]
+  tokens = np.random.default_rng(0).integers(0, config.vocab_size, (2, 33))
+  how = {"segment_ids": np.repeat(np.arange(3), 11)[None].repeat(2, 0) if packed else None, "method": "logits"}
+
+  def loss(params, model):
+    params = stack_layers(params, config) if model.stacked else params
+    return (model.apply({"params": params}, tokens, **how)[0] ** 2).mean()
+
+  models = Transformer(config), Transformer(config, stacked=True, remat=remat)
+  (want, wants), (got, gots) = (
+    jax.jit(jax.value_and_grad(loss), static_argnums=1)(random_params(config), m) for m in models
+  )
+  np.testing.assert_allclose(got, want, rtol=1e-6)
+  jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=2e-6), gots, wants)
+
+
+def test_each_layer_of_a_stack_transfers_from_its_own_size(random_params):
+  """A layer's error depends on no other layer: exchanging the sizes of two layers keeps the sum."""
+  softmax = presets.tiny("softmax")
+  params = stack_layers(random_params(softmax), softmax)
+  tokens = np.random.default_rng(0).integers(0, softmax.vocab_size, (2, 33))
+
+  def error(*sizes):
+    return attention_error(
+      Transformer(of_sizes(*sizes), stacked=True), params, Transformer(softmax, stacked=True), params, tokens
+    )
+
+  small, mixed, back, large = (error(*sizes) for sizes in ((0, 0), (0, 9), (9, 0), (9, 9)))
+  np.testing.assert_allclose(mixed + back, small + large, rtol=1e-5)
+  assert large.sum() < mixed.sum() < small.sum()

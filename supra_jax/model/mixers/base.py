@@ -39,6 +39,7 @@ class Context:
     lengths: int32 [B], number of real tokens in each row; None means all.
     segment_ids: int32 [B, T], document ids; None means that all tokens continue the state's document.
     continues: bool [B], whether token 0 of a row continues the state's document; None means that it does in all rows.
+    kind: int32 [], in a stack of layers that differ, which of the mixer's `kinds` the layer is; None: its only one.
   """
 
   rotation: Rotation | None
@@ -48,6 +49,7 @@ class Context:
   lengths: jax.Array | None
   segment_ids: jax.Array | None
   continues: jax.Array | None
+  kind: jax.Array | None = None
 
 
 @flax.struct.dataclass
@@ -89,6 +91,8 @@ class Mixer(nn.Module):
     dtype: dtype of the computation.
     implementation: implementation of the linear attention op (`kernels_pallas.linear_attention`).
     state_dtype: dtype in which the state holds keys and values; None: `dtype`.
+    kinds: configs that the layers of a stack have, where they differ; `layer` is the first. Only mixers whose configs
+      may be `alike` without being equal are given some, and only with the state None; they then return None for it.
 
   Class attributes:
     Config: class of the mixer's config, a frozen dataclass derived from MixerConfig; config.json has its fields.
@@ -111,6 +115,7 @@ class Mixer(nn.Module):
   dtype: Any = jnp.float32
   implementation: str = "auto"
   state_dtype: Any = None
+  kinds: tuple[Any, ...] = ()
 
   Config: ClassVar[type[MixerConfig]]
   NEW: ClassVar[str] = ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -52,6 +53,10 @@ class MemoryConfig(MixerConfig):
       raise ValueError("MemoryConfig.retained is empty: wanted a number of tokens for all heads, or one for each.")
 
   @property
+  def alike(self) -> MemoryConfig:
+    return dataclasses.replace(self, retained=(0,))
+
+  @property
   def layout(self) -> Layout:
     """Where the retained tokens of each head lie."""
     return Layout(self.retained)
@@ -87,13 +92,17 @@ class MemoryAttention(Projections):
   @nn.nowrap
   def init_state(self, batch: int, capacity: int) -> MemoryState:
     del capacity
+    return self._empty(batch, self.layer.layout)
+
+  @nn.nowrap
+  def _empty(self, batch: int, layout: Layout) -> MemoryState:
     widths = (self.config.head_dim, self.config.value_width)
     how = {"ring": self.layer.window + self.layer.chunk, "sinks": self.layer.sinks, "widths": widths}
-    return empty_slots(batch, self.config.num_kv_heads, self.layer.layout, **how, dtype=self.held_dtype)
+    return empty_slots(batch, self.config.num_kv_heads, layout, **how, dtype=self.held_dtype)
 
   def outputs(
     self, x_BTD: jax.Array, state: MemoryState | None, context: Context
-  ) -> tuple[dict[str, jax.Array], MemoryState]:
+  ) -> tuple[dict[str, jax.Array], MemoryState | None]:
     q, k, v = self.project(x_BTD)
     q, k = self.rotate_by_head(q), self.rotate_by_head(k)
     reach = self.reach(self.config, self.layer)
@@ -105,9 +114,17 @@ class MemoryAttention(Projections):
     q, k = self.rotate(q, context.rotation), self.rotate(k, context.rotation)
     k, v = self.held(k), self.held(v)
     where = Where(**window_places(context), fresh=state is None, packed=context.segment_ids is not None)
-    held = self.init_state(len(x_BTD), 0) if state is None else state
     told = self.layer
     how: dict[str, Any] = {"sinks": told.sinks, "chunk": told.chunk, "far": far, "at_random": told.score == "random"}
+    if context.kind is not None:
+
+      @functools.partial(jax.checkpoint, static_argnums=0, prevent_cse=False)
+      def said(layout: Layout, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        return attend(q, k, v, self._empty(len(x_BTD), layout), where, layout, **how)[0]
+
+      out = jax.lax.switch(context.kind, [functools.partial(said, kind.layout) for kind in self.kinds], q, k, v)
+      return {"o_proj": side_by_side(out)}, None
+    held = self.init_state(len(x_BTD), 0) if state is None else state
     out, held = attend(q, k, v, held, where, told.layout, **how)
     return {"o_proj": side_by_side(out)}, held
 
