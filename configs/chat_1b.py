@@ -7,7 +7,7 @@ hub and text of your own to a model that transformers loads:
     python -m supra_jax.bin.prepare_data --input='chat/*.jsonl' --tokenizer=models/teacher --output=data/chat \\
       --documents=separate --heldout_every=100
     python -m supra_jax.bin.linearize --checkpoint=models/teacher --output=models/memory --state_bytes=8MB \\
-      --patterns=1 --calibration_data=data/chat/train
+      --calibration_data=data/chat/train
     XLA_CLIENT_MEM_FRACTION=.95 python -m supra_jax.bin.train --config=configs/chat_1b.py --workdir=runs/chat
     python -m convert_weights.orbax_to_hf --source=runs/chat/checkpoint --output=models/shared --dtype=bfloat16
 
@@ -25,8 +25,7 @@ The model has 1.24 billion parameters, of which 3.4 million train; a step takes 
 optimizer state 0.03 GB, the teacher 2.47 GB, and peak memory is 15.4 GB compiled for a CPU device. 4.9 GB of them are
 copies of the teacher's weights in float32, which XLA makes for CPUs alone. --model=qwen3_0_6b has 8.2 GB.
 
-With 24 GB, `linearize` without --patterns=1 remembers more (22.2 GB, if no two layers in a row have the same pattern).
-Or, with --config.microbatches=8, two rows at a time take 17.2 GB. Qwen3-0.6B takes 10.6 GB with
+With 24 GB, two rows at a time take 17.2 GB (--config.microbatches=8), four 20.8 GB. Qwen3-0.6B takes 10.6 GB with
 --config.microbatches=4. Nothing of this has run on a card yet.
 """
 

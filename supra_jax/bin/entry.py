@@ -9,19 +9,19 @@ from absl import app, flags
 
 from supra_jax.bin.options import find_base, unknown_option
 from supra_jax.bin.quiet import silence
+from supra_jax.core.preemption import CTRL_C, Preempted
 from supra_jax.core.programs import keep_programs
 
 DTYPES = ("float32", "bfloat16", "float16")  # dtypes that a model can run in
-# Packages that access buckets; their exceptions are network errors, not defects of this program.
-_CLIENTS = ("aiohttp", "gcsfs", "google")
+_CLIENTS = ("aiohttp", "gcsfs", "google")  # packages that access buckets: their exceptions are network errors
 
 
 def run(main: Callable[[], None]) -> None:
   """Parses the flags and calls `main`.
 
   Bad overrides of a recipe, bad input (ValueError, OSError or NotImplementedError from `main`) and network errors of
-  the bucket clients end the program with one line on stderr and exit status 1, Ctrl-C with 130. Flags that do not exist
-  or have bad values end it as absl does. Any other exception is a defect of the program and keeps its traceback.
+  the bucket clients end the program with one line on stderr and exit status 1, Ctrl-C with 130, flags that do not exist
+  as absl does. A run that a signal ended says so. Any other exception is a defect and keeps its traceback.
   """
 
   def absl_main(argv: list[str]) -> None:
@@ -34,6 +34,9 @@ def run(main: Callable[[], None]) -> None:
       main()
     except (ValueError, OSError, NotImplementedError) as error:
       sys.exit(f"error: {error}")
+    except Preempted as preempted:
+      print(preempted)
+      sys.exit(130 if preempted.by == CTRL_C else 0)
     except KeyboardInterrupt:
       sys.exit(130)  # as shells have it for Ctrl-C
     except Exception as error:

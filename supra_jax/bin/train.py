@@ -12,7 +12,8 @@ from ml_collections import config_flags
 
 from supra_jax.bin.entry import run
 from supra_jax.bin.implementation import with_implementation
-from supra_jax.training.loop import Preempted, TrainConfig, train
+from supra_jax.core.preemption import Preempted
+from supra_jax.training.loop import TrainConfig, train
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Recipe of the run, as configs/FILE.py.", lock_config=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run, local or gs://; a run resumes.", required=True)
@@ -34,9 +35,8 @@ def main() -> None:
       raise ValueError(f"--distributed: {error} Outside TPU pods and Slurm give {flags_for_all}.") from error
   try:
     summary = train(config, _WORKDIR.value, profile_steps=_PROFILE_STEPS.value)
-  except Preempted as preempted:
-    print(preempted)
-    return
+  except Preempted:
+    raise
   except Exception as error:
     if jax.process_count() == 1:
       raise

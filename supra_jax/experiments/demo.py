@@ -123,7 +123,7 @@ def run_from(
     teacher_nll: held-out loss of the teacher in nats per token, drawn as a line in the plot of the run; None: no line.
 
   Raises:
-    ValueError, OSError, training.loop.Preempted: as `linearize_checkpoint` and `training.loop.train`.
+    ValueError, OSError, core.preemption.Preempted: as `linearize_checkpoint` and `training.loop.train`.
   """
   linearized = linearized or workdir / "linearized"
 

@@ -105,7 +105,7 @@ class TrainConfig:
       `distill_from`, if that directory does not exist.
     log_every: steps between two records of training.
     evaluate_every: steps between two evaluations; 0 evaluates only before the first and after the last step.
-    save_every: steps between two saved states; 0 saves a state only when SIGTERM ends the run.
+    save_every: steps between two saved states; 0 saves a state only when a signal ends the run.
     keep_checkpoints: number of newest saved states to keep.
   """
 

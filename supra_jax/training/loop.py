@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import signal
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,6 +17,7 @@ from kernels_pallas import verdict
 from supra_jax.core import bucket
 from supra_jax.core.distributed import together
 from supra_jax.core.files import place
+from supra_jax.core.preemption import Preempted, preemption
 from supra_jax.core.run_record import RUNS_FILE
 from supra_jax.core.sharding import make_mesh
 from supra_jax.storage.model_directory import load_model_without_params
@@ -37,10 +37,6 @@ from supra_jax.training.workdir import (
   summary,
   write_model,
 )
-
-
-class Preempted(Exception):
-  """SIGTERM ended the run; its state is saved, and the same command resumes from that state."""
 
 
 def train(
@@ -68,7 +64,8 @@ def train(
       other; all saved states are damaged; max_skipped batches in a row had a loss or gradient that was not finite; or
       the first or last held-out loss is not finite.
     OSError: a file cannot be read or written.
-    Preempted: SIGTERM ended the run after its state was saved.
+    Preempted: SIGTERM, SIGUSR1 or Ctrl-C ended the run after its state was saved. A second Ctrl-C raises
+      KeyboardInterrupt at once.
   """
   directory = place(workdir)
   mesh = make_mesh(config.mesh)
@@ -101,23 +98,8 @@ def train(
   return summary(directory / METRICS_FILE, config.tokens)
 
 
-@contextlib.contextmanager
-def _preemption() -> Iterator[Any]:
-  """Yields a function: number of a step -> whether SIGTERM came; all processes see the change at the same step."""
-  if jax.process_count() > 1:
-    # jax.distributed has its own handler, and a protocol to find a step that no process is past.
-    yield multihost_utils.reached_preemption_sync_point
-    return
-  came: list[int] = []
-  before = signal.signal(signal.SIGTERM, lambda number, _: came.append(number))
-  try:
-    yield lambda step: bool(came)
-  finally:
-    signal.signal(signal.SIGTERM, before)
-
-
 def _loop(config: TrainConfig, run: Run, files: bucket.Copies, profile_steps: int) -> Any:
-  """Runs all steps that are left, and returns the trained parameters; raises Preempted if SIGTERM came."""
+  """Runs all steps that are left, and returns the trained parameters; raises Preempted if a signal came."""
   workdir, state, first = files.directory, run.state, run.first
   program = functools.cache(lambda active, transfer: run.step.compiled(run.shardings, active, transfer=transfer))
   speaks = jax.process_index() == 0
@@ -126,7 +108,7 @@ def _loop(config: TrainConfig, run: Run, files: bucket.Copies, profile_steps: in
       workdir / METRICS_FILE, first or None, tensorboard=workdir / "tensorboard", enabled=speaks
     ) as metrics,
     progress_of_steps(config.num_steps, first, enabled=speaks) as progress,
-    _preemption() as preempted,
+    preemption(multihost_utils.reached_preemption_sync_point if jax.process_count() > 1 else None) as preempted,
     _profile(workdir / "profile", profile_steps) as profile,
   ):
     reporter = Reporter(
@@ -150,7 +132,8 @@ def _loop(config: TrainConfig, run: Run, files: bucket.Copies, profile_steps: in
       state, values = program(config.active_groups(step), config.transfers(step))(state, run.put(batch), *run.extra)
       reporter.add(step, values, waited)
       last = step == config.num_steps
-      stop = preempted(step) and not last
+      by = preempted(step)
+      stop = bool(by) and not last
       evaluates = last or _every(config.evaluate_every, step)
       saves = stop or (config.save_every > 0 and (last or _every(config.save_every, step)))
       if evaluates or saves:
@@ -167,7 +150,7 @@ def _loop(config: TrainConfig, run: Run, files: bucket.Copies, profile_steps: in
             run.states.save(step, state, run.batches.get_state())
       if stop:
         run.states.wait()
-        raise Preempted(f"SIGTERM: saved after step {step} of {config.num_steps}. The same command goes on from there.")
+        raise Preempted(by, f"after step {step} of {config.num_steps}")
   return state.params
 
 

@@ -88,6 +88,14 @@ def test_killed_and_terminated_it_goes_on_bit_for_bit(config, whole, tmp_path):
   (stopped,) = re.findall(rf"SIGTERM: saved after step (\d+) of {config.num_steps}", said)
   assert max(runs.positions(workdir)) == max(losses(workdir)) == int(stopped) < config.num_steps
 
+  last = max(losses(workdir))
+  run = runs.Run(config, workdir)
+  run.until(lambda: max(losses(workdir)) > last + 10)
+  run.send(signal.SIGINT)
+  assert run.wait() == [130] and "Once more ends the run at once." in run.said and "Traceback" not in run.said
+  (stopped,) = re.findall(rf"Ctrl-C: saved after step (\d+) of {config.num_steps}", run.said)
+  assert max(runs.positions(workdir)) == max(losses(workdir)) == int(stopped) < config.num_steps
+
   runs.Run(config, workdir).finish()
   assert_same_run(workdir, whole)
 
@@ -95,13 +103,14 @@ def test_killed_and_terminated_it_goes_on_bit_for_bit(config, whole, tmp_path):
 def test_two_processes_stop_together(config, tmp_path):
   config = dataclasses.replace(config, num_steps=100_000, save_every=0, mesh="data:2")
   stopped = []
-  for which in ((1,), (0, 1)):
+  for which, number in (((1,), signal.SIGUSR1), ((0, 1), signal.SIGTERM)):
     run = runs.Run(config, tmp_path / "run", processes=2)
     run.until_step(tmp_path / "run", 5 + sum(stopped))
-    run.send(signal.SIGTERM, *which)
+    run.send(number, *which)
     said = run.finish(60)
-    (step,) = set(re.findall(r"SIGTERM: saved after step (\d+)", said))  # both say it, and say the same
-    assert said.count("SIGTERM: saved") == 2
+    steps = re.findall(r"SIG[A-Z0-9]+: saved after step (\d+)", said)
+    (step,) = set(steps)  # both say it, and say the same
+    assert len(steps) == 2 and f"{number.name}: saved" in said
     stopped.append(int(step))
     assert max(runs.positions(tmp_path / "run").items()) == (stopped[-1], stopped[-1] * BATCH)
 
