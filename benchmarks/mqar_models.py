@@ -23,8 +23,9 @@ from supra_jax.linearization.linearize import linearize
 from supra_jax.linearization.starts import Calibrated, Identity, Random, Start, Window
 from supra_jax.model.config import ModelConfig, RopeConfig
 from supra_jax.model.costs import state_bytes
+from supra_jax.model.mixers.memory import MemoryConfig
 from supra_jax.model.mixers.supra import SupraConfig
-from supra_jax.model.registry import layers, new_parameters
+from supra_jax.model.registry import MixerConfig, layers, new_parameters
 from supra_jax.model.stacking import stack_layers
 from supra_jax.model.transformer import Transformer
 from supra_jax.storage.model_directory import load_model, save_model
@@ -102,7 +103,7 @@ class Method:
   """
 
   start: Start | None
-  mixer: SupraConfig | None = None
+  mixer: MixerConfig | None = None
   rate: float = 3e-3
   transfer: float = 0.0
 
@@ -119,6 +120,9 @@ METHODS = {  # in order of worth
   "calibrated": Method(Calibrated(tokens=32768)),
   "transfer_no_decay": Method(Identity(), NO_DECAY, transfer=0.3),
   "random_no_decay": Method(Random(), NO_DECAY),
+  # As many bytes as the state of `supra` of "2x32": 22 retained tokens of each head.
+  "memory": Method(Identity(), MemoryConfig(window=4, retained=(22,), sinks=0, chunk=4), rate=3e-4),
+  "memory_at_random": Method(Identity(), MemoryConfig(window=4, retained=(22,), sinks=0, chunk=4, score="random")),
 }
 # The rows of tuning: an equal share of the tokens in rows of each short stage and in rows of the task; or the task's.
 TUNINGS = ("short_first", "long")

@@ -59,7 +59,7 @@ RESERVED = {
 }
 # Rooms without jax, since processes that only pack text import them.
 WITHOUT_JAX = (
-  r"supra_jax\.(__init__|core\.(plain_json|schema|files|bucket|progress|programs|xla_gpu)|data\.(?!loading).*"
+  r"supra_jax\.(__init__|core\.(plain_json|schema|files|bucket|preemption|progress|programs|xla_gpu)|data\.(?!loading).*"
 )
 WITHOUT_JAX += r"|model\.(__init__|config|registry))"
 KERNELS_MAY_IMPORT = {"jax", "numpy"}
