@@ -58,9 +58,8 @@ RESERVED = {
   "transformers": r"convert_weights\.(verify|for_transformers\..*)",
 }
 # Rooms without jax, since processes that only pack text import them.
-WITHOUT_JAX = (
-  r"supra_jax\.(__init__|core\.(plain_json|schema|files|bucket|preemption|progress|programs|xla_gpu)|data\.(?!loading).*"
-)
+WITHOUT_JAX = r"supra_jax\.(__init__|core\.(plain_json|schema|files|bucket|preemption|progress|programs|xla_gpu)"
+WITHOUT_JAX += r"|data\.(?!loading).*"
 WITHOUT_JAX += r"|model\.(__init__|config|registry))"
 KERNELS_MAY_IMPORT = {"jax", "numpy"}
 

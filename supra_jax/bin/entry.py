@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from absl import app, flags
 
-from supra_jax.bin.options import find_base, unknown_option
+from supra_jax.bin.options import find_base, parse, unknown_option
 from supra_jax.bin.quiet import silence
 from supra_jax.core.preemption import CTRL_C, Preempted
 from supra_jax.core.programs import keep_programs
@@ -50,7 +50,7 @@ def run(main: Callable[[], None]) -> None:
 def _parse_flags(argv: list[str]) -> list[str]:
   find_base(argv)
   try:
-    return app.parse_flags_with_usage(argv)
+    return parse(argv)
   except (AttributeError, KeyError, TypeError, ValueError, OSError) as error:
     # ml_collections rejects overrides and config files with these. It may wrap a KeyError, whose str() adds quotes:
     # unwrap to the innermost message.

@@ -1,4 +1,4 @@
-"""Helps with recipes on the command line: makes their imports work, and explains options that a recipe lacks."""
+"""Helps on the command line: parses it, makes imports of recipes work, and explains options that a recipe lacks."""
 
 from __future__ import annotations
 
@@ -7,8 +7,20 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from absl import flags
+from absl import app, flags
 from ml_collections import ConfigDict
+
+_HELP = {f"{dashes}{name}" for dashes in ("-", "--") for name in ("?", "help", "helpfull", "helpshort", "helpxml")}
+
+
+def parse(argv: list[str]) -> list[str]:
+  """Parses the flags as absl does, but ends with status 0 where help was asked for; absl has 1."""
+  try:
+    return app.parse_flags_with_usage(argv)
+  except SystemExit:
+    if _HELP.intersection(argv):
+      sys.exit(0)
+    raise
 
 
 def find_base(argv: list[str]) -> None:

@@ -52,6 +52,13 @@ def test_the_program(tmp_path):
   assert done.stderr.startswith(f"error: --config.optimizer.lr: {recipe} has no option optimizer.lr. Nearest to lr: ")
 
 
+@pytest.mark.parametrize("help_flag", ["--help", "--helpshort"])
+def test_help_is_no_error(help_flag):
+  done = programs.run("supra_jax.bin.linearize", help_flag)
+  assert done.returncode == 0 and "--state_bytes" in done.stdout and not done.stderr
+  assert programs.run("supra_jax.bin.linearize", "--no_such_flag").returncode == 1
+
+
 def test_a_recipe_finds_its_base_from_anywhere(monkeypatch):
   monkeypatch.setattr(sys, "path", [])
   find_base(["train", "--workdir=configs/x.py", f"--config={ROOT / 'configs' / 'tiny.py'}"])
