@@ -15,6 +15,7 @@ def given(
   fields: Mapping[str, str],
   also: Mapping[str, Sequence[str]],
   needs: Mapping[str, str],
+  why: str = "",
 ) -> Any:
   """Makes an instance of the dataclass that the flag `choice` names, from the flags that are the dataclass's fields.
 
@@ -24,13 +25,13 @@ def given(
     fields: name of a flag -> name of its field, where the two differ.
     also: value of `choice` -> names of flags that apply to this choice without being fields.
     needs: name of a flag -> name of another flag, without which the first one has no effect.
+    why: why `choice` has its value, if it was not given, for the error.
 
   Returns:
-    The instance. Fields whose flags are not given keep their defaults.
+    The instance; fields whose flags are not given keep their defaults.
 
   Raises:
-    ValueError: a flag is given that applies to other choices only, or a flag without the flag that it needs; or a value
-      is out of range.
+    ValueError: a flag applies to other choices only, or lacks the flag that it needs; or a value is out of range.
   """
 
   def flags_of(name: str) -> dict[str, str]:
@@ -43,7 +44,7 @@ def given(
     applies = [name for name in choices if flag in flags_of(name) or flag in also.get(name, ())]
     if flags.FLAGS[flag].present and chosen not in applies:
       raise ValueError(
-        f"--{flag} does not apply to --{choice.name}={chosen}, but to --{choice.name}={' and '.join(applies)}."
+        f"--{flag} does not apply to --{choice.name}={chosen}{why}, but to --{choice.name}={' or '.join(applies)}."
       )
   for flag, needed in needs.items():
     if flags.FLAGS[flag].present and not flags.FLAGS[needed].present:

@@ -32,7 +32,7 @@ def main() -> None:
   text = _MESH.value or config.mesh
   if not text:
     raise ValueError("Neither --mesh nor the recipe says what to plan for: wanted --mesh=fsdp:8, say.")
-  device_memory = parse_bytes(_DEVICE_MEMORY.value) if _DEVICE_MEMORY.value else None
+  device_memory = parse_bytes(_DEVICE_MEMORY.value, _DEVICE_MEMORY.name) if _DEVICE_MEMORY.value else None
   mesh = planned_mesh(text)
   model = planned_model(config, _MODEL.value, _MIXER.value)
   teacher = planned_teacher(config, _MODEL.value)

@@ -13,16 +13,15 @@ from supra_jax.linearization.starts import MEASURED_TOKENS, STARTS, Calibrated, 
 flags.disclaim_key_flags()  # --help of each program lists them as its own
 _METHOD = (
   "How the layers begin. memory: softmax attention over as many tokens as a state of a given size holds. window: over "
-  "the last tokens, with linear attention that trains beside it; reads no text. lolcats: LoLCATs' layer, to compare "
-  "with. The others: linear attention alone. calibrated: solved on a text; identity: phi(x) = relu(x); random: the "
-  "paper's. Default: memory; window if --window is given, and no size."
+  "the last ones, linear attention beside it; reads no text. lolcats: LoLCATs' layer. The others: linear attention "
+  "alone, calibrated on a text, identity (relu), random (paper). Default: memory; window if only --window is given."
 )
 _BYTES = f"memory: size of the state at any length of text, such as 6MB. Default: --state_tokens={Memory.state_tokens}."
 _TOKENS = "memory: the size as a number of tokens of each key/value head, whose keys and values take as many bytes."
 _PATTERNS = "memory: most patterns of sizes of heads that layers have; fewer compile faster and lose more."
 _DTYPE = "memory: dtype in which the state holds keys and values. Default: bfloat16."
-_LAST = f"Softmax attention sees so many last tokens. Default: {Window.window}; memory: by the size of the state."
-_READ = f"Tokens to read of the text. Default: calibrated {Calibrated.tokens}, memory {Memory.tokens}."
+_LAST = f"Softmax attention sees so many last tokens. Default: {Window.window}; memory: by the size of its state."
+_READ = f"Tokens to read, rounded up to whole rows. Default: calibrated {Calibrated.tokens}, memory {Memory.tokens}."
 _DATA = "calibrated, memory: text, or directories that prepare_data packed."
 _FIELDS = {"calibration_data": "data", "calibration_tokens": "tokens", "calibrate_mlp": "mlp"}
 OF_MIXER = ["feature_map", "decay", "decay_start", "qk_norm"]  # of SUPRA's linear attention
@@ -50,10 +49,12 @@ def define() -> Callable[[], Start]:
     if size.present and tokens.present:
       raise ValueError("--state_bytes and --state_tokens both say how large the state is: wanted one of them.")
     if isinstance(size.value, str):
-      flags.FLAGS[size.name].value = parse_bytes(size.value)
+      flags.FLAGS[size.name].value = parse_bytes(size.value, size.name, plain=True, example="6MB")
+    why = ""
     if method.value is None:
       last = window.present and not (size.present or tokens.present)
+      why = " (which --window without a size means)" if last else " (the default)"
       flags.FLAGS[method.name].value = Window.method if last else Memory.method
-    return given(STARTS, method, _FIELDS, _ALSO, {"measured_tokens": "keep_softmax"})
+    return given(STARTS, method, _FIELDS, _ALSO, {"measured_tokens": "keep_softmax"}, why)
 
   return start

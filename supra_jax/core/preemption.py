@@ -29,7 +29,7 @@ class Preempted(Exception):
 
 @contextlib.contextmanager
 def preemption(sync_point: Callable[[int], bool] | None = None) -> Iterator[Callable[[int], str]]:
-  """Yields a function: number of a step -> name of the signal that came, or "". A second Ctrl-C is Python's own.
+  """Yields a function: number of a step -> name of the signal that came, or "". A second Ctrl-C kills the process.
 
   Args:
     sync_point: `multihost_utils.reached_preemption_sync_point` if there are several processes. jax.distributed then
@@ -40,8 +40,9 @@ def preemption(sync_point: Callable[[int], bool] | None = None) -> Iterator[Call
   def note(number: int, _: Any) -> None:
     came.append(_SIGNALS[signal.Signals(number)])
     if number == signal.SIGINT:
-      signal.signal(signal.SIGINT, signal.default_int_handler)
-      sys.stderr.write("\nCtrl-C: this step is finished and saved. Once more ends the run at once.\n")
+      # Python's own handler waits for the program on the device. In a notebook it spares the kernel.
+      signal.signal(signal.SIGINT, signal.default_int_handler if hasattr(sys, "ps1") else signal.SIG_DFL)
+      sys.stderr.write("\nCtrl-C: the steps that have begun are finished and saved. Once more ends the run at once.\n")
     if sync_point is not None:
       os.kill(os.getpid(), signal.SIGTERM)
 

@@ -86,7 +86,7 @@ def within(start: Memory, config: ModelConfig, chosen: Sequence[int]) -> tuple[M
   """Returns (what all heads have in common, number of tokens that each may retain on average).
 
   Raises:
-    ValueError: the budget is too small.
+    ValueError: the budget is too small, or larger than the transformer's whole context.
   """
 
   def held(layer: MemoryConfig) -> int:
@@ -102,9 +102,18 @@ def within(start: Memory, config: ModelConfig, chosen: Sequence[int]) -> tuple[M
     window = max(min(window, config.sliding_window - chunk), 1)
   common = MemoryConfig(window=window, sinks=start.sinks, chunk=chunk, retained=(0,), state_dtype=start.state_dtype)
   least, with_one = held(common), held(dataclasses.replace(common, retained=(1,)))
+  if start.state_bytes is None:
+    given, wanted = f"state_tokens={start.state_tokens}", f"{-(-least // a_token):,}"
+  else:
+    given, wanted = f"state_bytes={start.state_bytes:,}", f"{least:,}"
   if budget < least:
     raise ValueError(
-      f"{budget:,} bytes of state are {tokens:.0f} tokens a head: wanted at least {least:,} bytes, for {start.sinks} "
-      f"first tokens, the last {window}, and {chunk} between two choices."
+      f"{given}: wanted at least {wanted}, for {start.sinks} first tokens (sinks), the last {window} (window) and up "
+      f"to {chunk} more (chunk), of which each key/value head holds keys, values and scores."
+    )
+  if config.max_positions is not None and tokens > config.max_positions:
+    raise ValueError(
+      f"{given}: that is {tokens:,.0f} tokens of each key/value head, and the transformer's own context is "
+      f"{config.max_positions:,}: wanted less, or the transformer itself."
     )
   return common, (budget - least) / (with_one - least)

@@ -55,8 +55,8 @@ def read_batches(
     return [first, *itertools.islice(loader, count_batches(rows * length) - 1)]
   if tokenizer is None:
     raise ValueError(
-      f"The model has no tokenizer to read {start.data} with: convert its source with one, or give rows that "
-      "prepare_data packed. The start Window (--method=window) reads no text."
+      f"There is no tokenizer to read {start.data} with: convert the source of the model with one (in Python pass "
+      "tokenizer=lm.tokenizer), or give rows that prepare_data packed. The start Window (--method=window) reads none."
     )
   wanted = count_batches(rows * start.sequence_length) * rows
   texts = rows_of_text(start.data, tokenizer, rows=wanted, length=start.sequence_length + 1, text_key=start.text_key)

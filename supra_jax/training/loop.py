@@ -64,8 +64,8 @@ def train(
       other; all saved states are damaged; max_skipped batches in a row had a loss or gradient that was not finite; or
       the first or last held-out loss is not finite.
     OSError: a file cannot be read or written.
-    Preempted: SIGTERM, SIGUSR1 or Ctrl-C ended the run after its state was saved. A second Ctrl-C raises
-      KeyboardInterrupt at once.
+    Preempted: SIGTERM, SIGUSR1 or Ctrl-C ended the run after its state was saved. A second Ctrl-C
+      kills the process; in a notebook it raises KeyboardInterrupt.
   """
   directory = place(workdir)
   mesh = make_mesh(config.mesh)
@@ -124,6 +124,8 @@ def _loop(config: TrainConfig, run: Run, files: bucket.Copies, profile_steps: in
     )
     if first == 0:
       reporter.evaluated(0, run.evaluate(state.params))
+    elif first < config.num_steps:
+      reporter.say(f"Goes on after step {first} of {config.num_steps}.")
     for step in range(first + 1, config.num_steps + 1):
       began = time.monotonic()
       batch = next(run.batches)

@@ -60,12 +60,17 @@ def test_a_memory_larger_than_the_text_is_the_teacher(random_params):
 
 
 def test_what_does_not_fit(random_params):
-  with pytest.raises(ValueError, match=r"wanted at least [\d,]+ bytes, for 4 first tokens, the last 8, and 8 between"):
+  with pytest.raises(
+    ValueError,
+    match=r"state_tokens=12: wanted at least [\d,]+, for 4 first tokens \(sinks\), the last 8 \(window\) and up to 8",
+  ):
     within(Memory(state_tokens=12), TEACHER, range(2))
   with pytest.raises(ValueError, match="makes memory layers"):
     linearize({}, TEACHER, Memory(), mixer="supra")
-  with pytest.raises(ValueError, match=r"no tokenizer to read pydoc:topics with: .*Window .* reads no text"):
+  with pytest.raises(ValueError, match=r"no tokenizer to read pydoc:topics with: .*Window .* reads none"):
     linearize(random_params(TEACHER), TEACHER)
+  with pytest.raises(ValueError, match=r"state_tokens=9000: that is 9,000 tokens .* own context is 2,048"):
+    within(Memory(state_tokens=9000), TEACHER.replace(max_positions=2048), range(2))
   sliding = TEACHER.replace(sliding_window=16)
   with pytest.raises(ValueError, match="sees 16 tokens, fewer than the last 17 of a memory"):
     linearize(random_params(TEACHER), sliding, Memory())
@@ -116,12 +121,19 @@ def test_the_program(tmp_path, random_params):
   assert source["start"]["state_bytes"] == 20_000 and len(source["retained"]) == TEACHER.num_layers
   for flags, message in [
     (["--state_bytes=20kB", "--state_tokens=40"], "--state_bytes and --state_tokens both say how large"),
-    (["--state_bytes=20k"], "wanted a number and one of GB"),
+    (
+      ["--state_bytes=20k"],
+      "--state_bytes=20k: wanted a number and one of TB, TiB, GB, GiB, MB, MiB, kB, KiB, as in 6MB",
+    ),
     (["--state_tokens=40", "--method=window"], "--state_tokens does not apply to --method=window, but to"),
     (["--state_tokens=40", "--decay=none"], "--decay does not apply to --method=memory"),
-    (["--qk_norm"], "--qk_norm does not apply to --method=memory, but to --method=window and calibrated"),
-    (["--window=8", "--calibration_tokens=64"], "--calibration_tokens does not apply to --method=window"),
-    (["--state_bytes=1kB"], "wanted at least"),
+    (["--qk_norm"], "--qk_norm does not apply to --method=memory (the default), but to --method=window or calibrated"),
+    (
+      ["--window=8", "--calibration_tokens=64"],
+      "--calibration_tokens does not apply to --method=window (which --window without a size means), but",
+    ),
+    (["--state_bytes=1kB"], "state_bytes=1,000: wanted at least"),
+    (["--state_bytes=1,000"], "state_bytes=1,000: wanted at least"),
   ]:
     refused = run(f"--output={tmp_path}/refused", *flags)
     assert refused.returncode != 0 and message in refused.stderr, (flags, refused.stderr)

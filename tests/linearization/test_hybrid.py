@@ -278,10 +278,10 @@ def test_lolcats_from_the_command_line(tmp_path, teacher):
   ("method", "flag", "applies"),
   [
     ("random", "keep_softmax=1", "calibrated"),
-    ("calibrated", "window=16", "memory and window and lolcats"),
-    ("window", "seed=1", "memory and calibrated and random"),
-    ("identity", "mesh=fsdp:1", "memory and calibrated"),
-    ("lolcats", "decay=none", "window and calibrated and identity and random"),
+    ("calibrated", "window=16", "memory or window or lolcats"),
+    ("window", "seed=1", "memory or calibrated or random"),
+    ("identity", "mesh=fsdp:1", "memory or calibrated"),
+    ("lolcats", "decay=none", "window or calibrated or identity or random"),
   ],
 )
 def test_a_flag_of_another_method_is_refused(tmp_path, teacher, method, flag, applies):

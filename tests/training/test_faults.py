@@ -92,7 +92,12 @@ def test_killed_and_terminated_it_goes_on_bit_for_bit(config, whole, tmp_path):
   run = runs.Run(config, workdir)
   run.until(lambda: max(losses(workdir)) > last + 10)
   run.send(signal.SIGINT)
-  assert run.wait() == [130] and "Once more ends the run at once." in run.said and "Traceback" not in run.said
+  assert (
+    run.wait() == [130]
+    and "Once more ends the run at once." in run.said
+    and "Goes on after step " in run.said
+    and "Traceback" not in run.said
+  )
   (stopped,) = re.findall(rf"Ctrl-C: saved after step (\d+) of {config.num_steps}", run.said)
   assert max(runs.positions(workdir)) == max(losses(workdir)) == int(stopped) < config.num_steps
 

@@ -255,7 +255,7 @@ class TestOutput:
     ("flags", "message"),
     [
       ((), "error: Neither --mesh nor the recipe says what to plan for: wanted --mesh=fsdp:8, say.\n"),
-      (("--mesh=fsdp:2", "--device_memory=80"), "error: '80': wanted a number and one of GB, .*\n"),
+      (("--mesh=fsdp:2", "--device_memory=80"), "error: --device_memory=80: wanted a number and one of TB, .*\n"),
     ],
   )
   def test_bad_input(self, flags, message):
