@@ -171,8 +171,9 @@ def _read_files(directory: str | os.PathLike[str]) -> ModelCheckpoint:
   path = absolute(directory)
   for name in (CONFIG_FILE, PARAMS_DIRECTORY):
     if not (path / name).exists():
+      missing = f"{name} is missing" if path.exists() else "there is no such directory"
       raise FileNotFoundError(
-        f"{directory} is not a supra_jax model: {name} is missing. Convert one with "
+        f"{directory} is not a supra_jax model: {missing}. Convert one with "
         "`python -m convert_weights.hf_to_orbax --source=... --output=...`."
       )
   try:

@@ -246,7 +246,7 @@ def test_a_failed_save_leaves_the_empty_directory(params, tmp_path):
 
 
 def test_no_model_is_said_so(params, tmp_path):
-  with pytest.raises(FileNotFoundError, match=r"nowhere is not a supra_jax model: config.json is missing"):
+  with pytest.raises(FileNotFoundError, match=r"nowhere is not a supra_jax model: there is no such directory"):
     load_model(tmp_path / "nowhere")
   _save(tmp_path / "model", params)
   shutil.move(tmp_path / "model" / checkpoint.PARAMS_DIRECTORY, tmp_path / "elsewhere")
