@@ -10,15 +10,18 @@ from typing import Any
 from absl import app, flags
 from ml_collections import ConfigDict
 
+from supra_jax.bin.recipe_help import described
+
 _HELP = {f"{dashes}{name}" for dashes in ("-", "--") for name in ("?", "help", "helpfull", "helpshort", "helpxml")}
 
 
 def parse(argv: list[str]) -> list[str]:
-  """Parses the flags as absl does, but ends with status 0 where help was asked for; absl has 1."""
+  """Parses the flags as absl does, but help ends with status 0, where absl has 1, and lists the options of a recipe."""
   try:
     return app.parse_flags_with_usage(argv)
   except SystemExit:
     if _HELP.intersection(argv):
+      print(described(argv))
       sys.exit(0)
     raise
 

@@ -6,12 +6,14 @@ from absl import flags
 from ml_collections import config_flags
 
 from supra_jax.bin.entry import run
+from supra_jax.bin.recipe_help import describe
 from supra_jax.core.amounts import parse_bytes
 from supra_jax.model.registry import mixer_names
 from supra_jax.training.config import TrainConfig
 from supra_jax.training.plan import CPU_NOTE, plan, planned_mesh, planned_model, planned_teacher, render
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Recipe to plan, such as configs/FILE.py.", lock_config=True)
+describe(_CONFIG, TrainConfig)
 _MESH = flags.DEFINE_string(
   "mesh", "", "Mesh to plan for, such as fsdp:4,tensor:2; needs no such devices here. Default: that of the recipe."
 )

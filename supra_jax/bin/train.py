@@ -12,10 +12,12 @@ from ml_collections import config_flags
 
 from supra_jax.bin.entry import run
 from supra_jax.bin.implementation import with_implementation
+from supra_jax.bin.recipe_help import describe
 from supra_jax.core.preemption import Preempted
 from supra_jax.training.loop import TrainConfig, train
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Recipe of the run, as configs/FILE.py.", lock_config=True)
+describe(_CONFIG, TrainConfig)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run, local or gs://; a run resumes.", required=True)
 _PROFILE_STEPS = flags.DEFINE_integer("profile_steps", 0, "Steps to trace into WORKDIR/profile.", lower_bound=0)
 _DISTRIBUTED = flags.DEFINE_bool("distributed", False, "Run as one of several processes (jax.distributed.initialize).")

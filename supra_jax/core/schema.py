@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
 import math
 import numbers
 import re
@@ -179,3 +180,24 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
   if type(value) is not hint:
     raise ValueError(f"{path}: wanted {hint.__name__}, got {value!r}.")
   return value
+
+
+def documented(cls: type) -> dict[str, tuple[Any, str]]:
+  """Returns {name: (default, meaning)} of the fields of a dataclass, those of nested dataclasses as `outer.inner`.
+
+  Meanings are those in the section "Attributes" of the class's docstring, and empty where it has none. The default of a
+  field without one is None.
+  """
+  section = (inspect.getdoc(cls) or "").partition("Attributes:\n")[2]
+  meanings: dict[str, str] = {}
+  for names, meaning in re.findall(r"^  (\w+(?:, \w+)*): (.*(?:\n    .*)*)", section, re.MULTILINE):
+    meanings |= dict.fromkeys(names.split(", "), " ".join(meaning.split()))
+  hints = typing.get_type_hints(cls)
+  found: dict[str, tuple[Any, str]] = {}
+  for field in dataclasses.fields(cls):
+    if dataclasses.is_dataclass(hints[field.name]):
+      found |= {f"{field.name}.{name}": told for name, told in documented(hints[field.name]).items()}
+    else:
+      default = None if field.default is dataclasses.MISSING else field.default
+      found[field.name] = default, meanings.get(field.name, "")
+  return found

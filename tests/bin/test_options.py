@@ -1,5 +1,7 @@
 """An option that a recipe does not have is named, with those that are near."""
 
+import functools
+import re
 import sys
 from pathlib import Path
 
@@ -7,7 +9,10 @@ import pytest
 from absl import flags
 from ml_collections import config_flags
 
+from configs import tiny
 from supra_jax.bin.options import find_base, unknown_option
+from supra_jax.core.schema import documented
+from supra_jax.training.config import TrainConfig
 from tests.support import programs
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -57,6 +62,17 @@ def test_help_is_no_error(help_flag):
   done = programs.run("supra_jax.bin.linearize", help_flag)
   assert done.returncode == 0 and "--state_bytes" in done.stdout and not done.stderr
   assert programs.run("supra_jax.bin.linearize", "--no_such_flag").returncode == 1
+
+
+def test_help_lists_the_options_of_a_recipe():
+  recipe = ROOT / "configs" / "tiny.py"
+  done = programs.run("supra_jax.bin.train", f"--config={recipe}", "--help")
+  assert done.returncode == 0 and f"Options of --config, with the values of {recipe}:" in done.stdout
+  listed = dict(re.findall(r"^  --config\.(\S+?)=(.*)\n      \S", done.stdout, re.MULTILINE))
+  config = TrainConfig.from_mapping(tiny.get_config().to_dict())
+  assert len(listed) == len(documented(TrainConfig)) > 40
+  for option, value in listed.items():
+    assert str(functools.reduce(getattr, option.split("."), config)) == value, option
 
 
 def test_a_recipe_finds_its_base_from_anywhere(monkeypatch):
