@@ -24,6 +24,8 @@ def described(argv: list[str]) -> str:
   given = dict(argument.lstrip("-").split("=", 1) for argument in argv if "=" in argument)
   parts = []
   for name, cls in _CLASSES.items():
+    if name not in flags.FLAGS:
+      continue  # of another program in this process
     parser: Any = flags.FLAGS[name].parser
     recipe = parser.parse(given[name]).to_dict() if name in given else {}
     parts.append(f"\nOptions of --{name}, with the values of {given.get(name, 'their defaults')}:\n")
