@@ -22,6 +22,7 @@ from supra_jax.model.config import ModelConfig
 from supra_jax.model.costs import state_bytes_by_part
 from supra_jax.model.finite import not_finite
 from supra_jax.model.mixers.lolcats import LolcatsConfig
+from supra_jax.model.mixers.memory import MemoryConfig
 from supra_jax.model.mixers.softmax import SoftmaxConfig
 from supra_jax.model.mixers.supra_window import WindowConfig
 from supra_jax.model.placement import placed
@@ -199,6 +200,8 @@ def reach(reader: Reader) -> int | None:
       seen += reader.config.sliding_window
     elif isinstance(layer, WindowConfig | LolcatsConfig):
       seen += layer.window
+    elif isinstance(layer, MemoryConfig):
+      seen += layer.window + layer.chunk  # retained tokens may be from anywhere
   return seen
 
 
