@@ -10,7 +10,7 @@ from typing import Any
 from absl import app, flags
 from ml_collections import ConfigDict
 
-from supra_jax.bin.recipe_help import described
+from supra_jax.bin.recipe_help import described, given
 
 _HELP = {f"{dashes}{name}" for dashes in ("-", "--") for name in ("?", "help", "helpfull", "helpshort", "helpxml")}
 
@@ -39,13 +39,13 @@ def unknown_option(argv: list[str]) -> str | None:
 
   Returns None if the recipe has all keys, or cannot be read.
   """
-  given = dict(argument.lstrip("-").split("=", 1) for argument in argv if "=" in argument)
-  for option in given:
+  arguments = given(argv)
+  for option in arguments:
     name, _, path = option.partition(".")
-    if not path or name not in given or name not in flags.FLAGS:
+    if not path or name not in arguments or name not in flags.FLAGS:
       continue
     try:
-      node: Any = flags.FLAGS[name].parser.parse(given[name])
+      node: Any = flags.FLAGS[name].parser.parse(arguments[name])
     except Exception:  # the recipe itself fails; the caller reports that error
       return None
     for key in path.split("."):
@@ -54,6 +54,6 @@ def unknown_option(argv: list[str]) -> str | None:
       if key not in node:
         unlike = {other: -difflib.SequenceMatcher(None, key, other).ratio() for other in node}
         near = sorted(unlike, key=unlike.__getitem__)
-        return f"--{option}: {given[name]} has no option {path}. Nearest to {key}: {', '.join(near[:10])}."
+        return f"--{option}: {arguments[name]} has no option {path}. Nearest to {key}: {', '.join(near[:10])}."
       node = node[key]
   return None

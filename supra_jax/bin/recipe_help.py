@@ -14,6 +14,11 @@ _CLASSES: dict[str, type] = {}
 _fill = functools.partial(textwrap.fill, width=100, initial_indent=" " * 6, subsequent_indent=" " * 6)
 
 
+def given(argv: list[str]) -> dict[str, str]:
+  """Returns {name: value} of the arguments --NAME=VALUE."""
+  return dict(argument.lstrip("-").split("=", 1) for argument in argv if "=" in argument)
+
+
 def describe(flag: flags.FlagHolder, cls: type) -> None:
   """Has `--help` list the options of the recipes that a flag names, which are fields of the dataclass `cls`."""
   _CLASSES[flag.name] = cls
@@ -21,14 +26,14 @@ def describe(flag: flags.FlagHolder, cls: type) -> None:
 
 def described(argv: list[str]) -> str:
   """Returns the options of all flags that are described; with the values of the recipes that `argv` names."""
-  given = dict(argument.lstrip("-").split("=", 1) for argument in argv if "=" in argument)
+  recipes = given(argv)
   parts = []
   for name, cls in _CLASSES.items():
     if name not in flags.FLAGS:
       continue  # of another program in this process
     parser: Any = flags.FLAGS[name].parser
-    recipe = parser.parse(given[name]).to_dict() if name in given else {}
-    parts.append(f"\nOptions of --{name}, with the values of {given.get(name, 'their defaults')}:\n")
+    recipe = parser.parse(recipes[name]).to_dict() if name in recipes else {}
+    parts.append(f"\nOptions of --{name}, with the values of {recipes.get(name, 'their defaults')}:\n")
     for option, (default, meaning) in documented(cls).items():
       value: Any = recipe
       for key in option.split("."):

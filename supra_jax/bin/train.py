@@ -37,10 +37,8 @@ def main() -> None:
       raise ValueError(f"--distributed: {error} Outside TPU pods and Slurm give {flags_for_all}.") from error
   try:
     summary = train(config, _WORKDIR.value, profile_steps=_PROFILE_STEPS.value)
-  except Preempted:
-    raise
   except Exception as error:
-    if jax.process_count() == 1:
+    if jax.process_count() == 1 or isinstance(error, Preempted):
       raise
     # Not an ordinary exit, which would wait for the other processes, while they wait for this one in a collective.
     said = f"error: {error}\n" if isinstance(error, ValueError | OSError) else traceback.format_exc()
