@@ -27,7 +27,7 @@ from supra_jax.bin.entry import run
 from supra_jax.core.plain_json import to_json
 from supra_jax.data.packed import load_info
 from supra_jax.experiments.demo import run_from
-from supra_jax.linearization.starts import Calibrated, Identity, Random, Start, Window
+from supra_jax.linearization.starts import Calibrated, Identity, Lolcats, Memory, Random, Reading, Start, Window
 from supra_jax.model.adapters import AdapterConfig
 from supra_jax.training.config import DataConfig, TrainConfig
 from supra_jax.training.optimizer import OptimizerConfig
@@ -55,6 +55,7 @@ class Method:
 
 
 SLOW: dict[str, Any] = {"new_weights_rate": 0.1}
+ADAPTERS: dict[str, Any] = {"adapters": AdapterConfig(rank=16), "distill_weight": 0.5}
 METHODS = {
   # The paper's start.
   "random": Method(Random(), 1e-3),
@@ -92,6 +93,14 @@ METHODS = {
   "8k_hidden": Method(Calibrated(tokens=8192), 1e-4, share=0.5, stages={"distill_weight": 0.0, "distill_hidden": 1.0}),
   "8k_logits": Method(Calibrated(tokens=8192), 1e-4, share=0.5, stages={"distill_weight": 1.0}),
   "8k_adapters": Method(Calibrated(tokens=8192), 1e-3, share=0.5, stages={"adapters": AdapterConfig(rank=16)}),
+  # States of SmolLM2 of as many bytes as 260 tokens a head, or a little less. The linear attention of a window alone
+  # stays 0, so that its state is none. LoLCATs' two stages have half of the steps of 48 each.
+  "memory_260": Method(Memory(state_tokens=260), 1e-3, stages=ADAPTERS),
+  "window_254_alone": Method(Window(window=254), 1e-3, stages=ADAPTERS | {"trainable": "/lora_[ab]$"}),
+  "window_64_linear": Method(Window(window=64), 1e-3, stages=ADAPTERS | {"new_weights_rate": 0.02}),
+  "lolcats_126": Method(
+    Lolcats(window=126), 1e-3, stages=ADAPTERS | {"transfer_steps": 24, "transfer": "hedgehog|window_factor"}
+  ),
 }
 
 
@@ -116,8 +125,8 @@ def one_run(name: str, seed: int, config: TrainConfig, workdir: Path) -> dict[st
     return json.loads(result.read_text())
   start = dataclasses.replace(method.start, seed=seed) if hasattr(method.start, "seed") else method.start
   read_before = 0
-  if isinstance(start, Calibrated):
-    rows, read_before = min(8, start.tokens // config.data.sequence_length), start.tokens
+  if isinstance(start, Reading):
+    rows, read_before = max(min(8, start.tokens // config.data.sequence_length), 1), start.tokens
     start = dataclasses.replace(start, data=config.data.sources, batch_size=rows)
   steps = max(round(config.num_steps * method.share), 1)
   every = max(round(config.evaluate_every * method.share), 1)
@@ -131,7 +140,9 @@ def one_run(name: str, seed: int, config: TrainConfig, workdir: Path) -> dict[st
   if {"distill_weight", "distill_hidden", "transfer_steps"} & changes.keys():
     changes = {"distill_weight": 0.0, "distill_from": _TEACHER.value} | changes
   config = dataclasses.replace(config, optimizer=optimizer, seed=seed, **changes)
-  linearized = workdir / "starts" / f"{start.method}-{read_before}-{seed}"
+  linearized = (
+    workdir / "starts" / "-".join(map(str, [start.method, read_before, getattr(start, "window", None), seed]))
+  )
   linearized.parent.mkdir(exist_ok=True)
   done = run_from(_TEACHER.value, start, config, directory, linearized=linearized)
   points = [
@@ -198,7 +209,7 @@ def main() -> None:
     batch_size=_BATCH_SIZE.value,
     num_steps=_NUM_STEPS.value,
     dtype=_DTYPE.value,
-    remat="none",
+    remat=_REMAT.value,
     optimizer=OptimizerConfig(warmup_steps=10),
     log_every=5,
     evaluate_every=max(_NUM_STEPS.value // 6, 1),
@@ -246,6 +257,7 @@ if __name__ == "__main__":
     "rate_scale", 1.0, "Multiplier of the peak learning rates, which were chosen for SmolLM2."
   )
   _BATCH_SIZE = flags.DEFINE_integer("batch_size", 2, "Rows of a batch.", lower_bound=1)
+  _REMAT = flags.DEFINE_enum("remat", "none", ["none", "block"], "What the backward pass recomputes.")
   _HELDOUT_ROWS = flags.DEFINE_integer("heldout_rows", 24, "Held-out rows to evaluate on.", lower_bound=1)
   _DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Dtype of the computation.")
   _OUTPUT = flags.DEFINE_string("output", "benchmarks/results/tokens_to_quality", "JSON and plots to write, no suffix.")
