@@ -72,15 +72,19 @@ def transformers_tensors(config: ModelConfig) -> list[Tensor]:
   return [Tensor(p.hf, p.source_shape, [part_of(p)]) for p in names.parameters(config)]
 
 
-def shared_linear_config(layers: Iterable[MixerConfig]) -> WindowConfig:
+def shared_linear_config(layers: Iterable[MixerConfig], *others: type[MixerConfig]) -> WindowConfig:
   """Returns the mixer options that the linear ones of these layers share, for formats that store one set per model.
+
+  Args:
+    layers: the layers.
+    *others: mixer configs that the format knows besides those of softmax and of SUPRA.
 
   Raises:
     ConversionError: two linear layers have different options, or a layer is neither linear nor softmax.
   """
   shared: dict[str, Any] = {}
   for layer in dict.fromkeys(layers):
-    if not isinstance(layer, SoftmaxConfig | SupraConfig):
+    if not isinstance(layer, (SoftmaxConfig, SupraConfig, *others)):
       raise ConversionError(f"Layers with the mixer {layer.mixer!r}: the format has none such.")
     for name, value in dataclasses.asdict(layer).items():
       if shared.setdefault(name, value) != value:

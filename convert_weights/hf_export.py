@@ -13,11 +13,18 @@ from convert_weights.export import Export, essential, one_or_many, shared_linear
 from supra_jax.core.plain_json import to_json
 from supra_jax.core.schema import from_mapping
 from supra_jax.model.config import ModelConfig, RopeConfig
+from supra_jax.model.mixers.lolcats import LolcatsConfig
 from supra_jax.model.mixers.memory import MemoryConfig
 
 OWN_MODEL_TYPE = "supra"
 _CODE = Path(__file__).parent / "for_transformers"
-_CODE_FILES = ("configuration_supra.py", "attention_supra.py", "memory_supra.py", "modeling_supra.py")
+_CODE_FILES = (
+  "configuration_supra.py",
+  "attention_supra.py",
+  "lolcats_supra.py",
+  "memory_supra.py",
+  "modeling_supra.py",
+)
 _AUTO_MAP = {
   "AutoConfig": "configuration_supra.SupraConfig",
   "AutoModel": "modeling_supra.SupraModel",
@@ -44,7 +51,7 @@ def export(config: ModelConfig) -> Export:
   fields = dataclasses.asdict(config.replace(layers=config.layers[:1]))
   del fields["layers"]
   others = tuple(layer for layer in config.layers if not isinstance(layer, MemoryConfig))
-  fields |= {"mixers": config.mixers, "supra": dataclasses.asdict(shared_linear_config(others))}
+  fields |= {"mixers": config.mixers, "supra": dataclasses.asdict(shared_linear_config(others, LolcatsConfig))}
   if "memory" in config.mixers:
     fields["memories"] = [
       dataclasses.asdict(layer) if isinstance(layer, MemoryConfig) else None for layer in config.layers

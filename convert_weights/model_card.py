@@ -18,6 +18,7 @@ from convert_weights import openlm_config
 from convert_weights.export import Export
 from convert_weights.source import Source
 from supra_jax.model.config import ModelConfig
+from supra_jax.model.mixers.lolcats import LolcatsConfig
 from supra_jax.model.mixers.memory import MemoryConfig
 from supra_jax.model.mixers.supra import SupraConfig
 from supra_jax.model.mixers.supra_window import WindowConfig
@@ -59,7 +60,7 @@ def card(model: ModelCheckpoint, export: Export, dtype: np.dtype, *, has_tokeniz
   """
   origin, steps = _history(model.source)
   hub = _ON_THE_HUB.fullmatch(str(origin.get("name")))
-  linear = any(isinstance(layer, SupraConfig) for layer in model.config.layers)
+  linear = any(isinstance(layer, SupraConfig | LolcatsConfig) for layer in model.config.layers)
   bounded = "memory" in model.config.mixers
   openlm = export.config["model_type"] == openlm_config.MODEL_TYPE
   data = ModelCardData(
@@ -187,6 +188,10 @@ def _kind(config: ModelConfig, layer: MixerConfig) -> str:
     )
     chosen = "have received most attention" if layer.score == "attention" else "are drawn at random"
     return f"softmax attention over the last {last} tokens{sinks}, and in each head {others} others, which {chosen}"
+  if isinstance(layer, LolcatsConfig):
+    return (
+      f"LoLCATs' attention: softmax over the last {layer.window} tokens, and linear attention over all earlier ones"
+    )
   if not isinstance(layer, SupraConfig):
     seen = "all tokens" if config.sliding_window is None else f"the last {config.sliding_window} tokens"
     return f"softmax attention over {seen}"

@@ -103,7 +103,7 @@ def _norm(config: ModelConfig, module: _Module, width: int) -> Iterator[Paramete
 
 def _layer(config: ModelConfig, number: int, layer: MixerConfig) -> Iterator[Parameter]:
   c, mixer = config, layer.mixer
-  if mixer not in ("softmax", "supra", "supra_window", "memory"):
+  if mixer not in ("softmax", "supra", "supra_window", "memory", "lolcats"):
     raise ConversionError(f"Layer {number} is a {mixer!r} layer, which has no names in other formats.")
   h, g = c.num_heads, c.num_kv_heads
   q, k, v = h * c.head_dim, g * c.head_dim, g * c.value_width
@@ -134,6 +134,11 @@ def _layer(config: ModelConfig, number: int, layer: MixerConfig) -> Iterator[Par
     yield from _norm(c, norm, c.head_dim if c.qk_norm == "head" else width)
   if mixer == "supra_window":
     yield from dense(module("self_attn.linear_o_proj", None, None), h * c.value_width, c.hidden_size, False)
+  if mixer == "lolcats":
+    for name, heads in (("hedgehog_q", h), ("hedgehog_k", g)):
+      matrices = (heads, c.head_dim, c.head_dim)
+      yield module(f"self_attn.{name}", None, None).parameter("kernel", matrices, transposed=True)
+    yield module("self_attn.window_factor", None, None).parameter("weight", (h,))
   if isinstance(layer, SupraConfig):
     for name, shape in _feature_maps(c, layer).items():
       openlm = f"attention.{name.replace('feature_map', '_totrain_embed')}" if layer.feature_map == "dense" else None

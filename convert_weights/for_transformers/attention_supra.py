@@ -246,8 +246,8 @@ class SupraAttention(nn.Module):
   """Attention of one layer, of the kind that `config.mixers[layer]` names.
 
   `softmax` is softmax attention; `supra` is SUPRA's linear attention (arXiv 2405.06640); `supra_window` is the sum of
-  linear attention and of softmax attention over the last `window` and the text's first `sinks` tokens. A subclass in
-  `memory_supra.py` is `memory`.
+  linear attention and of softmax attention over the last `window` and the text's first `sinks` tokens. Subclasses in
+  `memory_supra.py` and `lolcats_supra.py` are `memory` and `lolcats`.
   """
 
   def __init__(self, config: SupraConfig, layer: int):
@@ -261,7 +261,7 @@ class SupraAttention(nn.Module):
     if config.qk_norm != "none":
       self.q_norm = SupraNorm(config, width if config.qk_norm == "head" else heads * width)
       self.k_norm = SupraNorm(config, width if config.qk_norm == "head" else groups * width)
-    if self.mixer in ("softmax", "memory"):
+    if self.mixer not in ("supra", "supra_window"):
       return
     if self.mixer == "supra_window":
       self.linear_o_proj = nn.Linear(heads * config.value_width, config.hidden_size, bias=False)

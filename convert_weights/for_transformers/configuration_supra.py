@@ -54,7 +54,7 @@ _DEFAULTS: dict[str, Any] = {
 
 class SupraConfig(PretrainedConfig):
   """Config of a Llama-like model. `mixers` says which attention each layer has: softmax, SUPRA's linear one, both,
-  or softmax over a bounded memory.
+  softmax over a bounded memory, or LoLCATs'.
 
   `supra` has the options of all layers with linear attention. `memories` is None, or has for each layer the options of
   its bounded memory, or None. `config.py` and `mixers/` in `supra_jax/model` describe each field. The defaults are

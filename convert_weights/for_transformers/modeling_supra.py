@@ -5,14 +5,15 @@
 supra_jax wrote this file and the other *_supra.py next to the weights. They need only torch and transformers. A layer
 has SUPRA's linear attention, whose cache is one matrix per head; or linear attention and a window of softmax attention,
 whose cache is this matrix and the keys and values of the window and of the text's first tokens; or softmax attention
-over a bounded memory, whose cache is the keys and values of a fixed number of tokens; or softmax attention, whose cache
-is all keys and values.
+over a bounded memory, whose cache is the keys and values of a fixed number of tokens; or LoLCATs' attention, whose
+cache is a matrix per head and a window; or softmax attention, whose cache is all keys and values.
 
 Shape suffixes: B batch, T tokens, S slots of a cache, D hidden width.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -38,10 +39,12 @@ from .attention_supra import (
   sights,
 )
 from .configuration_supra import SupraConfig
+from .lolcats_supra import Hedgehog, SupraLolcats, WindowFactor
 from .memory_supra import SupraMemory, reaches
 
 logger = logging.get_logger(__name__)
 # Name of the cache in the outputs, which differs between releases of transformers.
+ATTENTION = {"memory": SupraMemory, "lolcats": SupraLolcats}  # mixer -> class, where it has one of its own
 CACHE_NAME = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
 
 
@@ -116,7 +119,7 @@ class SupraBlock(GradientCheckpointingLayer):
   def __init__(self, config: SupraConfig, layer: int):
     super().__init__()
     self.input_layernorm = SupraNorm(config, config.hidden_size)
-    self.self_attn = (SupraMemory if config.mixers[layer] == "memory" else SupraAttention)(config, layer)
+    self.self_attn = ATTENTION.get(config.mixers[layer], SupraAttention)(config, layer)
     self.post_attention_layernorm = SupraNorm(config, config.hidden_size)
     self.mlp = SupraMLP(config)
 
@@ -147,6 +150,10 @@ class SupraPreTrainedModel(PreTrainedModel):
     if isinstance(module, DenseFeatureMap | PerHeadFeatureMap):
       for parameter in (module.weight, module.bias):
         nn.init.uniform_(parameter, -(module.weight.shape[-1] ** -0.5), module.weight.shape[-1] ** -0.5)
+    elif isinstance(module, Hedgehog):
+      nn.init.uniform_(module.weight, -(module.weight.shape[-1] ** -0.5), module.weight.shape[-1] ** -0.5)
+    elif isinstance(module, WindowFactor):
+      nn.init.constant_(module.weight, math.log(1 / 9))
 
 
 class SupraModel(SupraPreTrainedModel):

@@ -68,7 +68,7 @@ EVERYTHING = tiny().replace(
   layers=(
     layer("memory"),
     *layers(
-      ("supra", "softmax", "supra_window"),
+      ("supra", "softmax", "supra_window", "lolcats"),
       feature_map="per_head_separate",
       decay="retnet",
       qk_norm=True,
@@ -94,7 +94,8 @@ def test_everything_there_and_back(random_params, tmp_path):
   assert_same_model(second, load_model(first))
   assert {path.name for path in exported.iterdir()} == {
     "README.md", "attention_supra.py", "config.json", "configuration_supra.py", "generation_config.json",
-    "memory_supra.py", "model.safetensors", "modeling_supra.py", "tokenizer.json", "tokenizer_config.json",
+    "lolcats_supra.py", "memory_supra.py", "model.safetensors", "modeling_supra.py", "tokenizer.json",
+    "tokenizer_config.json",
   }  # fmt: skip
 
 
@@ -124,6 +125,7 @@ SOFTMAX = tiny("softmax")
     ({"layers": layers(("softmax", "supra"))}, "SupraForCausalLM"),
     ({"layers": layers(("supra_window",))}, "SupraForCausalLM"),
     ({"layers": layers(("memory",))}, "SupraForCausalLM"),
+    ({"layers": layers(("lolcats",))}, "SupraForCausalLM"),
   ],
 )
 def test_which_class(changes, wanted):
@@ -148,10 +150,10 @@ def test_layers_that_differ_are_refused(different, said, format, tmp_path):
     {"transformers": hf_export.export, "openlm": export_openlm}[format](config)
 
 
-UNKNOWN = [(export, mixer) for export in (hf_export.export, export_openlm) for mixer in ("toy", "lolcats")]
+UNKNOWN = [(hf_export.export, "toy"), *((export_openlm, mixer) for mixer in ("toy", "lolcats", "memory"))]
 
 
-@pytest.mark.parametrize("export, mixer", [*UNKNOWN, (export_openlm, "memory")])
+@pytest.mark.parametrize("export, mixer", UNKNOWN)
 def test_a_mixer_that_others_do_not_know_is_refused(export, mixer):
   from tests.model import toy_mixer  # noqa: F401  # registers itself
 

@@ -102,6 +102,12 @@ MODELS = {
     sliding_window=30,
     rope=RopeConfig(kind="by_head"),
   ),
+  "lolcats": tiny().replace(
+    layers=layers(("lolcats", "softmax"), window=9), value_head_dim=12, qk_norm="head", output_bias=True, qkv_bias=True
+  ),
+  "lolcats whose window is longer than the text": tiny().replace(
+    layers=(layer("lolcats", window=LENGTH + 7),) * 2, rope=RopeConfig(kind="by_head")
+  ),
   "windows of two kinds": tiny().replace(
     layers=layers(("softmax", "supra_window"), window=5, sinks=0), sliding_window=20, rope=RopeConfig(kind="by_head")
   ),
@@ -135,7 +141,7 @@ def test_logits(name, random_params, tmp_path):
   (cache,) = carried(output).values()
   for i, (told, mixer) in enumerate(zip(config.layers, config.mixers, strict=True)):
     window = config.sliding_window if mixer == "softmax" else getattr(told, "window", None)
-    if window is not None and mixer != "memory":
+    if window is not None and mixer not in ("memory", "lolcats"):
       count = window - 1 + getattr(told, "sinks", 0)
       assert cache.tensors[i][-1].shape[2] == cache.slots[mixer].shape[1] == count
 
@@ -162,6 +168,7 @@ GENERATING = {
     layer("memory", window=3, retained=(5,), sinks=1, chunk=4, state_dtype="float32"),
     layer("memory", window=2, retained=(2,), sinks=0, chunk=3, state_dtype="float32"),
   ),
+  "lolcats": layers(("lolcats",) * 2, window=3),
 }
 
 
