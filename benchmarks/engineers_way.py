@@ -28,7 +28,7 @@ from benchmarks import random_releases, runs
 from benchmarks.machine import described
 from supra_jax.bin.entry import run
 from supra_jax.core.plain_json import to_json
-from supra_jax.inference.chat import ChatTemplate
+from supra_jax.data.chat_template import ChatTemplate
 
 _TELLING = re.compile("^(fits|does not fit):|perplexity")
 

@@ -13,9 +13,24 @@ from convert_weights.leaves import check_tensors, make_leaf
 from convert_weights.source import Source
 from convert_weights.tokenizer_source import generation_file, tokenizer_files
 from convert_weights.weights import open_weights
+from supra_jax.model.config import ModelConfig
 
 # Old checkpoints store the rotary frequencies. They are ignored: the config determines them.
 _ROTARY_BUFFER = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
+
+
+def config_of(directory: Path, original: Mapping[str, Any]) -> ModelConfig:
+  """Returns the config of the model in a directory whose config.json has the contents `original`.
+
+  Raises:
+    ConversionError: the model cannot be converted; the message lists all that stands in the way.
+  """
+  generation_path = directory / "generation_config.json"
+  generation = read_json_object(generation_path) if generation_path.exists() else {}
+  where = str(directory / "config.json")
+  if original.get("model_type") == hf_export.OWN_MODEL_TYPE:
+    return hf_export.own_config(original, where)
+  return hf_config.model_config(original, generation, where)
 
 
 def open_huggingface(
@@ -36,13 +51,7 @@ def open_huggingface(
     ConversionError: the model cannot be converted. Config, tensors and tokenizer are checked in this order, and the
       message lists the problems that the first failing check finds.
   """
-  generation_path = directory / "generation_config.json"
-  generation = read_json_object(generation_path) if generation_path.exists() else {}
-  where = str(directory / "config.json")
-  if original.get("model_type") == hf_export.OWN_MODEL_TYPE:
-    config = hf_export.own_config(original, where)
-  else:
-    config = hf_config.model_config(original, generation, where)
+  config = config_of(directory, original)
   weight_files, tensors = open_weights(directory, file)
   tensors = {name: tensor for name, tensor in tensors.items() if not _ROTARY_BUFFER.fullmatch(name)}
   parameters = names.parameters(config)

@@ -37,12 +37,13 @@ _WEIGHTS = (
 _ANSWER_SECONDS = 10  # time limit for the hub's answer
 
 
-def download(source: str) -> tuple[Path, str]:
+def download(source: str, *, weights: bool = True) -> tuple[Path, str]:
   """Downloads a model `owner/name[@revision][:FILE]` into the cache, except for files that are already there.
 
   Args:
     source: name of the model. FILE is the name of one of its weights files, or a part of that name that no other
       weights file has, such as `Q8_0`.
+    weights: whether to download weights; False: config and tokenizer alone.
 
   Returns:
     The directory or file to open, and the name `owner/name@commit[:FILE]`.
@@ -72,22 +73,22 @@ def download(source: str) -> tuple[Path, str]:
   except Exception as error:  # each version of huggingface_hub raises the errors of its own HTTP client
     directory = _cached(source, name, revision, error)
     files = [path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file()]
-    weights = wanted_weights(source, files, named["file"])
+    chosen = wanted_weights(source, files, named["file"]) if weights else []
   else:
     files = [sibling.rfilename for sibling in info.siblings or ()]
-    weights = wanted_weights(source, files, named["file"])
-    wanted = [*wanted_small_files(files), *weights]
+    chosen = wanted_weights(source, files, named["file"]) if weights else []
+    wanted = [*wanted_small_files(files), *chosen]
     try:
       directory = Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=wanted))
     except Exception as error:
       if _is_refusal(error):
         raise _not_let_in(source, name) from error
       raise ConversionError(f"{source}: the download failed; run it again to go on: {_last_line(error)}") from error
-  is_one = named["file"] is not None or weights[0].endswith(".gguf")
+  is_one = bool(chosen) and (named["file"] is not None or chosen[0].endswith(".gguf"))
   return (
-    directory / weights[0] if is_one else directory,
+    directory / chosen[0] if is_one else directory,
     # In the cache, the directory's name is the commit.
-    f"{name}@{directory.name}" + (f":{weights[0]}" if named["file"] else ""),
+    f"{name}@{directory.name}" + (f":{chosen[0]}" if chosen and named["file"] else ""),
   )
 
 

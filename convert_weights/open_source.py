@@ -11,7 +11,7 @@ from convert_weights import hub, openlm_config
 from convert_weights.errors import ConversionError, listing, read_json_object
 from convert_weights.gguf_parts import first_parts
 from convert_weights.gguf_source import open_gguf_source
-from convert_weights.hf_source import open_huggingface
+from convert_weights.hf_source import config_of, open_huggingface
 from convert_weights.openlm_source import open_openlm
 from convert_weights.source import Source
 from convert_weights.tokenizer_source import GENERATION_FILE, tokenizer_files
@@ -19,6 +19,7 @@ from convert_weights.tokenizer_vocabularies import VOCABULARIES
 from convert_weights.weights import WEIGHT_SUFFIXES, has_weights, refuse_other_forms
 from supra_jax.core.files import local
 from supra_jax.data.tokenizer import Tokenizer
+from supra_jax.model.config import ModelConfig
 
 
 def open_source(
@@ -44,6 +45,29 @@ def open_source(
       raise ConversionError(f"{tokenizer}: holds no tokenizer: none of {', '.join(VOCABULARIES)}.")
   opened = _open(source, files)
   return _with_checked_tokenizer(opened, opened.path if tokenizer is None else tokenizer)
+
+
+def open_tokenizer(source: str | os.PathLike[str]) -> tuple[Tokenizer, ModelConfig]:
+  """Opens the tokenizer of a Hugging Face model, and the config of the model; its weights are not needed.
+
+  Args:
+    source: a directory, or `owner/name[@revision]` on the hub.
+
+  Raises:
+    ConversionError: there is no such model, it cannot be converted, or it has no tokenizer that can be used.
+  """
+  path = local(source)
+  directory = path if path.is_dir() else hub.download(str(source), weights=False)[0]
+  if not (directory / "config.json").is_file():
+    raise ConversionError(f"{source}: holds no config.json; give the directory, or the name on the hub, of a model.")
+  config = config_of(directory, read_json_object(directory / "config.json"))
+  try:
+    tokenizer = Tokenizer.from_files(tokenizer_files(directory), config)
+  except ValueError as error:
+    raise ConversionError(f"{source}: the tokenizer cannot be used: {error}") from error
+  if tokenizer is None:
+    raise ConversionError(f"{source}: holds no tokenizer: none of {', '.join(VOCABULARIES)}.")
+  return tokenizer, config
 
 
 def _open(source: str | os.PathLike[str], tokenizer: Mapping[str, bytes] | None) -> Source:

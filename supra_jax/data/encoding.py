@@ -12,15 +12,16 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 from tqdm import tqdm
 
 from supra_jax.core.files import place
 from supra_jax.core.progress import SECONDS, Progress
+from supra_jax.data.conversations import TemplateUnfit, encode_conversation
 from supra_jax.data.packed import TextEncoder
-from supra_jax.data.text import InputFile, Piece, parse, read_pieces
+from supra_jax.data.text import InputFile, Piece, parse, parse_messages, read_pieces
 from supra_jax.data.tokenizer import Tokenizer
 from supra_jax.model.config import ModelConfig
 
@@ -48,7 +49,8 @@ def load_tokenizer(directory: str | os.PathLike[str]) -> tuple[Tokenizer, ModelC
       f"{path} is not the config of a supra_jax model. Convert the model first: python -m "
       f"convert_weights.hf_to_orbax --source={directory} --output=DIR; then give DIR. ({error})"
     ) from error
-  files = {path.name: path.read_bytes() for path in place(directory).glob("tokenizer*") if path.is_file()}
+  found = (path for kind in ("tokenizer*", "chat_template.jinja") for path in place(directory).glob(kind))
+  files = {path.name: path.read_bytes() for path in found if path.is_file()}
   if (tokenizer := Tokenizer.from_files(files, config)) is None:
     raise ValueError(f"{directory} has neither a tokenizer.json nor a tokenizer.model.")
   return tokenizer, config
@@ -59,13 +61,17 @@ class Encoded(NamedTuple):
 
   Attributes:
     ids: integers [n], the tokens of all documents, one document after the other.
+    learned: bool [n], whether a model is to learn the token.
     lengths: int64 [documents], number of tokens of each document; 0 for a document without a token.
     bad: an error message for each item that was skipped.
+    notes: what a user should know of the documents.
   """
 
   ids: np.ndarray
+  learned: np.ndarray
   lengths: np.ndarray
   bad: list[str]
+  notes: list[str]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,16 +81,19 @@ class Encoder:
   A call raises ValueError if a text cannot be encoded, or if an id is not below `vocab_size`.
 
   Attributes:
-    tokenizer: encodes a text.
-    text_key: key of a JSON line, or column of a parquet file, that holds the text.
+    tokenizer: encodes a text; a `Tokenizer` for messages.
+    key: key of a JSON record, or column, that holds the text or the messages.
+    messages: whether documents are conversations.
     bos: whether each document starts with the begin-of-text id.
     vocab_size: number of rows of the model's embedding.
     dtype: numpy dtype of the ids.
-    skip_bad: whether items that hold no text are skipped and reported in `Encoded.bad`; False raises ValueError.
+    skip_bad: whether items that hold no text, or messages that the chat template refuses, are skipped and reported in
+      `Encoded.bad`; False raises ValueError.
   """
 
   tokenizer: TextEncoder
-  text_key: str
+  key: str
+  messages: bool
   bos: bool
   vocab_size: int
   dtype: str
@@ -92,17 +101,40 @@ class Encoder:
 
   def __call__(self, piece: Piece) -> Encoded:
     bad: list[str] = []
-    found = parse(piece, self.text_key, bad if self.skip_bad else None)
-    documents = [self._encode(where, text) for where, text in found]
-    ids = np.concatenate([np.zeros(0, self.dtype), *documents])
-    return Encoded(ids, np.array([len(document) for document in documents], np.int64), bad)
+    notes: dict[str, None] = {}
+    ids, learned = [np.zeros(0, self.dtype)], [np.zeros(0, bool)]
+    for document, mask in (self._conversations if self.messages else self._texts)(piece, bad, notes):
+      ids.append(document)
+      learned.append(mask)
+    lengths = np.array([len(document) for document in ids[1:]], np.int64)
+    return Encoded(np.concatenate(ids), np.concatenate(learned), lengths, bad, list(notes))
 
-  def _encode(self, where: str, text: str) -> np.ndarray:
-    try:
-      ids = self.tokenizer.encode(text, bos=self.bos)
-    except ValueError as error:
-      raise ValueError(f"{where}: {error}") from error
-    document = np.array([*ids, self.tokenizer.eos_ids[0]] if len(ids) > self.bos else [], np.int64)
+  def _texts(self, piece: Piece, bad: list[str], notes: dict[str, None]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    del notes
+    for where, text in parse(piece, self.key, bad if self.skip_bad else None):
+      try:
+        ids = self.tokenizer.encode(text, bos=self.bos)
+      except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+      document = self._checked([*ids, self.tokenizer.eos_ids[0]] if len(ids) > self.bos else [], where)
+      yield document, np.ones(len(document), bool)
+
+  def _conversations(
+    self, piece: Piece, bad: list[str], notes: dict[str, None]
+  ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    for where, messages in parse_messages(piece, self.key, bad if self.skip_bad else None):
+      try:
+        made = encode_conversation(cast(Tokenizer, self.tokenizer), messages)
+      except ValueError as error:
+        if isinstance(error, TemplateUnfit) or not self.skip_bad:
+          raise type(error)(f"{where}: {error}") from error
+        bad.append(f"{where}: {error}")
+      else:
+        notes |= {made.note: None} if made.note else {}
+        yield self._checked(made.ids, where), made.learned
+
+  def _checked(self, ids: list[int], where: str) -> np.ndarray:
+    document = np.array(ids, np.int64)
     if len(document) and (document.min() < 0 or document.max() >= self.vocab_size):
       raise ValueError(
         f"{where}: the tokenizer gives ids from {document.min()} to {document.max()}; vocab_size is {self.vocab_size}."
@@ -129,15 +161,17 @@ def digest_of(items: Iterable[bytes | None], before: str = "") -> str:
   return before
 
 
-def pieces_from(files: list[InputFile], text_key: str, at: Place) -> Iterator[tuple[tuple[Place, int], Piece]]:
+def pieces_from(
+  files: list[InputFile], key: str, at: Place, *, messages: bool = False
+) -> Iterator[tuple[tuple[Place, int], Piece]]:
   """Yields ((position after the piece, bytes of the input read so far), piece), from the position `at` on.
 
-  For `text_key` and the ValueErrors see `read_pieces`.
+  For `key`, `messages` and the ValueErrors see `read_pieces`.
   """
   before = sum(file.size for file in files[: at[0]])
   for number, file in enumerate(files[at[0] :], start=at[0]):
     done, digest = at[1:] if number == at[0] else (0, "")
-    for piece in read_pieces(file.path, text_key, skip=done):
+    for piece in read_pieces(file.path, key, skip=done, messages=messages):
       done, digest = done + len(piece.items), digest_of(piece.items, digest)
       yield ((number, done, digest), before + piece.bytes_read), piece
     before += file.size

@@ -33,8 +33,8 @@ _SHARED["join"] = "documents"
 class PackedDataset:
   """A sequence of the rows of a packed directory.
 
-  A row is {"tokens": int32 [T + 1]}, with "segment_ids" int32 [T + 1] if the directory stores them. Reading a damaged
-  row raises ValueError.
+  A row is {"tokens": int32 [T + 1]}, with "segment_ids" and "target_weights", int32 [T + 1], if the directory stores
+  them. Reading a damaged row raises ValueError.
 
   Attributes:
     info: contents of the directory's meta.json.
@@ -121,7 +121,7 @@ def make_loader(
 
   Returns:
     An iterator of {"tokens": int32 [batch_size / shard_count, T + 1]}, with "segment_ids" of the same shape and dtype
-    if the sources store them.
+    if the sources store them, and "target_weights" if one of them does: rows of the others then have the weight 1.
 
   Raises:
     FileNotFoundError: a source, or a file of a source, is missing.
@@ -134,7 +134,13 @@ def make_loader(
   rows = sum(map(len, datasets))
   if rows < batch_size:
     raise ValueError(f"{', '.join(path for path, _ in sources)}: {rows} rows are fewer than one batch of {batch_size}.")
-  ordered = _order(sources, datasets, seed).map(lambda place: datasets[place[0]][place[1]])
+  masked = any(dataset.info.learned_tokens is not None for dataset in datasets)
+
+  def row(place: tuple[int, int]) -> Batch:
+    found = datasets[place[0]][place[1]]
+    return {**found, "target_weights": np.ones_like(found["tokens"])} | found if masked else found
+
+  ordered = _order(sources, datasets, seed).map(row)
   return iter(
     grain.experimental.ElasticIterator(
       ordered,
@@ -178,9 +184,9 @@ def heldout_batches(
     shard_count: number of parts of each batch.
 
   Yields:
-    {"tokens": int32 [batch_size / shard_count, T + 1]}, with "segment_ids" of the same shape and dtype if the directory
-    stores them, and "row_weights" float32 [batch_size / shard_count]: 1, or 0 for the copies of the last row that fill
-    up the last batch.
+    {"tokens": int32 [batch_size / shard_count, T + 1]}, with "segment_ids" and "target_weights" of the same shape and
+    dtype if the directory stores them, and "row_weights" float32 [batch_size / shard_count]: 1, or 0 for the copies of
+    the last row that fill up the last batch.
 
   Raises:
     FileNotFoundError: the directory, or a file in the directory, is missing.

@@ -1,8 +1,8 @@
-"""Reads and writes packed directories: rows of tokens in ArrayRecord files, and a meta.json that describes them.
+"""Packed directories: rows of tokens in ArrayRecord files, and a meta.json that describes them.
 
 DIR/meta.json                  the fields of a PackedInfo
-DIR/rows-00000.array_record    the first rows; each record is one row, [1 or 2, T + 1] little-endian integers: tokens
-                               and, with documents=separate, segment ids
+DIR/rows-00000.array_record    the first rows; each record is one row, [1 to 3, T + 1] little-endian integers: tokens,
+                               with documents=separate segment ids, and of conversations target weights
 DIR/rows-00001.array_record    the next rows
 """
 
@@ -16,11 +16,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal, Protocol
 
-import numpy as np
-from array_record.python import array_record_module
-
 from supra_jax.core import bucket
-from supra_jax.core.files import TEMPORARY, AnyPath, into_place, place
+from supra_jax.core.files import TEMPORARY, AnyPath, place
 from supra_jax.core.plain_json import to_json
 from supra_jax.core.schema import AtLeast, check, from_mapping
 
@@ -86,6 +83,8 @@ class PackedInfo:
     tokenizer_sha256: what `tokenizer_fingerprint` returns for the tokenizer.
     shards: the files of rows, in order.
     format_version: version of the layout of the directory.
+    learned_tokens: number of positions whose next token a model is to learn, where rows have `target_weights`, 1 for
+      tokens to learn and 0 for others; None: all are learned.
   """
 
   sequence_length: Annotated[int, AtLeast(1)]
@@ -100,6 +99,7 @@ class PackedInfo:
   tokenizer_sha256: str
   shards: tuple[Shard, ...]
   format_version: int = FORMAT_VERSION
+  learned_tokens: int | None = None
 
   def __post_init__(self):
     check(self)
@@ -111,12 +111,17 @@ class PackedInfo:
   @property
   def leaves(self) -> tuple[str, ...]:
     """Names of the arrays of a row, in the order in which a record stores them."""
-    return leaves_of(self.join)
+    return leaves_of(self.join, masked=self.learned_tokens is not None)
 
 
-def leaves_of(documents: Documents) -> tuple[str, ...]:
-  """Returns the names of the arrays [T + 1] that make up a row, given how documents share a row."""
-  return ("tokens", "segment_ids") if documents == "separate" else ("tokens",)
+def leaves_of(documents: Documents, *, masked: bool) -> tuple[str, ...]:
+  """Returns the names of the arrays [T + 1] that make up a row.
+
+  Args:
+    documents: how documents share a row.
+    masked: whether rows say which of their tokens are to be learned.
+  """
+  return "tokens", *["segment_ids"] * (documents == "separate"), *["target_weights"] * masked
 
 
 def tokenizer_fingerprint(tokenizer: TextEncoder) -> str:
@@ -194,7 +199,7 @@ def local_files(path: str | os.PathLike[str], info: PackedInfo) -> list[Path]:
       partial = file.with_name(f"{file.name}.{os.getpid()}{TEMPORARY}")
       try:
         bucket.download(directory / shard.file, partial)
-        if _sha256(partial) != shard.sha256:
+        if sha256_of(partial) != shard.sha256:
           raise ValueError(f"{directory / shard.file}: not the bytes that were written. Bring it back, or pack again.")
         os.replace(partial, file)
       finally:
@@ -258,142 +263,13 @@ def verify(path: str | os.PathLike[str]) -> PackedInfo:
     ValueError: files do not have the sha256 that meta.json gives; the message names all of them. Or as `load_info`.
   """
   info = load_info(path)
-  wrong = [shard.file for shard in info.shards if _sha256(place(path) / shard.file) != shard.sha256]
+  wrong = [shard.file for shard in info.shards if sha256_of(place(path) / shard.file) != shard.sha256]
   if wrong:
     raise ValueError(f"{path}: {', '.join(wrong)}: not the bytes that were written. Bring them back, or pack again.")
   return info
 
 
-def _sha256(path: AnyPath) -> str:
+def sha256_of(path: AnyPath) -> str:
+  """Returns the hexadecimal sha256 of a file."""
   with path.open("rb") as file:
     return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-class RowsWriter:
-  """Cuts documents into rows and writes a packed directory.
-
-  Attributes:
-    documents: number of documents added so far.
-    shards: the files written so far.
-  """
-
-  def __init__(self, directory: Path, *, sequence_length: int, documents: Documents, dtype: Dtype, shard_bytes: int):
-    """Makes a writer without documents; writes no file.
-
-    Args:
-      directory: local directory of the files; has to exist when the first file is written.
-      sequence_length: T; a row has T + 1 tokens.
-      documents: how documents share a row.
-      dtype: numpy dtype of the stored integers.
-      shard_bytes: approximate size of a file of rows in bytes, before compression.
-    """
-    self._directory, self._length, self._how, self._dtype = directory, sequence_length, documents, dtype
-    record = len(leaves_of(documents)) * (sequence_length + 1) * np.dtype(dtype).itemsize
-    self._rows_per_shard = max(1, shard_bytes // record)
-    self.documents = 0
-    self.shards: list[Shard] = []
-    self._ids, self._starts = [np.zeros(0, dtype)], [np.zeros(0, bool)]
-    self._size = 0
-
-  @property
-  def pending(self) -> tuple[np.ndarray, np.ndarray]:
-    """(ids [n], starts bool [n]): the tokens that are in no file yet, and whether each is the first of its document."""
-    # Concatenated here and not in `add`, which would copy all of them for each piece.
-    self._ids, self._starts = [np.concatenate(self._ids)], [np.concatenate(self._starts)]
-    return self._ids[0], self._starts[0]
-
-  def add(self, ids: np.ndarray, lengths: np.ndarray) -> None:
-    """Adds documents, to be written by `write_full` and `finish`.
-
-    Args:
-      ids: integers [n], the tokens of all documents, one document after the other.
-      lengths: integers [documents], number of tokens of each document; documents of length 0 are not counted.
-    """
-    lengths = lengths[lengths > 0]
-    starts = np.zeros(len(ids), bool)
-    starts[np.cumsum(lengths) - lengths] = True
-    self._append(ids, starts)
-    self.documents += len(lengths)
-
-  def restore(self, documents: int, shards: Sequence[Shard], ids: np.ndarray, starts: np.ndarray) -> None:
-    """Continues where another writer stopped; the arguments are that writer's `documents`, `shards` and `pending`."""
-    self.documents, self.shards = documents, list(shards)
-    self._append(ids, starts)
-
-  def write_full(self) -> bool:
-    """Writes each file that has all its rows; returns whether any file was written.
-
-    Raises:
-      OSError: a file cannot be written.
-    """
-    before = len(self.shards)
-    while self._full_rows >= self._rows_per_shard:
-      self._write(self._rows_per_shard)
-    return len(self.shards) > before
-
-  def finish(self, *, bos: bool, vocab_size: int, tokenizer_sha256: str) -> PackedInfo:
-    """Writes the remaining rows and meta.json, and returns the contents of meta.json.
-
-    Drops the tokens at the end that do not fill a row.
-
-    Args:
-      bos: whether each document starts with the begin-of-text id.
-      vocab_size: number of rows of the model's embedding.
-      tokenizer_sha256: what `tokenizer_fingerprint` returns for the tokenizer.
-
-    Raises:
-      ValueError: the tokens do not fill a single row.
-      OSError: a file cannot be written.
-    """
-    self.write_full()
-    if self._full_rows:
-      self._write(self._full_rows)
-    if not self.shards:
-      raise ValueError(
-        f"{self.documents} documents gave {self._size} tokens, too few for one row of {self._length + 1}."
-      )
-    rows = sum(shard.rows for shard in self.shards)
-    info = PackedInfo(
-      sequence_length=self._length,
-      rows=rows,
-      tokens=rows * self._length,
-      dropped_tokens=self._size - 1,
-      documents=self.documents,
-      join=self._how,
-      bos=bos,
-      vocab_size=vocab_size,
-      dtype=self._dtype,
-      tokenizer_sha256=tokenizer_sha256,
-      shards=tuple(self.shards),
-    )
-    with into_place(self._directory / META_FILE) as temporary:
-      temporary.write_text(to_json(dataclasses.asdict(info), indent=2) + "\n")
-    return info
-
-  @property
-  def _full_rows(self) -> int:
-    return max(self._size - 1, 0) // self._length
-
-  def _append(self, ids: np.ndarray, starts: np.ndarray) -> None:
-    self._ids.append(ids)
-    self._starts.append(starts)
-    self._size += len(ids)
-
-  def _write(self, rows: int) -> None:
-    ids, starts = self.pending
-    file = self._directory / f"rows-{len(self.shards):05}.array_record"
-    try:
-      with into_place(file) as temporary:
-        writer = array_record_module.ArrayRecordWriter(str(temporary), "group_size:1")
-        for first in range(0, rows * self._length, self._length):
-          row = slice(first, first + self._length + 1)
-          lines = [ids[row]]
-          if self._how == "separate":
-            lines.append((np.cumsum(starts[row]) - starts[first] + 1).astype(self._dtype))
-          writer.write(np.stack(lines).tobytes())
-        writer.close()
-    except RuntimeError as error:
-      raise OSError(f"{file} cannot be written: {error}") from error
-    self.shards.append(Shard(file.name, rows, file.stat().st_size, _sha256(file)))
-    done = rows * self._length
-    self._ids, self._starts, self._size = [ids[done:]], [starts[done:]], self._size - done

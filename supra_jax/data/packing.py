@@ -12,27 +12,19 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import datetime
 import hashlib
-import itertools
 import json
 import os
 import shutil
-import sys
-import zipfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
-
-import numpy as np
+from typing import Any
 
 from supra_jax.core import bucket
 from supra_jax.core.files import (
-  TEMPORARY,
   UNFINISHED,
   AnyPath,
   absolute,
-  into_place,
   locked,
   move_files,
   new_directory,
@@ -40,36 +32,12 @@ from supra_jax.core.files import (
   rename_directory,
 )
 from supra_jax.core.plain_json import to_json
-from supra_jax.data.encoding import (
-  Encoded,
-  Encoder,
-  Place,
-  digest_of,
-  encode_in_order,
-  packing_progress,
-  pieces_from,
-  worker_count,
-)
-from supra_jax.data.packed import (
-  META_FILE,
-  Documents,
-  Dtype,
-  PackedInfo,
-  RowsWriter,
-  Shard,
-  TextEncoder,
-  load_info,
-  tokenizer_fingerprint,
-)
-from supra_jax.data.text import InputFile, find_files, read_pieces
+from supra_jax.data.encoding import Encoder, encode_in_order, packing_progress, pieces_from, worker_count
+from supra_jax.data.packed import META_FILE, Documents, PackedInfo, TextEncoder, load_info, tokenizer_fingerprint
+from supra_jax.data.packing_job import JOURNAL_FILE, NOTHING_BAD, SOURCE_FILE, Job, column_of, differences
+from supra_jax.data.text import find_files
 
-Part = Literal["train", "heldout"]
-
-SOURCE_FILE, JOURNAL_FILE = "source.json", "journal.npz"
 SHARD_BYTES = 2**26
-BAD_NAMED = 5
-NOTHING_BAD: Mapping[str, Any] = {"count": 0, "first": []}
-_OURS = {"train", "heldout", SOURCE_FILE, JOURNAL_FILE}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,6 +50,7 @@ class Prepared:
     tokens_per_second: speed of packing; None if the output was finished before the call.
     bad: number of lines and rows that were skipped because they hold no text.
     bad_first: error messages of the first few skipped lines and rows.
+    notes: what a user should know of the conversations.
   """
 
   train: PackedInfo
@@ -89,6 +58,23 @@ class Prepared:
   tokens_per_second: float | None
   bad: int = 0
   bad_first: tuple[str, ...] = ()
+  notes: tuple[str, ...] = ()
+
+  def lines(self, output: str) -> list[str]:
+    """Returns what to tell a user of it; `output` is the directory's name."""
+    said = []
+    for name, info in (("train", self.train), ("heldout", self.heldout)):
+      if info is not None:
+        learned = "" if info.learned_tokens is None else f", {info.learned_tokens:,} of them answers"
+        said.append(
+          f"{output}/{name}: {info.documents:,} documents, {info.tokens:,} tokens in {info.rows:,} rows of "
+          f"{info.sequence_length:,}{learned}, {info.dropped_tokens:,} dropped."
+        )
+    if self.bad:
+      more = f"; and {self.bad - len(self.bad_first):,} more" if self.bad > len(self.bad_first) else ""
+      said.append(f"{self.bad:,} skipped, which cannot be packed: {'; '.join(self.bad_first)}{more}")
+    speed = self.tokens_per_second
+    return [*said, *self.notes, "All was packed before." if speed is None else f"{speed:,.0f} tokens/s."]
 
 
 def prepare(
@@ -99,7 +85,8 @@ def prepare(
   vocab_size: int,
   sequence_length: int,
   text_key: str = "text",
-  documents: Documents = "join",
+  messages_key: str = "",
+  documents: Documents | None = None,
   bos: bool = False,
   heldout_every: int = 0,
   skip_bad: bool = False,
@@ -110,23 +97,28 @@ def prepare(
 
   Each document is followed by the first of the tokenizer's end-of-text ids; documents without a token are skipped. The
   last token of a row is also the first of the next row, so that every token of OUTPUT/train (and of OUTPUT/heldout) but
-  the very first is the token to predict exactly once. The bytes written depend only on the text, the tokenizer and the
-  arguments except `workers`.
+  the very first is the token to predict exactly once. Conversations are rendered by the tokenizer's chat template, with
+  no end-of-text id behind them; rows then say which tokens are an answer's, see `conversations`. The bytes written
+  depend only on the text, the tokenizer and the arguments except `workers`.
 
   Worker processes are spawned: with workers, a script that calls `prepare` has to be guarded by
   `if __name__ == "__main__":`.
 
   Args:
     input: glob of files, or `pydoc:topics`, as `text.find_files` takes it.
-    tokenizer: encodes the documents; pickled for the workers.
+    tokenizer: encodes the documents; pickled for the workers. Conversations need a `Tokenizer` with a chat template.
     output: the directory to make, local or gs://.
     vocab_size: number of rows of the model's embedding; ids have to be below this number.
     sequence_length: T, number of tokens to predict per row.
-    text_key: the key of JSON lines, or the column of parquet files, that holds the text.
+    text_key: the key of JSON records, or the column, that holds the text.
+    messages_key: the key or column that holds conversations, as `conversations.messages_of` takes them, in place of
+      text. Empty: the documents are texts.
     documents: how documents share a row; `separate` also stores the number of each token's document in the row, from 1.
-    bos: whether each document starts with the begin-of-text id.
+      None: `separate` for conversations, else `join`.
+    bos: whether each document starts with the begin-of-text id; a conversation starts as the template says.
     heldout_every: N; every N-th document goes to OUTPUT/heldout. 0: none does.
-    skip_bad: whether lines and rows that hold no text are skipped and counted; False raises ValueError at the first.
+    skip_bad: whether lines and rows that hold no text, or messages that the chat template refuses, are skipped and
+      counted; False raises ValueError at the first.
     workers: number of processes that encode; 0 encodes in this process. None: one per core, or 0 if the input is small.
     shard_bytes: approximate size of a file of rows in bytes, before compression.
 
@@ -141,6 +133,7 @@ def prepare(
     ChildProcessError: a worker process ended early.
     OSError: a file cannot be written or copied.
   """
+  documents = documents or ("separate" if messages_key else "join")
   if sequence_length < 1 or documents not in ("join", "separate"):
     raise ValueError(
       f"sequence_length={sequence_length}, documents={documents!r}: wanted a positive number, 'join' or 'separate'."
@@ -149,7 +142,7 @@ def prepare(
     raise ValueError(f"heldout_every={heldout_every}: wanted 0, or at least 2 so that documents are left to train on.")
   if shard_bytes < 1 or (workers is not None and workers < 0):
     raise ValueError(f"shard_bytes={shard_bytes}, workers={workers}: wanted a positive number, and at least 0 or None.")
-  if not tokenizer.eos_ids:
+  if not (tokenizer.eos_ids or messages_key):  # the template ends conversations
     raise ValueError("The tokenizer has no end-of-text id to put between documents.")
   if bos and tokenizer.bos_id is None:
     raise ValueError("bos=True, but the tokenizer has no begin-of-text id.")
@@ -164,6 +157,15 @@ def prepare(
     "tokenizer_sha256": tokenizer_fingerprint(tokenizer),
     "shard_bytes": shard_bytes,
   }
+  if messages_key:
+    template = getattr(tokenizer, "template", None)
+    if template is None:
+      raise ValueError(
+        f"messages_key={messages_key!r}: the tokenizer comes without a chat template (chat_template.jinja), which says "
+        "how messages are put into a text. Put that of the chat model beside it, or pack text."
+      )
+    source = hashlib.sha256(template.source.encode()).hexdigest()
+    arguments |= {"messages_key": messages_key, "chat_template_sha256": source}
   directory = absolute(output)
   if isinstance(directory, Path):
     return _pack(directory, tokenizer, arguments, skip_bad, workers)
@@ -199,12 +201,12 @@ def _pack(
   if occupied(output):
     return _already_there(output, arguments)
 
-  input, text_key = arguments["input"], arguments["text_key"]
-  files = find_files(input)
+  key, messages = column_of(arguments)
+  files = find_files(arguments["input"])
   with locked(partial):
-    job = _Job(partial, arguments, files)
-    encode = Encoder(tokenizer, text_key, arguments["bos"], arguments["vocab_size"], job.dtype, skip_bad)
-    pieces = pieces_from(files, text_key, job.at)
+    job = Job(partial, arguments, files)
+    encode = Encoder(tokenizer, key, messages, arguments["bos"], arguments["vocab_size"], job.dtype, skip_bad)
+    pieces = pieces_from(files, key, job.at, messages=messages)
     tokens = 0
     with packing_progress(sum(file.size for file in files), job.bytes_read) as progress:
       for (at, bytes_read), encoded in encode_in_order(pieces, encode, worker_count(workers, files)):
@@ -217,18 +219,19 @@ def _pack(
     rename_directory(partial, output, last=SOURCE_FILE)
   (output / JOURNAL_FILE).unlink(missing_ok=True)
   speed = tokens / progress.elapsed
-  return Prepared(infos["train"], infos.get("heldout"), speed, job.bad["count"], tuple(job.bad["first"]))
+  bad = job.bad["count"], tuple(job.bad["first"])
+  return Prepared(infos["train"], infos.get("heldout"), speed, *bad, tuple(job.notes))
 
 
 def _already_there(output: AnyPath, arguments: Mapping[str, Any]) -> Prepared:
   if not (output / SOURCE_FILE).is_file():
     raise FileExistsError(f"{output} holds something that is no packed text. Remove it or choose another output.")
   made = json.loads((output / SOURCE_FILE).read_text())
-  differ = _differences(made["arguments"], arguments)
+  differ = differences(made["arguments"], arguments)
   # Compares sizes only: the files may have been deleted, or copied and so changed their times.
   with contextlib.suppress(FileNotFoundError):
     now = {file.path: file.size for file in find_files(arguments["input"])}
-    differ += _differences({path: size for path, size, _ in made["files"]}, now)
+    differ += differences({path: size for path, size, _ in made["files"]}, now)
   if differ:
     raise ValueError(
       f"{output} was packed from other text or with other arguments; remove it or choose another output. "
@@ -238,160 +241,5 @@ def _already_there(output: AnyPath, arguments: Mapping[str, Any]) -> Prepared:
   (output / JOURNAL_FILE).unlink(missing_ok=True)
   heldout = load_info(output / "heldout") if arguments["heldout_every"] else None
   bad = made.get("skipped", NOTHING_BAD)
-  return Prepared(load_info(output / "train"), heldout, None, bad["count"], tuple(bad["first"]))
-
-
-def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-  names = [name for name in dict.fromkeys([*before, *now]) if before.get(name) != now.get(name)]
-  said = [f"{name}: {before.get(name, 'absent')} before, {now.get(name, 'absent')} now" for name in names]
-  return said[:10] + ([f"and {len(said) - 10} more"] if said[10:] else [])
-
-
-class _Job:
-  """An output while it is being packed, new or resumed from its journal.
-
-  Attributes:
-    dtype: numpy dtype of the stored integers.
-    at: position in the input up to which documents were taken.
-    bytes_read: bytes of the input up to `at`.
-    bad: number of items skipped so far (`count`), and error messages of the first skipped items (`first`).
-  """
-
-  def __init__(self, partial: Path, arguments: Mapping[str, Any], files: list[InputFile]):
-    self._partial, self._arguments = partial, arguments
-    self._files = [dataclasses.astuple(file) for file in files]
-    self.at: Place = (0, 0, "")
-    self.bad: Mapping[str, Any] = NOTHING_BAD
-    self.bytes_read = self._documents = 0
-    largest = max(arguments["vocab_size"] - 1, arguments["sequence_length"] + 1)
-    self.dtype: Dtype = "<u2" if largest < 2**16 else "<i4"
-    names: tuple[Part, ...] = ("train", "heldout") if arguments["heldout_every"] else ("train",)
-    self._parts = {
-      name: RowsWriter(
-        partial / name,
-        sequence_length=arguments["sequence_length"],
-        documents=arguments["documents"],
-        dtype=self.dtype,
-        shard_bytes=arguments["shard_bytes"],
-      )
-      for name in names
-    }
-    journal = partial / JOURNAL_FILE
-    if not (journal.exists() and self._resume(journal)):
-      paths = list(partial.iterdir())
-      strangers = sorted({path.name.removesuffix(TEMPORARY) for path in paths} - _OURS)
-      if strangers:
-        raise ValueError(f"{partial} holds {', '.join(strangers)}, which this program did not write; remove it.")
-      # Without a journal no file of rows is complete, so nothing is lost; the arguments may have changed since.
-      for path in paths:
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
-    for name in names:
-      (partial / name).mkdir(exist_ok=True)
-
-  def take(self, encoded: Encoded, at: Place, bytes_read: int) -> None:
-    """Adds the documents of a piece to train and heldout; if files of rows are now full, writes them and the journal.
-
-    Args:
-      encoded: the documents of the piece.
-      at: position in the input after the piece.
-      bytes_read: bytes of the input up to `at`.
-    """
-    numbers = self._documents + 1 + np.arange(len(encoded.lengths))
-    every = self._arguments["heldout_every"]
-    heldout = numbers % every == 0 if every else np.zeros(len(numbers), bool)
-    self.at, self.bytes_read, self._documents = at, bytes_read, self._documents + len(numbers)
-    first = [*self.bad["first"], *encoded.bad][:BAD_NAMED]
-    self.bad = {"count": self.bad["count"] + len(encoded.bad), "first": first}
-    for name, part in self._parts.items():
-      chosen = heldout if name == "heldout" else ~heldout
-      part.add(encoded.ids[np.repeat(chosen, encoded.lengths)], encoded.lengths[chosen])
-    written = [part.write_full() for part in self._parts.values()]
-    if any(written):
-      self._save()
-
-  def finish(self) -> dict[Part, PackedInfo]:
-    """Writes the remaining rows, each part's meta.json, and SOURCE_FILE; returns the contents of each meta.json."""
-    arguments = self._arguments
-    for name, part in self._parts.items():
-      try:
-        part.finish(
-          bos=arguments["bos"], vocab_size=arguments["vocab_size"], tokenizer_sha256=arguments["tokenizer_sha256"]
-        )
-      except ValueError as error:
-        # Removed, since this text and these arguments fail each time: there is nothing to resume.
-        shutil.rmtree(self._partial)
-        raise ValueError(
-          f"The {name} part of {arguments['input']}, heldout_every={arguments['heldout_every']}: {error}"
-        ) from error
-    with into_place(self._partial / SOURCE_FILE) as temporary:
-      temporary.write_text(
-        to_json({"arguments": arguments, "files": self._files, "skipped": self.bad}, indent=2) + "\n"
-      )
-    return {name: load_info(self._partial / name) for name in self._parts}
-
-  def _save(self) -> None:
-    state = {
-      "arguments": self._arguments,
-      "files": self._files,
-      "at": self.at,
-      "bytes_read": self.bytes_read,
-      "documents": self._documents,
-      "skipped": self.bad,
-    }
-    arrays = {}
-    for name, part in self._parts.items():
-      state[name] = {"documents": part.documents, "shards": [dataclasses.asdict(shard) for shard in part.shards]}
-      arrays[f"{name}_ids"], arrays[f"{name}_starts"] = part.pending
-    arrays["state"] = np.array(to_json(state))
-    with into_place(self._partial / JOURNAL_FILE) as temporary, open(temporary, "wb") as file:
-      np.savez(file, allow_pickle=False, **arrays)
-
-  def _resume(self, journal: Path) -> bool:
-    """Restores what the journal holds; if the text that was already packed has changed, prints so and returns False."""
-    try:
-      with np.load(journal) as saved:
-        arrays = {name: saved[name] for name in saved.files}
-      state = json.loads(str(arrays["state"]))
-    except (ValueError, KeyError, EOFError, OSError, zipfile.BadZipFile) as error:
-      raise ValueError(f"{journal} cannot be read: {error}. Remove {self._partial} to start over.") from error
-    differ = _differences(state["arguments"], self._arguments)
-    if differ:
-      raise ValueError(
-        f"{self._partial} is half-finished and was begun with other arguments; remove it to start over. "
-        f"{'; '.join(differ)}"
-      )
-    number, done, digest = (*state["at"], "")[:3]  # older journals have no digest
-    changed = _differences(_described(state["files"]), _described(self._files))
-    if changed and not self._begins_alike(state["files"], (number, done, digest)):
-      print(f"The input has changed, packing starts over: {'; '.join(changed)}", file=sys.stderr, flush=True)
-      return False
-    self.at, self.bytes_read, self._documents = (number, done, digest), state["bytes_read"], state["documents"]
-    self.bad = state.get("skipped", NOTHING_BAD)
-    for name, part in self._parts.items():
-      shards = [Shard(**shard) for shard in state[name]["shards"]]
-      part.restore(state[name]["documents"], shards, arrays[f"{name}_ids"], arrays[f"{name}_starts"])
-    return True
-
-  def _begins_alike(self, files: Sequence[Sequence[Any]], at: Place) -> bool:
-    """Whether the input up to the position `at` is the same as before; text after that position may have changed.
-
-    Args:
-      files: (path, size, time of change) of each input file when the journal was written.
-      at: position in the input when the journal was written.
-    """
-    number, done, digest = at
-    if [tuple(file) for file in files[:number]] != self._files[:number]:
-      return False
-    path = files[number][0]
-    if path not in [file[0] for file in self._files[number : number + 1]]:
-      return False
-    items = itertools.chain.from_iterable(piece.items for piece in read_pieces(path, self._arguments["text_key"]))
-    return digest_of(itertools.islice(items, done)) == digest
-
-
-def _described(files: Iterable[Sequence[Any]]) -> dict[str, str]:
-  described = {}
-  for path, size, changed in files:
-    date = datetime.datetime.fromtimestamp(changed // 10**9)
-    described[path] = f"{size} bytes of {date}.{changed % 10**9:09}"
-  return described
+  said = tuple(made.get("notes", ()))
+  return Prepared(load_info(output / "train"), heldout, None, bad["count"], tuple(bad["first"]), said)

@@ -12,10 +12,12 @@ clean_up_tokenization_spaces.
 from __future__ import annotations
 
 import codecs
-from collections.abc import Callable, Iterable, Mapping
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from supra_jax.data.tokenizer_backends import Backend, JsonBackend, SentencePieceBackend, json_object
+from supra_jax.data.chat_template import ChatTemplate, Message, template_of
+from supra_jax.data.tokenizer_backends import AS_TEXT, Backend, JsonBackend, SentencePieceBackend, json_object
 from supra_jax.model.config import ModelConfig
 
 
@@ -50,9 +52,15 @@ class StreamDecoder:
 
 
 class Tokenizer:
-  """The tokenizer of a model: encodes, decodes, and knows the begin- and end-of-text ids."""
+  """The tokenizer of a model: encodes, decodes, and knows the begin- and end-of-text ids.
 
-  def __init__(self, backend: Backend, config: ModelConfig, settings: Mapping[str, Any]):
+  Attributes:
+    template: the checkpoint's chat template; None if it has none.
+  """
+
+  def __init__(
+    self, backend: Backend, config: ModelConfig, settings: Mapping[str, Any], template: ChatTemplate | None = None
+  ):
     """Makes a tokenizer from an opened file; `from_files` also opens the file.
 
     Args:
@@ -60,10 +68,12 @@ class Tokenizer:
       config: config of the model: number of rows of the embedding, end-of-text ids, and the begin-of-text id if
         `settings` and the tokenizer file's own rules name none.
       settings: parsed contents of tokenizer_config.json, or empty.
+      template: the checkpoint's chat template; None if it has none.
 
     Raises:
       ValueError: `settings` adds tokens that the tokenizer file lacks, or the file puts several ids before a text.
     """
+    self.template = template
     self._backend = backend
     self._embedding_rows = config.vocab_size
     _check_added_tokens(backend, settings)
@@ -83,7 +93,7 @@ class Tokenizer:
 
     Args:
       files: file name -> contents of `tokenizer.json` or `tokenizer.model`, and of `tokenizer_config.json` if there is
-        one; `tokenizer.json` has priority.
+        one, and of `chat_template.jinja`; `tokenizer.json` has priority.
       config: config of the model.
 
     Returns:
@@ -93,10 +103,11 @@ class Tokenizer:
       ValueError: a file is corrupt, contradicts another, or asks for something that is not supported.
     """
     settings = json_object("tokenizer_config.json", files.get("tokenizer_config.json", b"{}"))
+    template = template_of(files)
     if "tokenizer.json" in files:
-      return cls(JsonBackend(files["tokenizer.json"]), config, settings)
+      return cls(JsonBackend(files["tokenizer.json"]), config, settings, template)
     if "tokenizer.model" in files:
-      return cls(SentencePieceBackend(files["tokenizer.model"], settings), config, settings)
+      return cls(SentencePieceBackend(files["tokenizer.model"], settings), config, settings, template)
     return None
 
   @property
@@ -119,6 +130,10 @@ class Tokenizer:
     """The end-of-text ids, any of which ends a generated text; may be empty."""
     return self._eos_ids
 
+  def is_special(self, token_id: int) -> bool:
+    """Whether an id is that of a special token, or ends a text."""
+    return token_id in self._backend.special or token_id in self._eos_ids
+
   def encode(self, text: str, *, bos: bool | None = None, continues: bool = False) -> list[int]:
     """Encodes a text to ids.
 
@@ -133,6 +148,42 @@ class Tokenizer:
       ValueError: `bos` is True and there is no `bos_id`; the text has a token without a row in the model's embedding,
         or half a surrogate pair.
     """
+    return self._encode(text, bos, continues)
+
+  def encode_chat(self, messages: Sequence[Message], *, reply: bool = True) -> list[int]:
+    """Encodes a conversation, rendered by the checkpoint's chat template, to ids.
+
+    Special tokens are those of the template alone: one that is spelled out in a message stays text, so that nobody ends
+    a turn, or begins another's, by writing so.
+
+    Args:
+      messages: each {"role": "system" | "user" | "assistant" | ..., "content": text}.
+      reply: whether the ids end with what begins an answer.
+
+    Raises:
+      ValueError: there is no chat template, or it refuses the messages; or as `encode`.
+    """
+    if self.template is None:
+      raise ValueError("This tokenizer comes without a chat template, which says how messages are put into a text.")
+    specials = sorted(self._backend.special.values(), key=len, reverse=True)
+    spelled = re.compile("|".join(map(re.escape, specials)) or "(?!)")
+
+    def as_text(value: Any) -> Any:
+      if isinstance(value, str):
+        return spelled.sub(lambda found: found[0][0] + AS_TEXT + found[0][1:], value)
+      if isinstance(value, Mapping):
+        return {name: as_text(part) for name, part in value.items()}
+      return [as_text(part) for part in value] if isinstance(value, list) else value
+
+    marked = [
+      {**message, "content": as_text(message["content"])}
+      if isinstance(message, Mapping) and "content" in message
+      else message
+      for message in messages
+    ]
+    return self._encode(self.template.render(marked, reply=reply), False, False, marked=marked != list(messages))
+
+  def _encode(self, text: str, bos: bool | None, continues: bool, *, marked: bool = False) -> list[int]:
     try:
       text.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -140,7 +191,7 @@ class Tokenizer:
         f"The text has half a surrogate pair, {text[error.start]!r}, as its character {error.start}, which UTF-8 "
         "cannot encode: was the text read with the wrong encoding?"
       ) from error
-    ids = self._backend.encode(text, continues=continues)
+    ids = self._backend.encode(text, continues=continues, marked=marked)
     if (self._bos_by_default and not continues) if bos is None else bos:
       if self._bos_id is None:
         raise ValueError("bos=True: this tokenizer has no token that begins a text.")

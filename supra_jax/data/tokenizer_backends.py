@@ -14,6 +14,8 @@ from supra_jax.core.plain_json import to_json
 
 MOST_IDS = 2**24  # larger than any vocabulary
 _SPACE = "▁"  # how SentencePiece writes a space
+# Stands behind the first character of a special token that is to be text. Unicode says that no text has it.
+AS_TEXT = "\ufdd0"
 # `normalizer_spec { add_dummy_prefix: false }` as a serialised protobuf message. Protobuf merges these bytes into a
 # serialised model that they are appended to: the sentencepiece package has no option to switch the prefix off.
 NO_DUMMY_PREFIX = b"\x1a\x02\x18\x00"
@@ -22,8 +24,9 @@ NO_DUMMY_PREFIX = b"\x1a\x02\x18\x00"
 class Backend(Protocol):
   """Interface of an opened tokenizer file.
 
-  `encode` adds no begin- or end-of-text id, and with `continues` no space before the text. `token_id` and `token`
-  return None for what the file does not have. `piece` returns the bytes that one id decodes to.
+  `encode` adds no begin- or end-of-text id, and with `continues` no space before the text; with `marked`, a special
+  token with AS_TEXT in it is text, and AS_TEXT is left out. `token_id` and `token` return None for what the file does
+  not have. `piece` returns the bytes that one id decodes to.
 
   Attributes:
     vocab_size: one more than the largest id.
@@ -41,7 +44,7 @@ class Backend(Protocol):
   eos_id: int | None
   leading_spaces: int
 
-  def encode(self, text: str, *, continues: bool = False) -> list[int]: ...
+  def encode(self, text: str, *, continues: bool = False, marked: bool = False) -> list[int]: ...
 
   def token_id(self, token: str) -> int | None: ...
 
@@ -87,7 +90,7 @@ class JsonBackend:
     self._tokenizer.no_truncation()
     self._tokenizer.no_padding()
     self._description = description
-    self._bare: tokenizers.Tokenizer | None = None
+    self._others: dict[tuple[bool, bool], tokenizers.Tokenizer] = {}
     added = self._tokenizer.get_added_tokens_decoder()
     self._added = {i: token.content for i, token in added.items()}
     self.special: Mapping[int, str] = {i: token.content for i, token in added.items() if token.special}
@@ -108,15 +111,50 @@ class JsonBackend:
       )
     return whole[: starts[0]]
 
-  def encode(self, text: str, *, continues: bool = False) -> list[int]:
-    if continues and self._bare is None:
+  def encode(self, text: str, *, continues: bool = False, marked: bool = False) -> list[int]:
+    if marked:
+      return self._encode_sections(text, continues)
+    return self._told(bare=continues).encode(text, add_special_tokens=False).ids
+
+  def _told(self, *, bare: bool, literal: bool = False) -> tokenizers.Tokenizer:
+    """Returns the tokenizer; `bare` puts no space before a text, to `literal` special tokens are text."""
+    if not (bare or literal):
+      return self._tokenizer
+    if (bare, literal) not in self._others:
       parts = {name: _without_prefix_space(self._description.get(name)) for name in ("normalizer", "pre_tokenizer")}
-      bare = tokenizers.Tokenizer.from_str(to_json(self._description | parts))
-      bare.no_truncation()
-      bare.no_padding()
-      self._bare = bare
-    tokenizer = self._bare if continues and self._bare is not None else self._tokenizer
-    return tokenizer.encode(text, add_special_tokens=False).ids
+      other = tokenizers.Tokenizer.from_str(to_json(self._description | (parts if bare else {})))
+      other.no_truncation()
+      other.no_padding()
+      self._others[bare, literal] = other
+    self._others[bare, literal].encode_special_tokens = literal  # which pickling forgets
+    return self._others[bare, literal]
+
+  def _encode_sections(self, text: str, continues: bool) -> list[int]:
+    """Encodes what lies between special tokens, section by section, as the package does."""
+    tokens = {
+      token.content: (i, token) for i, token in self._tokenizer.get_added_tokens_decoder().items() if token.special
+    }
+    by_length = sorted(tokens, key=len, reverse=True)
+    sections = re.split("(" + "|".join(map(re.escape, by_length)) + ")", text) if by_length else [text]
+    ids: list[int] = []
+    for number, section in enumerate(sections):
+      if number % 2:
+        ids.append(tokens[section][0])
+        continue
+      before, after = (tokens[sections[n]][1] if 0 <= n < len(sections) else None for n in (number - 1, number + 1))
+      section = section.lstrip() if before is not None and before.rstrip else section
+      section = section.rstrip() if after is not None and after.lstrip else section
+      bare = (continues or self._first_alone) if number else continues
+      literal = AS_TEXT in section
+      encoded = self._told(bare=bare, literal=literal).encode(section.replace(AS_TEXT, ""), add_special_tokens=False)
+      ids += encoded.ids
+    return ids
+
+  @property
+  def _first_alone(self) -> bool:
+    """Whether a space is put before a text, and not behind special tokens too."""
+    section = self._description.get("pre_tokenizer") or {}
+    return any(part.get("prepend_scheme") == "first" for part in [section, *section.get("pretokenizers", ())])
 
   def token_id(self, token: str) -> int | None:
     return self._tokenizer.token_to_id(token)
@@ -223,7 +261,7 @@ class SentencePieceBackend:
     by_length = sorted(self.special.values(), key=len, reverse=True)
     self._special_pattern = re.compile("(" + "|".join(map(re.escape, by_length)) + ")") if by_length else None
 
-  def encode(self, text: str, *, continues: bool = False) -> list[int]:
+  def encode(self, text: str, *, continues: bool = False, marked: bool = False) -> list[int]:
     ids: list[int] = []
     parts = self._special_pattern.split(text) if self._special_pattern else [text]
     for i, part in enumerate(parts):
@@ -231,7 +269,7 @@ class SentencePieceBackend:
         ids.append(self._model.piece_to_id(part))
       elif part:
         spaced = not continues if i == 0 else self._always_prefix
-        ids += (self._model if spaced else self._bare_model).encode(part)
+        ids += (self._model if spaced else self._bare_model).encode(part.replace(AS_TEXT, "") if marked else part)
     return ids
 
   def token_id(self, token: str) -> int | None:

@@ -57,7 +57,7 @@ def with_yarn(lm: LM, factor: float, original_max_positions: int | None = None) 
     raise ValueError("The config does not say how long the texts were that the model was trained on: give a length.")
   config = lm.config.replace(rope=lm.config.rope.with_yarn(factor, original))
   # Without a fingerprint, since states of the model as it is stored are not this model's.
-  return LM(config, lm.params, lm.tokenizer, lm.generation, lm.model.implementation, None, lm.template, lm.mesh)
+  return LM(config, lm.params, lm.tokenizer, lm.generation, lm.model.implementation, None, lm.mesh)
 
 
 def examples(questions: Sequence[Question], count: int) -> str:

@@ -19,9 +19,10 @@ from kernels_pallas.api import IMPLEMENTATIONS
 from supra_jax.core.programs import keep_programs
 from supra_jax.core.progress import Progress
 from supra_jax.core.sharding import decoding_mesh, on_mesh
+from supra_jax.data.chat_template import ChatTemplate, Message
 from supra_jax.data.tokenizer import Tokenizer
 from supra_jax.inference import decode
-from supra_jax.inference.chat import ChatTemplate, Memory, Message, template_of
+from supra_jax.inference.chat import Memory
 from supra_jax.inference.engine import NOTHING, Engine, Request, not_finite_at
 from supra_jax.inference.logits import logits_of
 from supra_jax.inference.parameters import dtype_of, load_parameters
@@ -77,9 +78,8 @@ def load(
   stored = load_parameters(directory, width, devices, quantize)
   tokenizer = Tokenizer.from_files(stored.tokenizer_files, stored.config)
   generation = json.loads(stored.tokenizer_files.get("generation_config.json", b"{}"))
-  template = template_of(stored.tokenizer_files)
   known = checkpoint.fingerprint(directory)
-  return LM(stored.config, stored.params, tokenizer, generation, implementation, known, template, devices)
+  return LM(stored.config, stored.params, tokenizer, generation, implementation, known, devices)
 
 
 class LM:
@@ -91,7 +91,6 @@ class LM:
       where it can (`Mixer.for_inference`); `storage.model_directory.load_model` returns what is stored.
     tokenizer: tokenizer of the model; None if it has none.
     generation: contents of the model directory's generation_config.json, which has the default sampling settings.
-    template: the checkpoint's chat template; None if it has none.
     checkpoint: fingerprint of the model directory, by which states know their model; None if there is none.
     mesh: the mesh that the parameters are on; None: one device.
     model: the Flax module; use `model.apply({"params": params}, ...)` for what this class does not offer.
@@ -105,7 +104,6 @@ class LM:
     generation: Mapping[str, Any] | None = None,
     implementation: str = "auto",
     fingerprint: str | None = None,
-    template: ChatTemplate | None = None,
     mesh: Mesh | None = None,
   ):
     """Makes an LM from its parts; `load` makes one from a model directory.
@@ -118,7 +116,6 @@ class LM:
       generation: contents of a generation_config.json, which has the default sampling settings; None means greedy.
       implementation: see `load`.
       fingerprint: see `State.checkpoint`.
-      template: chat template; None if there is none.
       mesh: the `core.sharding.decoding_mesh` that the parameters are on; None: one device.
     """
     self.config = config
@@ -126,11 +123,15 @@ class LM:
     self.tokenizer = tokenizer
     self.generation = generation or {}
     self.checkpoint = fingerprint
-    self.template = template
     self.mesh = mesh
     self._memory = Memory()
     self._grows = any(mixer_class(mixer).GROWS for mixer in config.mixers)
     self.model = Transformer(config, dtype=dtype_of(params), implementation=implementation)
+
+  @property
+  def template(self) -> ChatTemplate | None:
+    """The checkpoint's chat template; None if it has none."""
+    return None if self.tokenizer is None else self.tokenizer.template
 
   def __call__(
     self,
@@ -287,8 +288,8 @@ class LM:
   def stream_chat(self, messages: Sequence[Message], **how: Any) -> Iterator[str]:
     """Yields the reply to messages in pieces.
 
-    Messages are rendered by the checkpoint's own template. What an earlier call has read is not read again where these
-    messages begin with it, as those of a conversation do; a warning says where they do not.
+    Messages are rendered by the checkpoint's own template, see `Tokenizer.encode_chat`. What an earlier call has read
+    is not read again where these messages begin with it, as those of a conversation do; a warning says where not.
 
     Args:
       messages: each {"role": "system" | "user" | "assistant" | ..., "content": text}.
@@ -301,7 +302,7 @@ class LM:
     """
     if self.tokenizer is None or self.template is None:
       raise ValueError("This checkpoint has no chat template: use `generate` with a text.")
-    ids = self.tokenizer.encode(self.template.render(messages), bos=False)
+    ids = self.tokenizer.encode_chat(messages)
     ((request, builder),) = self._texts([ids], [None], how).items()  # raises before anything is read
     before = self._memory.longest(ids)
     known = 0 if before is None else before.tokens[0].size

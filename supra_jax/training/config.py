@@ -30,7 +30,9 @@ class DataConfig:
   Attributes:
     input: glob of text files, as `data.text.find_files` takes it. The run packs the files into its workdir: for small
       texts.
-    text_key: the key of JSON lines, or the column of parquet files, that holds the text.
+    text_key: the key of JSON records, or the column, that holds the text.
+    messages_key: the key or column that holds conversations, in place of text: they are rendered by the model's chat
+      template, and what the assistant says is learned. Empty: `input` is text.
     documents: `join` runs documents together as the paper does; `separate` resets state and position between them.
     bos: whether each document starts with the begin-of-text id.
     heldout_every: N; every N-th document is held out. At least 2 with `input`, since a run needs held-out rows.
@@ -44,6 +46,7 @@ class DataConfig:
 
   input: str = ""
   text_key: str = "text"
+  messages_key: str = ""
   documents: Documents = "join"
   bos: bool = False
   heldout_every: Annotated[int, AtLeast(0), "with data.input 2 or more"] = 20

@@ -147,6 +147,7 @@ def prepare_data(
       tokenizer,
       directory,
       text_key=config.text_key,
+      messages_key=config.messages_key,
       vocab_size=vocab_size,
       sequence_length=config.sequence_length,
       documents=config.documents,
@@ -158,20 +159,21 @@ def prepare_data(
 
 
 def row_leaves(config: DataConfig, vocab_size: int) -> tuple[str, ...]:
-  """Returns the names of the arrays that each row of a run has: "tokens" and, with separate documents, "segment_ids".
+  """Returns the names of the arrays that each row of a run has, as `loading.make_loader` yields them.
 
-  Packed directories that exist decide; without any, `config.documents` does.
+  Packed directories that exist decide; without any, `config` does.
 
   Raises:
     ValueError: a packed directory that exists does not fit the model or the config.
   """
-  names = leaves_of(config.documents)
   if config.sources:
     paths = [*(path for path, _ in loading.parse_sources(config.sources)), config.heldout]
-    for path in paths:
-      if place(path).exists():
-        names = check_packed(path, sequence_length=config.sequence_length, vocab_size=vocab_size).leaves
-  return names
+    fits: dict[str, Any] = {"sequence_length": config.sequence_length, "vocab_size": vocab_size}
+    found = {path: check_packed(path, **fits) for path in paths if place(path).exists()}
+    trained = [info for path, info in found.items() if path != config.heldout] or [*found.values()]
+    if trained:
+      return leaves_of(trained[0].join, masked=any(info.learned_tokens is not None for info in trained))
+  return leaves_of(config.documents, masked=bool(config.messages_key))
 
 
 def heldout_nll(

@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from supra_jax.data import encoding, packing
+from supra_jax.data import encoding, packing_job
 from supra_jax.experiments import tiny
 from tests.data.test_packing import OPTIONS, ROOT, contents, prepare, small_pieces, text, write_lines  # noqa: F401
 from tests.support import programs
@@ -31,8 +31,8 @@ def test_a_bad_line_is_mended(change, tmp_path, text, small_pieces, monkeypatch,
   elif change == "absent":
     file.unlink()
   taken = []
-  take = packing._Job.take
-  monkeypatch.setattr(packing._Job, "take", lambda self, *args: taken.append(args) or take(self, *args))
+  take = packing_job.Job.take
+  monkeypatch.setattr(packing_job.Job, "take", lambda self, *args: taken.append(args) or take(self, *args))
   prepare(text, tmp_path / "out", **OPTIONS)
   pieces = len(taken)
   prepare(text, tmp_path / "whole", **OPTIONS)
@@ -53,7 +53,7 @@ def test_bad_lines_are_skipped_and_counted(workers, tmp_path, text, small_pieces
   with pytest.raises(ValueError, match=r"line 2: no text under 'text'"):
     prepare(text, tmp_path / "out", **OPTIONS)
   made = prepare(text, tmp_path / "out", skip_bad=True, workers=workers, **OPTIONS)
-  assert made.bad == 4 * len(kept) and len(made.bad_first) == packing.BAD_NAMED
+  assert made.bad == 4 * len(kept) and len(made.bad_first) == packing_job.BAD_NAMED
   first = sorted(kept)[0]
   assert made.bad_first[0] == f"{first}, line 2: no text under 'text'."
   assert f"{first}, line 4: no valid Unicode" in made.bad_first[2] and "not JSON" in made.bad_first[3]
@@ -66,16 +66,16 @@ def test_bad_lines_are_skipped_and_counted(workers, tmp_path, text, small_pieces
 def test_a_count_of_bad_lines_outlives_a_kill(tmp_path, text, small_pieces, monkeypatch):
   file = text.with_name("0.jsonl")
   file.write_bytes(b"[]\n" * 7 + file.read_bytes())
-  saved = packing._Job._save
+  saved = packing_job.Job._save
 
   def save_and_die(self):
     saved(self)
     raise KeyboardInterrupt
 
-  monkeypatch.setattr(packing._Job, "_save", save_and_die)
+  monkeypatch.setattr(packing_job.Job, "_save", save_and_die)
   with pytest.raises(KeyboardInterrupt):
     prepare(text, tmp_path / "out", skip_bad=True, **OPTIONS)
-  monkeypatch.setattr(packing._Job, "_save", saved)
+  monkeypatch.setattr(packing_job.Job, "_save", saved)
   assert prepare(text, tmp_path / "out", skip_bad=True, **OPTIONS).bad == 7
 
 
@@ -88,7 +88,8 @@ def test_the_program(tmp_path, text):
   flags = [f"--input={text}", f"--tokenizer={model}", f"--output={tmp_path}/out", "--sequence_length=32"]
   ran = programs.run("supra_jax.bin.prepare_data", *flags, "--on_bad_document=skip")
   assert ran.returncode == 0, ran.stderr
-  assert f"\n1 skipped, which hold no text: {text.with_name('0.jsonl')}, line 1: no text under 'text'.\n" in ran.stdout
+  where = text.with_name("0.jsonl")
+  assert f"\n1 skipped, which cannot be packed: {where}, line 1: no text under 'text'.\n" in ran.stdout
 
 
 def test_a_tokenizer_of_another_kind_of_model(tmp_path):

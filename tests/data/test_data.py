@@ -12,19 +12,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from supra_jax.data import loading, packed
+from supra_jax.data import loading, packed, rows_writer
 
 
 def write_packed(directory, first, rows, *, documents="join", dtype="<u2", shards=1, length=4, **changes):
   """A packed directory, whose row i is the token first + i, length + 1 times."""
   directory.mkdir(parents=True)
   shard_bytes = -(-rows // shards) * 2 * (length + 1)
-  writer = packed.RowsWriter(
-    directory, sequence_length=length, documents=documents, dtype=dtype, shard_bytes=shard_bytes
+  writer = rows_writer.RowsWriter(
+    directory, sequence_length=length, documents=documents, masked=False, dtype=dtype, shard_bytes=shard_bytes
   )
   # One token more than the rows overlap by; documents of two tokens.
   ids = np.repeat(np.arange(first, first + rows), length)
-  writer.add(np.append(ids, 0).astype(dtype), np.array([*[2] * (rows * length // 2), 1]))
+  ids = np.append(ids, 0).astype(dtype)
+  writer.add(ids, np.ones(len(ids), bool), np.array([*[2] * (rows * length // 2), 1]))
   info = writer.finish(bos=False, vocab_size=60_000, tokenizer_sha256="x")
   if changes:
     values = dataclasses.asdict(dataclasses.replace(info, **changes))

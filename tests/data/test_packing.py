@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from supra_jax.core.files import locked
-from supra_jax.data import encoding, loading, packed, packing
+from supra_jax.data import encoding, loading, packed, packing, packing_job, rows_writer
 from tests.support import programs
 
 ROOT = Path(__file__).parents[2]
@@ -215,7 +215,7 @@ class TestResume:
   @pytest.mark.parametrize("kind", ["write", "os.replace", "os.rename", "os.fsync"])
   def test_cut_off_between_any_two_steps(self, tmp_path, text, small_pieces, monkeypatch, kind):
     """What kill -9 cannot be timed to hit: each call of one kind is the last one once."""
-    owner, name = (packed.RowsWriter, "_write") if kind == "write" else (os, kind.split(".")[1])
+    owner, name = (rows_writer.RowsWriter, "_write") if kind == "write" else (os, kind.split(".")[1])
     prepare(text, tmp_path / "whole", **OPTIONS)
     real, calls = getattr(owner, name), 0
 
@@ -256,8 +256,8 @@ class TestResume:
     assert contents(tmp_path / "out.partial") == before
 
     encoded = []
-    take = packing._Job.take
-    monkeypatch.setattr(packing._Job, "take", lambda self, *args: encoded.append(args) or take(self, *args))
+    take = packing_job.Job.take
+    monkeypatch.setattr(packing_job.Job, "take", lambda self, *args: encoded.append(args) or take(self, *args))
     prepare(text, tmp_path / "out", **OPTIONS)
     pieces = len(encoded)
     prepare(text, tmp_path / "whole", **OPTIONS)
@@ -280,7 +280,7 @@ class TestResume:
       prepare(text, tmp_path / "out")
     assert (partial / "thesis.tex").exists()
     (partial / "thesis.tex").unlink()
-    (partial / packing.JOURNAL_FILE).write_bytes(b"junk")
+    (partial / packing_job.JOURNAL_FILE).write_bytes(b"junk")
     with pytest.raises(ValueError, match=r"journal\.npz cannot be read.*Remove"):
       prepare(text, tmp_path / "out")
 
@@ -293,7 +293,7 @@ class TestAlreadyThere:
   def test_left_alone(self, tmp_path, text):
     made = prepare(text, tmp_path / "out", heldout_every=5)
     before = contents(tmp_path / "out")
-    (tmp_path / "out" / packing.JOURNAL_FILE).write_bytes(b"left by a run that was cut off at its last step")
+    (tmp_path / "out" / packing_job.JOURNAL_FILE).write_bytes(b"left by a run that was cut off at its last step")
     again = prepare(text, tmp_path / "out", heldout_every=5)
     assert again == packing.Prepared(made.train, made.heldout, None)
     shutil.rmtree(text.parent)

@@ -106,8 +106,8 @@ def test_nothing_matches(tmp_path):
 
 
 def test_unknown_kind(tmp_path):
-  (tmp_path / "a.csv").write_text("x")
-  with pytest.raises(ValueError, match=r"a\.csv: wanted a name that ends in \.txt"):
+  (tmp_path / "a.doc").write_text("x")
+  with pytest.raises(ValueError, match=r"a\.doc: wanted a name that ends in \.txt"):
     read(tmp_path / "*")
 
 

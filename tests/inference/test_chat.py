@@ -13,8 +13,8 @@ import pytest
 
 import supra_jax
 from benchmarks import runs
+from supra_jax.data.chat_template import ChatTemplate
 from supra_jax.experiments import tiny
-from supra_jax.inference.chat import ChatTemplate
 from supra_jax.storage.model_directory import load_model, save_model
 from tests.support import programs
 
