@@ -61,8 +61,9 @@ def open_tokenizer(source: str | os.PathLike[str]) -> tuple[Tokenizer, ModelConf
   if not (directory / "config.json").is_file():
     raise ConversionError(f"{source}: holds no config.json; give the directory, or the name on the hub, of a model.")
   config = config_of(directory, read_json_object(directory / "config.json"))
+  files = tokenizer_files(directory)
   try:
-    tokenizer = Tokenizer.from_files(tokenizer_files(directory), config)
+    tokenizer = Tokenizer.from_files(files, config)
   except ValueError as error:
     raise ConversionError(f"{source}: the tokenizer cannot be used: {error}") from error
   if tokenizer is None:

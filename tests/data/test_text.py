@@ -32,7 +32,52 @@ def test_kinds_of_file_in_order(tmp_path):
   (tmp_path / "c.jsonl.zst").write_bytes(compress(payload[:10]) + compress(payload[10:]))
   write_parquet(tmp_path / "d.parquet", ["één", "two\nlines", ""])
   (tmp_path / "e.txt").write_text("a file\nis a document\n")
-  assert read(tmp_path / "*") == ["één", "two\nlines", ""] * 4 + ["a file\nis a document\n"]
+  (tmp_path / "f.md").write_text("# so\nis this\n")
+  (tmp_path / "g.json").write_text(json.dumps([{"text": text} for text in ("één", "two\nlines", "")], indent=2))
+  (tmp_path / "h.csv").write_text('id,text\n1,één\n\n2,"two\nlines"\n3,\n')
+  wanted = ["één", "two\nlines", ""]
+  files = ["a file\nis a document\n", "# so\nis this\n"]
+  assert read(tmp_path / "*") == wanted * 4 + files + wanted * 2
+
+
+def test_a_directory_and_a_list(tmp_path):
+  """All files below a directory, but those that are hidden or describe the others, and those that hold no text."""
+  (tmp_path / "deep" / ".cache").mkdir(parents=True)
+  for name in ("a.txt", "deep/b.txt", "deep/c, d.txt", "README.md", "LICENSE.txt", ".e.txt", "deep/.cache/f.txt"):
+    (tmp_path / name).write_text(name)
+  (tmp_path / "weights.bin").write_bytes(b"x")
+  assert read(tmp_path) == ["a.txt", "deep/b.txt", "deep/c, d.txt"]
+  assert read(tmp_path / "README.md") == ["README.md"]
+  assert read(f"{tmp_path}/a.txt, {tmp_path}/deep/b*,{tmp_path}/*.txt") == ["LICENSE.txt", "a.txt", "deep/b.txt"]
+  assert read(tmp_path / "deep/c, d.txt") == ["deep/c, d.txt"]
+  with pytest.raises(FileNotFoundError, match=r"No file matches '.*none\*'"):
+    read(f"{tmp_path}/a.txt,{tmp_path}/none*")
+  (tmp_path / "empty").mkdir()
+  with pytest.raises(FileNotFoundError, match=r"empty has no files that end in \.txt"):
+    read(tmp_path / "empty")
+
+
+@pytest.mark.parametrize(
+  "name, contents, said",
+  [
+    ("a.json", '{"text": "x"}', r"a\.json: wanted an array of records.*JSON lines end in \.jsonl"),
+    ("a.json", '{"text": "x"}\n{"text": "y"}\n', r"a\.json: not JSON"),
+    ("a.json", '[{"text": "x"}, {"text": 1}]', r"a\.json, row 1: no text under 'text'"),
+    ("a.csv", "id,body\n1,x\n", r"a\.csv: wanted one column 'text'; its columns are id, body"),
+    ("a.csv", "id,text\n1,x\n2\n", r"a\.csv: row 1 has 1 fields, and there are 2 columns"),
+    ("a.csv", 'id,text\n1,"x\n', r"a\.csv: unexpected end of data"),
+    ("a.csv", "", r"a\.csv: wanted one column 'text'; its columns are none"),
+  ],
+)
+def test_broken_json_and_csv(name, contents, said, tmp_path):
+  (tmp_path / name).write_text(contents)
+  with pytest.raises(ValueError, match=said):
+    read(tmp_path / name)
+
+
+def test_a_long_field(tmp_path):
+  (tmp_path / "a.csv").write_text("text\n" + "word " * 200_000 + "\n")
+  assert [len(text) for text in read(tmp_path / "a.csv")] == [1_000_000]
 
 
 def test_a_byte_order_mark_is_no_text(tmp_path):
