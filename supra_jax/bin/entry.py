@@ -9,10 +9,12 @@ from absl import app, flags
 
 from supra_jax.bin.options import find_base, parse, unknown_option
 from supra_jax.bin.quiet import silence
-from supra_jax.core.preemption import CTRL_C, Preempted
+from supra_jax.core.preemption import CTRL_C, TIME_IS_UP, Preempted
 from supra_jax.core.programs import keep_programs
 
 DTYPES = ("float32", "bfloat16", "float16")  # dtypes that a model can run in
+# Exit statuses: as shells have it for Ctrl-C; "try again later", of sysexits.h; 0 for other signals, which ask to end.
+_STATUSES = {CTRL_C: 130, TIME_IS_UP: 75}
 _CLIENTS = ("aiohttp", "gcsfs", "google")  # packages that access buckets: their exceptions are network errors
 
 
@@ -21,7 +23,7 @@ def run(main: Callable[[], None]) -> None:
 
   Bad overrides of a recipe, bad input (ValueError, OSError or NotImplementedError from `main`) and network errors of
   the bucket clients end the program with one line on stderr and exit status 1, Ctrl-C with 130, flags that do not exist
-  as absl does. A run that a signal ended says so. Any other exception is a defect and keeps its traceback.
+  as absl does. A run that a signal or the time ended says so. Any other exception is a defect and keeps its traceback.
   """
 
   def absl_main(argv: list[str]) -> None:
@@ -36,9 +38,9 @@ def run(main: Callable[[], None]) -> None:
       sys.exit(f"error: {error}")
     except Preempted as preempted:
       print(preempted)
-      sys.exit(130 if preempted.by == CTRL_C else 0)
+      sys.exit(_STATUSES.get(preempted.by, 0))
     except KeyboardInterrupt:
-      sys.exit(130)  # as shells have it for Ctrl-C
+      sys.exit(_STATUSES[CTRL_C])
     except Exception as error:
       if type(error).__module__.partition(".")[0] not in _CLIENTS:
         raise

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 import traceback
 
 import jax
@@ -16,9 +17,14 @@ from supra_jax.bin.recipe_help import describe
 from supra_jax.core.preemption import Preempted
 from supra_jax.training.loop import TrainConfig, train
 
+_BEGAN = time.monotonic()
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Recipe of the run, as configs/FILE.py.", lock_config=True)
 describe(_CONFIG, TrainConfig)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run, local or gs://; a run resumes.", required=True)
+_EXTEND = flags.DEFINE_bool("extend", False, "Go on with a run that had fewer steps, to the recipe's num_steps.")
+_SAVE_BEFORE = flags.DEFINE_float(
+  "save_before", None, "Save and end, to be gone on with, so that all is done SECONDS after the start.", lower_bound=0
+)
 _PROFILE_STEPS = flags.DEFINE_integer("profile_steps", 0, "Steps to trace into WORKDIR/profile.", lower_bound=0)
 _DISTRIBUTED = flags.DEFINE_bool("distributed", False, "Run as one of several processes (jax.distributed.initialize).")
 _COORDINATOR = flags.DEFINE_string("coordinator_address", None, "With --distributed: HOST:PORT of process 0.")
@@ -33,10 +39,11 @@ def main() -> None:
     try:
       jax.distributed.initialize(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
     except ValueError as error:
-      flags_for_all = "--coordinator_address=HOST:PORT --num_processes=N --process_id=I"
-      raise ValueError(f"--distributed: {error} Outside TPU pods and Slurm give {flags_for_all}.") from error
+      needs = "--coordinator_address=HOST:PORT --num_processes=N --process_id=I"
+      raise ValueError(f"--distributed: {error} Outside TPU pods and Slurm give {needs}.") from error
   try:
-    summary = train(config, _WORKDIR.value, profile_steps=_PROFILE_STEPS.value)
+    steps, before = _PROFILE_STEPS.value, _SAVE_BEFORE.value and _BEGAN + _SAVE_BEFORE.value
+    summary = train(config, _WORKDIR.value, profile_steps=steps, extend=_EXTEND.value, save_before=before)
   except Exception as error:
     if jax.process_count() == 1 or isinstance(error, Preempted):
       raise
@@ -46,10 +53,7 @@ def main() -> None:
     sys.stderr.flush()
     os._exit(1)
   if jax.process_index() == 0:
-    print(
-      f"Held-out loss {summary.nll_before:.4f} -> {summary.nll_after:.4f} nats a token, {summary.tokens_trained} "
-      f"tokens, {summary.tokens_per_second:.0f} tokens/s. The model is in {_WORKDIR.value}/checkpoint."
-    )
+    print(f"{summary.text} The model is in {_WORKDIR.value}/checkpoint.")
 
 
 if __name__ == "__main__":

@@ -32,6 +32,7 @@ from supra_jax.training.workdir import (
   PICTURE_FILE,
   TrainSummary,
   claim,
+  extension,
   kernels_of_run,
   outcome,
   summary,
@@ -40,7 +41,13 @@ from supra_jax.training.workdir import (
 
 
 def train(
-  config: TrainConfig, workdir: str | Path, *, teacher_nll: float | None = None, profile_steps: int = 0
+  config: TrainConfig,
+  workdir: str | Path,
+  *,
+  teacher_nll: float | None = None,
+  profile_steps: int = 0,
+  extend: bool = False,
+  save_before: float | None = None,
 ) -> TrainSummary:
   """Trains a model, or resumes the run that an earlier call with the same workdir did not finish.
 
@@ -55,6 +62,9 @@ def train(
     workdir: directory of this run alone, local or gs://.
     teacher_nll: held-out loss of the teacher in nats per token, drawn as a line in `loss.png`; None: no line.
     profile_steps: number of steps to trace into `profile/`, beginning with the third step of this call; 0: none.
+    extend: whether a run of fewer steps, finished or not, goes on to `config.num_steps`. Its learning rate follows from
+      now on the schedule of a run of so many steps, as printed; it has to have saved a state.
+    save_before: value of `time.monotonic()` at which the run has to have saved its state and ended; see `preemption`.
 
   Returns:
     The summary of the whole run, earlier calls included.
@@ -64,8 +74,8 @@ def train(
       other; all saved states are damaged; max_skipped batches in a row had a loss or gradient that was not finite; or
       the first or last held-out loss is not finite.
     OSError: a file cannot be read or written.
-    Preempted: SIGTERM, SIGUSR1 or Ctrl-C ended the run after its state was saved. A second Ctrl-C
-      kills the process; in a notebook it raises KeyboardInterrupt.
+    Preempted: SIGTERM, SIGUSR1, Ctrl-C or `save_before` ended the run after its state was saved. A second Ctrl-C kills
+      the process; in a notebook it raises KeyboardInterrupt.
   """
   directory = place(workdir)
   mesh = make_mesh(config.mesh)
@@ -73,12 +83,13 @@ def train(
   start = load_model_without_params(config.init_checkpoint)
   directory.mkdir(parents=True, exist_ok=True)
   with bucket.copies(directory, (METRICS_FILE, RUNS_FILE)) as files:
-    claim(directory, config, start.config, files)
+    steps_before = claim(directory, config, start.config, files, extend=extend)
     metrics = files.directory / METRICS_FILE
     with jax.set_mesh(mesh), verdict.using(kernels_of_run(directory)):
       run = set_up(config, start, directory, mesh)
+      said = extension(config, steps_before, run.first)
       try:
-        params = _loop(config, run, files, profile_steps)
+        params = _loop(config, run, files, profile_steps, save_before, said)
         write_model(
           directory / MODEL_DIRECTORY,
           start,
@@ -98,17 +109,20 @@ def train(
   return summary(directory / METRICS_FILE, config.tokens)
 
 
-def _loop(config: TrainConfig, run: Run, files: bucket.Copies, profile_steps: int) -> Any:
+def _loop(
+  config: TrainConfig, run: Run, files: bucket.Copies, profile_steps: int, save_before: float | None, said: str
+) -> Any:
   """Runs all steps that are left, and returns the trained parameters; raises Preempted if a signal came."""
   workdir, state, first = files.directory, run.state, run.first
   program = functools.cache(lambda active, transfer: run.step.compiled(run.shardings, active, transfer=transfer))
   speaks = jax.process_index() == 0
+  sync_point = multihost_utils.reached_preemption_sync_point if jax.process_count() > 1 else None
   with (
     MetricsWriter(
       workdir / METRICS_FILE, first or None, tensorboard=workdir / "tensorboard", enabled=speaks
     ) as metrics,
     progress_of_steps(config.num_steps, first, enabled=speaks) as progress,
-    preemption(multihost_utils.reached_preemption_sync_point if jax.process_count() > 1 else None) as preempted,
+    preemption(sync_point, save_before) as preempted,
     _profile(workdir / "profile", profile_steps) as profile,
   ):
     reporter = Reporter(
@@ -125,7 +139,7 @@ def _loop(config: TrainConfig, run: Run, files: bucket.Copies, profile_steps: in
     if first == 0:
       reporter.evaluated(0, run.evaluate(state.params))
     elif first < config.num_steps:
-      reporter.say(f"Goes on after step {first} of {config.num_steps}.")
+      reporter.say(f"Goes on after step {first} of {config.num_steps}.{said}")
     for step in range(first + 1, config.num_steps + 1):
       began = time.monotonic()
       batch = next(run.batches)

@@ -23,6 +23,7 @@ from supra_jax.storage.model_directory import CONFIG_FILE as MODEL_CONFIG_FILE
 from supra_jax.storage.model_directory import ModelCheckpoint, save_model
 from supra_jax.training.config import TrainConfig
 from supra_jax.training.metrics import read_metrics
+from supra_jax.training.optimizer import make_schedule
 
 METRICS_FILE, PICTURE_FILE, CONFIG_FILE = "metrics.jsonl", "loss.png", "train_config.json"
 KERNELS_FILE = "kernels.json"
@@ -48,6 +49,7 @@ class TrainSummary:
     nll_before, nll_after: held-out loss before the first and after the last step, in nats per token.
     tokens_trained: number of tokens trained on.
     tokens_per_second: speed of the training steps, over all devices: median over the records; NaN if none has a speed.
+    text: the same in words.
   """
 
   nll_before: float
@@ -55,8 +57,17 @@ class TrainSummary:
   tokens_trained: int
   tokens_per_second: float
 
+  @property
+  def text(self) -> str:
+    return (
+      f"Held-out loss {self.nll_before:.4f} -> {self.nll_after:.4f} nats a token, {self.tokens_trained} tokens, "
+      f"{self.tokens_per_second:.0f} tokens/s."
+    )
 
-def claim(workdir: AnyPath, config: TrainConfig, model: ModelConfig, files: bucket.Copies) -> None:
+
+def claim(
+  workdir: AnyPath, config: TrainConfig, model: ModelConfig, files: bucket.Copies, *, extend: bool = False
+) -> int:
   """Writes the configs of the run and of its model into the workdir, unless the workdir belongs to another run.
 
   Options of MAY_CHANGE_ON_RESUME may differ from the configs that are there. If the earlier run stopped before it wrote
@@ -68,25 +79,42 @@ def claim(workdir: AnyPath, config: TrainConfig, model: ModelConfig, files: buck
     config: the run's config.
     model: config of the model that the run starts from.
     files: local copies of the files that grow during a run.
+    extend: whether the run there may have fewer steps.
+
+  Returns:
+    The number of steps that the run there had, or that this one has if there is none.
 
   Raises:
     ValueError: the workdir belongs to a run with another config or model; the message names each option that differs.
+      Or `extend` is set, and there is no run with fewer steps or as many, or no state of it.
   """
-  path = workdir / CONFIG_FILE
+  path, steps = workdir / CONFIG_FILE, config.num_steps
   values = _described(config, model)
   if path.exists():
     stored = json.loads(path.read_text())
     stored_model = ModelConfig.from_json(to_json(stored.pop("model")))
     # The stored config is parsed and written again, so that options added since then have their defaults in it.
-    before, now = _flat(_described(TrainConfig.from_mapping(stored), stored_model)), _flat(values)
+    earlier = TrainConfig.from_mapping(stored)
+    before, now = _flat(_described(earlier, stored_model)), _flat(values)
+    steps = earlier.num_steps
+    if extend and steps > config.num_steps:
+      raise ValueError(f"--extend: {workdir} belongs to a run of {steps} steps: wanted --config.num_steps above that.")
+    if extend and not list((workdir / STATES_DIRECTORY).glob("[0-9]*")):
+      raise ValueError(
+        f"--extend: {workdir} has no saved state to go on from (--config.save_every=0 keeps none). To train its model "
+        f"further, in another workdir: --config.init_checkpoint={workdir / MODEL_DIRECTORY}."
+      )
+    free = {*MAY_CHANGE_ON_RESUME, *["num_steps"] * extend}
     differ = [
       f"{name}: {before.get(name)!r} before, {now.get(name)!r} now"
       for name in sorted(before.keys() | now.keys())
-      if before.get(name) != now.get(name) and name not in MAY_CHANGE_ON_RESUME
+      if before.get(name) != now.get(name) and name not in free
     ]
     if differ and (workdir / METRICS_FILE).exists():
       trained = workdir / MODEL_DIRECTORY
       further = f" To train its model further, there: --config.init_checkpoint={trained}." if trained.exists() else ""
+      if steps < config.num_steps and len(differ) == 1:  # the number of steps alone
+        further += " Or --extend goes on here, with the learning rates of the longer run."
       raise ValueError(
         f"{workdir} belongs to a run with another config or model; choose another workdir.{further} "
         + "; ".join(differ)
@@ -95,12 +123,32 @@ def claim(workdir: AnyPath, config: TrainConfig, model: ModelConfig, files: buck
       # The earlier run stopped before its first record (bad input, say); its packed rows do not fit this config.
       for leftover in (DATA_DIRECTORY, f"{DATA_DIRECTORY}.partial"):
         remove_directory(workdir / leftover)
+  elif extend:
+    raise ValueError(f"--extend: {workdir} has no run that could go on.")
   together("config read")
   if jax.process_index() == 0:
     path.write_text(to_json(values, indent=2) + "\n")
     write_run_record(files.directory, values)
     files.copy()
   together("config written")
+  return steps
+
+
+def extension(config: TrainConfig, steps_before: int, first: int) -> str:
+  """Returns what to say of a run that goes on with more steps than it had; "" if it has as many.
+
+  Args:
+    config: the run's config.
+    steps_before: number of steps that the run had.
+    first: number of steps that the saved state has behind it.
+  """
+  if steps_before == config.num_steps:
+    return ""
+  before, now = (
+    float(make_schedule(config.optimizer, steps)(first if steps > first else first - 1))
+    for steps in (steps_before, config.num_steps)
+  )
+  return f" It had {steps_before} steps; the learning rate, which was {before:.3g} there, is {now:.3g}."
 
 
 def kernels_of_run(workdir: AnyPath) -> verdict.Choices | str:
