@@ -87,4 +87,4 @@ class ConfigReader:
     for key in sorted(set(self.values) - known):
       value = self.values[key]
       if value is not None and value is not False and value not in ("", [], {}):
-        self.refuse(key, "unknown key, which may change the model")
+        self.refuse(key, f"unknown key, which may change the model (--ignore_config_keys={key} if it does not)")

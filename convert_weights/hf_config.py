@@ -64,7 +64,7 @@ FAMILIES: Mapping[str, Family] = {
 _DEFAULT_NORM_EPS = 1e-6
 _DEFAULT_MAX_WINDOW_LAYERS = 28
 
-_TRANSLATED = {
+TRANSLATED = {
   "model_type", "architectures", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
   "num_attention_heads", "num_key_value_heads", "head_dim", "hidden_act", "max_position_embeddings", "rms_norm_eps",
   "tie_word_embeddings", "rope_theta", "rope_scaling", "rope_parameters", "attention_bias", "mlp_bias",
@@ -113,7 +113,7 @@ def model_config(config: Mapping[str, Any], generation: Mapping[str, Any], where
   reader.only("hidden_act", "silu")
   reader.only("pretraining_tp", 1)
   reader.only("partial_rotary_factor", 1)
-  reader.unknown_keys(_TRANSLATED | _HARMLESS | (_WINDOW_KEYS if family.windows == "some" else set()))
+  reader.unknown_keys(TRANSLATED | _HARMLESS | (_WINDOW_KEYS if family.windows == "some" else set()))
   vocab_size = reader.required("vocab_size")
   hidden_size, num_heads = reader.required("hidden_size"), reader.required("num_attention_heads")
   head_dim = family.head_dim

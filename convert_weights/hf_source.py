@@ -52,11 +52,11 @@ def open_huggingface(
       message lists the problems that the first failing check finds.
   """
   config = config_of(directory, original)
-  weight_files, tensors = open_weights(directory, file)
-  tensors = {name: tensor for name, tensor in tensors.items() if not _ROTARY_BUFFER.fullmatch(name)}
-  parameters = names.parameters(config)
   # With tied embeddings transformers ignores the unembedding, yet some files store it.
   twin = names.HF_UNEMBEDDING if config.tie_embeddings else None
+  weight_files, tensors = open_weights(directory, file, twin)
+  tensors = {name: tensor for name, tensor in tensors.items() if not _ROTARY_BUFFER.fullmatch(name)}
+  parameters = names.parameters(config)
   path = directory if file is None else file
   check_tensors(
     str(path),

@@ -1,6 +1,7 @@
 r"""Converts a pretrained model into a supra_jax model directory.
 
-python -m convert_weights.hf_to_orbax --source=SOURCE --output=DIR [--dtype=float32|bfloat16] [--tokenizer=DIR]
+python -m convert_weights.hf_to_orbax --source=SOURCE --output=DIR [--dtype=float32|bfloat16] [--tokenizer=DIR] \
+  [--ignore_config_keys=KEY,...]
 
 `open_source` says what SOURCE can be. A model that cannot be converted exactly is refused before anything is written,
 and the message names everything that stands in the way.
@@ -16,7 +17,7 @@ import math
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from typing import Any
 import numpy as np
 from absl import flags
 
+from convert_weights.config_reader import MAX_SHOWN
 from convert_weights.errors import ConversionError
 from convert_weights.model_card import stated_license
 from convert_weights.open_source import open_source
@@ -45,6 +47,7 @@ def convert(
   dtype: str | None = None,
   *,
   tokenizer: str | os.PathLike[str] | None = None,
+  ignore_config_keys: Collection[str] = (),
   progress: bool = False,
 ) -> None:
   """Converts a checkpoint tensor by tensor, with only a few tensors in memory at a time.
@@ -56,6 +59,8 @@ def convert(
       takes float32, which holds float16 and dequantised tensors exactly. float16 is never kept, because activations
       that fit into bfloat16 may overflow float16.
     tokenizer: directory whose tokenizer is used instead of the source's own; None uses the source's own.
+    ignore_config_keys: keys of the source's config.json that are not read, since they do not change the model; they are
+      recorded in source.json.
     progress: whether to show bytes done and time left on stderr.
 
   Raises:
@@ -69,7 +74,10 @@ def convert(
   final = place(output)
   if occupied(final):
     raise ConversionError(f"{output} already exists. Remove it or choose another output directory.")
-  opened = open_source(source, tokenizer)
+  opened = open_source(source, tokenizer, ignore_config_keys=ignore_config_keys)
+  if progress and opened.ignored_config:
+    named = ", ".join(f"{key}={value!r}"[:MAX_SHOWN] for key, value in opened.ignored_config.items())
+    print(f"Ignored in the source's config.json: {named}.", file=sys.stderr)
   target = DTYPES[dtype] if dtype else _common_dtype(opened)
   if progress and dtype is None and {tensor.dtype for tensor in opened.tensors.values()} == {np.dtype(np.float16)}:
     wide = sum(math.prod(leaf.shape) * target.itemsize for leaf in opened.leaves)
@@ -96,6 +104,7 @@ def convert(
         "dtype": target.name,
         "supra_jax": _version(),
         "config": opened.original_config,
+        **({"ignored_config_keys": sorted(opened.ignored_config)} if opened.ignored_config else {}),
       },
     )
 
@@ -164,13 +173,17 @@ def define_flags() -> None:
   flags.DEFINE_enum(
     "dtype", None, list(DTYPES), "Type of the parameters; unset keeps pure bfloat16 and converts the rest to float32."
   )
+  flags.DEFINE_list(
+    "ignore_config_keys", [], "Keys of config.json that are refused as unknown, and do not change the model."
+  )
   flags.DEFINE_string("tokenizer", None, "Directory whose tokenizer is used; unset takes the tokenizer of --source.")
 
 
 def main() -> None:
   """Runs the program with its flags; defines and parses these flags if an importer has not."""
   given = flags_of(define_flags, "source")
-  convert(given.source, given.output, given.dtype, tokenizer=given.tokenizer, progress=True)
+  how = {"tokenizer": given.tokenizer, "ignore_config_keys": given.ignore_config_keys}
+  convert(given.source, given.output, given.dtype, **how, progress=True)
 
 
 if __name__ == "__main__":

@@ -96,6 +96,7 @@ class Source:
     tensors: name -> tensor, without tensors that are ignored (rotary frequencies).
     leaves: every parameter of the model in our layout.
     tokenizer_files: file name -> contents of the files to store beside the parameters.
+    ignored_config: what the user said not to read of the source's own config.
   """
 
   kind: str
@@ -107,3 +108,4 @@ class Source:
   tensors: Mapping[str, StoredTensor]
   leaves: Sequence[Leaf]
   tokenizer_files: Mapping[str, bytes]
+  ignored_config: Mapping[str, Any] = dataclasses.field(default_factory=dict)

@@ -29,6 +29,7 @@ from supra_jax.core.files import local
 from supra_jax.inference import lm
 from supra_jax.model.finite import not_finite
 from supra_jax.model.mixers.memory import MemoryConfig
+from supra_jax.storage.model_directory import load_model_without_params
 
 # Tokens of the text that are used: enough to reveal a wrong rotary angle or window, and few enough for a CPU.
 MAX_TOKENS = 512
@@ -66,7 +67,8 @@ def compare(source: str | os.PathLike[str], checkpoint: str | os.PathLike[str], 
       different vocabulary sizes; some logits are not finite; the text is empty; or `open_source` refuses the source.
     ValueError, OSError: the checkpoint is damaged or is no model directory.
   """
-  opened = open_source(source, own_tokenizer=False)
+  ignored = load_model_without_params(checkpoint).source.get("ignored_config_keys", ())
+  opened = open_source(source, own_tokenizer=False, ignore_config_keys=ignored)
   if opened.kind not in _RUNNERS:
     raise ConversionError(f"{source}: transformers has no model for a source of the kind {opened.kind!r}.")
   tokens, ours = _run_checkpoint(checkpoint, text)

@@ -70,12 +70,15 @@ def refuse_other_forms(where: object, names: Collection[str]) -> None:
     )
 
 
-def open_weights(directory: Path, file: Path | None = None) -> tuple[list[Path], dict[str, StoredTensor]]:
+def open_weights(
+  directory: Path, file: Path | None = None, optional: str | None = None
+) -> tuple[list[Path], dict[str, StoredTensor]]:
   """Opens the weights of a directory.
 
   Args:
     directory: directory to search for weights.
     file: weights file to open, with a suffix of WEIGHT_SUFFIXES; None searches the directory.
+    optional: name of a tensor that an index may name though no file has it: a tied unembedding.
 
   Returns:
     The paths of the weights files, and name -> tensor of all their tensors.
@@ -93,7 +96,7 @@ def open_weights(directory: Path, file: Path | None = None) -> tuple[list[Path],
     if single.exists():
       return [single], open_file(single)
     if index.exists():
-      return _open_shards(directory, index, open_file)
+      return _open_shards(directory, index, open_file, optional)
   others = sorted(p.name for p in directory.iterdir() if p.suffix in _SUFFIXES)
   checkpoints = [name for name in others if name.endswith((".pt", ".pth"))]
   if len(checkpoints) == 1:
@@ -105,7 +108,7 @@ def open_weights(directory: Path, file: Path | None = None) -> tuple[list[Path],
 
 
 def _open_shards(
-  directory: Path, index: Path, open_file: Callable[[Path], dict[str, StoredTensor]]
+  directory: Path, index: Path, open_file: Callable[[Path], dict[str, StoredTensor]], optional: str | None
 ) -> tuple[list[Path], dict[str, StoredTensor]]:
   weight_map = read_json_object(index).get("weight_map")
   if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
@@ -126,7 +129,7 @@ def _open_shards(
     misplaced += [f"{name}: in {shard}, {weight_map.get(name)} in the index" for name in found
                   if weight_map.get(name) != shard]  # fmt: skip
     tensors.update(found)
-  absent = [f"{name}: not in {shard}" for name, shard in weight_map.items() if name not in tensors]
+  absent = [f"{name}: not in {shard}" for name, shard in weight_map.items() if name not in {*tensors, optional}]
   if twice or misplaced or absent:
     raise ConversionError(
       "\n".join(

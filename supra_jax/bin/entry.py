@@ -9,12 +9,10 @@ from absl import app, flags
 
 from supra_jax.bin.options import find_base, parse, unknown_option
 from supra_jax.bin.quiet import silence
-from supra_jax.core.preemption import CTRL_C, TIME_IS_UP, Preempted
+from supra_jax.core.preemption import CTRL_C, STATUSES, Preempted
 from supra_jax.core.programs import keep_programs
 
 DTYPES = ("float32", "bfloat16", "float16")  # dtypes that a model can run in
-# Exit statuses: as shells have it for Ctrl-C; "try again later", of sysexits.h; 0 for other signals, which ask to end.
-_STATUSES = {CTRL_C: 130, TIME_IS_UP: 75}
 _CLIENTS = ("aiohttp", "gcsfs", "google")  # packages that access buckets: their exceptions are network errors
 
 
@@ -38,9 +36,9 @@ def run(main: Callable[[], None]) -> None:
       sys.exit(f"error: {error}")
     except Preempted as preempted:
       print(preempted)
-      sys.exit(_STATUSES.get(preempted.by, 0))
+      sys.exit(STATUSES.get(preempted.by, 0))
     except KeyboardInterrupt:
-      sys.exit(_STATUSES[CTRL_C])
+      sys.exit(STATUSES[CTRL_C])
     except Exception as error:
       if type(error).__module__.partition(".")[0] not in _CLIENTS:
         raise

@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 CTRL_C, TIME_IS_UP = "Ctrl-C", "the time is up"
+# Exit statuses: as shells have it for Ctrl-C; "try again later" of sysexits.h; 0 for other signals, which ask to end.
+STATUSES = {CTRL_C: 130, TIME_IS_UP: 75}
 SAVING_SECONDS = 60.0
 # SIGUSR1 is what schedulers are told to send before the time is up.
 _SIGNALS = {signal.SIGTERM: "SIGTERM", signal.SIGUSR1: "SIGUSR1", signal.SIGINT: CTRL_C}

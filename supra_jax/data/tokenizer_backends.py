@@ -192,9 +192,14 @@ class _PieceDecoder:
   """
 
   def __init__(self, section: Any):
+    # Without a decoder the package joins tokens by spaces.
+    self._joined = section is None
     self._byte_level = self._byte_fallback = False
     self._replacements: list[tuple[str, str]] = []
     self.leading_spaces = 0
+    if section is None:
+      self.leading_spaces = 1
+      return
     steps = section.get("decoders", [section]) if isinstance(section, dict) else [section]
     fused = False
     for step in steps:
@@ -218,7 +223,7 @@ class _PieceDecoder:
   def replaced(self, token: str) -> str:
     for old, new in self._replacements:
       token = token.replace(old, new)
-    return token
+    return f" {token}" if self._joined else token
 
   def __call__(self, token: str) -> bytes:
     if self._byte_level and all(character in BYTE_OF for character in token):

@@ -1,6 +1,7 @@
 """Hugging Face directories convert tensor by tensor, in both spellings of the config."""
 
 import hashlib
+import importlib.util
 import json
 import shutil
 import subprocess
@@ -325,3 +326,43 @@ def test_an_imported_main_finds_its_flags(tmp_path):
   assert want.keys() == got.keys()
   for name in want:
     np.testing.assert_array_equal(got[name], want[name])
+
+
+def test_config_keys_that_are_said_not_to_matter(tmp_path):
+  source = copy_case("llama_gqa_tied", tmp_path / "source", my_tool="0.1", rate_of_fire=3)
+  with pytest.raises(ValueError, match=r"my_tool='0.1': unknown key.*--ignore_config_keys=my_tool if it does not"):
+    convert(source, tmp_path / "out")
+  flags_given = [f"--source={source}", f"--output={tmp_path}/out", "--ignore_config_keys=my_tool,rate_of_fire"]
+  ran = programs.run("convert_weights.hf_to_orbax", *flags_given)
+  assert ran.returncode == 0 and "Ignored in the source's config.json: my_tool='0.1', rate_of_fire=3." in ran.stderr
+  model = load_model(tmp_path / "out")
+  assert model.config == WANTED["llama_gqa_tied"]
+  assert model.source["ignored_config_keys"] == ["my_tool", "rate_of_fire"]
+  assert model.source["config"]["rate_of_fire"] == 3
+  if verify_can_run():
+    assert verify.compare(source, tmp_path / "out").largest < 1e-3
+  for wrong in ("hidden_size", "not_there"):
+    with pytest.raises(ValueError, match=f"ignore_config_keys={wrong}: wanted keys of .*config.json that no model"):
+      convert(source, tmp_path / "other", ignore_config_keys=[wrong])
+
+
+def verify_can_run() -> bool:
+  return importlib.util.find_spec("torch") is not None and importlib.util.find_spec("transformers") is not None
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_an_index_that_names_a_tied_unembedding(tied, tmp_path):
+  """Which no file has: mergers write such indices. Without tied embeddings something is missing."""
+  source = copy_case("llama_gqa_tied" if tied else "llama_mha_untied", tmp_path / "source")
+  tensors = load_file(source / "model.safetensors")
+  tensors.pop("lm_head.weight", None)
+  (source / "model.safetensors").unlink()
+  save_file(tensors, source / "part.safetensors")
+  index = {"weight_map": dict.fromkeys([*tensors, "lm_head.weight"], "part.safetensors")}
+  (source / "model.safetensors.index.json").write_text(json.dumps(index))
+  if tied:
+    convert(source, tmp_path / "out")
+    assert load_model(tmp_path / "out").config == WANTED["llama_gqa_tied"]
+  else:
+    with pytest.raises(ValueError, match=r"lm_head\.weight: not in part\.safetensors"):
+      convert(source, tmp_path / "out")

@@ -299,6 +299,21 @@ def test_unsupported_decoders(decoder, fragment):
     open_tokenizer(tokenizer__json=backend.to_str().encode())
 
 
+@pytest.mark.parametrize("kind", ["bytes", "words"])
+def test_without_a_decoder(kind):
+  """Tokens are joined by spaces, as the package does."""
+  backend = byte_level_backend() if kind == "bytes" else tokenizers.Tokenizer(models.WordLevel({"a": 0, "b": 1}, "a"))
+  backend.decoder = None
+  if kind == "words":
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+  backend.add_tokens([AddedToken("<x>", special=False), AddedToken("<y>", special=True)])
+  tokenizer = open_tokenizer(tokenizer__json=backend.to_str().encode())
+  ids = tokenizer.encode("a b<x> b a<y> a", bos=False)
+  for keep in (True, False):
+    assert tokenizer.decode(ids, keep_special=keep) == backend.decode(ids, skip_special_tokens=not keep)
+  assert tokenizer.decode(ids[1:], continues=True) == " " + backend.decode(ids[1:])
+
+
 def test_tokenizer_config_that_contradicts():
   given = json.dumps({"added_tokens_decoder": {"600": {"content": "<extra>"}}}).encode()
   with pytest.raises(ValueError, match="600 '<extra>'"):
