@@ -4,16 +4,15 @@ Adapters of rank 16 train towards the transformer's distribution of the next tok
 hub and text of your own to a model that transformers loads:
 
     python -m convert_weights.hf_to_orbax --source=meta-llama/Llama-3.2-1B-Instruct --output=models/teacher
-    python -m supra_jax.bin.prepare_data --input='chat/*.jsonl' --tokenizer=models/teacher --output=data/chat \\
-      --documents=separate --heldout_every=100
+    python -m supra_jax.bin.prepare_data --input=chat --messages_key=messages --tokenizer=models/teacher \\
+      --output=data/chat --heldout_every=100
     python -m supra_jax.bin.linearize --checkpoint=models/teacher --output=models/memory --state_bytes=8MB \\
       --calibration_data=data/chat/train
     XLA_CLIENT_MEM_FRACTION=.95 python -m supra_jax.bin.train --config=configs/chat_1b.py --workdir=runs/chat
     python -m convert_weights.orbax_to_hf --source=runs/chat/checkpoint --output=models/shared --dtype=bfloat16
 
-A line of chat/*.jsonl is {"text": ...}, plain text or a conversation. Conversations are rendered first, by
-`supra_jax.load("models/teacher").template.render(messages, reply=False)`; `separate` keeps them apart in a row. All
-their tokens train. JAX reserves three quarters of a card's memory unless XLA_CLIENT_MEM_FRACTION says more. A step
+chat/ has files of conversations, {"messages": [{"role": "user", "content": ...}, ...]} a line of .jsonl, of which the
+answers are learned; for text, of which all is, leave --messages_key out and say --documents=separate. JAX reserves three quarters of a card's memory unless XLA_CLIENT_MEM_FRACTION says more. A step
 reads 16 rows of 2048 tokens, one row at a time, and 1000 steps read 33 million tokens.
 
 8 MB are 244 tokens of each key/value head of Llama; of Qwen3-0.6B, --state_bytes=30MB are 261. This plan needs no
