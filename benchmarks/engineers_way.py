@@ -34,13 +34,13 @@ _TELLING = re.compile("^(fits|does not fit):|perplexity")
 
 
 def write_conversations(release: random_releases.Release, path: Path) -> None:
-  """Writes conversations about Python as `supra_jax.bin.prepare_data` reads them: rendered, under `text`."""
+  """Writes conversations about Python: `messages`, and the `text` that the chat template makes of them."""
   template = ChatTemplate(release.template, {"bos_token": release.tokenizer["bos_token"] or ""})
   lines = []
   for topic in sorted(topics):
     asked = {"role": "user", "content": f"What does Python's documentation say about {topic.lower()}?"}
-    text = template.render([asked, {"role": "assistant", "content": topics[topic]}], reply=False)
-    lines.append(to_json({"text": text}) + "\n")
+    messages = [asked, {"role": "assistant", "content": topics[topic]}]
+    lines.append(to_json({"messages": messages, "text": template.render(messages, reply=False)}) + "\n")
   path.write_text("".join(lines))
 
 
@@ -60,8 +60,8 @@ def commands(tokens: int) -> dict[str, str]:
     "linearize": "supra_jax.bin.linearize --checkpoint=models/teacher --output=models/memory "
     f"--state_bytes={_STATE.value} --calibration_data=chat.jsonl --calibration_tokens={4 * tokens}",
     "plan": f"supra_jax.bin.plan {recipe} --mesh=fsdp:1 --device_memory=16GB",
-    "pack": "supra_jax.bin.prepare_data --input=chat.jsonl --tokenizer=models/teacher --output=data/chat "
-    f"--documents=separate --heldout_every=10 --sequence_length={tokens}",
+    "pack": "supra_jax.bin.prepare_data --input=chat.jsonl --messages_key=messages --tokenizer=models/teacher "
+    f"--output=data/chat --heldout_every=10 --sequence_length={tokens}",
     "train": f"supra_jax.bin.train {recipe} --workdir=runs/chat {short}",
     "evaluate": f"supra_jax.bin.evaluate {model} --input=pydoc:topics --sequence_length={tokens} {few}",
     "answer": f"supra_jax.bin.generate {model} --chat --prompt='What is an RNN?' --max_new_tokens=16",

@@ -12,8 +12,9 @@ hub and text of your own to a model that transformers loads:
     python -m convert_weights.orbax_to_hf --source=runs/chat/checkpoint --output=models/shared --dtype=bfloat16
 
 chat/ has files of conversations, {"messages": [{"role": "user", "content": ...}, ...]} a line of .jsonl, of which the
-answers are learned; for text, of which all is, leave --messages_key out and say --documents=separate. JAX reserves three quarters of a card's memory unless XLA_CLIENT_MEM_FRACTION says more. A step
-reads 16 rows of 2048 tokens, one row at a time, and 1000 steps read 33 million tokens.
+answers are learned; for text, all of which is, leave --messages_key out and say --documents=separate. JAX reserves
+three quarters of a card's memory unless XLA_CLIENT_MEM_FRACTION says more. A step reads 16 rows of 2048 tokens, one row
+at a time, and 1000 steps read 33 million tokens.
 
 8 MB are 244 tokens of each key/value head of Llama; of Qwen3-0.6B, --state_bytes=30MB are 261. This plan needs no
 weights and no accelerator, while models/ is not there:
