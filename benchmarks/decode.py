@@ -4,8 +4,8 @@
 
 Contestants:
 
-- `supra`, `supra_window`, `softmax`: a model whose layers all have this mixer, decoded as the engine decodes greedy
-  texts, and prompts read in pieces, as the engine reads them.
+- `supra`, `supra_window`, `memory`, `softmax`: a model whose layers all have this mixer, decoded as the engine decodes
+  greedy texts, and prompts read in pieces, as the engine reads them. The memory has as many bytes as `supra_window`.
 - `transformers`: LlamaForCausalLM in PyTorch, with scaled_dot_product_attention. Steps are those of `generate`, with
   its dynamic and its static cache (`generate` compiles the model for a static cache on a GPU only); prompts are read
   by `generate` or by a call of the model. The better of the two counts in each cell, and both are kept.

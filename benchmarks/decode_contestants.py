@@ -31,12 +31,12 @@ from benchmarks.random_checkpoint import hf_shape
 from supra_jax.core.plain_json import to_json
 from supra_jax.core.programs import keep_programs
 from supra_jax.model.config import ModelConfig
-from supra_jax.model.costs import state_bytes_by_part, train_flops_per_token
+from supra_jax.model.costs import state_bytes, state_bytes_by_part, train_flops_per_token
 from supra_jax.model.presets import PRESETS
 from supra_jax.model.registry import layer
 
 # Contestant -> what is measured -> the ways of doing it, of which the best counts.
-OURS = ("supra", "supra_window", "softmax", "supra:bfloat16", "supra:int8")
+OURS = ("supra", "supra_window", "memory", "softmax", "supra:bfloat16", "supra:int8")
 OUR_WAYS = {"decode": ("",), "prefill": ("",), "product": ("",)}
 THEIR_WAYS = {"decode": ("dynamic", "static"), "prefill": ("forward", "generate"), "product": ("",)}
 PAUSE = 0.05  # seconds before a turn in which the threads of the others go to sleep
@@ -84,6 +84,17 @@ def free_memory() -> int:
   return 1024 * int(re.search(r"MemAvailable:\s*(\d+)", Path("/proc/meminfo").read_text())[1])
 
 
+def _memory_of_equal_bytes(config: ModelConfig) -> ModelConfig:
+  """Returns the model whose layers are memories of as many bytes as `supra_window`'s state, one size for all heads."""
+  from supra_jax.linearization.budget import within
+  from supra_jax.linearization.starts import Memory
+
+  every = range(config.num_layers)
+  size = state_bytes(config.replace(layers=(layer("supra_window"),) * config.num_layers), 1)
+  common, retained = within(Memory(state_bytes=size), config, every)
+  return config.replace(layers=(dataclasses.replace(common, retained=(int(retained),)),) * config.num_layers)
+
+
 class Ours:
   """Our model."""
 
@@ -99,6 +110,8 @@ class Ours:
 
     keep_programs()
     self.config = config.replace(layers=(layer(mixer),) * config.num_layers)
+    if mixer == "memory":
+      self.config = _memory_of_equal_bytes(config)
     self.dtype = jnp.dtype("float32" if jax.default_backend() == "cpu" and not width else "bfloat16")
     self.model = model = Transformer(self.config, dtype=self.dtype)
 

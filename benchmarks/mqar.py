@@ -174,7 +174,7 @@ def main() -> None:
       cells += [(main_teacher, m, tuning, tokens, seed) for tokens in budgets for m in _METHODS.value]
       # The other transformers show other sizes of state.
       cells += [(name, m, tuning, budgets[0], seed) for name in others for m in _METHODS.value]
-  report = study(Setting(), Path(_WORKDIR.value), stem, cells, _CPU_HOURS.value)
+  report = study(Setting(seed=_TEACHER_SEED.value), Path(_WORKDIR.value), stem, cells, _CPU_HOURS.value)
   if report["cells"]:
     plot(report, stem.with_suffix(".png"))
   for name in report["teachers"]:
@@ -185,7 +185,8 @@ def main() -> None:
 if __name__ == "__main__":
   _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the transformers.", required=True)
   _CPU_HOURS = flags.DEFINE_float("cpu_hours", 1e9, "Hours of CPU time, of all starts together, to stop at.")
-  _SEEDS = flags.DEFINE_integer("seeds", 3, "Number of seeds.", lower_bound=1)
+  _SEEDS = flags.DEFINE_integer("seeds", 3, "Number of seeds of the tuning.", lower_bound=1)
+  _TEACHER_SEED = flags.DEFINE_integer("teacher_seed", 0, "Seeds the transformers and the test.", lower_bound=0)
   _METHODS = flags.DEFINE_list("methods", list(METHODS), "Methods to run, of METHODS.")
   _TEACHERS = flags.DEFINE_list("teachers", list(TEACHERS), "Transformers, of TEACHERS; the main one first.")
   _BUDGETS = flags.DEFINE_list("budgets", list(map(str, BUDGETS)), "Numbers of tokens to tune with.")

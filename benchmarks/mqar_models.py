@@ -36,7 +36,7 @@ Batch = dict[str, np.ndarray]
 Model = tuple[Any, ModelConfig]  # parameters, one subtree per layer, and config
 TASK = Recall()
 PREVIOUS_BIAS = 7.5  # exp(-6) as much weight on the neighbours of the token before
-TEACHER_SEED, TUNING_SEED, TEST_SEED, CALIBRATION_SEED = range(4)
+TEACHER_SEED, TUNING_SEED, TEST_SEED, CALIBRATION_SEED = _SEEDS = range(4)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,6 +73,7 @@ class Setting:
     stages: the teacher's training; the last stage has the same `task` and `pairs`.
     short_stages: number of stages, from the first, whose rows the tuning `short_first` begins with.
     teacher_accuracy: accuracy that the teacher has to reach for every number of pairs.
+    seed: seeds the teacher's weights and rows, and the rows of the test.
   """
 
   task: Recall = TASK
@@ -88,6 +89,7 @@ class Setting:
   )
   short_stages: int = 2
   teacher_accuracy: float = 0.99
+  seed: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,6 +152,11 @@ def teacher_config(heads: int, head_dim: int, task: Recall) -> ModelConfig:
 def equal_window(config: ModelConfig, softmax: ModelConfig) -> int:
   """Returns the number of tokens whose keys and values, in bfloat16, take as many bytes as the state of `config`."""
   return state_bytes(config, 1) // state_bytes(softmax, 1)
+
+
+def _drawn(setting: Setting) -> tuple[int, ...]:
+  """Returns what a setting adds to the seeds of rows: nothing for its first seed, whose rows stay what they were."""
+  return (setting.seed,) if setting.seed else ()
 
 
 def batches(task: Recall, pairs: Sequence[int], rows: int, seed: Sequence[int]) -> Iterator[Batch]:
@@ -241,21 +248,22 @@ def accuracies(model: Model, setting: Setting, rows: int = 16) -> dict[str, floa
   params, config = model
   found = {}
   for number in setting.pairs:
-    test = batches(setting.task, [number], rows, (TEST_SEED, number))
+    test = batches(setting.task, [number], rows, (TEST_SEED, number, *_drawn(setting)))
     parts = itertools.islice(test, -(-setting.test_rows // rows))
     right = [float(_right(Transformer(config), params, batch)) for batch in parts]
     found[str(number)] = sum(right) / (len(right) * rows * number)
   return found
 
 
-def _first_parameters(config: ModelConfig) -> Any:
+def _first_parameters(config: ModelConfig, seed: int) -> Any:
   """Draws parameters whose first layer looks at the token before, and whose output projections are 0.
 
   Two layers find a pair in two steps: at a value, the first layer reads the key before; at a query, the second layer
   looks for the value behind that key. Training finds the second step in minutes only where the first is there already.
   Biases make it: with k = b and q = R(-1) b, RoPE turns q k to sum_i b_i^2 cos(theta_i (d - 1)) at distance d.
   """
-  drawn = Transformer(config).init(jax.random.key(TEACHER_SEED), least_tokens(), method="logits")["params"]
+  key = jax.random.key(len(_SEEDS) * seed + TEACHER_SEED)
+  drawn = Transformer(config).init(key, least_tokens(), method="logits")["params"]
   zeros = jax.tree_util.tree_map_with_path(
     lambda path, x: jnp.zeros_like(x) if path[-2].key in ("o_proj", "down_proj") else x, drawn
   )
@@ -278,12 +286,12 @@ def make_teacher(directory: Path, shape: tuple[int, int], setting: Setting) -> t
     ValueError: the teacher recalls less than `Setting.teacher_accuracy`.
   """
   config = teacher_config(*shape, setting.task)
-  params, facts = _first_parameters(config), {"steps": [], "tokens": 0, "cpu_seconds": 0.0}
+  params, facts = _first_parameters(config, setting.seed), {"steps": [], "tokens": 0, "cpu_seconds": 0.0}
   directory.mkdir(parents=True, exist_ok=True)
   for number, stage in enumerate(setting.stages):
     path, began = directory / f"stage_{number}", cpu_seconds()
     if not path.exists():
-      rows = batches(stage.task, stage.pairs, stage.rows, (TEACHER_SEED, number))
+      rows = batches(stage.task, stage.pairs, stage.rows, (TEACHER_SEED, number, *_drawn(setting)))
       label = f"Transformer of {shape[0]} heads, rows of {stage.task.length}"
       how: dict[str, Any] = {"enough": stage.enough, "label": label}
       params, losses = trained((params, config), stage.steps, rows, stage.rate, **how)
