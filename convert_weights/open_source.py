@@ -66,28 +66,22 @@ def open_source(
   return _with_checked_tokenizer(opened, opened.path if tokenizer is None else tokenizer)
 
 
-def open_tokenizer(source: str | os.PathLike[str]) -> tuple[Tokenizer, ModelConfig]:
-  """Opens the tokenizer of a Hugging Face model, and the config of the model; its weights are not needed.
+def open_tokenizer(source: str | os.PathLike[str]) -> tuple[dict[str, bytes], ModelConfig | None]:
+  """Returns the files of a Hugging Face model's tokenizer, and the config of the model; its weights are not needed.
 
   Args:
-    source: a directory, or `owner/name[@revision]` on the hub.
+    source: a directory, or `owner/name[@revision]` on the hub. Without a config.json the config is None.
 
   Raises:
     ConversionError: there is no such model, it cannot be converted, or it has no tokenizer that can be used.
   """
   path = local(source)
   directory = path if path.is_dir() else hub.download(str(source), weights=False)[0]
-  if not (directory / "config.json").is_file():
-    raise ConversionError(f"{source}: holds no config.json; give the directory, or the name on the hub, of a model.")
-  config = config_of(directory, read_json_object(directory / "config.json"))
   files = tokenizer_files(directory)
-  try:
-    tokenizer = Tokenizer.from_files(files, config)
-  except ValueError as error:
-    raise ConversionError(f"{source}: the tokenizer cannot be used: {error}") from error
-  if tokenizer is None:
+  if not any(name in files for name in ("tokenizer.json", "tokenizer.model")):
     raise ConversionError(f"{source}: holds no tokenizer: none of {', '.join(VOCABULARIES)}.")
-  return tokenizer, config
+  has_config = (directory / "config.json").is_file()
+  return files, config_of(directory, read_json_object(directory / "config.json")) if has_config else None
 
 
 def _open(source: str | os.PathLike[str], given: _Given) -> Source:

@@ -3,20 +3,48 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
+from typing import NamedTuple, cast
 
 from convert_weights.open_source import open_tokenizer
 from supra_jax.core.files import place
-from supra_jax.data.encoding import load_tokenizer
+from supra_jax.data.encoding import read_tokenizer
 from supra_jax.data.tokenizer import Tokenizer
 from supra_jax.model.config import ModelConfig
+from supra_jax.model.presets import tiny
 
 
-def any_tokenizer(source: str) -> tuple[Tokenizer, ModelConfig]:
-  """Returns a model's tokenizer and config, as `load_tokenizer` does, or else as `open_tokenizer`.
+class Opened(NamedTuple):
+  """A tokenizer.
+
+  Attributes:
+    tokenizer: the tokenizer.
+    vocab_size: number of rows of its model's embedding; of a tokenizer alone, the number of its ids.
+    files: what a model directory has of it: file name -> contents.
+  """
+
+  tokenizer: Tokenizer
+  vocab_size: int
+  files: Mapping[str, bytes]
+
+
+def any_tokenizer(source: str) -> Opened:
+  """Opens a tokenizer.
+
+  Args:
+    source: a model directory; a Hugging Face directory, or its name on the hub; or a directory with a tokenizer alone.
 
   Raises:
-    ValueError, OSError: as these two.
+    ValueError, OSError: as `read_tokenizer`, `open_tokenizer` and `Tokenizer.from_files`.
   """
   path = place(source) / "config.json"
   ours = path.is_file() and "model_type" not in json.loads(path.read_text())
-  return (load_tokenizer if ours else open_tokenizer)(source)
+  files, config = (read_tokenizer if ours else open_tokenizer)(source)
+  if config is not None:
+    return Opened(cast(Tokenizer, Tokenizer.from_files(files, config)), config.vocab_size, files)
+  tokenizer = cast(Tokenizer, Tokenizer.from_files(files, _any_vocabulary()))
+  return Opened(tokenizer, tokenizer.vocab_size, files)
+
+
+def _any_vocabulary() -> ModelConfig:
+  return tiny().replace(vocab_size=2**31 - 1, bos_token_id=None, eos_token_ids=())

@@ -34,12 +34,12 @@ _WORKERS = flags.DEFINE_integer("workers", None, "Worker processes; 0: none. Def
 
 
 def main() -> None:
-  tokenizer, config = any_tokenizer(_TOKENIZER.value)
+  found = any_tokenizer(_TOKENIZER.value)
   made = prepare(
     _INPUT.value,
-    tokenizer,
+    found.tokenizer,
     _OUTPUT.value,
-    vocab_size=config.vocab_size,
+    vocab_size=found.vocab_size,
     sequence_length=_LENGTH.value,
     text_key=_TEXT_KEY.value,
     messages_key=_MESSAGES_KEY.value,

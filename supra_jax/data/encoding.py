@@ -29,16 +29,16 @@ from supra_jax.model.config import ModelConfig
 SMALL_INPUT = 2**21
 
 
-def load_tokenizer(directory: str | os.PathLike[str]) -> tuple[Tokenizer, ModelConfig]:
-  """Loads the tokenizer and the config of a model.
+def read_tokenizer(directory: str | os.PathLike[str]) -> tuple[dict[str, bytes], ModelConfig]:
+  """Returns the files of a model's tokenizer, as `Tokenizer.from_files` takes them, and the model's config.
 
   Args:
     directory: a model directory, or a directory that holds only a model's config.json and tokenizer files; local or
       gs://.
 
   Raises:
-    ValueError: config.json is not that of a supra_jax model; the tokenizer files are missing, or `Tokenizer.from_files`
-      rejects them; or `core.files.place` rejects `directory`.
+    ValueError: config.json is not that of a supra_jax model; the tokenizer files are missing; or `core.files.place`
+      rejects `directory`.
     OSError: config.json is missing or cannot be read.
   """
   path = place(directory) / "config.json"
@@ -51,9 +51,9 @@ def load_tokenizer(directory: str | os.PathLike[str]) -> tuple[Tokenizer, ModelC
     ) from error
   found = (path for kind in ("tokenizer*", "chat_template.jinja") for path in place(directory).glob(kind))
   files = {path.name: path.read_bytes() for path in found if path.is_file()}
-  if (tokenizer := Tokenizer.from_files(files, config)) is None:
+  if not any(name in files for name in ("tokenizer.json", "tokenizer.model")):
     raise ValueError(f"{directory} has neither a tokenizer.json nor a tokenizer.model.")
-  return tokenizer, config
+  return files, config
 
 
 class Encoded(NamedTuple):

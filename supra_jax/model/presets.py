@@ -112,6 +112,22 @@ def qwen3_0_6b(mixer: str | MixerConfig = "softmax") -> ModelConfig:
   )
 
 
+def two_cores(mixer: str | MixerConfig = "softmax") -> ModelConfig:
+  """Returns the config of a model of at most 3 million parameters, for a tokenizer of 4,096: it trains on two cores."""
+  return ModelConfig(
+    vocab_size=4096,
+    hidden_size=192,
+    intermediate_size=512,
+    num_heads=3,
+    num_kv_heads=3,
+    head_dim=64,
+    layers=(layer(mixer),) * 4,
+    tie_embeddings=True,
+    max_positions=512,
+    eos_token_ids=(0,),
+  )
+
+
 def tiny(mixer: str | MixerConfig = "supra") -> ModelConfig:
   """Returns the config of a model of two small layers, for tests and dry runs: grouped heads, no power of two."""
   return ModelConfig(
@@ -129,5 +145,5 @@ def tiny(mixer: str | MixerConfig = "supra") -> ModelConfig:
 
 PRESETS: dict[str, Callable[[str | MixerConfig], ModelConfig]] = {
   preset.__name__: preset
-  for preset in (smollm2_135m, mistral_7b, llama2_7b, open_lm_1b, llama_3_2_1b, qwen3_0_6b, tiny)
+  for preset in (smollm2_135m, mistral_7b, llama2_7b, open_lm_1b, llama_3_2_1b, qwen3_0_6b, two_cores, tiny)
 }

@@ -98,4 +98,4 @@ def test_a_tokenizer_of_another_kind_of_model(tmp_path):
   with pytest.raises(
     ValueError, match=r"config\.json is not the config of a supra_jax model\. Convert .*hf_to_orbax --source"
   ):
-    encoding.load_tokenizer(tmp_path)
+    encoding.read_tokenizer(tmp_path)
