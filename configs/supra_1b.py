@@ -1,18 +1,8 @@
 """Trains a SUPRA model of 1B parameters from scratch on 100 billion tokens: OpenLM's 1B, the paper's other size.
 
-First make a model directory with random parameters in Python, with GPT-NeoX's tokenizer.json:
+First draw a model with random parameters, as OpenLM does, for GPT-NeoX's tokenizer:
 
-    import jax, jax.numpy as jnp
-    from supra_jax.model import presets
-    from supra_jax.storage import model_directory as checkpoint
-    from supra_jax.model import transformer
-    model = presets.open_lm_1b("supra")
-    init = transformer.Transformer(model).init
-    params = init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32), method="logits")["params"]
-    made = {"config": model, "params": params, "source": {"seed": 0}}
-    files = {"tokenizer.json": open("tokenizer.json", "rb").read()}
-    checkpoint.save_model("models/supra_1b_random", tokenizer_files=files, **made)
-
+    python -m supra_jax.bin.init --preset=open_lm_1b --tokenizer=EleutherAI/gpt-neox-20b --output=models/supra_1b_random
     python -m supra_jax.bin.prepare_data --input='refinedweb/*.parquet' --text_key=content \\
       --tokenizer=models/supra_1b_random --heldout_every=10000 --output=data/refinedweb_neox
     python -m supra_jax.bin.train --config=configs/supra_1b.py --workdir=runs/supra_1b

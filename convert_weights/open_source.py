@@ -70,7 +70,8 @@ def open_tokenizer(source: str | os.PathLike[str]) -> tuple[dict[str, bytes], Mo
   """Returns the files of a Hugging Face model's tokenizer, and the config of the model; its weights are not needed.
 
   Args:
-    source: a directory, or `owner/name[@revision]` on the hub. Without a config.json the config is None.
+    source: a directory, or `owner/name[@revision]` on the hub. The config is None if there is no config.json, or one of
+      a model that cannot be converted: its tokenizer may serve another.
 
   Raises:
     ConversionError: there is no such model, it cannot be converted, or it has no tokenizer that can be used.
@@ -80,8 +81,10 @@ def open_tokenizer(source: str | os.PathLike[str]) -> tuple[dict[str, bytes], Mo
   files = tokenizer_files(directory)
   if not any(name in files for name in ("tokenizer.json", "tokenizer.model")):
     raise ConversionError(f"{source}: holds no tokenizer: none of {', '.join(VOCABULARIES)}.")
-  has_config = (directory / "config.json").is_file()
-  return files, config_of(directory, read_json_object(directory / "config.json")) if has_config else None
+  try:
+    return files, config_of(directory, read_json_object(directory / "config.json"))
+  except (ConversionError, OSError):
+    return files, None
 
 
 def _open(source: str | os.PathLike[str], given: _Given) -> Source:

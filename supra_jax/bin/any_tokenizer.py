@@ -10,7 +10,6 @@ from convert_weights.open_source import open_tokenizer
 from supra_jax.core.files import place
 from supra_jax.data.encoding import read_tokenizer
 from supra_jax.data.tokenizer import Tokenizer
-from supra_jax.model.config import ModelConfig
 from supra_jax.model.presets import tiny
 
 
@@ -42,9 +41,9 @@ def any_tokenizer(source: str) -> Opened:
   files, config = (read_tokenizer if ours else open_tokenizer)(source)
   if config is not None:
     return Opened(cast(Tokenizer, Tokenizer.from_files(files, config)), config.vocab_size, files)
-  tokenizer = cast(Tokenizer, Tokenizer.from_files(files, _any_vocabulary()))
+  eos = json.loads(files.get("generation_config.json", b"{}")).get("eos_token_id")
+  ends = tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,)
+  # Of this config only the ids are read, and the number of rows, which is that of no model yet.
+  any_model = tiny().replace(vocab_size=2**31 - 1, bos_token_id=None, eos_token_ids=ends)
+  tokenizer = cast(Tokenizer, Tokenizer.from_files(files, any_model))
   return Opened(tokenizer, tokenizer.vocab_size, files)
-
-
-def _any_vocabulary() -> ModelConfig:
-  return tiny().replace(vocab_size=2**31 - 1, bos_token_id=None, eos_token_ids=())
