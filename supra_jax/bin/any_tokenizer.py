@@ -37,7 +37,12 @@ def any_tokenizer(source: str) -> Opened:
     ValueError, OSError: as `read_tokenizer`, `open_tokenizer` and `Tokenizer.from_files`.
   """
   path = place(source) / "config.json"
-  ours = path.is_file() and "model_type" not in json.loads(path.read_text())
+  if place(source).is_file():
+    raise ValueError(f"{source} is a file: wanted the directory that it is in.")
+  try:
+    ours = path.is_file() and "model_type" not in json.loads(path.read_text())
+  except ValueError as error:
+    raise ValueError(f"{path} is not JSON: {error}") from error
   files, config = (read_tokenizer if ours else open_tokenizer)(source)
   if config is not None:
     return Opened(cast(Tokenizer, Tokenizer.from_files(files, config)), config.vocab_size, files)

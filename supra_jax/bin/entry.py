@@ -9,7 +9,7 @@ from absl import app, flags
 
 from supra_jax.bin.options import find_base, parse, unknown_option
 from supra_jax.bin.quiet import silence
-from supra_jax.core.preemption import CTRL_C, STATUSES, Preempted
+from supra_jax.core.preemption import CTRL_C, STATUSES, Preempted, as_python_does
 from supra_jax.core.programs import keep_programs
 
 DTYPES = ("float32", "bfloat16", "float16")  # dtypes that a model can run in
@@ -19,9 +19,8 @@ _CLIENTS = ("aiohttp", "gcsfs", "google")  # packages that access buckets: their
 def run(main: Callable[[], None]) -> None:
   """Parses the flags and calls `main`.
 
-  Bad overrides of a recipe, bad input (ValueError, OSError or NotImplementedError from `main`) and network errors of
-  the bucket clients end the program with one line on stderr and exit status 1, Ctrl-C with 130, flags that do not exist
-  as absl does. A run that a signal or the time ended says so. Any other exception is a defect and keeps its traceback.
+  Bad overrides of a recipe, bad input (ValueError, OSError or NotImplementedError from `main`) and network errors end
+  the program with one line on stderr and status 1, Ctrl-C with 130. A run that a signal or the time ended says so.
   """
 
   def absl_main(argv: list[str]) -> None:
@@ -30,6 +29,7 @@ def run(main: Callable[[], None]) -> None:
     if not flags.FLAGS["verbosity"].present:
       silence()
     keep_programs()
+    as_python_does()
     try:
       main()
     except (ValueError, OSError, NotImplementedError) as error:

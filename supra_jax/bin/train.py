@@ -14,7 +14,7 @@ from ml_collections import config_flags
 from supra_jax.bin.entry import run
 from supra_jax.bin.implementation import with_implementation
 from supra_jax.bin.recipe_help import describe
-from supra_jax.core.preemption import Preempted
+from supra_jax.core.preemption import SAVING_SECONDS, Preempted, at_once
 from supra_jax.training.loop import TrainConfig, train
 
 _BEGAN = time.monotonic()
@@ -22,9 +22,8 @@ _CONFIG = config_flags.DEFINE_config_file("config", None, "Recipe of the run, as
 describe(_CONFIG, TrainConfig)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run, local or gs://; a run resumes.", required=True)
 _EXTEND = flags.DEFINE_bool("extend", False, "Go on with a run that had fewer steps, to the recipe's num_steps.")
-_SAVE_BEFORE = flags.DEFINE_float(
-  "save_before", None, "Save and end, to be gone on with, so that all is done SECONDS after the start.", lower_bound=0
-)
+_BEFORE = "Save and end in time, SECONDS after the start, for which two steps and a minute are left; then status 75."
+_SAVE_BEFORE = flags.DEFINE_integer("save_before", None, _BEFORE, lower_bound=int(SAVING_SECONDS) + 1)
 _PROFILE_STEPS = flags.DEFINE_integer("profile_steps", 0, "Steps to trace into WORKDIR/profile.", lower_bound=0)
 _DISTRIBUTED = flags.DEFINE_bool("distributed", False, "Run as one of several processes (jax.distributed.initialize).")
 _COORDINATOR = flags.DEFINE_string("coordinator_address", None, "With --distributed: HOST:PORT of process 0.")
@@ -34,6 +33,7 @@ flags.mark_flag_as_required("config")
 
 
 def main() -> None:
+  at_once()
   config = TrainConfig.from_mapping(_CONFIG.value.to_dict())
   if _DISTRIBUTED.value:
     try:

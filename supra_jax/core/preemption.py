@@ -31,6 +31,21 @@ class Preempted(Exception):
     self.by = by
 
 
+def at_once() -> None:
+  """Lets Ctrl-C end the process at once, as before the first step, when there is nothing to save yet.
+
+  Python would raise KeyboardInterrupt, which is lost if it comes within a callback, and end the program with a
+  traceback if it comes within an import.
+  """
+  if threading.current_thread() is threading.main_thread():
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def as_python_does() -> None:
+  """Lets Ctrl-C raise KeyboardInterrupt."""
+  signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 class Steps:
   """The time that steps take."""
 

@@ -122,15 +122,15 @@ class Encoder:
   def _conversations(
     self, piece: Piece, bad: list[str], notes: dict[str, None]
   ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    for where, messages in parse_messages(piece, self.key, bad if self.skip_bad else None):
+    for where, talk in parse_messages(piece, self.key, bad if self.skip_bad else None):
       try:
-        made = encode_conversation(cast(Tokenizer, self.tokenizer), messages)
+        made = encode_conversation(cast(Tokenizer, self.tokenizer), talk)
       except ValueError as error:
         if isinstance(error, TemplateUnfit) or not self.skip_bad:
           raise type(error)(f"{where}: {error}") from error
         bad.append(f"{where}: {error}")
       else:
-        notes |= {made.note: None} if made.note else {}
+        notes |= dict.fromkeys(made.notes)
         yield self._checked(made.ids, where), made.learned
 
   def _checked(self, ids: list[int], where: str) -> np.ndarray:

@@ -221,7 +221,8 @@ def _open(sources: Sequence[Source]) -> list[PackedDataset]:
     if other[name] != first[name]
   ]
   if differ:
-    raise ValueError(f"Sources do not fit each other: {'; '.join(differ)}.")
+    apart = " Pack text beside conversations with --documents=separate." if "documents" in " ".join(differ) else ""
+    raise ValueError(f"Sources do not fit each other: {'; '.join(differ)}.{apart}")
   return datasets
 
 

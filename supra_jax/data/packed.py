@@ -74,7 +74,7 @@ class PackedInfo:
   Attributes:
     sequence_length: T; a row has T + 1 tokens, the last of which is the first of the next row.
     rows, tokens: number of rows, and rows * T, the number of positions with a next token to predict.
-    dropped_tokens: number of tokens at the end of the text that did not fill a row.
+    dropped_tokens: number of tokens at the end of the text that did not fill a row, and in rows without an answer.
     documents: number of documents that have at least one token.
     join: how documents share a row, see `Documents`.
     bos: whether each document starts with the tokenizer's begin-of-text id.

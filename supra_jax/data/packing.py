@@ -35,7 +35,7 @@ from supra_jax.core.plain_json import to_json
 from supra_jax.data.encoding import Encoder, encode_in_order, packing_progress, pieces_from, worker_count
 from supra_jax.data.packed import META_FILE, Documents, PackedInfo, TextEncoder, load_info, tokenizer_fingerprint
 from supra_jax.data.packing_job import JOURNAL_FILE, NOTHING_BAD, SOURCE_FILE, Job, column_of, differences
-from supra_jax.data.text import find_files
+from supra_jax.data.text import directories_of, find_files
 
 SHARD_BYTES = 2**26
 
@@ -51,6 +51,7 @@ class Prepared:
     bad: number of lines and rows that were skipped because they hold no text.
     bad_first: error messages of the first few skipped lines and rows.
     notes: what a user should know of the conversations.
+    files: number of files that were read.
   """
 
   train: PackedInfo
@@ -59,6 +60,7 @@ class Prepared:
   bad: int = 0
   bad_first: tuple[str, ...] = ()
   notes: tuple[str, ...] = ()
+  files: int = 0
 
   def lines(self, output: str) -> list[str]:
     """Returns what to tell a user of it; `output` is the directory's name."""
@@ -74,7 +76,8 @@ class Prepared:
       more = f"; and {self.bad - len(self.bad_first):,} more" if self.bad > len(self.bad_first) else ""
       said.append(f"{self.bad:,} skipped, which cannot be packed: {'; '.join(self.bad_first)}{more}")
     speed = self.tokens_per_second
-    return [*said, *self.notes, "All was packed before." if speed is None else f"{speed:,.0f} tokens/s."]
+    read = f"{self.files:,} file{'s' * (self.files != 1)} read, {speed:,.0f} tokens/s." if speed is not None else ""
+    return [*said, *self.notes, read or "All was packed before."]
 
 
 def prepare(
@@ -157,6 +160,8 @@ def prepare(
     "tokenizer_sha256": tokenizer_fingerprint(tokenizer),
     "shard_bytes": shard_bytes,
   }
+  if bos and messages_key:
+    raise ValueError("bos=True: conversations begin as the chat template says; leave it out.")
   if messages_key:
     template = getattr(tokenizer, "template", None)
     if template is None:
@@ -167,6 +172,9 @@ def prepare(
     source = hashlib.sha256(template.source.encode()).hexdigest()
     arguments |= {"messages_key": messages_key, "chat_template_sha256": source}
   directory = absolute(output)
+  for given in directories_of(input):
+    if Path(given).absolute() in (directory, *directory.parents):
+      raise ValueError(f"output={output} lies within the input {given}, and would be read as text: choose another.")
   if isinstance(directory, Path):
     return _pack(directory, tokenizer, arguments, skip_bad, workers)
   if occupied(directory):
@@ -202,7 +210,7 @@ def _pack(
     return _already_there(output, arguments)
 
   key, messages = column_of(arguments)
-  files = find_files(arguments["input"])
+  files = find_files(arguments["input"], messages=messages)
   with locked(partial):
     job = Job(partial, arguments, files)
     encode = Encoder(tokenizer, key, messages, arguments["bos"], arguments["vocab_size"], job.dtype, skip_bad)
@@ -220,7 +228,7 @@ def _pack(
   (output / JOURNAL_FILE).unlink(missing_ok=True)
   speed = tokens / progress.elapsed
   bad = job.bad["count"], tuple(job.bad["first"])
-  return Prepared(infos["train"], infos.get("heldout"), speed, *bad, tuple(job.notes))
+  return Prepared(infos["train"], infos.get("heldout"), speed, *bad, tuple(job.notes), len(files))
 
 
 def _already_there(output: AnyPath, arguments: Mapping[str, Any]) -> Prepared:
@@ -230,7 +238,8 @@ def _already_there(output: AnyPath, arguments: Mapping[str, Any]) -> Prepared:
   differ = differences(made["arguments"], arguments)
   # Compares sizes only: the files may have been deleted, or copied and so changed their times.
   with contextlib.suppress(FileNotFoundError):
-    now = {file.path: file.size for file in find_files(arguments["input"])}
+    found = find_files(arguments["input"], messages="messages_key" in arguments)
+    now = {file.path: file.size for file in found}
     differ += differences({path: size for path, size, _ in made["files"]}, now)
   if differ:
     raise ValueError(

@@ -131,7 +131,8 @@ class Job:
     arrays: dict[str, np.ndarray] = {}
     for name, part in self._parts.items():
       shards = [dataclasses.asdict(shard) for shard in part.shards]
-      state[name] = {"documents": part.documents, "shards": shards, "learned": part.learned}
+      counts = {"documents": part.documents, "learned": part.learned, "passed_over": part.passed_over}
+      state[name] = {"shards": shards, **counts}
       arrays |= {f"{name}_{field}": array for field, array in part.pending._asdict().items()}
     arrays["state"] = np.array(to_json(state))
     with into_place(self._partial / JOURNAL_FILE) as temporary, open(temporary, "wb") as file:
@@ -163,7 +164,8 @@ class Job:
       ids, starts = arrays[f"{name}_ids"], arrays[f"{name}_starts"]
       # Older journals, of text, do not say what is learned: all.
       pending = Pending(ids, starts, arrays.get(f"{name}_learned", np.ones(len(ids), bool)))
-      part.restore(state[name]["documents"], shards, state[name].get("learned", 0), pending)
+      counts = {count: state[name].get(count, 0) for count in ("documents", "learned", "passed_over")}
+      part.restore(shards, pending, **counts)
     return True
 
   def _begins_alike(self, files: Sequence[Sequence[Any]], at: Place) -> bool:

@@ -36,6 +36,7 @@ class RowsWriter:
     documents: number of documents added so far.
     shards: the files written so far.
     learned: number of positions in them whose next token a model is to learn.
+    passed_over: number of tokens in rows that are not written, since nothing in them is to be learned.
   """
 
   def __init__(
@@ -59,13 +60,13 @@ class RowsWriter:
       shard_bytes: approximate size of a file of rows in bytes, before compression.
     """
     self._directory, self._length, self._how, self._dtype = directory, sequence_length, documents, dtype
-    self._leaves = leaves_of(documents, masked=masked)
+    self._leaves, self._masked = leaves_of(documents, masked=masked), masked
     record = len(self._leaves) * (sequence_length + 1) * np.dtype(dtype).itemsize
     self._rows_per_shard = max(1, shard_bytes // record)
     self.documents = 0
     self.shards: list[Shard] = []
     self._pieces = [Pending(np.zeros(0, dtype), np.zeros(0, bool), np.zeros(0, bool))]
-    self._size = self.learned = 0
+    self._size = self.learned = self.passed_over = 0
 
   @property
   def pending(self) -> Pending:
@@ -88,9 +89,11 @@ class RowsWriter:
     self._append(Pending(ids, starts, learned))
     self.documents += len(lengths)
 
-  def restore(self, documents: int, shards: Sequence[Shard], learned: int, pending: Pending) -> None:
+  def restore(
+    self, shards: Sequence[Shard], pending: Pending, *, documents: int, learned: int, passed_over: int
+  ) -> None:
     """Continues where another writer stopped; the arguments are that writer's attributes."""
-    self.documents, self.shards, self.learned = documents, list(shards), learned
+    self.documents, self.shards, self.learned, self.passed_over = documents, list(shards), learned, passed_over
     self._append(pending)
 
   def write_full(self) -> bool:
@@ -107,7 +110,7 @@ class RowsWriter:
   def finish(self, *, bos: bool, vocab_size: int, tokenizer_sha256: str) -> PackedInfo:
     """Writes the remaining rows and meta.json, and returns the contents of meta.json.
 
-    Drops the tokens at the end that do not fill a row.
+    Drops the tokens at the end that do not fill a row. Rows in which nothing is to be learned are dropped too.
 
     Args:
       bos: whether each document starts with the begin-of-text id.
@@ -121,6 +124,8 @@ class RowsWriter:
     self.write_full()
     if self._full_rows:
       self._write(self._full_rows)
+    if not self.shards and self.passed_over:
+      raise ValueError(f"in no row of the {self.documents} documents is anything to learn.")
     if not self.shards:
       raise ValueError(
         f"{self.documents} documents gave {self._size} tokens, too few for one row of {self._length + 1}."
@@ -130,7 +135,7 @@ class RowsWriter:
       sequence_length=self._length,
       rows=rows,
       tokens=rows * self._length,
-      dropped_tokens=self._size - 1,
+      dropped_tokens=self._size - 1 + self.passed_over,
       documents=self.documents,
       join=self._how,
       bos=bos,
@@ -138,7 +143,7 @@ class RowsWriter:
       dtype=self._dtype,
       tokenizer_sha256=tokenizer_sha256,
       shards=tuple(self.shards),
-      learned_tokens=self.learned if "target_weights" in self._leaves else None,
+      learned_tokens=self.learned if self._masked else None,
     )
     with into_place(self._directory / META_FILE) as temporary:
       temporary.write_text(to_json(dataclasses.asdict(info), indent=2) + "\n")
@@ -155,27 +160,33 @@ class RowsWriter:
   def _write(self, rows: int) -> None:
     ids, starts, learned = self.pending
     file = self._directory / f"rows-{len(self.shards):05}.array_record"
-    try:
-      with into_place(file) as temporary:
-        writer = array_record_module.ArrayRecordWriter(str(temporary), "group_size:1")
-        for first in range(0, rows * self._length, self._length):
-          row = slice(first, first + self._length + 1)
-          said = {
-            "tokens": ids[row],
-            "segment_ids": np.cumsum(starts[row]) - starts[first] + 1,
-            "target_weights": learned[row],
-          }
-          writer.write(np.stack([said[name].astype(self._dtype) for name in self._leaves]).tobytes())
-          self.learned += _count_learned(said["segment_ids"], learned[row], self._how)
-        writer.close()
-    except RuntimeError as error:
-      raise OSError(f"{file} cannot be written: {error}") from error
-    self.shards.append(Shard(file.name, rows, file.stat().st_size, sha256_of(file)))
     done = rows * self._length
+    kept: list[np.ndarray] = []
+    for first in range(0, done, self._length):
+      row = slice(first, first + self._length + 1)
+      targets = self._targets(starts[row], learned[row])
+      self.learned += targets
+      if self._masked and not targets:
+        self.passed_over += self._length
+        continue
+      said = {
+        "tokens": ids[row],
+        "segment_ids": np.cumsum(starts[row]) - starts[first] + 1,
+        "target_weights": learned[row],
+      }
+      kept.append(np.stack([said[name].astype(self._dtype) for name in self._leaves]))
+    if kept:
+      try:
+        with into_place(file) as temporary:
+          writer = array_record_module.ArrayRecordWriter(str(temporary), "group_size:1")
+          for record in kept:
+            writer.write(record.tobytes())
+          writer.close()
+      except RuntimeError as error:
+        raise OSError(f"{file} cannot be written: {error}") from error
+      self.shards.append(Shard(file.name, len(kept), file.stat().st_size, sha256_of(file)))
     self._pieces, self._size = [Pending(ids[done:], starts[done:], learned[done:])], self._size - done
 
-
-def _count_learned(segments: np.ndarray, learned: np.ndarray, documents: Documents) -> int:
-  """Returns how many tokens of a row are targets: those to be learned, but the first of a document that is apart."""
-  follows = segments[1:] == segments[:-1] if documents == "separate" else np.ones(len(learned) - 1, bool)
-  return int((learned[1:] & follows).sum())
+  def _targets(self, starts: np.ndarray, learned: np.ndarray) -> int:
+    """Returns how many tokens of a row are to be learned, but for the first, and for those that begin a text apart."""
+    return int((learned[1:] & ~(starts[1:] & (self._how == "separate"))).sum())

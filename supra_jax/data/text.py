@@ -15,8 +15,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 from supra_jax.core.files import local
-from supra_jax.data.chat_template import Message
-from supra_jax.data.conversations import messages_of
+from supra_jax.data.conversations import Talk, messages_of
 from supra_jax.data.text_formats import (
   ENDINGS,
   JSON_ENDINGS,
@@ -31,7 +30,9 @@ from supra_jax.data.text_formats import (
 _Document = TypeVar("_Document")
 
 # Files of a directory that describe the others.
-_ABOUT = re.compile(r"(readme|licen[cs]e|notice|changelog|contributing)\b.*", re.IGNORECASE)
+_ABOUT = re.compile(
+  r"(readme|licen[cs]e|notice|changelog|contributing|dataset_infos?|dataset_dict|state)(\.\w+)?", re.IGNORECASE
+)
 PIECE_BYTES = 2**18
 
 
@@ -68,7 +69,7 @@ class Piece:
   bytes_read: int
 
 
-def find_files(pattern: str) -> list[InputFile]:
+def find_files(pattern: str, *, messages: bool = False) -> list[InputFile]:
   """Returns the files that match a pattern, sorted by path.
 
   Args:
@@ -77,34 +78,51 @@ def find_files(pattern: str) -> list[InputFile]:
       columns) and .parquet files (a document per row); or a directory, of which all such files are taken but hidden
       ones and those that describe the others, such as README.md; or several of these, with commas between; or
       `pydoc:topics`, the standard library's `pydoc_data.topics` (a document per topic; PSF licence).
+    messages: whether documents are conversations: files of a directory that cannot hold any are left out.
 
   Raises:
     FileNotFoundError: nothing matches.
-    ValueError: a file has another ending, or the pattern is a URL.
+    ValueError: a file has another ending, or the pattern is empty, between commas too, or is a URL.
   """
-  if pattern == PYDOC_TOPICS:
-    return [InputFile(PYDOC_TOPICS, sum(map(len, topics())), 0)]
-  whole = str(local(pattern))
-  parts = [whole] if "," not in whole or glob.glob(whole) else [str(local(part.strip())) for part in pattern.split(",")]
-  paths = sorted({path for part in parts for path in _matching(part)})
+  parts = [pattern] if "," not in pattern or glob.glob(str(local(pattern))) else pattern.split(",")
+  if "" in map(str.strip, parts):
+    raise ValueError(f"{pattern!r} names no files{', or has a comma too many' if ',' in pattern else ''}.")
+  endings = (*JSON_ENDINGS, ".parquet") if messages else ENDINGS
+  paths = sorted({path for part in parts for path in _matching(part.strip() if len(parts) > 1 else part, endings)})
   for path in paths:
-    if not path.endswith(ENDINGS):
+    if path != PYDOC_TOPICS and not path.endswith(ENDINGS):
       raise ValueError(f"{path}: wanted a name that ends in {', '.join(ENDINGS)}.")
-  stats = [os.stat(path) for path in paths]
-  return [InputFile(path, stat.st_size, stat.st_mtime_ns) for path, stat in zip(paths, stats, strict=True)]
+  return [_described(path) for path in paths]
 
 
-def _matching(pattern: str) -> list[str]:
-  """Returns the files that one glob or directory names."""
+def _described(path: str) -> InputFile:
+  if path == PYDOC_TOPICS:
+    return InputFile(path, sum(map(len, topics())), 0)
+  stat = os.stat(path)
+  return InputFile(path, stat.st_size, stat.st_mtime_ns)
+
+
+def directories_of(pattern: str) -> list[str]:
+  """Returns those parts of a pattern, as `find_files` takes it, that are directories."""
+  return [part.strip() for part in [pattern, *pattern.split(",")] if part.strip() and os.path.isdir(part.strip())]
+
+
+def _matching(pattern: str, endings: tuple[str, ...]) -> list[str]:
+  """Returns the files that one file, glob or directory names; of a directory those with the given endings."""
+  if pattern == PYDOC_TOPICS:
+    return [pattern]
+  pattern = str(local(pattern))
+  if os.path.isfile(pattern):
+    return [pattern]
   if os.path.isdir(pattern):
     found = glob.glob(os.path.join(glob.escape(pattern), "**"), recursive=True)
-    found = [path for path in found if path.endswith(ENDINGS) and not _ABOUT.fullmatch(os.path.basename(path))]
+    found = [path for path in found if path.endswith(endings) and not _ABOUT.fullmatch(os.path.basename(path))]
   else:
     found = glob.glob(pattern, recursive=True)
   if files := [path for path in found if os.path.isfile(path)]:
     return files
   raise FileNotFoundError(
-    f"{pattern} has no files that end in {', '.join(ENDINGS)}."
+    f"{pattern} has no files that end in {', '.join(endings)}."
     if os.path.isdir(pattern)
     else f"No file matches {pattern!r}."
   )
@@ -153,23 +171,29 @@ def parse(piece: Piece, text_key: str = "text", bad: list[str] | None = None) ->
   return _parsed(piece, bad, lambda item, where: (_json_text if is_json else _plain_text)(item, text_key, where))
 
 
-def parse_messages(piece: Piece, key: str, bad: list[str] | None = None) -> Iterator[tuple[str, list[Message]]]:
-  """Yields (location, messages) of each conversation of a piece, as `parse` yields texts.
+def parse_messages(piece: Piece, key: str, bad: list[str] | None = None) -> Iterator[tuple[str, Talk]]:
+  """Yields (location, conversation) of each conversation of a piece, as `parse` yields texts.
+
+  Of a JSON record `tools` are taken too.
 
   Raises:
     ValueError: `conversations.messages_of` refuses an item, and `bad` is None; the message names file and line or row.
   """
 
-  def messages(item: bytes | None, where: str) -> list[Message]:
+  def talk(item: bytes | None, where: str) -> Talk:
     if item is None:
       raise ValueError(f"{where}: null under {key!r}.")
-    value = loaded(item, where)
+    record = loaded(item, where)
+    record = {key: record} if piece.path.endswith(".parquet") else record
+    if not isinstance(record, dict) or key not in record:
+      held = f"its keys are {', '.join(record) or 'none'}" if isinstance(record, dict) else "it is no object"
+      raise ValueError(f"{where}: nothing under {key!r}; {held}.")
     try:
-      return messages_of(value if piece.path.endswith(".parquet") else _under(value, key))
+      return Talk(messages_of(record[key]), record.get("tools") or None)
     except ValueError as error:
       raise ValueError(f"{where}: no conversation under {key!r}: {error}.") from error
 
-  return _parsed(piece, bad, messages)
+  return _parsed(piece, bad, talk)
 
 
 def _parsed(
@@ -230,7 +254,7 @@ def documents_in_turns(pattern: str, text_key: str = "text") -> Iterator[str]:
 
 def _plain_text(item: bytes | None, text_key: str, where: str) -> str:
   if item is None:
-    raise ValueError(f"{where}: null under {text_key!r}.")
+    raise ValueError(f"{where}: null under {text_key!r}, or another number of fields than the header has.")
   try:
     return item.decode("utf-8")
   except UnicodeDecodeError as error:

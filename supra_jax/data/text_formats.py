@@ -93,27 +93,29 @@ def _lines(path: str) -> Iterator[tuple[bytes, int]]:
 
 def _json_rows(path: str) -> Iterator[tuple[bytes, int]]:
   contents = Path(path).read_bytes()
-  records = loaded(contents, path)
+  try:
+    records = loaded(contents, path)
+  except ValueError as error:
+    raise ValueError(f"{error} The name of JSON lines ends in .jsonl.") from error
   if not isinstance(records, list):
-    raise ValueError(f"{path}: wanted an array of records, [{{...}}, ...]; JSON lines end in .jsonl.")
+    raise ValueError(f"{path}: wanted an array of records, [{{...}}, ...]; the name of JSON lines ends in .jsonl.")
   for number, record in enumerate(records, start=1):
     yield to_json(record).encode(), len(contents) * number // len(records)
 
 
-def _csv_rows(path: str, text_key: str) -> Iterator[tuple[bytes, int]]:
-  try:
-    with open(path, "rb") as file:
-      rows = csv.reader(io.TextIOWrapper(file, "utf-8-sig", newline=""), strict=True)
+def _csv_rows(path: str, text_key: str) -> Iterator[tuple[bytes | None, int]]:
+  with open(path, "rb") as file:
+    rows = csv.reader(io.TextIOWrapper(file, "utf-8-sig", newline=""), strict=True)
+    try:
       names = next(rows, [])
       if names.count(text_key) != 1:
         raise ValueError(f"wanted one column {text_key!r}; its columns are {', '.join(names) or 'none'}")
       column = names.index(text_key)
-      for number, row in enumerate(row for row in rows if row):
-        if len(row) != len(names):
-          raise ValueError(f"row {number} has {len(row)} fields, and there are {len(names)} columns")
-        yield row[column].encode(), file.tell()
-  except (ValueError, csv.Error) as error:
-    raise ValueError(f"{path}: {error}.") from error
+      for row in rows:
+        if row:  # a blank line is none
+          yield row[column].encode() if len(row) == len(names) else None, file.tell()
+    except (ValueError, csv.Error) as error:
+      raise ValueError(f"{path}: {error}; its first {rows.line_num} lines were read.") from error
 
 
 def _decompress_zstd(file: IO[bytes]) -> Iterator[bytes]:
@@ -146,7 +148,8 @@ def _parquet_rows(path: str, text_key: str, skip: int, messages: bool) -> Iterat
         if pyarrow.types.is_dictionary(column.type):
           column = column.dictionary_decode()
         if messages:
-          items = [None if value is None else to_json(value).encode() for value in column.to_pylist()]
+          values = column.to_pylist()
+          items = [v.encode() if isinstance(v, str) else None if v is None else to_json(v).encode() for v in values]
         else:
           # As bytes, so that `parse` finds invalid UTF-8 and can name its row.
           items = column.cast(pyarrow.large_binary()).to_pylist()
@@ -165,7 +168,7 @@ def _check_column(schema: Any, text_key: str, path: str, messages: bool) -> None
     raise ValueError(f"{path}: wanted one column {text_key!r}; its columns are {', '.join(schema.names)}.")
   kind = schema.field(text_key).type
   if messages:
-    if not (types.is_list(kind) or types.is_large_list(kind)):
+    if not (types.is_list(kind) or types.is_large_list(kind) or types.is_string(kind) or types.is_large_string(kind)):
       raise ValueError(f"{path}: the column {text_key!r} holds {kind}, not lists of messages.")
     return
   text = kind.value_type if types.is_dictionary(kind) else kind

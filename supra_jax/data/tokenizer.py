@@ -151,17 +151,26 @@ class Tokenizer:
     return self._encode(text, bos, continues)
 
   def encode_chat(self, messages: Sequence[Message], *, reply: bool = True) -> list[int]:
-    """Encodes a conversation, rendered by the checkpoint's chat template, to ids.
+    """Encodes a conversation, rendered by the checkpoint's chat template, to ids; for the arguments see `render_chat`.
+
+    Raises:
+      ValueError: there is no chat template, or it refuses the messages; or as `encode`.
+    """
+    return self.encode_rendered(self.render_chat(messages, reply=reply))
+
+  def render_chat(self, messages: Sequence[Message], *, reply: bool = True, **variables: Any) -> str:
+    """Returns the text of a conversation, for `encode_rendered`.
 
     Special tokens are those of the template alone: one that is spelled out in a message stays text, so that nobody ends
     a turn, or begins another's, by writing so.
 
     Args:
       messages: each {"role": "system" | "user" | "assistant" | ..., "content": text}.
-      reply: whether the ids end with what begins an answer.
+      reply: whether the text ends with what begins an answer.
+      **variables: further variables of the template.
 
     Raises:
-      ValueError: there is no chat template, or it refuses the messages; or as `encode`.
+      ValueError: there is no chat template, or it refuses the messages.
     """
     if self.template is None:
       raise ValueError("This tokenizer comes without a chat template, which says how messages are put into a text.")
@@ -176,12 +185,20 @@ class Tokenizer:
       return [as_text(part) for part in value] if isinstance(value, list) else value
 
     marked = [
-      {**message, "content": as_text(message["content"])}
-      if isinstance(message, Mapping) and "content" in message
+      {name: part if name == "role" else as_text(part) for name, part in message.items()}
+      if isinstance(message, Mapping)
       else message
       for message in messages
     ]
-    return self._encode(self.template.render(marked, reply=reply), False, False, marked=marked != list(messages))
+    return self.template.render(marked, reply=reply, **variables)
+
+  def encode_rendered(self, text: str, *, continues: bool = False) -> list[int]:
+    """Encodes a text of `render_chat`, or a part of it, to ids; for `continues` see `encode`.
+
+    Raises:
+      ValueError: as `encode`.
+    """
+    return self._encode(text, False, continues, marked=AS_TEXT in text)
 
   def _encode(self, text: str, bos: bool | None, continues: bool, *, marked: bool = False) -> list[int]:
     try:

@@ -81,6 +81,8 @@ def train(
   mesh = make_mesh(config.mesh)
   check_batch(config, mesh)
   start = load_model_without_params(config.init_checkpoint)
+  if extend and not directory.exists():
+    raise ValueError(f"--extend: {workdir} has no run that could go on.")
   directory.mkdir(parents=True, exist_ok=True)
   with bucket.copies(directory, (METRICS_FILE, RUNS_FILE)) as files:
     steps_before = claim(directory, config, start.config, files, extend=extend)

@@ -113,7 +113,7 @@ def claim(
     if differ and (workdir / METRICS_FILE).exists():
       trained = workdir / MODEL_DIRECTORY
       further = f" To train its model further, there: --config.init_checkpoint={trained}." if trained.exists() else ""
-      if steps < config.num_steps and len(differ) == 1:  # the number of steps alone
+      if steps < config.num_steps and all(line.startswith("num_steps: ") for line in differ):
         further += " Or --extend goes on here, with the learning rates of the longer run."
       raise ValueError(
         f"{workdir} belongs to a run with another config or model; choose another workdir.{further} "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 import json
 import tempfile
 from pathlib import Path
@@ -11,14 +10,12 @@ import numpy as np
 import pytest
 
 from convert_weights.tokenizer_source import tokenizer_files
-from supra_jax.data import loading, packed, packing, packing_job
 from supra_jax.data.chat_template import ChatTemplate
 from supra_jax.data.conversations import TemplateUnfit, encode_conversation, messages_of
 from supra_jax.data.tokenizer import Tokenizer
 from supra_jax.experiments.tiny import byte_bpe
 from supra_jax.model.presets import tiny
 from tests.convert_weights.tokenizer_kinds import TEXT, sentencepiece_model
-from tests.data.test_packing import contents
 
 START, END = "<|im_start|>", "<|im_end|>"
 CHATML = (
@@ -79,7 +76,7 @@ def test_answers_are_learned_with_the_token_that_ends_them():
   tokenizer = tokenizer_of()
   assert learned_texts(tokenizer, TALK) == [f"A rose.{END}", f"Four, I think.{END}"]
   made = encode_conversation(tokenizer, TALK)
-  assert made.ids == tokenizer.encode(tokenizer.template.render(TALK, reply=False), bos=False) and made.note == ""
+  assert made.ids == tokenizer.encode(tokenizer.template.render(TALK, reply=False), bos=False) and made.notes == []
   # Before a learned answer there is what `lm.chat` reads.
   begins = int(np.flatnonzero(made.learned)[-1]) + 1 - len(tokenizer.encode(f"Four, I think.{END}", bos=False))
   assert made.ids[:begins] == tokenizer.encode_chat(TALK[:4])
@@ -116,7 +113,7 @@ def test_a_template_that_rewrites_earlier_answers_learns_the_last():
   talk = [{**m, "content": "<think>hm</think>" + m["content"]} if m["role"] == "assistant" else m for m in TALK]
   tokenizer = tokenizer_of(THINKING)
   assert learned_texts(tokenizer, talk) == [f"<think>hm</think>Four, I think.{END}"]
-  assert "the last one alone is learned" in encode_conversation(tokenizer, talk).note
+  assert "the last one alone is learned" in "".join(encode_conversation(tokenizer, talk).notes)
   assert len(learned_texts(tokenizer, TALK)) == 2  # nothing was thought
 
 
@@ -136,12 +133,12 @@ def test_a_template_without_marks(ends):
   )
   stop = "</s>" if ends else ""
   assert learned_texts(tokenizer, TALK[1:]) == [f" A rose.{stop}", f" Four, I think.{stop}"]
-  assert ("generation does not stop there" in encode_conversation(tokenizer, TALK[1:]).note) != ends
+  assert ("generation does not stop there" in "".join(encode_conversation(tokenizer, TALK[1:]).notes)) != ends
 
 
 def test_an_end_that_does_not_end_a_text_is_said():
   made = encode_conversation(tokenizer_of(eos="<|endoftext|>"), TALK)
-  assert made.note.startswith(f"Answers end with '{END}', which ends no text of this model")
+  assert made.notes[0].startswith(f"Answers end with '{END}', which ends no text of this model")
 
 
 @pytest.mark.parametrize("flags", [{}, {"lstrip": True, "rstrip": True}])
@@ -204,8 +201,12 @@ def described(kind: str) -> bytes:
     ([], "wanted a list of messages"),
     ([{"role": "user", "content": "Hi"}], "no message of the assistant answers another"),
     ([{"role": "assistant", "content": "Hi"}], "no message of the assistant answers another"),
-    ([{"role": "user"}, *TALK], "message 0 has no role or no content"),
-    ([*TALK, "Hi"], "message 5 has no role or no content"),
+    ([{"role": "user"}, *TALK], "message 0 has no content"),
+    ([{"content": "Hi"}, *TALK], "message 0 has no role"),
+    ([{"from": ["human"], "value": "Hi"}, *TALK], "message 0 has no role"),
+    ([*TALK, "Hi"], "message 5 is no object"),
+    ([{"role": "user", "content": [{"type": "image"}]}, *TALK], "the content of message 0 is no text"),
+    ([{"role": "user", "content": "Hi"}, {"role": "bot", "content": "Hi"}], "the roles are user, bot"),
   ],
 )
 def test_what_is_no_conversation(value, said):
@@ -220,135 +221,53 @@ def test_sharegpt():
   ]
 
 
-def talks(count: int) -> list[list[dict[str, str]]]:
-  """Conversations of different lengths."""
-  return [
-    [
-      message
-      for turn in range(1 + number % 3)
-      for message in (
-        {"role": "user", "content": f"Question {number}, {turn}? " + "why " * (number % 7)},
-        {"role": "assistant", "content": f"Answer {number}: {turn}." + " because" * (number % 5)},
-      )
-    ]
-    for number in range(count)
+def test_contents_in_other_forms():
+  """Parts of text are one text; what is null, as absent keys of parquet files are, is not there."""
+  call = {"type": "function", "function": {"name": "f", "arguments": "{}"}}
+  given = [
+    {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}], "tool_calls": None},
+    {"role": "assistant", "tool_calls": [call]},
+    {"role": "tool", "content": "3", "name": None},
+    {"role": "assistant", "content": None},
   ]
-
-
-def write(path, records) -> None:
-  """Writes records in the form of the file's ending."""
-  if path.suffix == ".parquet":
-    pyarrow = pytest.importorskip("pyarrow")
-    from pyarrow import parquet
-
-    parquet.write_table(pyarrow.table({name: [r[name] for r in records] for name in records[0]}), path)
-  elif path.suffix == ".json":
-    path.write_text(json.dumps(records))
-  else:
-    text = "".join(json.dumps(record) + "\n" for record in records).encode()
-    path.write_bytes(gzip.compress(text) if path.suffix == ".gz" else text)
-
-
-def prepare(input, output, tokenizer, **how):
-  how = {"vocab_size": 10_000, "sequence_length": 32, "messages_key": "talk", "workers": 0} | how
-  return packing.prepare(str(input), tokenizer, output, **how)
-
-
-@pytest.mark.parametrize("documents", ["separate", "join"])
-@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.json", "a.parquet"])
-def test_rows_say_what_is_learned(name, documents, tmp_path):
-  write(tmp_path / name, [{"id": i, "talk": talk} for i, talk in enumerate(talks(30))])
-  tokenizer = tokenizer_of()
-  made = prepare(tmp_path / name, tmp_path / "out", tokenizer, documents=documents)
-  whole = [encode_conversation(tokenizer, talk) for talk in talks(30)]
-  ids, learned = np.concatenate([w.ids for w in whole]), np.concatenate([w.learned for w in whole])
-  dataset = loading.PackedDataset(tmp_path / "out/train")
-  rows = [dataset[i] for i in range(len(dataset))]
-  for i, row in enumerate(rows):
-    at = slice(i * 32, (i + 1) * 32 + 1)
-    assert row["tokens"].tolist() == ids[at].tolist() and row["target_weights"].tolist() == learned[at].tolist()
-    assert ("segment_ids" in row) == (documents == "separate")
-  count = sum(int(row["target_weights"][1:].sum()) for row in rows)  # an answer is never the first of its document
-  assert made.train.learned_tokens == count == packed.verify(tmp_path / "out/train").learned_tokens
-  assert f"{count:,} of them answers" in made.lines("out")[0]
-  batch = next(loading.make_loader([(str(tmp_path / "out/train"), 1.0)], batch_size=2, seed=0))
-  assert batch["target_weights"].dtype == np.int32 and batch["target_weights"].shape == (2, 33)
-
-
-def test_conversations_among_texts(tmp_path):
-  """Rows of text are learned whole."""
-  tokenizer = tokenizer_of()
-  write(tmp_path / "a.jsonl", [{"talk": talk} for talk in talks(30)])
-  write(tmp_path / "b.jsonl", [{"text": "word " * 40} for _ in range(20)])
-  prepare(tmp_path / "a.jsonl", tmp_path / "a", tokenizer)
-  prepare(tmp_path / "b.jsonl", tmp_path / "b", tokenizer, messages_key="", documents="separate")
-  assert loading.PackedDataset(tmp_path / "b/train").info.leaves == ("tokens", "segment_ids")
-  sources = [(str(tmp_path / name / "train"), 1.0) for name in "ab"]
-  batches = loading.make_loader(sources, batch_size=4, seed=0)
-  means = [float(row.mean()) for _ in range(6) for row in next(batches)["target_weights"]]
-  assert any(mean == 1 for mean in means) and any(0 < mean < 1 for mean in means)
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_what_was_killed_goes_on(workers, tmp_path, monkeypatch):
-  monkeypatch.setattr("supra_jax.data.text.PIECE_BYTES", 500)
-  tokenizer = tokenizer_of()
-  write(tmp_path / "a.jsonl", [{"talk": talk} for talk in talks(120)])
-  how = {"shard_bytes": 4000, "heldout_every": 10}
-  prepare(tmp_path / "a.jsonl", tmp_path / "whole", tokenizer, **how)
-  take, taken = packing_job.Job.take, []
-
-  def interrupted(self, *given):
-    taken.append(given)
-    if len(taken) == 30:
-      raise KeyboardInterrupt
-    take(self, *given)
-
-  with monkeypatch.context() as broken, pytest.raises(KeyboardInterrupt):
-    broken.setattr(packing_job.Job, "take", interrupted)
-    prepare(tmp_path / "a.jsonl", tmp_path / "out", tokenizer, **how)
-  assert (tmp_path / "out.partial" / packing_job.JOURNAL_FILE).exists()
-  prepare(tmp_path / "a.jsonl", tmp_path / "out", tokenizer, workers=workers, **how)
-  assert contents(tmp_path / "out") == contents(tmp_path / "whole")
-  # Another template is other data.
-  other = tokenizer_of(CHATML.replace("' + m.role", "The ' + m.role"))
-  with pytest.raises(ValueError, match="chat_template_sha256"):
-    prepare(tmp_path / "a.jsonl", tmp_path / "out", other, **how)
-
-
-def test_bad_conversations(tmp_path):
-  alternating = "{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}"
-  alternating += "{{ raise_exception('roles must alternate') }}{% endif %}{% endfor %}" + CHATML
-  tokenizer = tokenizer_of(alternating)
-  records = [{"talk": talk} for talk in talks(20)]
-  records[3] = {"talk": [{"role": "user", "content": "Hi"}, *records[3]["talk"]]}
-  records[5] = {"talk": "Hi"}
-  records[7] = {"other": 1}
-  write(tmp_path / "a.jsonl", records)
-  with pytest.raises(
-    ValueError, match=r"a\.jsonl, line 4: chat_template\.jinja refuses these messages: roles must alt"
-  ):
-    prepare(tmp_path / "a.jsonl", tmp_path / "out", tokenizer)
-  made = prepare(tmp_path / "a.jsonl", tmp_path / "out", tokenizer, skip_bad=True)
-  assert made.bad == 3 and made.train.documents == 17
-  assert any("line 6: no conversation under 'talk': wanted a list of messages" in said for said in made.bad_first)
-  assert any(
-    "line 4: chat_template.jinja refuses these messages: roles must alternate" in said for said in made.bad_first
+  assert (
+    messages_of(given)
+    == messages_of(json.dumps(given))
+    == [
+      {"role": "user", "content": "ab"},
+      {"role": "assistant", "content": "", "tool_calls": [call]},
+      {"role": "tool", "content": "3"},
+      {"role": "assistant", "content": ""},
+    ]
   )
-  # A template that fits no conversation is nobody's bad line.
-  with pytest.raises(TemplateUnfit, match=r"a\.jsonl, line 1: chat_template\.jinja renders"):
-    prepare(tmp_path / "a.jsonl", tmp_path / "unfit", tokenizer_of(UNFIT), skip_bad=True)
 
 
-@pytest.mark.parametrize("name, text", [("a.txt", "Hi"), ("a.csv", "talk\nHi\n"), ("a.md", "Hi")])
-def test_files_without_conversations(name, text, tmp_path):
-  (tmp_path / name).write_text(text)
-  with pytest.raises(ValueError, match=r"wanted conversations, which are in \.jsonl"):
-    prepare(tmp_path / name, tmp_path / "out", tokenizer_of())
+@pytest.mark.parametrize("answer", ["    x = 1", "\n\nhello", "\thello", "", " "])
+def test_an_answer_that_begins_with_spaces(answer):
+  """A token across its beginning would be another than those that are generated there."""
+  tokenizer = tokenizer_of()
+  talk = [TALK[1], {"role": "assistant", "content": answer}, TALK[1], {"role": "assistant", "content": "A rose."}]
+  assert learned_texts(tokenizer, talk) == [f"{answer}{END}", f"A rose.{END}"]
+  made = encode_conversation(tokenizer, talk)
+  begin = int(np.flatnonzero(made.learned)[0])
+  assert made.ids[:begin] == tokenizer.encode_chat(talk[:1]) and made.notes == []
+  assert tokenizer.decode(made.ids, keep_special=True) == tokenizer.template.render(talk, reply=False)
 
 
-def test_without_a_template(tmp_path):
-  write(tmp_path / "a.jsonl", [{"talk": talk} for talk in talks(3)])
-  bare = Tokenizer.from_files({"tokenizer.json": byte_bpe(TEXT, 512)}, CONFIG)
-  with pytest.raises(ValueError, match="the tokenizer comes without a chat template"):
-    prepare(tmp_path / "a.jsonl", tmp_path / "out", bare)
+def test_what_comes_behind_the_last_answer_is_left_out():
+  tokenizer = tokenizer_of(THINKING)
+  one, other = (encode_conversation(tokenizer, talk) for talk in (TALK, [*TALK, {"role": "user", "content": "Bye"}]))
+  assert one.ids == other.ids and one.learned.tolist() == other.learned.tolist() and other.notes == []
+
+
+def test_a_template_that_always_begins_an_answer():
+  """As Llama 3's first one: what begins another answer is no part of this one."""
+  tokenizer = tokenizer_of(CHATML.replace("{% if add_generation_prompt %}", "{% if true %}"))
+  assert learned_texts(tokenizer, TALK) == [f"A rose.{END}", f"Four, I think.{END}"]
+
+
+def test_special_tokens_in_other_fields_stay_text():
+  tokenizer = tokenizer_of(CHATML.replace("m.content +", "(m.reasoning_content or '') + m.content +"))
+  message = {"role": "user", "content": "Hi", "reasoning_content": f"{END}{START}"}
+  special = {tokenizer._backend.token_id(mark) for mark in (START, END)}
+  assert sum(i in special for i in tokenizer.encode_chat([message])) == 3

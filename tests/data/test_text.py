@@ -52,6 +52,16 @@ def test_a_directory_and_a_list(tmp_path):
   assert read(tmp_path / "deep/c, d.txt") == ["deep/c, d.txt"]
   with pytest.raises(FileNotFoundError, match=r"No file matches '.*none\*'"):
     read(f"{tmp_path}/a.txt,{tmp_path}/none*")
+  for name in ("dataset_info.json", "README-of-data.txt"):
+    (tmp_path / name).write_text("{}")
+  assert read(tmp_path)[0] == "{}" and len(read(tmp_path)) == 4  # the second holds data
+  pydoc = read(f"{tmp_path}/a.txt,{text.PYDOC_TOPICS}")
+  assert "a.txt" in pydoc and len(pydoc) == 1 + len(read(text.PYDOC_TOPICS))
+  (tmp_path / "b[1].txt").write_text("by name")
+  assert read(tmp_path / "b[1].txt") == ["by name"]
+  for empty in ("", f"{tmp_path}/a.txt,", f" , {tmp_path}/a.txt"):
+    with pytest.raises(ValueError, match=r"names no files"):
+      read(empty)
   (tmp_path / "empty").mkdir()
   with pytest.raises(FileNotFoundError, match=r"empty has no files that end in \.txt"):
     read(tmp_path / "empty")
@@ -60,12 +70,12 @@ def test_a_directory_and_a_list(tmp_path):
 @pytest.mark.parametrize(
   "name, contents, said",
   [
-    ("a.json", '{"text": "x"}', r"a\.json: wanted an array of records.*JSON lines end in \.jsonl"),
-    ("a.json", '{"text": "x"}\n{"text": "y"}\n', r"a\.json: not JSON"),
+    ("a.json", '{"text": "x"}', r"a\.json: wanted an array of records.*JSON lines ends in \.jsonl"),
+    ("a.json", '{"text": "x"}\n{"text": "y"}\n', r"a\.json: not JSON.*The name of JSON lines ends in \.jsonl"),
     ("a.json", '[{"text": "x"}, {"text": 1}]', r"a\.json, row 1: no text under 'text'"),
     ("a.csv", "id,body\n1,x\n", r"a\.csv: wanted one column 'text'; its columns are id, body"),
-    ("a.csv", "id,text\n1,x\n2\n", r"a\.csv: row 1 has 1 fields, and there are 2 columns"),
-    ("a.csv", 'id,text\n1,"x\n', r"a\.csv: unexpected end of data"),
+    ("a.csv", "id,text\n1,x\n2\n", r"a\.csv, row 1: null under 'text', or another number of fields"),
+    ("a.csv", 'id,text\n1,"x\n', r"a\.csv: unexpected end of data; its first 2 lines were read"),
     ("a.csv", "", r"a\.csv: wanted one column 'text'; its columns are none"),
   ],
 )

@@ -17,7 +17,7 @@ from supra_jax.experiments import tiny
 from supra_jax.storage.model_directory import load_model, save_model
 from supra_jax.training import loop as train
 from supra_jax.training.setup import row_leaves
-from tests.data.test_conversations import talks
+from tests.data.test_packed_conversations import talks
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 TEMPLATE = (

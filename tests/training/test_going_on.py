@@ -73,6 +73,10 @@ def test_what_cannot_be_extended(short, start, text, tmp_path):
   workdir = shutil.copytree(short, tmp_path / "other")
   with pytest.raises(ValueError, match=r"another config or model.*batch_size: 4 before, 2 now"):
     train.train(make_config(start, text, save_every=6, optimizer=CONSTANT, batch_size=2), workdir, extend=True)
+  with pytest.raises(ValueError, match="batch_size") as refused:
+    other = make_config(start, text, num_steps=6, save_every=6, optimizer=CONSTANT, batch_size=2)
+    train.train(other, workdir, extend=True)
+  assert "--extend goes on here" not in str(refused.value) and not (tmp_path / "none").exists()
   shutil.rmtree(workdir / "training")
   stored = (workdir / "train_config.json").read_bytes()
   with pytest.raises(ValueError, match=r"has no saved state to go on from.*--config.init_checkpoint=.*checkpoint"):
@@ -93,7 +97,7 @@ def test_it_saves_before_the_time_is_up(start, text, tmp_path):
 def test_two_processes_save_before_the_time_is_up(start, text, tmp_path):
   """They stop after the same step, and end as a run does that a scheduler is to start again."""
   config = make_config(start, text, num_steps=100_000, mesh="data:2")
-  run = runs.Run(config, tmp_path / "run", f"--save_before={preemption.SAVING_SECONDS + 15}", processes=2)
+  run = runs.Run(config, tmp_path / "run", f"--save_before={int(preemption.SAVING_SECONDS) + 15}", processes=2)
   assert 75 in run.wait(100)
   steps = re.findall(r"the time is up: saved after step (\d+)|SIGTERM: saved after step (\d+)", run.said)
   assert len(steps) == 2 and len({"".join(found) for found in steps}) == 1, run.said
@@ -129,7 +133,7 @@ def test_a_job_of_slurm_asks_to_be_started_again_until_it_is_done(time_is_up, st
   recipe = runs.write_recipe(config, tmp_path / "recipe.py")
   script = SBATCH.read_text().replace(" --distributed", "")  # there is one process
   (tmp_path / "job.sbatch").write_text(script)
-  granted = str(preemption.SAVING_SECONDS + 10)
+  granted = str(int(preemption.SAVING_SECONDS) + 10)
   told = {"CONFIG": str(recipe), "WORKDIR": str(tmp_path / "run"), "SECONDS_GRANTED": granted, "SLURM_JOB_ID": "17"}
   environment = os.environ | told | {"PATH": f"{binaries}:{os.environ['PATH']}"}
   ran = subprocess.run(
