@@ -216,8 +216,8 @@ def report(found: Comparison, tolerance: float) -> None:
     apart = found.largest / found.deviation if found.deviation else math.inf
     raise ConversionError(
       f"The models differ by {apart:.2e} standard deviations of the logits, more than the tolerance of {tolerance:g}."
-      + " A memory holds on to the tokens with the largest scores, and of two nearly alike ones rounding takes either: if "
-      "the next tokens are the same, --tolerance=0.1 allows for that." * found.chooses
+      + " A memory holds on to the tokens with the largest scores, and of two nearly alike ones rounding takes either: "
+      "if the next tokens are the same, --tolerance=0.1 allows for that." * found.chooses
     )
   print(f"They are the same, to {tolerance:g} standard deviations of the logits.")
 
