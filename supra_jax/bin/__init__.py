@@ -1,6 +1,6 @@
-import signal
 import sys
 
+from supra_jax.core.preemption import at_once
+
 if sys.argv[:1] == ["-m"]:
-  # A program is starting: until its flags are read, Ctrl-C ends it without a traceback out of an import.
-  signal.signal(signal.SIGINT, signal.SIG_DFL)
+  at_once()  # until the flags are read: no traceback out of an import

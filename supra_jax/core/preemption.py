@@ -37,13 +37,15 @@ def at_once() -> None:
   Python would raise KeyboardInterrupt, which is lost if it comes within a callback, and end the program with a
   traceback if it comes within an import.
   """
-  if threading.current_thread() is threading.main_thread():
+  in_main = threading.current_thread() is threading.main_thread()
+  if in_main and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:  # as a shell starts what runs behind a script
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def as_python_does() -> None:
-  """Lets Ctrl-C raise KeyboardInterrupt."""
-  signal.signal(signal.SIGINT, signal.default_int_handler)
+  """Lets Ctrl-C raise KeyboardInterrupt, if it would end the process at once."""
+  if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 class Steps:
