@@ -74,7 +74,7 @@ def open_tokenizer(source: str | os.PathLike[str]) -> tuple[dict[str, bytes], Mo
       a model that cannot be converted: its tokenizer may serve another.
 
   Raises:
-    ConversionError: there is no such model, it cannot be converted, or it has no tokenizer that can be used.
+    ConversionError: there is no such model, or it has no tokenizer that can be used.
   """
   path = local(source)
   directory = path if path.is_dir() else hub.download(str(source), weights=False)[0]
@@ -83,7 +83,7 @@ def open_tokenizer(source: str | os.PathLike[str]) -> tuple[dict[str, bytes], Mo
     raise ConversionError(f"{source}: holds no tokenizer: none of {', '.join(VOCABULARIES)}.")
   try:
     return files, config_of(directory, read_json_object(directory / "config.json"))
-  except (ConversionError, OSError):
+  except ConversionError:
     return files, None
 
 

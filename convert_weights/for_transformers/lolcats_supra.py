@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from .attention_supra import CHUNK, SupraAttention, Tokens, at_least_float32, linear_attention
 from .configuration_supra import SupraConfig
 
+WEIGHT = math.log(1 / 9)  # of gamma = 0.1
+
 
 class Hedgehog(nn.Module):
   """phi(x) = [softmax(W x), softmax(-W x)] with a matrix W for each head (arXiv 2402.04347)."""
@@ -32,7 +34,7 @@ class WindowFactor(nn.Module):
 
   def __init__(self, heads: int):
     super().__init__()
-    self.weight = nn.Parameter(torch.full((heads,), math.log(1 / 9)))
+    self.weight = nn.Parameter(torch.full((heads,), WEIGHT))
 
   def forward(self) -> Tensor:
     return at_least_float32(self.weight).sigmoid()

@@ -13,7 +13,6 @@ Shape suffixes: B batch, T tokens, S slots of a cache, D hidden width.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -39,7 +38,7 @@ from .attention_supra import (
   sights,
 )
 from .configuration_supra import SupraConfig
-from .lolcats_supra import Hedgehog, SupraLolcats, WindowFactor
+from .lolcats_supra import WEIGHT, Hedgehog, SupraLolcats, WindowFactor
 from .memory_supra import SupraMemory, reaches
 
 logger = logging.get_logger(__name__)
@@ -147,13 +146,11 @@ class SupraPreTrainedModel(PreTrainedModel):
 
   def _init_weights(self, module: nn.Module) -> None:
     super()._init_weights(module)
-    if isinstance(module, DenseFeatureMap | PerHeadFeatureMap):
-      for parameter in (module.weight, module.bias):
+    if isinstance(module, DenseFeatureMap | PerHeadFeatureMap | Hedgehog):
+      for parameter in module.parameters():
         nn.init.uniform_(parameter, -(module.weight.shape[-1] ** -0.5), module.weight.shape[-1] ** -0.5)
-    elif isinstance(module, Hedgehog):
-      nn.init.uniform_(module.weight, -(module.weight.shape[-1] ** -0.5), module.weight.shape[-1] ** -0.5)
     elif isinstance(module, WindowFactor):
-      nn.init.constant_(module.weight, math.log(1 / 9))
+      nn.init.constant_(module.weight, WEIGHT)
 
 
 class SupraModel(SupraPreTrainedModel):

@@ -103,35 +103,34 @@ class Encoder:
     bad: list[str] = []
     notes: dict[str, None] = {}
     ids, learned = [np.zeros(0, self.dtype)], [np.zeros(0, bool)]
-    for document, mask in (self._conversations if self.messages else self._texts)(piece, bad, notes):
+    for document, mask, said in (self._conversations if self.messages else self._texts)(piece, bad):
       ids.append(document)
       learned.append(mask)
+      notes |= dict.fromkeys(said)
     lengths = np.array([len(document) for document in ids[1:]], np.int64)
     return Encoded(np.concatenate(ids), np.concatenate(learned), lengths, bad, list(notes))
 
-  def _texts(self, piece: Piece, bad: list[str], notes: dict[str, None]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    del notes
+  def _texts(self, piece: Piece, bad: list[str]) -> Iterator[tuple[np.ndarray, np.ndarray, list[str]]]:
     for where, text in parse(piece, self.key, bad if self.skip_bad else None):
       try:
         ids = self.tokenizer.encode(text, bos=self.bos)
       except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
       document = self._checked([*ids, self.tokenizer.eos_ids[0]] if len(ids) > self.bos else [], where)
-      yield document, np.ones(len(document), bool)
+      yield document, np.ones(len(document), bool), []
 
-  def _conversations(
-    self, piece: Piece, bad: list[str], notes: dict[str, None]
-  ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+  def _conversations(self, piece: Piece, bad: list[str]) -> Iterator[tuple[np.ndarray, np.ndarray, list[str]]]:
     for where, talk in parse_messages(piece, self.key, bad if self.skip_bad else None):
       try:
         made = encode_conversation(cast(Tokenizer, self.tokenizer), talk)
+      except TemplateUnfit as error:
+        raise TemplateUnfit(f"{where}: {error}") from error
       except ValueError as error:
-        if isinstance(error, TemplateUnfit) or not self.skip_bad:
-          raise type(error)(f"{where}: {error}") from error
+        if not self.skip_bad:
+          raise ValueError(f"{where}: {error}") from error
         bad.append(f"{where}: {error}")
       else:
-        notes |= dict.fromkeys(made.notes)
-        yield self._checked(made.ids, where), made.learned
+        yield self._checked(made.ids, where), made.learned, made.notes
 
   def _checked(self, ids: list[int], where: str) -> np.ndarray:
     document = np.array(ids, np.int64)

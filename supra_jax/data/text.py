@@ -84,11 +84,11 @@ def find_files(pattern: str, *, messages: bool = False) -> list[InputFile]:
     FileNotFoundError: nothing matches.
     ValueError: a file has another ending, or the pattern is empty, between commas too, or is a URL.
   """
-  parts = [pattern] if "," not in pattern or glob.glob(str(local(pattern))) else pattern.split(",")
-  if "" in map(str.strip, parts):
+  parts = _parts(pattern)
+  if not all(parts):
     raise ValueError(f"{pattern!r} names no files{', or has a comma too many' if ',' in pattern else ''}.")
   endings = (*JSON_ENDINGS, ".parquet") if messages else ENDINGS
-  paths = sorted({path for part in parts for path in _matching(part.strip() if len(parts) > 1 else part, endings)})
+  paths = sorted({path for part in parts for path in _matching(part, endings)})
   for path in paths:
     if path != PYDOC_TOPICS and not path.endswith(ENDINGS):
       raise ValueError(f"{path}: wanted a name that ends in {', '.join(ENDINGS)}.")
@@ -104,7 +104,14 @@ def _described(path: str) -> InputFile:
 
 def directories_of(pattern: str) -> list[str]:
   """Returns those parts of a pattern, as `find_files` takes it, that are directories."""
-  return [part.strip() for part in [pattern, *pattern.split(",")] if part.strip() and os.path.isdir(part.strip())]
+  return [part for part in _parts(pattern) if os.path.isdir(part)]
+
+
+def _parts(pattern: str) -> list[str]:
+  """Returns the parts between the commas of a pattern; files that have commas in their names are one part."""
+  if "," not in pattern or glob.glob(str(local(pattern))):
+    return [pattern if pattern.strip() else ""]
+  return [part.strip() for part in pattern.split(",")]
 
 
 def _matching(pattern: str, endings: tuple[str, ...]) -> list[str]:

@@ -12,6 +12,7 @@ clean_up_tokenization_spaces.
 from __future__ import annotations
 
 import codecs
+import functools
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -174,12 +175,10 @@ class Tokenizer:
     """
     if self.template is None:
       raise ValueError("This tokenizer comes without a chat template, which says how messages are put into a text.")
-    specials = sorted(self._backend.special.values(), key=len, reverse=True)
-    spelled = re.compile("|".join(map(re.escape, specials)) or "(?!)")
 
     def as_text(value: Any) -> Any:
       if isinstance(value, str):
-        return spelled.sub(lambda found: found[0][0] + AS_TEXT + found[0][1:], value)
+        return self._spelled.sub(lambda found: found[0][0] + AS_TEXT + found[0][1:], value)
       if isinstance(value, Mapping):
         return {name: as_text(part) for name, part in value.items()}
       return [as_text(part) for part in value] if isinstance(value, list) else value
@@ -191,6 +190,12 @@ class Tokenizer:
       for message in messages
     ]
     return self.template.render(marked, reply=reply, **variables)
+
+  @functools.cached_property
+  def _spelled(self) -> re.Pattern[str]:
+    """Finds special tokens that are spelled out in a text."""
+    by_length = sorted(self._backend.special.values(), key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, by_length)) or "(?!)")
 
   def encode_rendered(self, text: str, *, continues: bool = False) -> list[int]:
     """Encodes a text of `render_chat`, or a part of it, to ids; for `continues` see `encode`.

@@ -27,6 +27,7 @@ from supra_jax.training.pictures import plot_losses
 from supra_jax.training.reporting import Reporter
 from supra_jax.training.setup import Run, check_batch, set_up
 from supra_jax.training.workdir import (
+  CONFIG_FILE,
   METRICS_FILE,
   MODEL_DIRECTORY,
   PICTURE_FILE,
@@ -81,7 +82,7 @@ def train(
   mesh = make_mesh(config.mesh)
   check_batch(config, mesh)
   start = load_model_without_params(config.init_checkpoint)
-  if extend and not directory.exists():
+  if extend and not (directory / CONFIG_FILE).exists():
     raise ValueError(f"--extend: {workdir} has no run that could go on.")
   directory.mkdir(parents=True, exist_ok=True)
   with bucket.copies(directory, (METRICS_FILE, RUNS_FILE)) as files:

@@ -86,7 +86,7 @@ def claim(
 
   Raises:
     ValueError: the workdir belongs to a run with another config or model; the message names each option that differs.
-      Or `extend` is set, and there is no run with fewer steps or as many, or no state of it.
+      Or `extend` is set, and the run there has more steps, or no saved state.
   """
   path, steps = workdir / CONFIG_FILE, config.num_steps
   values = _described(config, model)
@@ -123,8 +123,6 @@ def claim(
       # The earlier run stopped before its first record (bad input, say); its packed rows do not fit this config.
       for leftover in (DATA_DIRECTORY, f"{DATA_DIRECTORY}.partial"):
         remove_directory(workdir / leftover)
-  elif extend:
-    raise ValueError(f"--extend: {workdir} has no run that could go on.")
   together("config read")
   if jax.process_index() == 0:
     path.write_text(to_json(values, indent=2) + "\n")
