@@ -84,7 +84,7 @@ def shared_linear_config(layers: Iterable[MixerConfig], *others: type[MixerConfi
   """
   shared: dict[str, Any] = {}
   for layer in dict.fromkeys(layers):
-    if not isinstance(layer, (SoftmaxConfig, SupraConfig, *others)):
+    if type(layer) not in (SoftmaxConfig, SupraConfig, WindowConfig, *others):
       raise ConversionError(f"Layers with the mixer {layer.mixer!r}: the format has none such.")
     for name, value in dataclasses.asdict(layer).items():
       if shared.setdefault(name, value) != value:

@@ -15,6 +15,8 @@ from supra_jax.core.schema import from_mapping
 from supra_jax.model.config import ModelConfig, RopeConfig
 from supra_jax.model.mixers.lolcats import LolcatsConfig
 from supra_jax.model.mixers.memory import MemoryConfig
+from supra_jax.model.mixers.t2r import NormalisedConfig
+from supra_jax.model.registry import MixerConfig, mixer_class, mixer_names
 
 OWN_MODEL_TYPE = "supra"
 _CODE = Path(__file__).parent / "for_transformers"
@@ -24,7 +26,10 @@ _CODE_FILES = (
   "lolcats_supra.py",
   "memory_supra.py",
   "modeling_supra.py",
+  "normalised_supra.py",
 )
+# Key of config.json -> the configs that it has, one for each layer and None for layers with another.
+_A_LAYER: Mapping[str, type[MixerConfig]] = {"memories": MemoryConfig, "normalised": NormalisedConfig}
 _AUTO_MAP = {
   "AutoConfig": "configuration_supra.SupraConfig",
   "AutoModel": "modeling_supra.SupraModel",
@@ -50,12 +55,12 @@ def export(config: ModelConfig) -> Export:
   files |= {name: (_CODE / name).read_bytes() for name in _CODE_FILES}
   fields = dataclasses.asdict(config.replace(layers=config.layers[:1]))
   del fields["layers"]
-  others = tuple(layer for layer in config.layers if not isinstance(layer, MemoryConfig))
+  others = tuple(layer for layer in config.layers if not isinstance(layer, tuple(_A_LAYER.values())))
   fields |= {"mixers": config.mixers, "supra": dataclasses.asdict(shared_linear_config(others, LolcatsConfig))}
-  if "memory" in config.mixers:
-    fields["memories"] = [
-      dataclasses.asdict(layer) if isinstance(layer, MemoryConfig) else None for layer in config.layers
-    ]
+  for key, kind in _A_LAYER.items():
+    told = [dataclasses.asdict(layer) if isinstance(layer, kind) else None for layer in config.layers]
+    if any(told):
+      fields[key] = told
   return Export(values | fields, tensors, files)
 
 
@@ -72,26 +77,41 @@ def own_config(values: Mapping[str, Any], where: str) -> ModelConfig:
   fields = {field.name for field in dataclasses.fields(ModelConfig)} - {"layers"} | {"mixers", "supra"}
   # All other keys, but `memories`, are those that transformers adds to every config.
   own = {key: value for key, value in values.items() if key in fields}
-  mixers, memories = values.get("mixers"), values.get("memories")
   try:
-    if memories is None and not (isinstance(mixers, list) and "memory" in mixers):
-      return ModelConfig.from_values(own, where)
-    return _with_memories(own, mixers, memories, where)
-  except (TypeError, ValueError) as error:
+    told = _told(values, where)
+    mixers = [mixer if layer is None else "softmax" for mixer, layer in zip(own["mixers"], told, strict=True)]
+    config = ModelConfig.from_values({**own, "mixers": mixers}, where)
+  except (KeyError, TypeError, ValueError) as error:
     raise ConversionError(f"{where}: {error}") from error
-
-
-def _with_memories(values: Mapping[str, Any], mixers: Any, memories: Any, where: str) -> ModelConfig:
-  """Returns the config of a model in which layer i has the memory `memories[i]`, or another mixer if that is None."""
-  if not isinstance(memories, list) or [memory is not None for memory in memories] != [m == "memory" for m in mixers]:
-    raise ValueError("memories: wanted a list of one entry a layer, null for a layer whose mixer is not 'memory'.")
-  others = ["softmax" if mixer == "memory" else mixer for mixer in mixers]
-  config = ModelConfig.from_values({**values, "mixers": others}, where)
-  layers = (
-    layer if memory is None else from_mapping(MemoryConfig, memory, f"{where}: memories[{number}]")
-    for number, (layer, memory) in enumerate(zip(config.layers, memories, strict=True))
-  )
+  layers = (layer or other for layer, other in zip(told, config.layers, strict=True))
   return config.replace(layers=tuple(layers))
+
+
+def _told(values: Mapping[str, Any], where: str) -> list[MixerConfig | None]:
+  """Returns the config of each layer that has one of its own; None: the options of all layers are its.
+
+  Raises:
+    ValueError: `mixers` is no list, or says something else than the configs of the layers.
+  """
+  mixers = values.get("mixers")
+  if not isinstance(mixers, list) or not all(isinstance(mixer, str) for mixer in mixers):
+    raise ValueError(f"mixers: wanted a list of names, got {mixers!r}.")
+  made: list[MixerConfig | None] = [None] * len(mixers)
+  for key, kind in _A_LAYER.items():
+    names = _names(kind)
+    configs = [None] * len(mixers) if values.get(key) is None else values[key]
+    if not isinstance(configs, list) or [c is not None for c in configs] != [mixer in names for mixer in mixers]:
+      wanted = "a list of one entry a layer, null for a layer whose mixer is not"
+      raise ValueError(f"{key}: wanted {wanted} {' or '.join(map(repr, names))}.")
+    for number, (mixer, config) in enumerate(zip(mixers, configs, strict=True)):
+      if config is not None:
+        made[number] = from_mapping(mixer_class(mixer).Config, config, f"{where}: {key}[{number}]")
+  return made
+
+
+def _names(kind: type[MixerConfig]) -> list[str]:
+  """Returns the names of the mixers whose configs are of a class."""
+  return [name for name in mixer_names() if issubclass(mixer_class(name).Config, kind)]
 
 
 def _is_same_model(values: Mapping[str, Any], config: ModelConfig) -> bool:

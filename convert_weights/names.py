@@ -103,7 +103,7 @@ def _norm(config: ModelConfig, module: _Module, width: int) -> Iterator[Paramete
 
 def _layer(config: ModelConfig, number: int, layer: MixerConfig) -> Iterator[Parameter]:
   c, mixer = config, layer.mixer
-  if mixer not in ("softmax", "supra", "supra_window", "memory", "lolcats"):
+  if mixer not in ("softmax", "supra", "supra_window", "memory", "lolcats", "t2r", "linear_transformer"):
     raise ConversionError(f"Layer {number} is a {mixer!r} layer, which has no names in other formats.")
   h, g = c.num_heads, c.num_kv_heads
   q, k, v = h * c.head_dim, g * c.head_dim, g * c.value_width

@@ -34,8 +34,8 @@ ARROWS |= {
   "supra_jax": LIBRARY,  # `__init__`, the front door, which imports what is asked for when it is asked for
   "convert_weights": (
     "core", "model.config", "model.registry", "model.mixers.softmax", "model.mixers.supra", "model.mixers.supra_window",
-    "model.mixers.memory", "model.mixers.lolcats", "model.rope", "model.finite", "storage", "data.tokenizer",
-    "data.tokenizer_backends", "inference.lm", "bin.entry",
+    "model.mixers.memory", "model.mixers.lolcats", "model.mixers.t2r", "model.rope", "model.finite", "storage",
+    "data.tokenizer", "data.tokenizer_backends", "inference.lm", "bin.entry",
   ),
   "bin": (*LIBRARY, "experiments", "convert_weights", "supra_jax"),
   "configs": LIBRARY,

@@ -45,9 +45,14 @@ class SupraNorm(nn.Module):
     return (y if self.bias is None else y + self.bias.to(y.dtype)).to(x.dtype)
 
 
-def head_slopes(config: SupraConfig) -> list[float]:
-  """Returns the slopes s_h >= 0 of the decays exp(-s_h) per head: lightning attention's, RetNet's, or 0 (no decay)."""
-  heads, decay, start = config.num_heads, config.supra["decay"], config.supra["decay_start"]
+def head_slopes(heads: int, options: dict[str, Any]) -> list[float]:
+  """Returns the slopes s_h >= 0 of the decays exp(-s_h) per head: lightning attention's, RetNet's, or 0 (no decay).
+
+  Args:
+    heads: number of heads.
+    options: options of linear attention, see `SupraConfig.options`.
+  """
+  decay, start = options["decay"], options["decay_start"]
   if decay == "none":
     return [0.0] * heads
   if decay == "retnet":
@@ -247,12 +252,13 @@ class SupraAttention(nn.Module):
 
   `softmax` is softmax attention; `supra` is SUPRA's linear attention (arXiv 2405.06640); `supra_window` is the sum of
   linear attention and of softmax attention over the last `window` and the text's first `sinks` tokens. Subclasses in
-  `memory_supra.py` and `lolcats_supra.py` are `memory` and `lolcats`.
+  `memory_supra.py`, `lolcats_supra.py` and `normalised_supra.py` are the others.
   """
 
   def __init__(self, config: SupraConfig, layer: int):
     super().__init__()
     self.config, self.layer, self.mixer = config, layer, config.mixers[layer]
+    self.options = config.options(layer)
     heads, groups, width = config.num_heads, config.num_kv_heads, config.head_dim
     self.q_proj = nn.Linear(config.hidden_size, heads * width, bias=config.qkv_bias)
     self.k_proj = nn.Linear(config.hidden_size, groups * width, bias=config.qkv_bias)
@@ -261,18 +267,18 @@ class SupraAttention(nn.Module):
     if config.qk_norm != "none":
       self.q_norm = SupraNorm(config, width if config.qk_norm == "head" else heads * width)
       self.k_norm = SupraNorm(config, width if config.qk_norm == "head" else groups * width)
-    if self.mixer not in ("supra", "supra_window"):
+    if self.mixer not in ("supra", "supra_window", "t2r"):
       return
     if self.mixer == "supra_window":
       self.linear_o_proj = nn.Linear(heads * config.value_width, config.hidden_size, bias=False)
-    kind = config.supra["feature_map"]
+    kind = self.options["feature_map"]
     if kind == "dense":
       self.feature_map = DenseFeatureMap(heads, width)
       self.feature_map_kv = DenseFeatureMap(groups, width) if groups < heads else None
     else:
       self.feature_map = PerHeadFeatureMap(groups if kind == "per_head" else heads, width)
       self.feature_map_kv = PerHeadFeatureMap(groups, width) if kind == "per_head_separate" else None
-    if config.supra["qk_norm"]:
+    if self.options["qk_norm"]:
       self.q_feature_norm = SupraNorm(config, heads * width)
       self.k_feature_norm = SupraNorm(config, heads * width)
 
@@ -319,7 +325,7 @@ class SupraAttention(nn.Module):
   def _turned(self, q: Tensor, k: Tensor, v: Tensor, tokens: Tokens, softmax: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Returns q, k and v as [B, N, T, width], with q and k rotated by RoPE, and k and v set to 0 at padding."""
     # In linear attention, RoPE by head would rotate q and k of a head by the same angle, which changes no q . k.
-    if softmax or self.config.rope["kind"] != "by_head":
+    if softmax or (self.config.rope["kind"] != "by_head" and self.options.get("rope", True)):
       q, k = self._rotate(q, tokens.rotation), self._rotate(k, tokens.rotation)
     padding = ~tokens.real_BT[..., None, None]
     # Replaces the values rather than multiplying them by 0: padding may hold NaN, and 0 * NaN is NaN.
@@ -341,14 +347,14 @@ class SupraAttention(nn.Module):
   def _features(self, q_BTHK: Tensor, k_BTGK: Tensor) -> tuple[Tensor, Tensor]:
     k_map = self.feature_map if self.feature_map_kv is None else self.feature_map_kv
     q, k = self._phi(self.feature_map, q_BTHK), self._phi(k_map, k_BTGK)
-    if self.config.supra["qk_norm"]:
+    if self.options["qk_norm"]:
       # k's norm has gains for every query head, so k is repeated to as many heads as q has.
       k = k.repeat_interleave(q.shape[2] // k.shape[2], 2)
       q, k = self.q_feature_norm(q.flatten(2)).view_as(q), self.k_feature_norm(k.flatten(2)).view_as(q)
     return q, k
 
   def _phi(self, feature_map: nn.Module, x_BTNK: Tensor) -> Tensor:
-    x = x_BTNK.flatten(2) if self.config.supra["feature_map"] == "dense" else x_BTNK
+    x = x_BTNK.flatten(2) if self.options["feature_map"] == "dense" else x_BTNK
     return F.relu(feature_map(x)).view_as(x_BTNK)
 
   def _linear(self, q: Tensor, k: Tensor, v: Tensor, tokens: Tokens, state: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -15,11 +15,13 @@ _DEFAULTS: dict[str, Any] = {
   "head_dim": 128,
   "mixers": ["supra"] * 32,
   "memories": None,
+  "normalised": None,
   "value_head_dim": None,
   "supra": {
     "feature_map": "dense",
     "decay": "lightning",
     "decay_start": None,
+    "rope": True,
     "qk_norm": False,
     "window": 64,
     "sinks": 0,
@@ -54,11 +56,11 @@ _DEFAULTS: dict[str, Any] = {
 
 class SupraConfig(PretrainedConfig):
   """Config of a Llama-like model. `mixers` says which attention each layer has: softmax, SUPRA's linear one, both,
-  softmax over a bounded memory, or LoLCATs'.
+  softmax over a bounded memory, LoLCATs', T2R's, or the linear transformer's.
 
-  `supra` has the options of all layers with linear attention. `memories` is None, or has for each layer the options of
-  its bounded memory, or None. `config.py` and `mixers/` in `supra_jax/model` describe each field. The defaults are
-  Mistral-7B with linear attention in all layers.
+  `supra` has the options of all other layers with linear attention. `memories` is None, or has for each layer the
+  options of its bounded memory, or None; so has `normalised`, for T2R and the linear transformer. `config.py` and
+  `mixers/` in `supra_jax/model` describe each field. The defaults are Mistral-7B with linear attention in all layers.
   """
 
   model_type = "supra"
@@ -91,6 +93,11 @@ class SupraConfig(PretrainedConfig):
   def to_dict(self) -> dict[str, Any]:
     """Returns all values and eos_token_id, which `generate` uses if there is no generation_config.json."""
     return super().to_dict() | {"eos_token_id": self.eos_token_id}
+
+  def options(self, layer: int) -> dict[str, Any]:
+    """Returns the options of a layer's linear attention."""
+    own: dict[str, Any] | None = None if self.normalised is None else self.normalised[layer]
+    return self.supra if own is None else own
 
   @property
   def num_hidden_layers(self) -> int:

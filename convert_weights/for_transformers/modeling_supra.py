@@ -6,7 +6,8 @@ supra_jax wrote this file and the other *_supra.py next to the weights. They nee
 has SUPRA's linear attention, whose cache is one matrix per head; or linear attention and a window of softmax attention,
 whose cache is this matrix and the keys and values of the window and of the text's first tokens; or softmax attention
 over a bounded memory, whose cache is the keys and values of a fixed number of tokens; or LoLCATs' attention, whose
-cache is a matrix per head and a window; or softmax attention, whose cache is all keys and values.
+cache is a matrix per head and a window; or T2R's or the linear transformer's, whose cache is a matrix and a vector per
+head; or softmax attention, whose cache is all keys and values.
 
 Shape suffixes: B batch, T tokens, S slots of a cache, D hidden width.
 """
@@ -40,10 +41,17 @@ from .attention_supra import (
 from .configuration_supra import SupraConfig
 from .lolcats_supra import WEIGHT, Hedgehog, SupraLolcats, WindowFactor
 from .memory_supra import SupraMemory, reaches
+from .normalised_supra import SupraNormalised
 
 logger = logging.get_logger(__name__)
+# mixer -> class, where it has one of its own
+ATTENTION = {
+  "memory": SupraMemory,
+  "lolcats": SupraLolcats,
+  "t2r": SupraNormalised,
+  "linear_transformer": SupraNormalised,
+}
 # Name of the cache in the outputs, which differs between releases of transformers.
-ATTENTION = {"memory": SupraMemory, "lolcats": SupraLolcats}  # mixer -> class, where it has one of its own
 CACHE_NAME = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
 
 
@@ -240,7 +248,9 @@ class SupraModel(SupraPreTrainedModel):
     slots = {mixer: torch.cat([held[mixer], slot], 1) if mixer in held else slot for mixer in sights(self.config)}
     if cache is not None:
       cache.columns, cache.seen_B, cache.slots = read + time, count[:, -1], slots
-    slopes = torch.tensor(head_slopes(self.config), dtype=torch.float32, device=x_BTD.device)
+    slopes = torch.tensor(
+      head_slopes(self.config.num_heads, self.config.supra), dtype=torch.float32, device=x_BTD.device
+    )
     rope, rotation, far = self.config.rope, None, {}
     if rope["kind"] in ("half", "interleaved"):
       rotation = rope_table(rope, self.config.head_dim, position[..., None])

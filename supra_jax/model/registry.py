@@ -15,6 +15,8 @@ _MODULES = {
   "supra_window": "supra_jax.model.mixers.supra_window",
   "memory": "supra_jax.model.mixers.memory",
   "lolcats": "supra_jax.model.mixers.lolcats",
+  "t2r": "supra_jax.model.mixers.t2r",
+  "linear_transformer": "supra_jax.model.mixers.linear_transformer",
 }
 _CLASSES: dict[str, Any] = {}
 MIXER = "self_attn"  # name of the mixer in a layer's parameters, as in Hugging Face's models

@@ -76,6 +76,8 @@ EVERYTHING = tiny().replace(
       sinks=2,
     ),
     layer("memory", window=5, retained=(7, 0), sinks=0, chunk=3, score="random", state_dtype="float32"),
+    layer("t2r", feature_map="per_head", normaliser="epsilon", epsilon=0.5, decay_start=0.25),
+    layer("linear_transformer", rope=True, normaliser="clamp"),
   ),
   value_head_dim=12,
   norm="layer_norm",
@@ -94,8 +96,8 @@ def test_everything_there_and_back(random_params, tmp_path):
   assert_same_model(second, load_model(first))
   assert {path.name for path in exported.iterdir()} == {
     "README.md", "attention_supra.py", "config.json", "configuration_supra.py", "generation_config.json",
-    "lolcats_supra.py", "memory_supra.py", "model.safetensors", "modeling_supra.py", "tokenizer.json",
-    "tokenizer_config.json",
+    "lolcats_supra.py", "memory_supra.py", "model.safetensors", "modeling_supra.py", "normalised_supra.py",
+    "tokenizer.json", "tokenizer_config.json",
   }  # fmt: skip
 
 
@@ -126,6 +128,8 @@ SOFTMAX = tiny("softmax")
     ({"layers": layers(("supra_window",))}, "SupraForCausalLM"),
     ({"layers": layers(("memory",))}, "SupraForCausalLM"),
     ({"layers": layers(("lolcats",))}, "SupraForCausalLM"),
+    ({"layers": layers(("t2r",))}, "SupraForCausalLM"),
+    ({"layers": layers(("linear_transformer",))}, "SupraForCausalLM"),
   ],
 )
 def test_which_class(changes, wanted):
@@ -150,7 +154,7 @@ def test_layers_that_differ_are_refused(different, said, format, tmp_path):
     {"transformers": hf_export.export, "openlm": export_openlm}[format](config)
 
 
-UNKNOWN = [(hf_export.export, "toy"), *((export_openlm, mixer) for mixer in ("toy", "lolcats", "memory"))]
+UNKNOWN = [(hf_export.export, "toy"), *((export_openlm, mixer) for mixer in ("toy", "lolcats", "memory", "t2r"))]
 
 
 @pytest.mark.parametrize("export, mixer", UNKNOWN)
@@ -176,7 +180,8 @@ def test_the_code_knows_every_field():
   (defaults,) = (node.value for node in code.body if isinstance(node, ast.AnnAssign))
   known = eval(compile(ast.Expression(defaults), "", "eval"), {})
   ours = json.loads(json.dumps(hf_export.export(hf_export.own_config(known, "")).config))
-  assert known.pop("memories") is None  # where no layer has one, which exports do not say
+  for key in ("memories", "normalised"):
+    assert known.pop(key) is None  # where no layer has one, which exports do not say
   assert known == {key: ours[key] for key in set(ours) - {"architectures", "auto_map", "model_type"}}
   assert set(known) == {field.name for field in dataclasses.fields(ModelConfig)} - {"layers"} | {"mixers", "supra"}
   configs = [mixer_class(name).Config for name in ("softmax", "supra", "supra_window")]

@@ -14,6 +14,7 @@ import supra_jax  # noqa: E402
 from convert_weights.orbax_to_hf import convert  # noqa: E402
 from supra_jax.experiments.tiny import write_checkpoint  # noqa: E402
 from supra_jax.model.config import RopeConfig  # noqa: E402
+from supra_jax.model.mixers.t2r import T2R  # noqa: E402
 from supra_jax.model.presets import tiny  # noqa: E402
 from supra_jax.model.registry import layer, layers  # noqa: E402
 
@@ -108,6 +109,16 @@ MODELS = {
   "lolcats whose window is longer than the text": tiny().replace(
     layers=(layer("lolcats", window=LENGTH + 7),) * 2, rope=RopeConfig(kind="by_head")
   ),
+  "T2R": tiny().replace(layers=layers(("t2r", "linear_transformer"), **T2R), value_head_dim=12),
+  "T2R as in the paper's listing": tiny().replace(
+    layers=(
+      layer("t2r", rope=False, normaliser="epsilon", qk_norm=True),
+      layer("linear_transformer", decay="retnet", normaliser="clamp"),
+      layer("supra", rope=False),
+    ),
+    qk_norm="head",
+    output_bias=True,
+  ),
   "windows of two kinds": tiny().replace(
     layers=layers(("softmax", "supra_window"), window=5, sinks=0), sliding_window=20, rope=RopeConfig(kind="by_head")
   ),
@@ -169,6 +180,7 @@ GENERATING = {
     layer("memory", window=2, retained=(2,), sinks=0, chunk=3, state_dtype="float32"),
   ),
   "lolcats": layers(("lolcats",) * 2, window=3),
+  "normalised": layers(("t2r", "linear_transformer"), rope=False),
 }
 
 

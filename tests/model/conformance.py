@@ -15,6 +15,7 @@ import numpy as np
 
 from supra_jax.model import presets
 from supra_jax.model.config import ModelConfig, RopeConfig
+from supra_jax.model.mixers.t2r import T2R
 from supra_jax.model.registry import layer, layers
 from supra_jax.model.stacking import stack_layers
 from supra_jax.model.transformer import Transformer
@@ -90,6 +91,20 @@ EXAMPLES["memory"] = [
     value_head_dim=4,
     max_positions=6,  # the first layer meets tokens that are further away
   ),
+]
+
+EXAMPLES["t2r"] = [
+  TINY.replace(layers=layers(("t2r", "softmax"), **T2R)),
+  # The paper's listing. Without RoPE, since a sum of weights near 0 would make rounding large: see test_t2r.py.
+  TINY.replace(
+    layers=(layer("t2r", rope=False), layer("t2r", rope=False, decay="retnet", normaliser="epsilon", qk_norm=True)),
+    norm="layer_norm_gain",
+    value_head_dim=12,
+  ),
+]
+EXAMPLES["linear_transformer"] = [
+  TINY.replace(layers=(layer("linear_transformer"), layer("linear_transformer", decay="lightning"))),
+  TINY.replace(layers=layers(("linear_transformer", "softmax")), num_heads=4, num_kv_heads=2, value_head_dim=4),
 ]
 
 EXAMPLES["lolcats"] = [

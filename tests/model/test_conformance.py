@@ -166,7 +166,8 @@ def test_parameters_for_inference(config, random_params):
   assert_close(got, want, 1e-5)
   for number, told in enumerate(config.layers):
     left = any("kernel" in tree for name, tree in folded[f"layers_{number}"][MIXER].items() if "feature_map" in name)
-    assert left == (told.mixer == "supra_window" or (told.mixer == "supra" and config.qk_norm != "none"))
+    folds = told.mixer in ("supra", "t2r")
+    assert left == (told.mixer == "supra_window" or (folds and config.qk_norm != "none"))
   jax.tree.map(np.testing.assert_array_equal, for_inference(config, folded), folded)
 
 

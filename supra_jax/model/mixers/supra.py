@@ -31,25 +31,36 @@ _LARGEST_SLOPE = 3.4e38  # slopes are float32
 
 
 @dataclasses.dataclass(frozen=True)
-class SupraConfig(MixerConfig):
+class LinearConfig(MixerConfig):
+  """What the configs of all linear attention say.
+
+  Attributes:
+    decay: kind of the decays gamma_h, see `head_slopes`; `none`: gamma_h = 1.
+    decay_start: first slope of the lightning series; None means the ratio of the series, see `head_slopes`.
+    rope: whether phi(q) and phi(k) are rotated by the model's RoPE.
+  """
+
+  decay: Decay = "lightning"
+  decay_start: Annotated[float, POSITIVE, AtMost(_LARGEST_SLOPE), "a slope that float32 can hold"] | None = None
+  rope: bool = True
+
+  def __post_init__(self):
+    check(self, type(self).__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class SupraConfig(LinearConfig):
   """Config of SUPRA's linear attention (arXiv 2405.06640, section 3).
 
   Attributes:
     feature_map: kind of W in phi(x) = relu(W x + b). `dense`: one W [H*K, H*K] over all heads, and, if G < H, another W
       [G*K, G*K] for k, as in released checkpoints. `per_head`: W [G, K, K], where each group of query heads shares a
       [K, K] with its key head, as the paper writes it. `per_head_separate`: W [H, K, K] for q and [G, K, K] for k.
-    decay: kind of the decays gamma_h, see `head_slopes`; `none`: gamma_h = 1.
-    decay_start: first slope of the lightning series; None means the ratio of the series, see `head_slopes`.
     qk_norm: whether q and k are normalised, over all heads together, after phi and before RoPE.
   """
 
   feature_map: FeatureMapKind = "dense"
-  decay: Decay = "lightning"
-  decay_start: Annotated[float, POSITIVE, AtMost(_LARGEST_SLOPE), "a slope that float32 can hold"] | None = None
   qk_norm: bool = False
-
-  def __post_init__(self):
-    check(self, type(self).__name__)
 
 
 @flax.struct.dataclass
@@ -59,7 +70,7 @@ class LinearState(MixerState):
   s: jax.Array
 
 
-def head_slopes(config: SupraConfig, num_heads: int) -> np.ndarray:
+def head_slopes(config: LinearConfig, num_heads: int) -> np.ndarray:
   """Returns the slopes s_h >= 0 of the decays gamma_h = exp(-s_h), float32 [H], for h = 0, ..., H - 1.
 
   `config.decay` chooses them. `none`: 0. `retnet` (Sun et al. 2023): gamma_h = 1 - 2^-(5+h). `lightning` (Qin et al.
@@ -132,17 +143,22 @@ class LinearProjections(Projections):
     Returns:
       (o [B, T, H, V], S after the last real token, float32 [B, H, K, V]).
     """
-    q = self.feature_map(q)
-    k = self.feature_map_kv(k) if self.has_own_k_map else self.feature_map(k)
-    if self.layer.qk_norm:
-      q, k = self._qk_norm(q, k)
-    q, k = self.rotate(q, context.rotation), self.rotate(k, context.rotation)
-
+    q, k = self.features(q, k, context)
     slopes = jnp.asarray(head_slopes(self.layer, self.config.num_heads))
     scale = self.config.head_dim**-0.5
     initial = None if state is None else state.s
     out, s = read_linearly(q, k, v, slopes, initial, context, scale=scale, implementation=self.implementation)
     return group_norm(out), s
+
+  def features(self, q: jax.Array, k: jax.Array, context: Context) -> tuple[jax.Array, jax.Array]:
+    """Returns phi(q) and phi(k), normalised and rotated as the layer's config says; k then has G or H heads."""
+    q = self.feature_map(q)
+    k = self.feature_map_kv(k) if self.has_own_k_map else self.feature_map(k)
+    if self.layer.qk_norm:
+      q, k = self._qk_norm(q, k)
+    if self.layer.rope:
+      q, k = self.rotate(q, context.rotation), self.rotate(k, context.rotation)
+    return q, k
 
   def _qk_norm(self, q_BTHK: jax.Array, k_BTGK: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Normalises q and k over all heads together; k is first repeated to H heads, as its gains are per query head."""
@@ -208,6 +224,22 @@ def identity_map(tree: Mapping[str, jax.Array]) -> Mapping[str, jax.Array]:
   return {**jax.tree.map(jnp.zeros_like, tree), "kernel": kernel}
 
 
+def phi_in_projections(config: ModelConfig, params: Mapping[str, Any]) -> Mapping[str, Any]:
+  """Multiplies phi's matrices into the projections of q and k, if neither a norm nor adapters are between."""
+  is_bare = config.qk_norm == "none" and not any(
+    set(params[name]) - {"kernel", "bias"} for name in ("q_proj", "k_proj")
+  )
+  if not is_bare or "kernel" not in params["feature_map"]:
+    return params
+  maps = {name: tree for name, tree in params.items() if name.startswith("feature_map")}
+  q_map, k_map = maps["feature_map"], maps.get("feature_map_kv", maps["feature_map"])
+  projections = {
+    "q_proj": into_projection(params["q_proj"], q_map),
+    "k_proj": into_projection(params["k_proj"], k_map),
+  }
+  return {**params, **projections, **{name: {"bias": tree["bias"]} for name, tree in maps.items()}}
+
+
 def _sequence(q, k, v, slopes, initial_state, segment_ids, lengths, *, scale, implementation):
   """Runs the linear attention op on one device's own rows, heads and tokens."""
   op = linear_attention
@@ -247,17 +279,5 @@ class LinearAttention(LinearProjections):
 
   @classmethod
   def for_inference(cls, config: ModelConfig, params: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Multiplies phi's matrices into the projections of q and k, if neither a norm nor adapters are between."""
-    is_bare = config.qk_norm == "none" and not any(
-      set(params[name]) - {"kernel", "bias"} for name in ("q_proj", "k_proj")
-    )
-    # What a derived mixer does between the two products is not known.
-    if cls is not LinearAttention or not is_bare or "kernel" not in params["feature_map"]:
-      return params
-    maps = {name: tree for name, tree in params.items() if name.startswith("feature_map")}
-    q_map, k_map = maps["feature_map"], maps.get("feature_map_kv", maps["feature_map"])
-    projections = {
-      "q_proj": into_projection(params["q_proj"], q_map),
-      "k_proj": into_projection(params["k_proj"], k_map),
-    }
-    return {**params, **projections, **{name: {"bias": tree["bias"]} for name, tree in maps.items()}}
+    """Returns `phi_in_projections`; what a derived mixer does between the two products is not known."""
+    return phi_in_projections(config, params) if cls is LinearAttention else params

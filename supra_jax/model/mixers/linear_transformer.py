@@ -1,0 +1,69 @@
+"""The linear transformer's attention (Katharopoulos et al. 2020, arXiv 2006.16236): phi(x) = elu(x) + 1."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import flax.linen as nn
+import jax
+
+from supra_jax.model.config import ModelConfig
+from supra_jax.model.layers import at_least_float32
+from supra_jax.model.mixers.base import Context, Projections, side_by_side
+from supra_jax.model.mixers.supra import Decay
+from supra_jax.model.mixers.t2r import (
+  PARTS,
+  STATE_AXES,
+  NormalisedConfig,
+  NormalisedState,
+  empty_state,
+  read_normalised,
+)
+from supra_jax.model.registry import register
+
+
+@dataclasses.dataclass(frozen=True)
+class LinearTransformerConfig(NormalisedConfig):
+  """Config of the linear transformer's attention: as published, without decay and RoPE, and with z + 1e-6 below."""
+
+  decay: Decay = "none"
+  rope: bool = False
+  normaliser: Literal["clamp", "epsilon"] = "epsilon"
+
+
+@register("linear_transformer")
+class LinearTransformerAttention(Projections):
+  """The linear transformer's attention, see `read_normalised`; it has the parameters of softmax attention."""
+
+  Config = LinearTransformerConfig
+  PARTS = PARTS
+  STATE_AXES = STATE_AXES
+
+  @nn.nowrap
+  def init_state(self, batch: int, capacity: int) -> NormalisedState:
+    del capacity  # not used: the state does not grow
+    return empty_state(self.config, batch)
+
+  def outputs(
+    self, x_BTD: jax.Array, state: NormalisedState | None, context: Context
+  ) -> tuple[dict[str, jax.Array], NormalisedState]:
+    q, k, v = self.project(x_BTD)
+    q, k = (nn.elu(at_least_float32(x)) + 1 for x in (q, k))
+    if self.layer.rope:
+      q, k = self.rotate(q, context.rotation), self.rotate(k, context.rotation)
+    how: dict[str, Any] = {"scale": 1.0, "implementation": self.implementation}
+    out, state = read_normalised(q, k, v, state, context, self.layer, **how)
+    return {"o_proj": side_by_side(out.astype(self.dtype))}, state
+
+  @classmethod
+  def flops(cls, config: ModelConfig, layer: Any, tokens: int) -> float:
+    """Adds to the projections 2 H K (V + 1) for S, z, q S and q z; returns multiply-adds per token."""
+    return super().flops(config, layer, tokens) + 2 * config.num_heads * config.head_dim * (config.value_width + 1)
+
+  @classmethod
+  def begin(cls, drawn: Mapping[str, Any], start: Any) -> Mapping[str, Any]:
+    """Returns `drawn`, which is empty: there are no new parameters."""
+    del start
+    return drawn
