@@ -56,7 +56,7 @@ def train_flops_per_token(config: ModelConfig, sequence_length: int) -> float:
   The forward pass needs W multiply-adds per token, two FLOPs each, and the backward pass twice as many, for the
   gradients of both factors: FLOPs = 6 W, with
 
-    W = sum over layers of (multiply-adds of the mixer, `Mixer.flops`, + 3*D*F) + D * vocab_size
+    W = sum over layers of (multiply-adds of the mixer, `Mixer.flops`, + 3*D*F of the MLP) + D * vocab_size
 
   The unembedding is counted, tied or not. Not counted are the embedding's look-up, norms, activations, RoPE and decays,
   nor what an implementation computes beyond the model: recomputation (remat), the products inside a chunk, the masked
@@ -74,7 +74,7 @@ def train_flops_per_token(config: ModelConfig, sequence_length: int) -> float:
     raise ValueError(f"sequence_length={sequence_length}: wanted at least 1.")
   c = config
   mixing = sum(mixer_class(layer.mixer).flops(c, layer, sequence_length) for layer in c.layers)
-  mlps = 3 * c.hidden_size * c.intermediate_size * c.num_layers
+  mlps = 3 * c.hidden_size * c.intermediate_size * sum(mixer_class(mixer).FEEDS for mixer in c.mixers)
   return 6.0 * (mixing + mlps + c.hidden_size * c.vocab_size)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -12,19 +11,9 @@ import jax.numpy as jnp
 
 from supra_jax.core.sharding import constrain
 from supra_jax.model.config import ModelConfig
-from supra_jax.model.layers import add_bias, at_least_float32, matmul, product
+from supra_jax.model.layers import add_bias, at_least_float32, matmul, product, uniform_fan_in
 
 FeatureMapKind = Literal["dense", "per_head", "per_head_separate"]
-
-
-def _uniform_fan_in(fan_in: int) -> nn.initializers.Initializer:
-  """Returns an initializer from U(-1/sqrt(fan_in), 1/sqrt(fan_in)), the default of torch's linear layer."""
-  bound = 1 / math.sqrt(fan_in)
-
-  def init(key, shape, dtype=jnp.float32):
-    return jax.random.uniform(key, shape, dtype, -bound, bound)
-
-  return init
 
 
 def _in_projection(phi: nn.Module) -> bool:
@@ -60,7 +49,7 @@ class DenseFeatureMap(nn.Module):
   @nn.compact
   def __call__(self, x_BTNK: jax.Array) -> jax.Array:
     *lead, heads, width = x_BTNK.shape
-    init = _uniform_fan_in(heads * width)
+    init = uniform_fan_in(heads * width)
     y = x_BTNK.reshape(*lead, heads * width)
     if not _in_projection(self):
       kernel = self.param("kernel", init, (heads * width, heads * width))
@@ -85,7 +74,7 @@ class PerHeadFeatureMap(nn.Module):
 
   @nn.compact
   def __call__(self, x_BTNK: jax.Array) -> jax.Array:
-    init = _uniform_fan_in(self.width)
+    init = uniform_fan_in(self.width)
     batch, time, heads, width = x_BTNK.shape
     y = x_BTNK.reshape(batch, time, self.maps, heads // self.maps, width)
     if not _in_projection(self):
@@ -108,7 +97,7 @@ class Hedgehog(nn.Module):
   def __call__(self, x_BTNK: jax.Array) -> jax.Array:
     """Returns features [B, T, N, 2K], all positive, whose sum is 2, in float32 at least."""
     heads, width = x_BTNK.shape[2:]
-    kernel = self.param("kernel", _uniform_fan_in(width), (heads, width, width))
+    kernel = self.param("kernel", uniform_fan_in(width), (heads, width, width))
     y = product("btnk,nkj->btnj", self.dtype, jnp.promote_types(self.dtype, jnp.float32), x_BTNK, kernel)
     return jnp.concatenate([nn.softmax(y), nn.softmax(-y)], axis=-1)
 

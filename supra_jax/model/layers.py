@@ -102,6 +102,16 @@ def add_bias(x: jax.Array, bias: jax.Array) -> jax.Array:
   return (x.astype(jnp.promote_types(x.dtype, bias.dtype)) + bias).astype(x.dtype)
 
 
+def uniform_fan_in(fan_in: float) -> nn.initializers.Initializer:
+  """Returns an initializer from U(-1/sqrt(fan_in), 1/sqrt(fan_in)), the default of torch's linear layer."""
+  bound = fan_in**-0.5
+
+  def init(key, shape, dtype=jnp.float32):
+    return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+  return init
+
+
 ADAPTERS = ("lora_a", "lora_b")  # names of the adapters A and B beside a kernel
 
 
@@ -115,21 +125,24 @@ class Dense(nn.Module):
     use_bias: whether the layer has a bias b.
     dtype: dtype of the computation.
     out_dtype: dtype of the result; None means `dtype`.
+    kernel_init, bias_init: initializers of W and b.
   """
 
   features: int
   use_bias: bool = False
   dtype: Any = jnp.float32
   out_dtype: Any = None
+  kernel_init: nn.initializers.Initializer = nn.initializers.lecun_normal()
+  bias_init: nn.initializers.Initializer = nn.initializers.zeros
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
-    kernel = self.param("kernel", nn.initializers.lecun_normal(), (x.shape[-1], self.features))
+    kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features))
     y = matmul(x, kernel, self.dtype, self.out_dtype)
     if self.has_variable("params", ADAPTERS[0]):
       a, b = (jnp.asarray(self.get_variable("params", name)) for name in ADAPTERS)
       y = y + matmul(matmul(x, a, self.dtype), b, self.dtype, self.out_dtype)
-    return add_bias(y, self.param("bias", nn.initializers.zeros, (self.features,))) if self.use_bias else y
+    return add_bias(y, self.param("bias", self.bias_init, (self.features,))) if self.use_bias else y
 
 
 @jax.custom_vjp

@@ -17,6 +17,7 @@ _MODULES = {
   "lolcats": "supra_jax.model.mixers.lolcats",
   "t2r": "supra_jax.model.mixers.t2r",
   "linear_transformer": "supra_jax.model.mixers.linear_transformer",
+  "mamba": "supra_jax.model.mixers.mamba",
 }
 _CLASSES: dict[str, Any] = {}
 MIXER = "self_attn"  # name of the mixer in a layer's parameters, as in Hugging Face's models

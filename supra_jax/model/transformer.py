@@ -69,7 +69,7 @@ _FRESH = {"cached": 0, "position": 0, "segment": -1}  # counters of a DecodeStat
 
 
 class Block(nn.Module):
-  """One layer of the model: `x + mixer(norm x)`, then `x + SwiGLU(norm x)`.
+  """One layer of the model: `x + mixer(norm x)`, then, unless the mixer has no MLP behind it, `x + SwiGLU(norm x)`.
 
   When the collection STREAMS is mutable, the block writes three arrays [B, T, D] to it: `enters`, the input x;
   `attended`, the output of the mixer; `leaves`, the result of the block.
@@ -86,8 +86,11 @@ class Block(nn.Module):
     c = self.config
     mixer = mixer_class(self.layer.mixer)
     self.self_attn = mixer(c, self.layer, self.dtype, self.implementation, self.state_dtype, self.kinds)
-    self.input_layernorm, self.post_attention_layernorm = (Norm(c.norm, c.norm_eps, self.dtype) for _ in range(2))
-    self.mlp = SwiGLU(c, self.dtype)
+    self.input_layernorm = Norm(c.norm, c.norm_eps, self.dtype)
+    self.feeds = mixer.FEEDS
+    if self.feeds:
+      self.post_attention_layernorm = Norm(c.norm, c.norm_eps, self.dtype)
+      self.mlp = SwiGLU(c, self.dtype)
 
   def __call__(
     self, x_BTD: jax.Array, state: MixerState | None, context: Context, kind: jax.Array | None = None
@@ -105,8 +108,8 @@ class Block(nn.Module):
     return self.self_attn(self.input_layernorm(x_BTD), state, dataclasses.replace(context, kind=kind))
 
   def feed(self, x_BTD: jax.Array) -> jax.Array:
-    """Applies the second half of the block; returns x + SwiGLU(norm x)."""
-    return x_BTD + self.mlp(self.post_attention_layernorm(x_BTD))
+    """Applies the second half of the block, if there is one; returns x + SwiGLU(norm x)."""
+    return x_BTD + self.mlp(self.post_attention_layernorm(x_BTD)) if self.feeds else x_BTD
 
   def _keep(self, **streams: jax.Array) -> None:
     for name, x_BTD in streams.items():

@@ -107,6 +107,14 @@ EXAMPLES["linear_transformer"] = [
   TINY.replace(layers=layers(("linear_transformer", "softmax")), num_heads=4, num_kv_heads=2, value_head_dim=4),
 ]
 
+EXAMPLES["mamba"] = [
+  TINY.replace(layers=layers(("mamba",) * 2)),
+  TINY.replace(
+    layers=(layer("mamba", state_size=3, conv_kernel=1, expand=3, use_bias=True), layer("softmax")), norm="layer_norm"
+  ),
+  TINY.replace(layers=(layer("mamba", conv_kernel=TIME, time_step_rank=5, use_conv_bias=False),)),
+]
+
 EXAMPLES["lolcats"] = [
   TINY.replace(
     layers=(layer("softmax"), layer("lolcats", window=3)), qk_norm="head", sliding_window=7, value_head_dim=4, **BIASES

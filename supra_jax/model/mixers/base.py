@@ -104,6 +104,7 @@ class Mixer(nn.Module):
       biases, gains and adapters; tells `placement` how a mesh shards the parameter.
     PARTS: {part: fields of the state}, to count bytes by part and to ablate a part.
     STATE_AXES: {field of the state: names of the field's dimensions}; tells `placement` how a mesh shards the field.
+    FEEDS: whether an MLP follows the mixer in its layer.
     GROWS: whether the state grows with the number of tokens read.
     begin: classmethod (drawn, start) -> {name: tree}, the initial values of the new parameters when a trained softmax
       layer becomes this mixer. `drawn`, {name: tree}, has the values that `init` draws; `start.phi` is "random" or
@@ -122,6 +123,7 @@ class Mixer(nn.Module):
   AXES: ClassVar[Axes] = ()
   PARTS: ClassVar[Mapping[str, tuple[str, ...]]] = {}
   STATE_AXES: ClassVar[Mapping[str, tuple[str | None, ...]]] = {}
+  FEEDS: ClassVar[bool] = True
   GROWS: ClassVar[bool] = False
   NO_ADAPTERS: ClassVar[str] = ""
   begin: ClassVar[Any] = None

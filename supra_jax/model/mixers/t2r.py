@@ -116,7 +116,7 @@ def read_normalised(
     out, s = read(v, slopes, s)
     total, z = read(one, np.zeros_like(slopes), z)
   else:  # the sum of the weights is one more feature of the values
-    both = None if s is None else jnp.concatenate([s, z], -1)
+    both = None if state is None else jnp.concatenate([state.s, state.z[..., None]], -1)
     out, both = read(jnp.concatenate([v, one], -1), slopes, both)
     (out, total), (s, z) = (jnp.split(x, [v.shape[-1]], -1) for x in (out, both))
   total = jnp.maximum(total, layer.epsilon) if layer.normaliser == "clamp" else total + layer.epsilon
