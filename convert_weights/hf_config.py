@@ -72,7 +72,7 @@ TRANSLATED = {
 }  # fmt: skip
 # Keys of public checkpoints that transformers' classes ignore, in all families. They concern training, generation,
 # classifiers or the tool that made the checkpoint; dual_chunk_attention_config is read by vLLM only.
-_HARMLESS = {
+HARMLESS = {
   "_attn_implementation", "_attn_implementation_autoset", "_flash_attn_2_enabled", "_name_or_path",
   "attention_dropout", "attention_probs_dropout_prob", "attn_implementation", "attn_pdrop", "chunk_size_feed_forward",
   "decoder_start_token_id", "diversity_penalty", "do_sample", "dtype", "dual_chunk_attention_config",
@@ -108,12 +108,14 @@ def model_config(config: Mapping[str, Any], generation: Mapping[str, Any], where
   model_type = config.get("model_type")
   family = FAMILIES.get(model_type) if isinstance(model_type, str) else None
   if family is None:
-    raise ConversionError(f"{where}: model_type={model_type!r} is not supported: only {', '.join(FAMILIES)}, openlm.")
+    raise ConversionError(
+      f"{where}: model_type={model_type!r} is not supported: only {', '.join(FAMILIES)}, mamba, openlm."
+    )
   reader.only("architectures", *([name] for name in family.architectures))
   reader.only("hidden_act", "silu")
   reader.only("pretraining_tp", 1)
   reader.only("partial_rotary_factor", 1)
-  reader.unknown_keys(TRANSLATED | _HARMLESS | (_WINDOW_KEYS if family.windows == "some" else set()))
+  reader.unknown_keys(TRANSLATED | HARMLESS | (_WINDOW_KEYS if family.windows == "some" else set()))
   vocab_size = reader.required("vocab_size")
   hidden_size, num_heads = reader.required("hidden_size"), reader.required("num_attention_heads")
   head_dim = family.head_dim
@@ -140,18 +142,24 @@ def model_config(config: Mapping[str, Any], generation: Mapping[str, Any], where
     "max_positions": max_positions,
   }
   rope = rope_config(reader)
+  bos, eos, refused = token_ids(reader, generation, vocab_size)
+  if refused:
+    raise ConversionError("\n".join([f"{where}: this model cannot be converted.", *listing("refused", refused)]))
+  try:
+    return ModelConfig(**translated, rope=rope, bos_token_id=bos, eos_token_ids=eos)
+  except ValueError as error:
+    raise ConversionError(f"{where}: {error}") from error
+
+
+def token_ids(
+  reader: ConfigReader, generation: Mapping[str, Any], vocab_size: int
+) -> tuple[int | None, tuple[int, ...], list[str]]:
+  """Returns (BOS id, EOS ids, complaints about both files) of a config and a generation_config.json, see above."""
   generation_reader = ConfigReader(generation)
   bos = reader.token_ids("bos_token_id", vocab_size) or generation_reader.token_ids("bos_token_id", vocab_size)
   eos = [i for r in (reader, generation_reader) for i in r.token_ids("eos_token_id", vocab_size, many=True)]
   refused = reader.refused + [f"generation_config.json: {line}" for line in generation_reader.refused]
-  if refused:
-    raise ConversionError("\n".join([f"{where}: this model cannot be converted.", *listing("refused", refused)]))
-  try:
-    return ModelConfig(
-      **translated, rope=rope, bos_token_id=bos[0] if bos else None, eos_token_ids=tuple(dict.fromkeys(eos))
-    )
-  except ValueError as error:
-    raise ConversionError(f"{where}: {error}") from error
+  return bos[0] if bos else None, tuple(dict.fromkeys(eos)), refused
 
 
 def _biases(reader: ConfigReader, family: Family) -> dict[str, bool]:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from convert_weights import hf_config
+from convert_weights import hf_config, mamba
 from convert_weights.errors import ConversionError
 from convert_weights.export import Export, essential, one_or_many, shared_linear_config, transformers_tensors
 from supra_jax.core.plain_json import to_json
@@ -44,9 +44,11 @@ def export(config: ModelConfig) -> Export:
     ConversionError: a layer's mixer has no form in transformers, or linear layers have different options.
   """
   tensors = transformers_tensors(config)
-  generation = {"bos_token_id": config.bos_token_id, "eos_token_id": one_or_many(config.eos_token_ids)}
-  text = to_json({key: value for key, value in generation.items() if value is not None}, indent=2) + "\n"
+  ids = {"bos_token_id": config.bos_token_id, "eos_token_id": one_or_many(config.eos_token_ids)}
+  text = to_json({key: value for key, value in ids.items() if value is not None}, indent=2) + "\n"
   files = {"generation_config.json": text.encode()}
+  if mamba.is_mamba(config):
+    return Export(mamba.config_json(config) | ids, tensors, files)
   for model_type, family in hf_config.FAMILIES.items():
     values = _family_config(config, model_type, family)
     if _is_same_model(values, config):

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from convert_weights import hf_config, hf_export, names
+from convert_weights import hf_config, hf_export, mamba, names
 from convert_weights.errors import read_json_object
 from convert_weights.leaves import check_tensors, make_leaf
 from convert_weights.source import Source
@@ -30,7 +30,8 @@ def config_of(directory: Path, original: Mapping[str, Any]) -> ModelConfig:
   where = str(directory / "config.json")
   if original.get("model_type") == hf_export.OWN_MODEL_TYPE:
     return hf_export.own_config(original, where)
-  return hf_config.model_config(original, generation, where)
+  read = mamba.model_config if original.get("model_type") == mamba.MODEL_TYPE else hf_config.model_config
+  return read(original, generation, where)
 
 
 def open_huggingface(
@@ -55,7 +56,11 @@ def open_huggingface(
   # With tied embeddings transformers ignores the unembedding, yet some files store it.
   twin = names.HF_UNEMBEDDING if config.tie_embeddings else None
   weight_files, tensors = open_weights(directory, file, twin)
-  tensors = {name: tensor for name, tensor in tensors.items() if not _ROTARY_BUFFER.fullmatch(name)}
+  tensors = {
+    mamba.OLD_EMBEDDING.sub(mamba.EMBEDDING, name): tensor
+    for name, tensor in tensors.items()
+    if not _ROTARY_BUFFER.fullmatch(name)
+  }
   parameters = names.parameters(config)
   path = directory if file is None else file
   check_tensors(
@@ -65,7 +70,7 @@ def open_huggingface(
     optional={twin: (config.vocab_size, config.hidden_size)} if twin else {},
   )
   leaves = [
-    make_leaf(str(path), p, p.hf, tensors, twin=twin if p.hf == names.HF_EMBEDDING else None) for p in parameters
+    make_leaf(str(path), p, p.hf, tensors, twin=twin if p.path == names.EMBEDDING else None) for p in parameters
   ]
   return Source(
     "huggingface",

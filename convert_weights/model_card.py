@@ -19,9 +19,11 @@ from convert_weights.export import Export
 from convert_weights.source import Source
 from supra_jax.model.config import ModelConfig
 from supra_jax.model.mixers.lolcats import LolcatsConfig
+from supra_jax.model.mixers.mamba import MambaConfig
 from supra_jax.model.mixers.memory import MemoryConfig
-from supra_jax.model.mixers.supra import SupraConfig
+from supra_jax.model.mixers.supra import LinearConfig, SupraConfig
 from supra_jax.model.mixers.supra_window import WindowConfig
+from supra_jax.model.mixers.t2r import NormalisedConfig
 from supra_jax.model.registry import MixerConfig
 from supra_jax.storage.model_directory import ModelCheckpoint
 
@@ -60,7 +62,7 @@ def card(model: ModelCheckpoint, export: Export, dtype: np.dtype, *, has_tokeniz
   """
   origin, steps = _history(model.source)
   hub = _ON_THE_HUB.fullmatch(str(origin.get("name")))
-  linear = any(isinstance(layer, SupraConfig | LolcatsConfig) for layer in model.config.layers)
+  linear = any(isinstance(layer, LinearConfig | LolcatsConfig) for layer in model.config.layers)
   bounded = "memory" in model.config.mixers
   openlm = export.config["model_type"] == openlm_config.MODEL_TYPE
   data = ModelCardData(
@@ -192,6 +194,11 @@ def _kind(config: ModelConfig, layer: MixerConfig) -> str:
     return (
       f"LoLCATs' attention: softmax over the last {layer.window} tokens, and linear attention over all earlier ones"
     )
+  if isinstance(layer, MambaConfig):
+    return f"Mamba's block, with {layer.state_size} numbers in the state of a channel and no MLP"
+  if isinstance(layer, NormalisedConfig):
+    phi = f"phi {layer.feature_map}" if isinstance(layer, SupraConfig) else "phi(x) = elu(x) + 1"
+    return f"linear attention divided by the sum of its weights ({phi}, decay {layer.decay})"
   if not isinstance(layer, SupraConfig):
     seen = "all tokens" if config.sliding_window is None else f"the last {config.sliding_window} tokens"
     return f"softmax attention over {seen}"

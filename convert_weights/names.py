@@ -7,12 +7,14 @@ import typing
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
+from convert_weights import mamba
 from convert_weights.errors import ConversionError
 from supra_jax.model.config import ModelConfig
+from supra_jax.model.mixers.mamba import MambaConfig
 from supra_jax.model.mixers.supra import SupraConfig
 from supra_jax.model.registry import MixerConfig
 
-HF_EMBEDDING = "model.embed_tokens.weight"
+EMBEDDING = ("embed_tokens", "embedding")
 HF_UNEMBEDDING = "lm_head.weight"
 GGUF_UNEMBEDDING = "output.weight"
 OPENLM_EMBEDDING = "tok_embeddings.weight"
@@ -57,8 +59,10 @@ def parameters(config: ModelConfig) -> list[Parameter]:
     ConversionError: a layer's mixer has no names in other formats.
   """
   c = config
-  embedding = _Module(("embed_tokens",), "model.embed_tokens", "token_embd", "tok_embeddings")
-  result = [embedding.parameter("embedding", (c.vocab_size, c.hidden_size))]
+  if mamba.is_mamba(c):
+    return list(_mamba(c))
+  embedding = _Module(EMBEDDING[:1], "model.embed_tokens", "token_embd", "tok_embeddings")
+  result = [embedding.parameter(EMBEDDING[1], (c.vocab_size, c.hidden_size))]
   if c.post_embed_norm:
     result += _norm(c, _Module(("post_embed_norm",), "model.post_embed_norm", None, "post_embed_norm"), c.hidden_size)
   for number, layer in enumerate(c.layers):
@@ -156,6 +160,34 @@ def _layer(config: ModelConfig, number: int, layer: MixerConfig) -> Iterator[Par
   yield from dense(module("mlp.gate_proj", "ffn_gate", w12), c.hidden_size, ffn, c.mlp_bias)
   yield from dense(module("mlp.up_proj", "ffn_up", w12, ffn), c.hidden_size, ffn, c.mlp_bias)
   yield from dense(module("mlp.down_proj", "ffn_down", "feed_forward.w3"), ffn, c.hidden_size, c.mlp_bias)
+
+
+def _mamba(config: ModelConfig) -> Iterator[Parameter]:
+  """Yields the parameters of a model of Mamba's blocks alone, which transformers has a class for."""
+  c, told = config, config.layers[0]
+  assert isinstance(told, MambaConfig)
+  width, channels, rank = c.hidden_size, told.channels(c.hidden_size), told.rank(c.hidden_size)
+  yield Parameter(EMBEDDING, (c.vocab_size, width), mamba.EMBEDDING)
+  for number in range(c.num_layers):
+    ours, theirs = (f"layers_{number}", "self_attn"), f"backbone.layers.{number}"
+    yield Parameter((ours[0], "input_layernorm", "weight"), (width,), f"{theirs}.norm.weight")
+    for name, shape, has_bias in (
+      ("in_proj", (width, 2 * channels), told.use_bias),
+      ("x_proj", (channels, rank + 2 * told.state_size), False),
+      ("dt_proj", (rank, channels), True),
+      ("out_proj", (channels, width), told.use_bias),
+    ):
+      yield Parameter((*ours, name, "kernel"), shape, f"{theirs}.mixer.{name}.weight", transposed=True)
+      if has_bias:
+        yield Parameter((*ours, name, "bias"), shape[1:], f"{theirs}.mixer.{name}.bias")
+    yield Parameter((*ours, "conv1d", "kernel"), (channels, 1, told.conv_kernel), f"{theirs}.mixer.conv1d.weight")
+    if told.use_conv_bias:
+      yield Parameter((*ours, "conv1d", "bias"), (channels,), f"{theirs}.mixer.conv1d.bias")
+    yield Parameter((*ours, "a_log", "weight"), (channels, told.state_size), f"{theirs}.mixer.A_log")
+    yield Parameter((*ours, "skip", "weight"), (channels,), f"{theirs}.mixer.D")
+  yield Parameter(("norm", "weight"), (width,), "backbone.norm_f.weight")
+  if not c.tie_embeddings:
+    yield Parameter(("lm_head", "kernel"), (width, c.vocab_size), HF_UNEMBEDDING, transposed=True)
 
 
 def _feature_maps(config: ModelConfig, layer: SupraConfig) -> dict[str, tuple[int, ...]]:

@@ -19,7 +19,7 @@ import jax
 import numpy as np
 from absl import flags
 
-from convert_weights import hf_config, hf_export
+from convert_weights import hf_config, hf_export, mamba
 from convert_weights.errors import ConversionError
 from convert_weights.open_source import open_source
 from convert_weights.program import flags_of
@@ -159,7 +159,8 @@ def _load_huggingface(source: Source) -> Any:
 
     model_class: Any = modeling_supra.SupraForCausalLM
   else:
-    model_class = getattr(transformers, hf_config.FAMILIES[model_type].architectures[0])
+    name = mamba.ARCHITECTURE if model_type == mamba.MODEL_TYPE else hf_config.FAMILIES[model_type].architectures[0]
+    model_class = getattr(transformers, name)
   config = model_class.config_class.from_pretrained(directory, local_files_only=True)
   for memory in filter(None, getattr(config, "memories", None) or ()):
     memory["state_dtype"] = "float32"  # as in `_run_checkpoint`

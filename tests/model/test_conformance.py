@@ -271,7 +271,11 @@ def _stepped(config, params, mesh):
   """Parameters after two steps of the project's own training, with adapters, new weights at a rate of their own."""
   mixer = mixer_class(config.mixers[-1])
   new = bool(mixer.NEW)
-  adapted = AdapterConfig(rank=2) if issubclass(mixer, Projections) else AdapterConfig(rank=2, kernels="mlp/" if mixer.FEEDS else "_proj/")
+  adapted = (
+    AdapterConfig(rank=2)
+    if issubclass(mixer, Projections)
+    else AdapterConfig(rank=2, kernels="mlp/" if mixer.FEEDS else "_proj/")
+  )
   recipe = TrainConfig(
     "",
     DataConfig(input="x", sequence_length=32),
