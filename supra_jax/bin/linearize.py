@@ -11,6 +11,7 @@ from supra_jax.bin import start_flags
 from supra_jax.bin.choices import whole_numbers
 from supra_jax.bin.entry import run
 from supra_jax.bin.implementation import with_implementation
+from supra_jax.bin.mixer_flag import mixer_of
 from supra_jax.linearization.calibrate import shown
 from supra_jax.linearization.hybrid import costs, table
 from supra_jax.linearization.linearize import linearize_checkpoint
@@ -35,7 +36,10 @@ def main() -> None:
   if _DECAY_START.value is not None and _DECAY.value != "lightning":
     raise ValueError(f"--decay_start does not apply to --decay={_DECAY.value}, but to --decay=lightning.")
   told = {name: flags.FLAGS[name].value for name in start_flags.OF_MIXER}
-  mixer = None if start.own_mixer else layer("supra", **told)
+  asked = flags.FLAGS["mixer"].value
+  if asked and (present := [name for name in told if flags.FLAGS[name].present]):
+    raise ValueError(f"--{present[0]} beside --mixer: say it as a field of the mixer, as in {asked}:decay=none.")
+  mixer = None if start.own_mixer else mixer_of(asked) if asked else layer("supra", **told)
   how: dict[str, typing.Any] = {"mixer": mixer, "layers": whole_numbers(_LAYERS), "mesh": _MESH.value}
   began = time.monotonic()
   with shown(enabled=isinstance(start, Reading)) as how["progress"]:

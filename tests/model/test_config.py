@@ -24,6 +24,7 @@ ODD = ModelConfig(
     feature_map="per_head_separate",
     decay="retnet",
     decay_start=0.1 + 0.2,
+    rope=False,
     qk_norm=True,
     window=2**40,
     sinks=3,
@@ -139,7 +140,7 @@ def test_a_config_from_before_mixers_had_configs_of_their_own_and_without_any():
     (["supra_window"], {"window": 0}, r"window=0.*positive"),
     (["supra"], [], r"model config: supra: wanted an object, got \[\]"),
     (["supra"], None, r"model config: supra: wanted an object, got None"),
-    (["supra", "mamba"], {}, r"model config: mixers: Unknown mixer 'mamba': wanted one of softmax, supra"),
+    (["supra", "delta_net"], {}, r"model config: mixers: Unknown mixer 'delta_net': wanted one of softmax, supra"),
     (["supra", "supra.2"], {}, r"model config: mixers: Unknown mixer 'supra.2'"),
     ("supra", {}, r"model config: mixers: wanted a list of names, got 'supra'"),
   ],
@@ -242,8 +243,12 @@ def test_all_keys_that_are_wrong_are_named_at_once():
 @pytest.mark.parametrize(
   ("mixers", "configs", "message"),
   [
-    (["supra", "mamba"], {"supra": {}, "mamba": {}}, r"mixers: Unknown mixer 'mamba': wanted one of softmax, supra, "),
-    (["mamba.2"], {"mamba.2": {}}, r"mixers: Unknown mixer 'mamba': wanted one of softmax, supra, "),
+    (
+      ["supra", "delta_net"],
+      {"supra": {}, "delta_net": {}},
+      r"mixers: Unknown mixer 'delta_net': wanted one of softmax, supra, ",
+    ),
+    (["delta_net.2"], {"delta_net.2": {}}, r"mixers: Unknown mixer 'delta_net': wanted one of softmax, supra, "),
     (["supra", "supra.2"], {"supra": {}}, r"mixers names 'supra\.2', and mixer_configs does not say what it is"),
     (["softmax"], {}, r"mixers names 'softmax', and mixer_configs does not say what it is"),
     (["supra"], {"supra": {}, "softmax": {}, "supra.2": {}}, r"mixer_configs has \['softmax', 'supra.2'\], which no"),
@@ -267,8 +272,8 @@ def test_configs_by_name():
   window, linear = WindowConfig(decay="none", sinks=1), SupraConfig(decay="none")
   assert layers(names, decay="none", sinks=1) == (window, SoftmaxConfig(), linear, window)
   assert tiny().replace(layers=layers(names)).mixers == names
-  for wrong in (lambda: layer("mamba"), lambda: layers(("supra", "mamba"))):
-    with pytest.raises(ValueError, match=r"Unknown mixer 'mamba': wanted one of softmax, supra, supra_window"):
+  for wrong in (lambda: layer("delta_net"), lambda: layers(("supra", "delta_net"))):
+    with pytest.raises(ValueError, match=r"Unknown mixer 'delta_net': wanted one of softmax, supra, supra_window"):
       wrong()
   with pytest.raises(ValueError, match=r"No mixer of softmax, supra has the fields sinks, window"):
     layers(("softmax", "supra"), window=8, sinks=1, decay="none")

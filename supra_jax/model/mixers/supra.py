@@ -30,7 +30,7 @@ STATE = ("batch", "heads", None, None)
 _LARGEST_SLOPE = 3.4e38  # slopes are float32
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class LinearConfig(MixerConfig):
   """What the configs of all linear attention say.
 
