@@ -19,9 +19,9 @@ from pathlib import Path
 from absl import flags
 
 from benchmarks import random_checkpoint
-from benchmarks.machine import cpu_name
 from supra_jax.bin.entry import run
 from supra_jax.core.plain_json import to_json
+from supra_jax.core.run_record import cpu_name
 
 MISTRAL_7B = {
   "model_type": "mistral", "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 14336,

@@ -32,7 +32,8 @@ import torch
 from absl import app, flags
 
 from benchmarks.contestants import CONTESTANTS, MODES, Inputs, Run, Shape, is_gpu, make_inputs
-from benchmarks.machine import ceilings, cpu_name, threads
+from benchmarks.machine import ceilings, threads
+from supra_jax.core.run_record import cpu_name
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

@@ -51,10 +51,11 @@ from typing import Any
 
 from absl import app, flags
 
-from benchmarks.machine import cpu_name, resident_bytes, threads
+from benchmarks.machine import resident_bytes, threads
 from benchmarks.random_checkpoint import hf_shape
 from kernels_pallas.verdict import slug
 from supra_jax.core.plain_json import to_json
+from supra_jax.core.run_record import cpu_name
 from supra_jax.model.config import ModelConfig
 from supra_jax.model.costs import PEAK_FLOPS, mfu, train_flops_per_token
 from supra_jax.model.presets import PRESETS

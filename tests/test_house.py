@@ -27,6 +27,7 @@ ARROWS: dict[str, tuple[str, ...]] = {
   "training": (*MODEL, "objectives", "storage", "data"),
   "inference": (*MODEL, "objectives", "storage", "data"),
   "evaluation": (*MODEL, "objectives", "storage", "data", "inference"),
+  "analysis": ("core", "model", "inference"),
 }
 LIBRARY = tuple(ARROWS)
 ARROWS |= {
@@ -34,8 +35,8 @@ ARROWS |= {
   "supra_jax": LIBRARY,  # `__init__`, the front door, which imports what is asked for when it is asked for
   "convert_weights": (
     "core", "model.config", "model.registry", "model.mixers.softmax", "model.mixers.supra", "model.mixers.supra_window",
-    "model.mixers.memory", "model.mixers.lolcats", "model.mixers.t2r", "model.rope", "model.finite", "storage",
-    "data.tokenizer", "data.tokenizer_backends", "inference.lm", "bin.entry",
+    "model.mixers.memory", "model.mixers.lolcats", "model.mixers.t2r", "model.mixers.mamba", "model.rope",
+    "model.finite", "storage", "data.tokenizer", "data.tokenizer_backends", "inference.lm", "bin.entry",
   ),
   "bin": (*LIBRARY, "experiments", "convert_weights", "supra_jax"),
   "configs": LIBRARY,
@@ -51,7 +52,7 @@ RESERVED = {
   "gcsfs": r"supra_jax\.core\.bucket",
   "grain": r"supra_jax\.data\.loading",
   "tensorboard": r"supra_jax\.training\.metrics",
-  "matplotlib": r"supra_jax\.(training|evaluation)\.pictures",
+  "matplotlib": r"supra_jax\.(training|evaluation|analysis)\.pictures",
   "absl": r"supra_jax\.bin\..*|convert_weights\..*",
   "torch": r"convert_weights\.(torch_file|verify|for_transformers\..*)|supra_jax\.evaluation\.comparison",
   "lm_eval": r"supra_jax\.(evaluation\.(harness|tasks|comparison)|bin\.lm_eval)",

@@ -6,6 +6,7 @@ import datetime
 import importlib.metadata
 import os
 import platform
+import re
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -24,13 +25,38 @@ FLAGS = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")
 _SOURCE = Path(__file__).resolve().parents[2]  # holds the packages
 
 
-def write_run_record(workdir: str | os.PathLike[str], config: Mapping[str, Any]) -> None:
-  """Appends a JSON object that describes this start of a run to `workdir/runs.jsonl`.
+def run_record() -> dict[str, Any]:
+  """Returns a JSON object that describes this process, to reproduce its results.
 
-  The object has the keys time (UTC), command, config, python, packages (versions), commit (git commit of the source),
-  modified (whether the source differs from that commit), platform, device_kind, devices, processes and flags (the
-  environment variables FLAGS). Outside a git checkout commit and modified are null. In a run of several processes, only
-  one process calls this function, after `jax.distributed.initialize`.
+  The object has the keys time (UTC), command, python, packages (versions), commit (git commit of the source), modified
+  (whether the source differs from that commit), platform, device_kind, devices, processes and flags (the environment
+  variables FLAGS). Outside a git checkout commit and modified are null. The program in `command` is named as in the
+  source; `device` is device_kind, and on a CPU its name.
+  """
+  program, *arguments = sys.argv
+  if Path(program).is_relative_to(_SOURCE):
+    program = str(Path(program).relative_to(_SOURCE))
+  commit, modified = _commit(_SOURCE)
+  return {
+    "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    "command": [program, *arguments],
+    "python": platform.python_version(),
+    "packages": {name: _version(name) for name in PACKAGES},
+    "commit": commit,
+    "modified": modified,
+    "platform": jax.default_backend(),
+    "device_kind": jax.devices()[0].device_kind,
+    "device": cpu_name() if jax.default_backend() == "cpu" else jax.devices()[0].device_kind,
+    "devices": jax.device_count(),
+    "processes": jax.process_count(),
+    "flags": {name: os.environ.get(name) for name in FLAGS},
+  }
+
+
+def write_run_record(workdir: str | os.PathLike[str], config: Mapping[str, Any]) -> None:
+  """Appends `run_record()` and the run's config, under `config`, to `workdir/runs.jsonl`.
+
+  In a run of several processes, only one process calls this function, after `jax.distributed.initialize`.
 
   Args:
     workdir: directory of the run, a local path; made if it does not exist.
@@ -40,26 +66,24 @@ def write_run_record(workdir: str | os.PathLike[str], config: Mapping[str, Any])
     TypeError: a value of the config has a type that JSON does not have.
     ValueError: `workdir` is a URL.
   """
-  commit, modified = _commit(_SOURCE)
-  record = {
-    "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-    "command": sys.argv,
-    "config": config,
-    "python": platform.python_version(),
-    "packages": {name: _version(name) for name in PACKAGES},
-    "commit": commit,
-    "modified": modified,
-    "platform": jax.default_backend(),
-    "device_kind": jax.devices()[0].device_kind,
-    "devices": jax.device_count(),
-    "processes": jax.process_count(),
-    "flags": {name: os.environ.get(name) for name in FLAGS},
-  }
-  line = to_json(record) + "\n"
+  line = to_json(run_record() | {"config": config}) + "\n"
   path = local(workdir) / RUNS_FILE
   path.parent.mkdir(parents=True, exist_ok=True)
   with path.open("a") as file:
     file.write(line)
+
+
+def cpu_name() -> str:
+  """Returns the CPU's name, with family and model if the system has them, since rented CPUs often hide their name."""
+  try:
+    info = Path("/proc/cpuinfo").read_text()
+  except OSError:
+    info = ""
+  found = [re.search(rf"^{key}\s*: (.*)", info, re.MULTILINE) for key in ("model name", "cpu family", "model")]
+  if None in found:
+    return platform.processor() or platform.machine()
+  name, family, model = (match[1] for match in found if match)
+  return f"{name} (family {family}, model {model})"
 
 
 def _version(name: str) -> str | None:

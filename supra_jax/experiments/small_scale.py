@@ -1,4 +1,4 @@
-"""The small scale of the paper's experiments: its text, its tokenizer, and its teacher, which train on two cores.
+"""The small scale of the paper's experiments: its text, its tokenizer and its teacher, which train on two cores.
 
 WORKDIR/tokenizer.json  a tokenizer of 4,096 tokens, trained on the text
 WORKDIR/text            the text, packed in rows of 512
@@ -6,16 +6,19 @@ WORKDIR/repeats.jsonl   documents in which a span of random words stands twice; 
 WORKDIR/scratch/NAME    models as they are drawn
 WORKDIR/teacher         the run of the teacher, a transformer of 3 million parameters; `checkpoint` in it is the model
 
-The spans that stand twice are there for induction heads: so small a transformer does not learn them from text alone.
+The spans that stand twice are there for induction heads, which so small a transformer does not learn from text alone.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from supra_jax.core.files import into_place
@@ -25,157 +28,237 @@ from supra_jax.data.text import documents_in_turns
 from supra_jax.data.tokenizer import Tokenizer
 from supra_jax.experiments import tiny
 from supra_jax.experiments.scratch import config_of, draw
-from supra_jax.model.presets import two_cores
+from supra_jax.inference.lm import LM
+from supra_jax.model.presets import PRESETS
 from supra_jax.model.registry import MixerConfig
-from supra_jax.storage.model_directory import save_model
+from supra_jax.storage.model_directory import load_model_without_params, save_model
 from supra_jax.training.config import DataConfig, TrainConfig
 from supra_jax.training.loop import train
 from supra_jax.training.optimizer import OptimizerConfig
-from supra_jax.training.workdir import TrainSummary
 
-LENGTH, ROWS = 512, 16  # tokens of a row, rows of a batch
-TOKENS_A_STEP = LENGTH * ROWS
 REPEATS = 0.08  # share of the rows
-REPEATED_DOCUMENTS = 12_000
-LEARNING_RATE, END_RATE = 3e-3, 3e-5
-EVALUATIONS = 10
+_CHARACTERS = 20 * 10**6  # of the text that the tokenizer is trained on
+
+
+@dataclasses.dataclass(frozen=True)
+class Size:
+  """How large the models and their runs are.
+
+  Attributes:
+    preset: shape of the models, of `PRESETS`.
+    vocab_size: tokens of the tokenizer.
+    length: T, tokens of a row.
+    rows: rows of a batch.
+    repeated: number of documents with a span that stands twice.
+    heldout_every: N; every N-th document is held out.
+    heldout_rows: rows to evaluate on.
+    teacher, scratch, uptrained: tokens that a run of the teacher, from scratch, and from the teacher trains on.
+  """
+
+  preset: str = "two_cores"
+  vocab_size: int = 4096
+  length: int = 512
+  rows: int = 16
+  repeated: int = 12_000
+  heldout_every: int = 50
+  heldout_rows: int = 128
+  teacher: int = 20_000_000
+  scratch: int = 5_000_000
+  uptrained: int = 500_000
 
 
 @dataclasses.dataclass(frozen=True)
 class SmallScale:
-  """Text and tokenizer of the small scale, made in a directory of its own.
+  """Text, tokenizer and teacher of the small scale.
 
   Attributes:
-    workdir: the directory.
+    workdir: directory of all runs.
+    size: how large they are.
+    data: the text as a run reads it.
     tokenizer_files: name -> contents of the tokenizer's files.
-    data: the text and the repeated spans as a run reads them.
+    given: model directory of a teacher that exists already; None: it is trained.
   """
 
   workdir: Path
-  tokenizer_files: dict[str, bytes]
+  size: Size
   data: DataConfig
+  tokenizer_files: Mapping[str, bytes]
+  given: Path | None = None
 
-  @property
-  def tokenizer(self) -> Tokenizer:
-    return _tokenizer(self.tokenizer_files)
+  def drawn(self, name: str, mixer: str | MixerConfig, seed: int = 0, depth: int = 1) -> Path:
+    """Draws a model from scratch, unless an earlier call did, and returns its directory, `scratch/NAME`.
 
-  def drawn(self, name: str, mixer: str | MixerConfig, seed: int = 0) -> Path:
-    """Draws a model from scratch, unless an earlier call did, and returns its directory, `scratch/NAME`."""
+    Args:
+      name: name of the model.
+      mixer: mixer of all layers.
+      seed: seeds the parameters.
+      depth: number of layers by that of the preset.
+    """
     directory = self.workdir / "scratch" / name
     if not directory.exists():
-      config = config_of("two_cores", mixer, self.tokenizer)
-      source = {"drawn": {"preset": "two_cores", "seed": seed}}
+      shape = {"num_layers": depth * PRESETS[self.size.preset]("softmax").num_layers}
+      config = config_of(self.size.preset, mixer, _tokenizer(self.tokenizer_files, self.size), shape)
+      source = {"drawn": {"preset": self.size.preset, "seed": seed}}
       params = draw(config, seed)
       save_model(directory, config=config, params=params, tokenizer_files=self.tokenizer_files, source=source)
     return directory
 
-  def recipe(self, start: Path, tokens: int, *, seed: int = 0, learning_rate: float = LEARNING_RATE) -> TrainConfig:
-    """Returns the recipe of a run: AdamW, a twentieth of the steps is warmup, then a cosine.
+  def recipe(self, start: Path, tokens: int, learning_rate: float, seed: int = 0) -> TrainConfig:
+    """Returns the recipe of a run: AdamW, a twentieth of the steps is warmup, then a cosine to a hundredth of the rate.
 
     Args:
       start: model directory to start from.
       tokens: number of tokens to train on; the run has the nearest number of whole steps.
+      learning_rate: peak learning rate.
       seed: seed of the order of the data.
-      learning_rate: peak learning rate; the cosine ends at a hundredth of it.
     """
-    steps = max(round(tokens / TOKENS_A_STEP), 1)
-    optimizer = OptimizerConfig(
-      learning_rate=learning_rate, end_learning_rate=learning_rate / 100, warmup_steps=max(steps // 20, 1)
-    )
+    steps = max(round(tokens / (self.size.rows * self.size.length)), 1)
+    tenth = -(-steps // 10)
     return TrainConfig(
       init_checkpoint=str(start),
       data=self.data,
-      batch_size=ROWS,
+      batch_size=self.size.rows,
       num_steps=steps,
-      optimizer=optimizer,
+      optimizer=OptimizerConfig(
+        learning_rate=learning_rate, end_learning_rate=learning_rate / 100, warmup_steps=max(steps // 20, 1)
+      ),
       remat="none",
-      log_every=min(10, steps),
-      evaluate_every=-(-steps // EVALUATIONS),
-      save_every=-(-steps // EVALUATIONS),
+      log_every=min(10, tenth),
+      evaluate_every=tenth,
+      save_every=tenth,
       keep_checkpoints=1,
       seed=seed,
     )
 
-  def teacher(self, tokens: int) -> tuple[Path, TrainSummary]:
-    """Trains the teacher, or resumes its training; returns (its model directory, what training says of it)."""
-    run = self.workdir / "teacher"
-    summary = train(self.recipe(self.drawn("softmax", "softmax"), tokens), run)
-    return run / "checkpoint", summary
+  def teacher(self) -> Path:
+    """Returns the teacher's model directory; trains it, or resumes its training, if it is not there yet."""
+    if self.given is not None:
+      return self.given
+    train(self.recipe(self.drawn("softmax", "softmax"), self.size.teacher, 3e-3), self.workdir / "teacher")
+    return self.workdir / "teacher" / "checkpoint"
 
 
-def small_scale(input: str, workdir: Path) -> SmallScale:
-  """Makes text and tokenizer of the small scale, or resumes a call that was killed.
+def small_scale(input: str, workdir: Path, size: Size, teacher: Path | None = None) -> SmallScale:
+  """Makes text and tokenizer, or resumes a call that was killed.
 
   Args:
     input: text, as `prepare_data` takes it.
     workdir: local directory that everything is written to.
+    size: how large the models and their runs are.
+    teacher: model directory of a teacher, whose tokenizer and shape are then those of all models; `text` is all that
+      its runs read. None: the small scale's own.
 
   Raises:
-    ValueError, OSError: the text cannot be read or packed.
+    FileNotFoundError: `teacher` is no model directory.
+    ValueError, OSError: the text cannot be read or packed, or the teacher has no tokenizer.
   """
   workdir.mkdir(parents=True, exist_ok=True)
-  vocabulary, repeats = workdir / "tokenizer.json", workdir / "repeats.jsonl"
-  if not vocabulary.exists():
-    with into_place(vocabulary) as file:
-      file.write_bytes(tiny.byte_bpe(_first(input, 20 * 10**6), two_cores().vocab_size))
-  if not repeats.exists():
-    with into_place(repeats) as file, file.open("w") as lines:
-      for text in itertools.islice(repeated_spans(input), REPEATED_DOCUMENTS):
-        lines.write(to_json({"text": text}) + "\n")
-  files = {"tokenizer.json": vocabulary.read_bytes(), "tokenizer_config.json": b"{}"}
-  for name, texts in (("text", input), ("repeats", str(repeats))):
-    prepare(
-      texts,
-      _tokenizer(files),
-      workdir / name,
-      vocab_size=two_cores().vocab_size,
-      sequence_length=LENGTH,
-      heldout_every=50,
-    )
+  if teacher is not None:
+    model = load_model_without_params(teacher)
+    files: Mapping[str, bytes] = model.tokenizer_files
+    tokenizer, rows_below = Tokenizer.from_files(files, model.config), model.config.vocab_size
+    if tokenizer is None:
+      raise ValueError(f"{teacher} has no tokenizer, which the text is packed with.")
+  else:
+    files = {"tokenizer.json": _vocabulary(input, workdir, size), "tokenizer_config.json": b"{}"}
+    tokenizer, rows_below = _tokenizer(files, size), size.vocab_size
+  texts = {"text": input}
+  if teacher is None:
+    texts["repeats"] = str(_repeats(input, workdir, size))
+  for name, text in texts.items():
+    how: dict[str, Any] = {
+      "vocab_size": rows_below,
+      "sequence_length": size.length,
+      "heldout_every": size.heldout_every,
+    }
+    prepare(text, tokenizer, workdir / name, **how)
+  shares = {"text": 1.0} if teacher is not None else {"text": 1 - REPEATS, "repeats": REPEATS}
   data = DataConfig(
-    sources=f"{workdir / 'text/train'}:{1 - REPEATS},{workdir / 'repeats/train'}:{REPEATS}",
-    heldout=str(workdir / "text/heldout"),
-    heldout_rows=128,
-    sequence_length=LENGTH,
+    sources=",".join(f"{workdir / name / 'train'}:{share}" for name, share in shares.items()),
+    heldout=str(workdir / "text" / "heldout"),
+    heldout_rows=size.heldout_rows,
+    sequence_length=size.length,
   )
-  return SmallScale(workdir, files, data)
+  return SmallScale(workdir, size, data, files, teacher)
 
 
 def repeated_spans(input: str, *, words: int = 60, seed: int = 0) -> Iterator[str]:
-  """Yields documents made of each document of a text: 20 to `words` of its words at random, some of its text, and the
-  same words once more. Only who looks them up can know the second ones.
+  """Yields documents without end, eight of each document of a text: 20 to `words` of its words at random, up to twice
+  as many words as they stand in it, and the same random words once more, which only who looks them up can know.
 
   Args:
     input: text, as `prepare_data` takes it; documents of fewer than 1,000 words are left out.
-    words: largest number of words of a span; the text between is at most twice as long.
+    words: largest number of words of a span.
     seed: seeds what is drawn.
+
+  Raises:
+    ValueError: no document has 1,000 words.
   """
   rng = np.random.default_rng(seed)
   while True:  # a small text is used more than once
-    found = False
+    is_short = True
     for document in documents_in_turns(input):
       if len(text := document[: 2**20].split()) < 1000:
         continue
-      found = True
+      is_short = False
       for _ in range(8):
         span = " ".join(rng.choice(text, int(rng.integers(20, words + 1))))
         start = int(rng.integers(len(text)))
         between = " ".join(text[start : start + int(rng.integers(2 * words))])
         yield f"{span}\n{between}\n{span}"
-    if not found:
-      raise ValueError(f"{input}: no document of 1,000 words, of which repeated spans are made.")
+    if is_short:
+      raise ValueError(f"{input}: no document has 1,000 words, of which spans that stand twice are drawn.")
 
 
-def _first(input: str, characters: int) -> Iterator[str]:
-  """Yields the first texts of all files in turn, of so many characters together."""
+def _repeats(input: str, workdir: Path, size: Size) -> Path:
+  """Returns the path of repeats.jsonl, which it writes unless an earlier call did."""
+  path = workdir / "repeats.jsonl"
+  if not path.exists():
+    with into_place(path) as file, file.open("w") as lines:
+      for text in itertools.islice(repeated_spans(input), size.repeated):
+        lines.write(to_json({"text": text}) + "\n")
+  return path
+
+
+def _vocabulary(input: str, workdir: Path, size: Size) -> bytes:
+  """Returns the contents of tokenizer.json, which it writes unless an earlier call did."""
+  path = workdir / "tokenizer.json"
+  if not path.exists():
+    with into_place(path) as file:
+      file.write_bytes(tiny.byte_bpe(_first(input), size.vocab_size))
+  return path.read_bytes()
+
+
+def _first(input: str) -> Iterator[str]:
+  """Yields the first texts of all files in turn."""
+  left = _CHARACTERS
   for text in documents_in_turns(input):
     yield text
-    characters -= len(text)
-    if characters <= 0:
+    left -= len(text)
+    if left <= 0:
       return
 
 
-def _tokenizer(files: dict[str, bytes]) -> Tokenizer:
-  tokenizer = Tokenizer.from_files(files, two_cores())
+def _tokenizer(files: Mapping[str, bytes], size: Size) -> Tokenizer:
+  config = PRESETS[size.preset]("softmax").replace(vocab_size=size.vocab_size, bos_token_id=None, eos_token_ids=(0,))
+  tokenizer = Tokenizer.from_files(files, config)
   assert tokenizer is not None
   return tokenizer
+
+
+def induction(lm: LM, *, length: int = 128, rows: int = 16, seed: int = 0) -> tuple[float, float]:
+  """Returns the loss of random tokens in nats per token: the first time that they stand in a row, and the second.
+
+  What a text is like says nothing of them, so that only induction heads know them the second time.
+
+  Args:
+    lm: the model.
+    length: number of tokens that stand twice.
+    rows: number of rows.
+    seed: seeds the tokens.
+  """
+  tokens = np.random.default_rng(seed).integers(lm.config.vocab_size, size=(rows, length))
+  logits, _ = lm(np.concatenate([tokens, tokens], axis=1))
+  scores = jax.nn.log_softmax(logits[:, :-1])
+  losses = -jnp.take_along_axis(scores, np.concatenate([tokens[:, 1:], tokens], axis=1)[..., None], -1)[..., 0]
+  return float(losses[:, : length - 1].mean()), float(losses[:, length:].mean())
