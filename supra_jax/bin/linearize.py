@@ -30,6 +30,10 @@ _DECAY = flags.DEFINE_enum("decay", "lightning", typing.get_args(Decay), "Decay 
 _DECAY_START = flags.DEFINE_float("decay_start", None, "First lightning slope. Default: the series' own ratio.")
 flags.DEFINE_bool("qk_norm", False, "Normalise phi(q) and phi(k) before RoPE.")
 
+_ROPE_BASE = flags.DEFINE_float(
+  "rope_base", None, "Base of RoPE in a model of linear attention. Default: the teacher's."
+)
+
 
 def main() -> None:
   start = _START()
@@ -41,7 +45,7 @@ def main() -> None:
     raise ValueError(f"--{present[0]} beside --mixer: say it as a field of the mixer, as in {asked}:decay=none.")
   mixer = None if start.own_mixer else mixer_of(asked) if asked else layer("supra", **told)
   how: dict[str, typing.Any] = {"mixer": mixer, "layers": whole_numbers(_LAYERS), "mesh": _MESH.value}
-  began = time.monotonic()
+  how["rope_base"], began = _ROPE_BASE.value, time.monotonic()
   with shown(enabled=isinstance(start, Reading)) as how["progress"]:
     made = linearize_checkpoint(_CHECKPOINT.value, _OUTPUT.value, start, **how)
   if isinstance(start, Reading):

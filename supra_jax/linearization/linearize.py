@@ -6,7 +6,7 @@ import collections
 import dataclasses
 import functools
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -23,6 +23,8 @@ from supra_jax.linearization.calibration_text import read_batches
 from supra_jax.linearization.hybrid import choose_softmax_layers, layer_divergences, set_apart
 from supra_jax.linearization.starts import STARTS, Calibrated, Identity, Memory, Reading, Start
 from supra_jax.model.config import ModelConfig
+from supra_jax.model.mixers.supra import LinearConfig
+from supra_jax.model.mixers.supra_window import WindowConfig
 from supra_jax.model.placement import param_shardings
 from supra_jax.model.registry import MIXER, MixerConfig, mixer_class
 from supra_jax.model.registry import layer as make_layer
@@ -59,6 +61,7 @@ def linearize(
   *,
   mixer: MixerConfig | str | None = None,
   layers: Sequence[int] | None = None,
+  rope_base: float | None = None,
   tokenizer: Tokenizer | None = None,
   mesh: Mesh | None = None,
   progress: Report | None = None,
@@ -76,6 +79,7 @@ def linearize(
     mixer: config of the new layers, such as `registry.layer("supra_window", window=16)`, or a mixer's name; None: the
       start's default. `Window` takes a SupraConfig and adds the window.
     layers: numbers of the layers to replace, negative ones counted from the end; None means all softmax layers.
+    rope_base: base of the RoPE of the linearised model; the paper takes 1e6 for long rows. None: the teacher's.
     tokenizer: tokenizer of the model, with which a `Reading` start reads text; not needed for packed rows.
     mesh: device mesh that a `Reading` start shards parameters and batches over; None: all devices on `fsdp`.
     progress: called after each layer that is calibrated or measured, see `calibrate`, `head_errors` and
@@ -83,10 +87,11 @@ def linearize(
 
   Raises:
     FileNotFoundError: the text or a packed directory of a `Reading` start is missing.
-    ValueError: `start` is not a Start; a layer does not exist or is not a softmax layer; the mixer is unknown, cannot
-      replace the mixer of a trained layer, or does not fit the start or the teacher; the size of a memory is too small;
-      `keep_softmax` is not between 1 and the number of `layers` minus 1; the data of a `Reading` start do not suffice
-      or do not fit the model; or activations are not finite.
+    ValueError: `start` is not a Start; `rope_base` is given and softmax attention stays in the model; a layer does not
+      exist or is not softmax; the mixer is unknown, cannot replace the mixer of a trained layer, or does not fit
+      the start or the teacher; the size of a memory is too small; `keep_softmax` is not between 1 and the number of
+      `layers` minus 1; the data of a `Reading` start do not suffice or do not fit the model; or activations are not
+      finite.
   """
   start = _start(start, mixer)
   if not isinstance(start, Start):
@@ -99,10 +104,15 @@ def linearize(
     raise ValueError(f"The mixer {layer.mixer!r} cannot take over a trained layer: it is for models from scratch.")
   if refusal := mixer_class(layer.mixer).refusal(config, layer):
     raise ValueError(refusal)
+  if rope_base is not None:
+    _check_rope_base(rope_base, config, layer, chosen, start)
   check_fit(config, params)
-  report = {"start": start.to_json(), "mixer": {"mixer": layer.mixer, **dataclasses.asdict(layer)}}
+  report: dict[str, Any] = {"start": start.to_json(), "mixer": {"mixer": layer.mixer, **dataclasses.asdict(layer)}}
   more: dict[str, Any] = {}
   teacher = (params, config)
+  based = functools.partial(_begun, rope_base=rope_base)
+  if rope_base is not None:
+    report["rope_base"] = rope_base
   if isinstance(start, Reading):
     mesh = make_mesh() if mesh is None else mesh
   if isinstance(start, Memory):
@@ -112,11 +122,11 @@ def linearize(
       new, new_config, more = remembered(teacher, start, batches, mesh, chosen, progress)
       more["calibrated_on"] = _tokens(batches, mesh)
   elif not isinstance(start, Calibrated):
-    new, new_config = _begun(params, config, layer, start, chosen)
+    new, new_config = based(params, config, layer, start, chosen)
   else:
     assert mesh is not None
     with jax.set_mesh(mesh):
-      calibrated = functools.partial(_calibrated, teacher, layer, start, mesh, progress)
+      calibrated = functools.partial(_calibrated, based, teacher, layer, start, mesh, progress)
       if start.keep_softmax is None:
         batches = read_batches(start, tokenizer, config.vocab_size, mesh)
         new, new_config = calibrated(chosen, batches)
@@ -143,6 +153,7 @@ def linearize_checkpoint(
   *,
   mixer: MixerConfig | str | None = None,
   layers: Sequence[int] | None = None,
+  rope_base: float | None = None,
   mesh: str = "",
   progress: Report | None = None,
 ) -> Linearized:
@@ -151,7 +162,7 @@ def linearize_checkpoint(
   Args:
     checkpoint: model directory of the softmax model.
     output: model directory to write; it must not exist, or be empty.
-    start, mixer, layers, progress: as in `linearize`.
+    start, mixer, layers, rope_base, progress: as in `linearize`.
     mesh: sizes of mesh axes, as `core.sharding.make_mesh` takes them; used by `Reading` starts only.
 
   Returns:
@@ -177,6 +188,7 @@ def linearize_checkpoint(
     start,
     mixer=mixer,
     layers=layers,
+    rope_base=rope_base,
     tokenizer=tokenizer,
     mesh=devices,
     progress=progress,
@@ -199,6 +211,7 @@ def _start(start: Start | None, mixer: MixerConfig | str | None) -> Start:
 
 
 def _calibrated(
+  begun: Callable[..., tuple[dict[str, Any], ModelConfig]],
   teacher: tuple[Params, ModelConfig],
   layer: MixerConfig,
   start: Calibrated,
@@ -208,7 +221,7 @@ def _calibrated(
   batches: Sequence[Batch],
 ) -> tuple[dict[str, Any], ModelConfig]:
   """Returns (parameters, config) of the calibrated student that has the new mixer in these layers."""
-  params, config = _begun(*teacher, layer, start, layers)
+  params, config = begun(*teacher, layer, start, layers)
   params = jax.tree.map(_placed, params, param_shardings(params, mesh))
   how: dict[str, Any] = {"ridge": start.ridge, "mlp": start.mlp, "dtype": start.dtype}
   return calibrate(teacher, (params, config), batches, mesh, **how, report=progress), config
@@ -241,7 +254,13 @@ def _chosen_layers(config: ModelConfig, layers: Sequence[int] | None) -> list[in
 
 
 def _begun(
-  params: Params, config: ModelConfig, layer: MixerConfig, start: Start, chosen: Sequence[int]
+  params: Params,
+  config: ModelConfig,
+  layer: MixerConfig,
+  start: Start,
+  chosen: Sequence[int],
+  *,
+  rope_base: float | None = None,
 ) -> tuple[dict[str, Any], ModelConfig]:
   """Returns (parameters, config) of the model whose chosen layers have the new mixer, before any calibration.
 
@@ -273,4 +292,13 @@ def _begun(
     new = jax.tree.map(lambda x, dtype=dtype: x.astype(dtype), draw(jax.random.fold_in(jax.random.key(seed), i)))
     begun[f"layers_{i}"] = {**params[f"layers_{i}"], MIXER: {name: attention[name] for name in kept} | new}
   layers = tuple(layer if i in chosen else other for i, other in enumerate(config.layers))
-  return begun, config.replace(layers=layers)
+  rope = config.rope if rope_base is None else dataclasses.replace(config.rope, base=rope_base)
+  return begun, config.replace(layers=layers, rope=rope)
+
+
+def _check_rope_base(base: float, config: ModelConfig, layer: MixerConfig, chosen: Sequence[int], start: Start) -> None:
+  """Raises ValueError if softmax attention, which was trained with the teacher's base, stays in the model."""
+  stays = len(chosen) < config.num_layers or getattr(start, "keep_softmax", None) is not None
+  if stays or not isinstance(layer, LinearConfig) or isinstance(layer, WindowConfig):
+    what = "some layers keep it" if stays else f"{layer.mixer} layers have it"
+    raise ValueError(f"rope_base={base:g}: softmax attention wants the base that it was trained with, and {what}.")

@@ -1,3 +1,4 @@
+import dataclasses
 import functools
 import json
 
@@ -174,6 +175,21 @@ def test_a_window(random_params):
   for start, mixer in ((Window(window=7), None), (Identity(), WindowConfig(window=7))):
     with pytest.raises(ValueError, match="window=7: the teacher's own softmax sees 4 tokens"):
       linearize(kept, TEACHER.replace(sliding_window=4), start, mixer=mixer)
+
+
+@pytest.mark.parametrize("start", [Random(), Identity()])
+def test_a_base_of_rope_of_its_own(start, random_params):
+  """The config's alone; and only where no softmax attention is left, which was trained with the teacher's."""
+  kept = random_params(TEACHER)
+  made = linearize(kept, TEACHER, start, rope_base=1e6)
+  assert made.config.rope == dataclasses.replace(TEACHER.rope, base=1e6) and made.report["rope_base"] == 1e6
+  other = linearize(kept, TEACHER, start)
+  assert other.config.rope == TEACHER.rope and "rope_base" not in other.report
+  _assert_same_bits(made.params, other.params)
+  with pytest.raises(ValueError, match=r"rope_base=1e[+]06: softmax attention wants the base .* some layers keep it"):
+    linearize(kept, TEACHER, start, layers=[0], rope_base=1e6)
+  with pytest.raises(ValueError, match=r"rope_base=1e[+]06: .* supra_window layers have it"):
+    linearize(kept, TEACHER, Window(window=2), rope_base=1e6)
 
 
 def test_lolcats(random_params):
