@@ -188,13 +188,14 @@ class TestRecipes:
     assert (config.preset or name.startswith("demo")) and config.preset in ("", *presets.PRESETS)
 
   @pytest.mark.parametrize(
-    ("name", "rate"), [("mistral_7b_supra", 3e-5), ("llama2_7b_supra", 3e-5), ("supra_1b", 3e-4)]
+    ("name", "rate"),
+    [("mistral_7b_supra", 3e-5), ("mistral_7b_supra_8k", 3e-5), ("llama2_7b_supra", 3e-5), ("supra_1b", 3e-4)],
   )
   def test_is_the_papers(self, name, rate):
     config, optimizer = recipe(name), recipe(name).optimizer
     assert (optimizer.learning_rate, optimizer.end_learning_rate, optimizer.warmup_steps) == (rate, 1e-5, 1000)
     assert (optimizer.beta1, optimizer.beta2, optimizer.weight_decay, optimizer.clip_norm) == (0.9, 0.95, 0.1, 1.0)
-    assert (config.tokens_a_step, config.data.sequence_length) == (2**21, 2048)
+    assert config.tokens_a_step == 2**21 and config.data.sequence_length == (8192 if name.endswith("8k") else 2048)
     assert (config.dtype, config.data.documents, optimizer.z_loss) == ("bfloat16", "join", 1e-4)
     tokens = 100e9 if name == "supra_1b" else 20e9
     assert config.tokens_a_step * config.num_steps == pytest.approx(tokens, rel=1e-3)
