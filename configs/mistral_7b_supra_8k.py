@@ -17,7 +17,7 @@ This plan for 8 GPUs of 80 GB needs no weights and no GPUs:
 Peak memory of a device is 39.6 GB compiled for CPU devices, as with rows of 2,048. Loss by position, which tells
 whether the model reads on behind the length that it was trained on, comes from
 
-    python -m supra_jax.bin.evaluate --checkpoint=runs/mistral_7b_8k/checkpoint --input=LONG_TEXTS --sequence_length=16384
+    python -m supra_jax.bin.evaluate --checkpoint=runs/mistral_7b_8k/checkpoint --input=TEXT --sequence_length=16384
 
 This recipe has not been run: no accelerator was there.
 """

@@ -184,7 +184,7 @@ def reproduce(
   del lm
   say(f"Teacher: held-out loss {teacher_nll:.4f} nats a token.")
   found: dict[str, Any] = {row: {"rates": {}, "runs": []} for row in rows}
-  spent, left, everything = 0.0, [], list(cells(rows, rates, seeds))
+  spent, read, left, everything = 0.0, 0, [], list(cells(rows, rates, seeds))
   for number, cell in enumerate(everything, 1):
     done = _directory(scale, cell) / "result.json"
     if not done.exists() and spent >= cpu_hours * 3600:
@@ -193,12 +193,16 @@ def reproduce(
     tried = found[cell.row]["rates"] or dict.fromkeys(rates[ROWS[cell.row].kind], 0.0)
     rate = cell.rate if cell.rate is not None else best_rate(tried)
     result = one_run(scale, teacher, cell, rate)
-    spent += result.cpu_seconds
+    spent, read = spent + result.cpu_seconds, read + result.points[-1][0]
     if cell.rate is None:
       found[cell.row]["runs"].append(dataclasses.asdict(result))
     else:
       found[cell.row]["rates"][cell.rate] = result.nll
-    say(f"{number} of {len(everything)}, {spent / 3600:.2f} CPU hours: {cell.name}, rate {rate:g}: {result.nll:.4f}")
+    further = sum(_tokens(scale, other) for other in everything[number:]) * spent / read / 3600
+    say(
+      f"{number} of {len(everything)} runs, {spent / 3600:.2f} CPU hours, about {further:.2f} left: {cell.name}, rate "
+      f"{rate:g}: {result.nll:.4f}"
+    )
   return {"teacher_nll": teacher_nll, "rows": found, "not_reached": left}
 
 
@@ -233,10 +237,7 @@ def one_run(scale: SmallScale, teacher: Path, cell: Cell, rate: float) -> Result
 
 def recipe(scale: SmallScale, teacher: Path, cell: Cell, rate: float) -> TrainConfig:
   """Makes the model that a run starts from, unless an earlier call did, and returns the run's recipe."""
-  row, size = ROWS[cell.row], scale.size
-  tokens = getattr(size, row.kind)
-  if cell.rate is not None:
-    tokens = tokens // 10
+  row = ROWS[cell.row]
   if row.begins == "scratch":
     start = scale.drawn(f"{cell.row}-{cell.seed}", row.mixer, cell.seed, depth=row.depth)
   else:
@@ -245,12 +246,20 @@ def recipe(scale: SmallScale, teacher: Path, cell: Cell, rate: float) -> TrainCo
       teacher = _directory(scale, Cell("transformer", 0)) / "run" / "checkpoint"
     if not start.exists():
       linearize_checkpoint(teacher, start, Random(cell.seed), mixer=row.mixer)
+  tokens = _tokens(scale, cell) // (2 if row.trains == "new_then_all" else 1)
   config = scale.recipe(start, tokens, rate, cell.seed)
   if row.trains == "new":
     return dataclasses.replace(config, trainable=new_parameters([row.mixer.mixer]))
   if row.trains == "new_then_all":
     return dataclasses.replace(config, new_weights_steps=config.num_steps, num_steps=2 * config.num_steps)
   return config
+
+
+def _tokens(scale: SmallScale, cell: Cell) -> int:
+  """Returns the number of tokens that a run trains on, about."""
+  row = ROWS[cell.row]
+  tokens: int = getattr(scale.size, row.kind) * (2 if row.trains == "new_then_all" else 1)
+  return tokens if cell.rate is None else tokens // 10
 
 
 def _directory(scale: SmallScale, cell: Cell) -> Path:
