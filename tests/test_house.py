@@ -52,7 +52,7 @@ RESERVED = {
   "gcsfs": r"supra_jax\.core\.bucket",
   "grain": r"supra_jax\.data\.loading",
   "tensorboard": r"supra_jax\.training\.metrics",
-  "matplotlib": r"supra_jax\.(training|evaluation|analysis)\.pictures",
+  "matplotlib": r"supra_jax\.(training|evaluation|analysis|experiments)\.pictures",
   "absl": r"supra_jax\.bin\..*|convert_weights\..*",
   "torch": r"convert_weights\.(torch_file|verify|for_transformers\..*)|supra_jax\.evaluation\.comparison",
   "lm_eval": r"supra_jax\.(evaluation\.(harness|tasks|comparison)|bin\.lm_eval)",

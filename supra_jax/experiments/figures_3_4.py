@@ -9,6 +9,7 @@ import numpy as np
 
 from supra_jax.analysis.pictures import plot_heads
 from supra_jax.analysis.similarity import FORMS, MEASURES, Similarity, compare
+from supra_jax.core.files import local
 from supra_jax.core.plain_json import to_json
 from supra_jax.core.run_record import run_record
 from supra_jax.data.text import documents_in_turns
@@ -16,7 +17,7 @@ from supra_jax.inference.lm import load
 
 
 def report(
-  teacher: str, models: Mapping[str, str], input: str, output: Path, *, texts: int = 4, length: int = 256
+  teacher: str, models: Mapping[str, str], input: str, output: str | Path, *, texts: int = 4, length: int = 256
 ) -> str:
   """Compares models with their teacher, and returns a table of means and medians over heads.
 
@@ -47,6 +48,7 @@ def report(
   else:
     raise ValueError(f"{input}: {len(rows)} documents of {length} tokens, wanted {texts}.")
   found = compare(theirs, {name: load(path) for name, path in models.items()}, np.array(rows), progress=True)
+  output = local(output)
   output.parent.mkdir(parents=True, exist_ok=True)
   about = {"figures": [3, 4], "models": dict(models), "teacher": teacher, "input": input, "made_by": run_record()}
   output.write_text(to_json(about | found.plain(), indent=1) + "\n")

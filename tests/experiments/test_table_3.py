@@ -11,6 +11,8 @@ from supra_jax.evaluation.paper import TABLE_3
 from supra_jax.experiments import full_scale, table_3
 from supra_jax.experiments.small_scale import Size, repeated_spans, small_scale
 from supra_jax.experiments.table_3 import ROWS, Cell, best_rate, cells, order, reproduce
+from supra_jax.linearization.linearize import linearize_checkpoint
+from supra_jax.linearization.starts import Random
 from supra_jax.storage.model_directory import load_model, load_model_without_params
 from supra_jax.training.metrics import read_metrics
 from tests.support import programs
@@ -149,3 +151,42 @@ def test_the_program(text, tmp_path):
   assert ran.returncode == 0, ran.stderr
   assert "Not reached in the hours given: supra-rate-0.0003" in ran.stdout
   assert programs.run("supra_jax.bin.reproduce", "--table=3").returncode != 0
+
+
+@pytest.mark.parametrize(
+  "flags, said",
+  [
+    ([], "Wanted one of --table and --figure"),
+    (["--table=1", "--figure=1"], "Wanted one of --table and --figure"),
+    (["--table=3"], "--table=3 trains models: it wants --input, a text, and --workdir"),
+    (["--table=2", "--models=a=b"], "--table=2 wants --output too"),
+    (["--figure=4", "--input=x"], "--figure=4 wants --teacher, --models, --output too"),
+    (["--table=3", "--scale=full", "--rows=supra"], "num_steps=4768"),
+    (["--table=2"], "Mistral-SUPRA"),
+  ],
+)
+def test_what_the_program_wants(flags, said):
+  ran = programs.run("supra_jax.bin.reproduce", *flags)
+  assert said in ran.stdout + ran.stderr and "Traceback" not in ran.stderr
+
+
+def test_figures_3_and_4(scale, found, text, tmp_path):
+  start = scale.workdir / "runs/supra-0/linearized"
+  linearize_checkpoint(scale.teacher(), tmp_path / "before", Random())
+  models = f"--models=before={tmp_path / 'before'},after={scale.workdir / 'runs/supra-0/run/checkpoint'}"
+  output = tmp_path / "figures.json"
+  ran = programs.run(
+    "supra_jax.bin.reproduce",
+    "--figure=3",
+    f"--teacher={scale.teacher()}",
+    models,
+    f"--input={text}",
+    f"--output={output}",
+  )
+  assert ran.returncode == 0, ran.stderr
+  assert "| teacher itself | raw | 1.000 (1.000) | 0.000 (0.000) |" in ran.stdout and "| after | row |" in ran.stdout
+  assert not start.exists()  # runs leave what they trained
+  assert json.loads(output.read_text())["num_texts"] == 4
+  assert {path.name for path in tmp_path.glob("*.png")} == {
+    f"figures_{measure}_{form}.png" for measure in ("cosine", "singular") for form in ("raw", "row")
+  }
