@@ -22,6 +22,7 @@ from convert_weights.orbax_to_hf import convert as export  # noqa: E402
 from convert_weights.verify import compare  # noqa: E402
 from supra_jax.experiments.tiny import write_checkpoint  # noqa: E402
 from supra_jax.inference.engine import generate_tokens  # noqa: E402
+from supra_jax.model.mixers.mamba import MambaConfig  # noqa: E402
 from supra_jax.model.registry import layers  # noqa: E402
 from supra_jax.storage.model_directory import load_model  # noqa: E402
 
@@ -158,3 +159,23 @@ def test_what_is_refused(random_params, tmp_path):
   write_checkpoint(tmp_path / "hybrid", "mamba", layers=layers(("mamba", "supra")))
   with pytest.raises(ConversionError, match="Layer 0 is a 'mamba' layer, which has no names in other formats"):
     export(tmp_path / "hybrid", tmp_path / "hf")
+
+
+def test_a_published_config():
+  """That of state-spaces/mamba-130m-hf, with all its keys."""
+  values = {
+    "architectures": ["MambaForCausalLM"], "bos_token_id": 0, "conv_kernel": 4, "d_inner": 1536, "d_model": 768,
+    "eos_token_id": 0, "expand": 2, "fused_add_norm": True, "hidden_act": "silu", "hidden_size": 768,
+    "initializer_range": 0.1, "intermediate_size": 1536, "layer_norm_epsilon": 1e-05, "model_type": "mamba",
+    "n_layer": 24, "num_hidden_layers": 24, "pad_token_id": 0, "pad_vocab_size_multiple": 8,
+    "rescale_prenorm_residual": False, "residual_in_fp32": True, "rms_norm": True, "ssm_cfg": {}, "state_size": 16,
+    "time_step_floor": 0.0001, "time_step_init_scheme": "random", "time_step_max": 0.1, "time_step_min": 0.001,
+    "time_step_rank": 48, "time_step_scale": 1.0, "torch_dtype": "float32", "transformers_version": "4.39.0.dev0",
+    "use_bias": False, "use_cache": True, "use_conv_bias": True, "vocab_size": 50280,
+  }  # fmt: skip
+  made = mamba.model_config(values, {}, "config.json")
+  assert made.layers == (MambaConfig(time_step_rank=48),) * 24 and made.tie_embeddings and made.eos_token_ids == (0,)
+  count = sum(np.prod(parameter.shape) for parameter in parameters(made))
+  assert 129e6 < count < 130e6
+  ours = mamba.config_json(made)
+  assert {key: ours[key] for key in ours if key != "tie_word_embeddings"}.items() <= values.items()
