@@ -11,16 +11,9 @@ import jax
 
 from supra_jax.model.config import ModelConfig
 from supra_jax.model.layers import at_least_float32
-from supra_jax.model.mixers.base import Context, Projections, side_by_side
+from supra_jax.model.mixers.base import Context, Projections
 from supra_jax.model.mixers.supra import Decay
-from supra_jax.model.mixers.t2r import (
-  PARTS,
-  STATE_AXES,
-  NormalisedConfig,
-  NormalisedState,
-  empty_state,
-  read_normalised,
-)
+from supra_jax.model.mixers.t2r import Normalised, NormalisedConfig, NormalisedState
 from supra_jax.model.registry import register
 
 
@@ -34,17 +27,10 @@ class LinearTransformerConfig(NormalisedConfig):
 
 
 @register("linear_transformer")
-class LinearTransformerAttention(Projections):
-  """The linear transformer's attention, see `read_normalised`; it has the parameters of softmax attention."""
+class LinearTransformerAttention(Normalised, Projections):
+  """The linear transformer's attention; it has the parameters of softmax attention."""
 
   Config = LinearTransformerConfig
-  PARTS = PARTS
-  STATE_AXES = STATE_AXES
-
-  @nn.nowrap
-  def init_state(self, batch: int, capacity: int) -> NormalisedState:
-    del capacity  # not used: the state does not grow
-    return empty_state(self.config, batch)
 
   def outputs(
     self, x_BTD: jax.Array, state: NormalisedState | None, context: Context
@@ -53,9 +39,7 @@ class LinearTransformerAttention(Projections):
     q, k = (nn.elu(at_least_float32(x)) + 1 for x in (q, k))
     if self.layer.rope:
       q, k = self.rotate(q, context.rotation), self.rotate(k, context.rotation)
-    how: dict[str, Any] = {"scale": 1.0, "implementation": self.implementation}
-    out, state = read_normalised(q, k, v, state, context, self.layer, **how)
-    return {"o_proj": side_by_side(out.astype(self.dtype))}, state
+    return self.normalised(q, k, v, state, context, scale=1.0)
 
   @classmethod
   def flops(cls, config: ModelConfig, layer: Any, tokens: int) -> float:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import flax
 import flax.linen as nn
@@ -19,7 +19,7 @@ import numpy as np
 from supra_jax.core.schema import POSITIVE
 from supra_jax.model.config import ModelConfig
 from supra_jax.model.layers import at_least_float32
-from supra_jax.model.mixers.base import Context, side_by_side
+from supra_jax.model.mixers.base import Context, Mixer, side_by_side
 from supra_jax.model.mixers.supra import (
   STATE,
   LinearConfig,
@@ -68,16 +68,6 @@ class NormalisedState(LinearState):
   z: jax.Array
 
 
-def empty_state(config: ModelConfig, batch: int) -> NormalisedState:
-  """Returns the state before any token."""
-  s = jnp.zeros((batch, config.num_heads, config.head_dim, config.value_width), jnp.float32)
-  return NormalisedState(s, jnp.zeros(s.shape[:-1], jnp.float32))
-
-
-PARTS = {"linear": ("s", "z")}
-STATE_AXES = {"s": STATE, "z": STATE[:-1]}
-
-
 def read_normalised(
   q_BTHK: jax.Array,
   k_BTGK: jax.Array,
@@ -123,18 +113,34 @@ def read_normalised(
   return out / total, NormalisedState(s, z[..., 0])
 
 
-@register("t2r")
-class T2RAttention(LinearProjections):
-  """T2R's linear attention in place of softmax attention, see `read_normalised`."""
+class Normalised(Mixer):
+  """A mixer whose output is that of `read_normalised`, with the projections of softmax attention."""
 
-  Config = T2RConfig
-  PARTS = PARTS
-  STATE_AXES = STATE_AXES
+  PARTS: ClassVar[Mapping[str, tuple[str, ...]]] = {"linear": ("s", "z")}
+  STATE_AXES: ClassVar[Mapping[str, tuple[str | None, ...]]] = {"s": STATE, "z": STATE[:-1]}
 
   @nn.nowrap
   def init_state(self, batch: int, capacity: int) -> NormalisedState:
     del capacity  # not used: the state does not grow
-    return empty_state(self.config, batch)
+    c = self.config
+    s = jnp.zeros((batch, c.num_heads, c.head_dim, c.value_width), jnp.float32)
+    return NormalisedState(s, jnp.zeros(s.shape[:-1], jnp.float32))
+
+  @nn.nowrap
+  def normalised(
+    self, q: jax.Array, k: jax.Array, v: jax.Array, state: NormalisedState | None, context: Context, scale: float
+  ) -> tuple[dict[str, jax.Array], NormalisedState]:
+    """Returns what `outputs` does, of queries and keys after phi and RoPE."""
+    how: dict[str, Any] = {"scale": scale, "implementation": self.implementation}
+    out, state = read_normalised(q, k, v, state, context, self.layer, **how)
+    return {"o_proj": side_by_side(out.astype(self.dtype))}, state
+
+
+@register("t2r")
+class T2RAttention(Normalised, LinearProjections):
+  """T2R's linear attention in place of softmax attention."""
+
+  Config = T2RConfig
 
   def outputs(
     self, x_BTD: jax.Array, state: NormalisedState | None, context: Context
@@ -143,10 +149,7 @@ class T2RAttention(LinearProjections):
     scale = self.config.head_dim**-0.5
     if self.layer.scale_queries:
       q, scale = q * scale, 1.0
-    q, k = self.features(q, k, context)
-    how: dict[str, Any] = {"scale": scale, "implementation": self.implementation}
-    out, state = read_normalised(q, k, v, state, context, self.layer, **how)
-    return {"o_proj": side_by_side(out.astype(self.dtype))}, state
+    return self.normalised(*self.features(q, k, context), v, state, context, scale)
 
   @classmethod
   def for_inference(cls, config: ModelConfig, params: Mapping[str, Any]) -> Mapping[str, Any]:
