@@ -17,6 +17,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import jax
+
 from supra_jax.core.plain_json import to_json
 from supra_jax.core.run_record import run_record
 from supra_jax.evaluation.paper import TABLE_3
@@ -224,6 +226,7 @@ def one_run(scale: SmallScale, teacher: Path, cell: Cell, rate: float) -> Result
     config = recipe(scale, teacher, cell, rate)
     train(config, directory / "run")
   finally:
+    jax.clear_caches()  # what a run compiled is no use to the next, and a hundred runs would fill the memory
     times.write_text(to_json(before + time.process_time() - began))
   records = read_metrics(directory / "run" / METRICS_FILE)
   points = tuple((record["tokens"], record["heldout_nll"]) for record in records if "heldout_nll" in record)
