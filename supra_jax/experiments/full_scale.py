@@ -5,9 +5,16 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Sequence
 
+from jax.sharding import Mesh
+
 from supra_jax.experiments.table_3 import ROWS, Row
+from supra_jax.model.config import ModelConfig
 from supra_jax.model.costs import PEAK_FLOPS, train_flops_per_token
 from supra_jax.model.presets import open_lm_1b
+from supra_jax.model.registry import new_parameters
+from supra_jax.training.config import DataConfig, TrainConfig
+from supra_jax.training.plan import plan as plan_of
+from supra_jax.training.plan import planned_mesh
 
 PACKED_A_SECOND = 0.5e6  # tokens that one core packs, see benchmarks/RESULTS.md, "Packing text"
 LENGTH, TOKENS_A_STEP = 2048, 1024 * 2048
@@ -16,11 +23,17 @@ DEVICES, DEVICE, MFU = 8, "NVIDIA H100 80GB HBM3", 0.4
 EVALUATED = "hellaswag,arc_easy,arc_challenge"
 
 
-def plan(rows: Sequence[str]) -> str:
+def plan(rows: Sequence[str], *, compiled: bool = True) -> str:
   """Returns the commands of some rows, from the download on, with hours that follow from the model's FLOPs.
 
   Hours of training are those of DEVICES devices that reach MFU of their peak: an assumption, not a measurement.
+
+  Args:
+    rows: keys of `table_3.ROWS`.
+    compiled: whether each row's step is compiled, without weights, for the bytes that a device has to hold: seconds a
+      row. It has to be called before anything else asks jax for devices.
   """
+  mesh = planned_mesh(f"fsdp:{DEVICES}") if compiled else None
   parts = [
     "# The paper trains on RefinedWeb (tiiuae/falcon-refinedweb on the Hugging Face hub), 1B parameters (open_lm_1b).",
     "hf download tiiuae/falcon-refinedweb --repo-type dataset --local-dir refinedweb",
@@ -29,15 +42,13 @@ def plan(rows: Sequence[str]) -> str:
     f"# Packs {TOKENS['scratch']:.0e} tokens in {TOKENS['scratch'] / PACKED_A_SECOND / 3600:.0f} hours of one core.",
     "python -m supra_jax.bin.prepare_data --input='refinedweb/data/*.parquet' --text_key=content "
     "--tokenizer=models/transformer_random --heldout_every=10000 --output=data/refinedweb_neox",
-    "# What a device has to hold:",
-    f"python -m supra_jax.bin.plan --config=configs/supra_1b.py --mesh=fsdp:{DEVICES} --device_memory=80GB",
     "# The teacher is a transformer of 1.6 trillion tokens. Without one, `transformer` below is the weaker teacher.",
   ]
-  parts += [line for row in rows for line in _commands(row, ROWS[row])]
+  parts += [line for row in rows for line in _commands(row, ROWS[row], mesh)]
   return "\n".join(parts)
 
 
-def _commands(name: str, row: Row) -> Iterator[str]:
+def _commands(name: str, row: Row, mesh: Mesh | None) -> Iterator[str]:
   """Yields the commands of one row: to make the model, to train it, and to evaluate it."""
   mixer, model = _spelled(row), f"models/{name}"
   shape = open_lm_1b(row.mixer)
@@ -46,6 +57,8 @@ def _commands(name: str, row: Row) -> Iterator[str]:
   steps = round(tokens / TOKENS_A_STEP)
   hours = tokens * train_flops_per_token(shape, LENGTH) / (PEAK_FLOPS[DEVICE] * MFU * DEVICES) / 3600
   yield f"\n# {row.title}: {tokens:.0e} tokens, {hours:,.0f} hours of {DEVICES} {DEVICE} at {MFU:.0%} of their peak"
+  if mesh is not None:
+    yield f"# {_held(shape, row, steps, mesh)}"
   if row.kind == "scratch":
     layers = f" --set=num_layers={shape.num_layers}" if row.depth > 1 else ""
     yield (
@@ -66,6 +79,24 @@ def _commands(name: str, row: Row) -> Iterator[str]:
   )
   trained = f"runs/{name}/checkpoint"
   yield f"python -m supra_jax.bin.evaluate --checkpoint={trained} --tasks={EVALUATED} --output=runs/{name}.json"
+
+
+def _held(shape: ModelConfig, row: Row, steps: int, mesh: Mesh) -> str:
+  """Returns how many parameters a model has, and what a device holds at the peak of a step."""
+  recipe = TrainConfig(
+    "",
+    DataConfig(input="text", sequence_length=LENGTH),
+    batch_size=TOKENS_A_STEP // LENGTH,
+    microbatches=8,
+    num_steps=steps,
+    dtype="bfloat16",
+    trainable=new_parameters([row.mixer.mixer]) if row.trains == "new" else ".*",
+  )
+  made = plan_of(recipe, shape, mesh)
+  peak = "not known" if made.memory is None else f"{made.memory.peak / 1e9:.1f} GB"
+  return (
+    f"{made.parameters:,} parameters, {made.trainable:,} train; a device of {DEVICES} holds {peak}, as compiled for CPUs"
+  )
 
 
 def _spelled(row: Row) -> str:

@@ -3,10 +3,14 @@
 import dataclasses
 import itertools
 import json
+import re
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 
+from benchmarks import runs
 from supra_jax.evaluation.paper import TABLE_3
 from supra_jax.experiments import full_scale, table_3
 from supra_jax.experiments.small_scale import Size, repeated_spans, small_scale
@@ -135,12 +139,21 @@ def test_repeated_spans(text, tmp_path):
 
 def test_all_commands_of_the_paper_s_size():
   """Each one is a program's, with flags that it has."""
-  made = full_scale.plan(list(ROWS))
+  made = full_scale.plan(list(ROWS), compiled=False)
   commands = [line.split() for line in made.splitlines() if line.startswith("python -m")]
   assert {command[2] for command in commands} == {
-    f"supra_jax.bin.{name}" for name in ("init", "prepare_data", "plan", "linearize", "train", "evaluate")
+    f"supra_jax.bin.{name}" for name in ("init", "prepare_data", "linearize", "train", "evaluate")
   }
   assert "t2r:decay=none,rope=false,feature_map=per_head" in made and "num_layers=48" in made
+
+
+def test_what_a_device_has_to_hold():
+  """In a process of its own, which pretends to have the devices."""
+  command = [sys.executable, "-m", "supra_jax.bin.reproduce", "--table=3", "--scale=full", "--rows=supra,new_weights"]
+  ran = subprocess.run(command, cwd=runs.ROOT, capture_output=True, text=True, check=True)
+  held = re.findall(r"# ([\d,]+) parameters, ([\d,]+) train; a device of 8 holds ([\d.]+) GB", ran.stdout)
+  (every, trained, peak), (again, new, less) = ([float(x.replace(",", "")) for x in row] for row in held)
+  assert every == again == trained > new > 50e6 and 10 < less < peak < 40
 
 
 def test_the_program(text, tmp_path):
@@ -161,7 +174,6 @@ def test_the_program(text, tmp_path):
     (["--table=3"], "--table=3 trains models: it wants --input, a text, and --workdir"),
     (["--table=2", "--models=a=b"], "--table=2 wants --output too"),
     (["--figure=4", "--input=x"], "--figure=4 wants --teacher, --models, --output too"),
-    (["--table=3", "--scale=full", "--rows=supra"], "num_steps=4768"),
     (["--table=2"], "Mistral-SUPRA"),
   ],
 )
