@@ -95,7 +95,7 @@ def _held(shape: ModelConfig, row: Row, steps: int, mesh: Mesh) -> str:
   made = plan_of(recipe, shape, mesh)
   peak = "not known" if made.memory is None else f"{made.memory.peak / 1e9:.1f} GB"
   return (
-    f"{made.parameters:,} parameters, {made.trainable:,} train; a device of {DEVICES} holds {peak}, as compiled for CPUs"
+    f"{made.parameters:,} parameters, {made.trainable:,} train; a device of {DEVICES} holds {peak} (compiled for CPUs)"
   )
 
 

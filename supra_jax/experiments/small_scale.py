@@ -103,7 +103,9 @@ class SmallScale:
       save_model(directory, config=config, params=params, tokenizer_files=self.tokenizer_files, source=source)
     return directory
 
-  def recipe(self, start: Path, tokens: int, learning_rate: float, seed: int = 0) -> TrainConfig:
+  def recipe(
+    self, start: Path, tokens: int, learning_rate: float, seed: int = 0, *, evaluations: int = 5
+  ) -> TrainConfig:
     """Returns the recipe of a run: AdamW, a twentieth of the steps is warmup, then a cosine to a hundredth of the rate.
 
     Args:
@@ -111,9 +113,10 @@ class SmallScale:
       tokens: number of tokens to train on; the run has the nearest number of whole steps.
       learning_rate: peak learning rate.
       seed: seed of the order of the data.
+      evaluations: number of evaluations after steps; 0: before the first step and after the last.
     """
     steps = max(round(tokens / (self.size.rows * self.size.length)), 1)
-    tenth = -(-steps // 10)
+    part = -(-steps // (evaluations or 1))
     return TrainConfig(
       init_checkpoint=str(start),
       data=self.data,
@@ -123,9 +126,9 @@ class SmallScale:
         learning_rate=learning_rate, end_learning_rate=learning_rate / 100, warmup_steps=max(steps // 20, 1)
       ),
       remat="none",
-      log_every=min(10, tenth),
-      evaluate_every=tenth,
-      save_every=tenth,
+      log_every=min(10, part),
+      evaluate_every=part if evaluations else 0,
+      save_every=part,
       keep_checkpoints=1,
       seed=seed,
     )
@@ -134,7 +137,9 @@ class SmallScale:
     """Returns the teacher's model directory; trains it, or resumes its training, if it is not there yet."""
     if self.given is not None:
       return self.given
-    train(self.recipe(self.drawn("softmax", "softmax"), self.size.teacher, 3e-3), self.workdir / "teacher")
+    train(
+      self.recipe(self.drawn("softmax", "softmax"), self.size.teacher, 3e-3, evaluations=10), self.workdir / "teacher"
+    )
     return self.workdir / "teacher" / "checkpoint"
 
 

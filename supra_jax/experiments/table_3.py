@@ -250,7 +250,8 @@ def recipe(scale: SmallScale, teacher: Path, cell: Cell, rate: float) -> TrainCo
     if not start.exists():
       linearize_checkpoint(teacher, start, Random(cell.seed), mixer=row.mixer)
   tokens = _tokens(scale, cell) // (2 if row.trains == "new_then_all" else 1)
-  config = scale.recipe(start, tokens, rate, cell.seed)
+  evaluations = 5 if cell.rate is None else 0
+  config = scale.recipe(start, tokens, rate, cell.seed, evaluations=evaluations)
   if row.trains == "new":
     return dataclasses.replace(config, trainable=new_parameters([row.mixer.mixer]))
   if row.trains == "new_then_all":
