@@ -3,10 +3,13 @@
 WORKDIR/tokenizer.json  a tokenizer of 4,096 tokens, trained on the text
 WORKDIR/text            the text, packed in rows of 512
 WORKDIR/repeats.jsonl   documents in which a span of random words stands twice; WORKDIR/repeats has them packed alike
+WORKDIR/periods.jsonl   documents of one span of random words over and over, in WORKDIR/periods
 WORKDIR/scratch/NAME    models as they are drawn
-WORKDIR/teacher         the run of the teacher, a transformer of 3 million parameters; `checkpoint` in it is the model
+WORKDIR/teacher         the run of the teacher, a transformer of 3 million parameters, on text and repeats
+WORKDIR/teacher_heads   its second run, on text and periods; `checkpoint` in it is the model
 
-The spans that stand twice are there for induction heads, which so small a transformer does not learn from text alone.
+So small a transformer learns no induction heads from text, nor from spans that stand twice: in its second run, in which
+nearly every second token can be looked up, it does within a few hundred steps.
 """
 
 from __future__ import annotations
@@ -36,7 +39,7 @@ from supra_jax.training.config import DataConfig, TrainConfig
 from supra_jax.training.loop import train
 from supra_jax.training.optimizer import OptimizerConfig
 
-REPEATS = 0.08  # share of the rows
+REPEATS, PERIODS = 0.08, 0.5  # shares of the rows: of all runs, and of the teacher's second run
 _CHARACTERS = 20 * 10**6  # of the text that the tokenizer is trained on
 
 
@@ -49,10 +52,11 @@ class Size:
     vocab_size: tokens of the tokenizer.
     length: T, tokens of a row.
     rows: rows of a batch.
-    repeated: number of documents with a span that stands twice.
+    repeated: number of documents with a span that stands twice, and of those with one that stands over and over.
     heldout_every: N; every N-th document is held out.
     heldout_rows: rows to evaluate on.
-    teacher, scratch, uptrained: tokens that a run of the teacher, from scratch, and from the teacher trains on.
+    teacher, heads: tokens that the teacher's first and second run train on.
+    scratch, uptrained: tokens that a run from scratch and from the teacher trains on.
   """
 
   preset: str = "two_cores"
@@ -63,6 +67,7 @@ class Size:
   heldout_every: int = 50
   heldout_rows: int = 128
   teacher: int = 20_000_000
+  heads: int = 3_300_000
   scratch: int = 5_000_000
   uptrained: int = 500_000
 
@@ -137,10 +142,12 @@ class SmallScale:
     """Returns the teacher's model directory; trains it, or resumes its training, if it is not there yet."""
     if self.given is not None:
       return self.given
-    train(
-      self.recipe(self.drawn("softmax", "softmax"), self.size.teacher, 3e-3, evaluations=10), self.workdir / "teacher"
-    )
-    return self.workdir / "teacher" / "checkpoint"
+    first, second = self.workdir / "teacher", self.workdir / "teacher_heads"
+    train(self.recipe(self.drawn("softmax", "softmax"), self.size.teacher, 3e-3, evaluations=10), first)
+    sources = f"{self.workdir / 'text/train'}:{1 - PERIODS},{self.workdir / 'periods/train'}:{PERIODS}"
+    recipe = self.recipe(first / "checkpoint", self.size.heads, 2e-3)
+    train(dataclasses.replace(recipe, data=dataclasses.replace(self.data, sources=sources)), second)
+    return second / "checkpoint"
 
 
 def small_scale(input: str, workdir: Path, size: Size, teacher: Path | None = None) -> SmallScale:
@@ -169,7 +176,8 @@ def small_scale(input: str, workdir: Path, size: Size, teacher: Path | None = No
     tokenizer, rows_below = _tokenizer(files, size), size.vocab_size
   texts = {"text": input}
   if teacher is None:
-    texts["repeats"] = str(_repeats(input, workdir, size))
+    for name in ("repeats", "periods"):
+      texts[name] = str(_made(name, input, workdir, size))
   for name, text in texts.items():
     how: dict[str, Any] = {
       "vocab_size": rows_below,
@@ -187,13 +195,15 @@ def small_scale(input: str, workdir: Path, size: Size, teacher: Path | None = No
   return SmallScale(workdir, size, data, files, teacher)
 
 
-def repeated_spans(input: str, *, words: int = 60, seed: int = 0) -> Iterator[str]:
-  """Yields documents without end, eight of each document of a text: 20 to `words` of its words at random, up to twice
-  as many words as they stand in it, and the same random words once more, which only who looks them up can know.
+def repeated_spans(input: str, *, period: bool = False, seed: int = 0) -> Iterator[str]:
+  """Yields documents without end, eight of each document of a text, in which random words of that document stand again.
+
+  Only who looks them up can know them the second time. The span has 20 to 60 words and stands twice, with up to 120
+  words of the text as it is between; with `period` it has 8 to 40 words and stands over and over, 300 words at least.
 
   Args:
     input: text, as `prepare_data` takes it; documents of fewer than 1,000 words are left out.
-    words: largest number of words of a span.
+    period: see above.
     seed: seeds what is drawn.
 
   Raises:
@@ -207,20 +217,23 @@ def repeated_spans(input: str, *, words: int = 60, seed: int = 0) -> Iterator[st
         continue
       is_short = False
       for _ in range(8):
-        span = " ".join(rng.choice(text, int(rng.integers(20, words + 1))))
+        span = " ".join(rng.choice(text, int(rng.integers(8, 41) if period else rng.integers(20, 61))))
+        if period:
+          yield " ".join([span] * -(-300 // (span.count(" ") + 1)))
+          continue
         start = int(rng.integers(len(text)))
-        between = " ".join(text[start : start + int(rng.integers(2 * words))])
+        between = " ".join(text[start : start + int(rng.integers(120))])
         yield f"{span}\n{between}\n{span}"
     if is_short:
       raise ValueError(f"{input}: no document has 1,000 words, of which spans that stand twice are drawn.")
 
 
-def _repeats(input: str, workdir: Path, size: Size) -> Path:
-  """Returns the path of repeats.jsonl, which it writes unless an earlier call did."""
-  path = workdir / "repeats.jsonl"
+def _made(name: str, input: str, workdir: Path, size: Size) -> Path:
+  """Returns the path of repeats.jsonl or periods.jsonl, which it writes unless an earlier call did."""
+  path = workdir / f"{name}.jsonl"
   if not path.exists():
     with into_place(path) as file, file.open("w") as lines:
-      for text in itertools.islice(repeated_spans(input), size.repeated):
+      for text in itertools.islice(repeated_spans(input, period=name == "periods"), size.repeated):
         lines.write(to_json({"text": text}) + "\n")
   return path
 

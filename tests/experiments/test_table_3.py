@@ -24,10 +24,8 @@ from tests.support import programs
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 STEPS, TOKENS_A_STEP = 10, 2 * 32
-SIZE = Size(
-  preset="tiny", vocab_size=320, length=32, rows=2, repeated=40, heldout_every=6, heldout_rows=4,
-  teacher=STEPS * TOKENS_A_STEP, scratch=STEPS * TOKENS_A_STEP, uptrained=STEPS * TOKENS_A_STEP,
-)  # fmt: skip
+TOKENS = dict.fromkeys(("teacher", "heads", "scratch", "uptrained"), STEPS * TOKENS_A_STEP)
+SIZE = Size("tiny", vocab_size=320, length=32, rows=2, repeated=40, heldout_every=6, heldout_rows=4, **TOKENS)
 ONE = {"rates": {"scratch": (1e-3,), "uptrained": (1e-3,)}, "seeds": {"scratch": (0,), "uptrained": (0,)}}
 
 
@@ -132,6 +130,10 @@ def test_repeated_spans(text, tmp_path):
     first, *_, last = document.split("\n")
     assert first == last and 20 <= len(first.split()) <= 60
   assert len(set(made)) == 20
+  for document in itertools.islice(repeated_spans(str(text), period=True), 20):
+    words = document.split()
+    periods = [n for n in range(8, 41) if words[n:] == words[:-n]]
+    assert periods and len(words) >= 300
   (short := tmp_path / "short.txt").write_text("Nothing to draw from.")
   with pytest.raises(ValueError, match="no document has 1,000 words"):
     next(repeated_spans(str(short)))
