@@ -19,7 +19,7 @@ def test_a_random_model_looks_nothing_up(tmp_path):
 
 @pytest.mark.slow
 def test_the_teacher_has_induction_heads():
-  """By hand, after `python -m benchmarks.small_teacher --workdir=runs/small`, which takes two cores an hour and a half."""
+  """By hand, after `python -m benchmarks.small_teacher --workdir=runs/small`, an hour and a half of two cores."""
   directory = Path("runs/small/teacher_heads/checkpoint")
   if not directory.exists():
     pytest.skip(f"{directory} is not there")
