@@ -2,7 +2,7 @@
 
     python -m benchmarks.small_teacher --input=TEXT --workdir=DIR
 
-Its model is in DIR/teacher_heads/checkpoint, the text in DIR/text. The same command resumes a killed benchmark. It
+Its model is in DIR/teacher_text/checkpoint, the text in DIR/text. The same command resumes a killed benchmark. It
 prints the held-out loss, and that of random tokens when they stand in a row for the first time and for the second,
 which induction heads know.
 """

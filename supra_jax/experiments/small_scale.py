@@ -6,10 +6,11 @@ WORKDIR/repeats.jsonl   documents in which a span of random words stands twice; 
 WORKDIR/periods.jsonl   documents of one span of random words over and over, in WORKDIR/periods
 WORKDIR/scratch/NAME    models as they are drawn
 WORKDIR/teacher         the run of the teacher, a transformer of 3 million parameters, on text and repeats
-WORKDIR/teacher_heads   its second run, on text and periods; `checkpoint` in it is the model
+WORKDIR/teacher_heads   its second run, on text and periods
+WORKDIR/teacher_text    its third run, as the first; `checkpoint` in it is the model
 
 So small a transformer learns no induction heads from text, nor from spans that stand twice: in its second run, in which
-nearly every second token can be looked up, it does within a few hundred steps.
+nearly every second token can be looked up, it does within a few hundred steps. The third brings back what that cost.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ class Size:
     repeated: number of documents with a span that stands twice, and of those with one that stands over and over.
     heldout_every: N; every N-th document is held out.
     heldout_rows: rows to evaluate on.
-    teacher, heads: tokens that the teacher's first and second run train on.
+    teacher, heads: tokens that the teacher's first run trains on, and each of the other two.
     scratch, uptrained: tokens that a run from scratch and from the teacher trains on.
   """
 
@@ -142,12 +143,17 @@ class SmallScale:
     """Returns the teacher's model directory; trains it, or resumes its training, if it is not there yet."""
     if self.given is not None:
       return self.given
-    first, second = self.workdir / "teacher", self.workdir / "teacher_heads"
-    train(self.recipe(self.drawn("softmax", "softmax"), self.size.teacher, 3e-3, evaluations=10), first)
-    sources = f"{self.workdir / 'text/train'}:{1 - PERIODS},{self.workdir / 'periods/train'}:{PERIODS}"
-    recipe = self.recipe(first / "checkpoint", self.size.heads, 2e-3)
-    train(dataclasses.replace(recipe, data=dataclasses.replace(self.data, sources=sources)), second)
-    return second / "checkpoint"
+    of_heads = f"{self.workdir / 'text/train'}:{1 - PERIODS},{self.workdir / 'periods/train'}:{PERIODS}"
+    start, size = self.drawn("softmax", "softmax"), self.size
+    for name, sources, tokens, rate in (
+      ("teacher", self.data.sources, size.teacher, 3e-3),
+      ("teacher_heads", of_heads, size.heads, 2e-3),
+      ("teacher_text", self.data.sources, size.heads, 1e-3),
+    ):
+      recipe = self.recipe(start, tokens, rate, evaluations=10 if name == "teacher" else 5)
+      train(dataclasses.replace(recipe, data=dataclasses.replace(self.data, sources=sources)), self.workdir / name)
+      start = self.workdir / name / "checkpoint"
+    return start
 
 
 def small_scale(input: str, workdir: Path, size: Size, teacher: Path | None = None) -> SmallScale:

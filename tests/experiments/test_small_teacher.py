@@ -19,11 +19,11 @@ def test_a_random_model_looks_nothing_up(tmp_path):
 
 @pytest.mark.slow
 def test_the_teacher_has_induction_heads():
-  """By hand, after `python -m benchmarks.small_teacher --workdir=runs/small`, an hour and a half of two cores."""
-  directory = Path("runs/small/teacher_heads/checkpoint")
+  """By hand, after `python -m benchmarks.small_teacher --workdir=runs/small`, two hours of two cores."""
+  directory = Path("runs/small/teacher_text/checkpoint")
   if not directory.exists():
     pytest.skip(f"{directory} is not there")
   lm = supra_jax.load(directory)
   first, second = induction(lm)
-  assert second < first / 2
+  assert second < first - 3
   assert sum(leaf.size for leaf in jax.tree.leaves(lm.params)) <= 3_000_000
