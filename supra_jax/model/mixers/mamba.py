@@ -174,10 +174,10 @@ class MambaMixer(Mixer):
     begins = context.index == context.first
     if context.lengths is not None:
       real = jnp.arange(time) < context.lengths[:, None]
-      delta, begins = delta * real[..., None], begins & real
+      delta, begins = jnp.where(real[..., None], delta, 0), begins & real
     scan = per_device(_scan, (CHANNELS, CHANNELS, ("ffn", None), ALL, ALL, STATE, ALL[:2]), (CHANNELS, STATE))
     y, h = scan(x, delta, -jnp.exp(self.a_log()), b, c, state.h, begins)
-    out = (y + self.skip() * x) * nn.silu(at_least_float32(z))
+    out = (y + self.skip() * at_least_float32(x)) * nn.silu(at_least_float32(z))
     return {"out_proj": out.astype(self.dtype)}, MambaState(h.astype(state.h.dtype), self._last(read, context, time))
 
   @nn.nowrap
