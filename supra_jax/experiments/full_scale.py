@@ -18,7 +18,7 @@ from supra_jax.training.plan import planned_mesh
 
 PACKED_A_SECOND = 0.5e6  # tokens that one core packs, see benchmarks/RESULTS.md, "Packing text"
 LENGTH, TOKENS_A_STEP = 2048, 1024 * 2048
-TOKENS = {"teacher": 1.6e12, "scratch": 1e11, "uptrained": 1e10}
+TOKENS = {"scratch": 1e11, "uptrained": 1e10}
 DEVICES, DEVICE, MFU = 8, "NVIDIA H100 80GB HBM3", 0.4
 EVALUATED = "hellaswag,arc_easy,arc_challenge"
 
@@ -53,7 +53,7 @@ def _commands(name: str, row: Row, mesh: Mesh | None) -> Iterator[str]:
   mixer, model = _spelled(row), f"models/{name}"
   shape = open_lm_1b(row.mixer)
   shape = shape.replace(layers=shape.layers * row.depth)
-  tokens = TOKENS[row.kind] * (2 if row.trains == "new_then_all" else 1)
+  tokens = TOKENS[row.kind] * row.passes
   steps = round(tokens / TOKENS_A_STEP)
   hours = tokens * train_flops_per_token(shape, LENGTH) / (PEAK_FLOPS[DEVICE] * MFU * DEVICES) / 3600
   yield f"\n# {row.title}: {tokens:.0e} tokens, {hours:,.0f} hours of {DEVICES} {DEVICE} at {MFU:.0%} of their peak"
@@ -70,8 +70,8 @@ def _commands(name: str, row: Row, mesh: Mesh | None) -> Iterator[str]:
     yield f"python -m supra_jax.bin.linearize --checkpoint={teacher} --method=random --mixer={mixer} --output={model}"
   more = {
     "all": "",
-    "new": " --config.trainable='feature_map|[qk]_norm'",
-    "new_then_all": f" --config.new_weights_steps={steps // 2}",
+    "new": f" --config.trainable='{new_parameters([row.mixer.mixer])}'",
+    "new_then_all": f" --config.new_weights_steps={steps // row.passes}",
   }[row.trains]
   yield (
     f"python -m supra_jax.bin.train --config=configs/supra_1b.py --config.init_checkpoint={model} "

@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from supra_jax.core.colours import CURVES, GREY, HELDOUT, INK, TRAIN
+from supra_jax.training.pictures import draw_axes
 
 Kind = Literal["transformer", "rnn", "supra", "here"]
 _KINDS: Mapping[Kind, tuple[str, str, str]] = {
@@ -151,9 +152,5 @@ def _bytes(value: float) -> str:
 
 
 def _frame(axes: Axes, title: str) -> None:
-  axes.spines[["top", "right"]].set_visible(False)
-  axes.spines[["left", "bottom"]].set_color(GREY)
-  axes.tick_params(colors=GREY, labelcolor=INK, labelsize=9, length=3)
-  axes.grid(axis="y", color="#eeeeee", linewidth=0.8)
-  axes.set_axisbelow(True)
+  draw_axes(axes, labelsize=9)
   axes.set_title(title, loc="left", color=INK, fontsize=10.5)

@@ -177,13 +177,12 @@ def small_scale(input: str, workdir: Path, size: Size, teacher: Path | None = No
     tokenizer, rows_below = Tokenizer.from_files(files, model.config), model.config.vocab_size
     if tokenizer is None:
       raise ValueError(f"{teacher} has no tokenizer, which the text is packed with.")
+    texts, shares = {"text": input}, {"text": 1.0}
   else:
     files = {"tokenizer.json": _vocabulary(input, workdir, size), "tokenizer_config.json": b"{}"}
     tokenizer, rows_below = _tokenizer(files, size), size.vocab_size
-  texts = {"text": input}
-  if teacher is None:
-    for name in ("repeats", "periods"):
-      texts[name] = str(_made(name, input, workdir, size))
+    texts = {"text": input} | {name: str(_made(name, input, workdir, size)) for name in ("repeats", "periods")}
+    shares = {"text": 1 - REPEATS, "repeats": REPEATS}
   for name, text in texts.items():
     how: dict[str, Any] = {
       "vocab_size": rows_below,
@@ -191,7 +190,6 @@ def small_scale(input: str, workdir: Path, size: Size, teacher: Path | None = No
       "heldout_every": size.heldout_every,
     }
     prepare(text, tokenizer, workdir / name, **how)
-  shares = {"text": 1.0} if teacher is not None else {"text": 1 - REPEATS, "repeats": REPEATS}
   data = DataConfig(
     sources=",".join(f"{workdir / name / 'train'}:{share}" for name, share in shares.items()),
     heldout=str(workdir / "text" / "heldout"),

@@ -66,6 +66,11 @@ class Row:
     """Key of RATES and SEEDS."""
     return "scratch" if self.begins == "scratch" else "uptrained"
 
+  @property
+  def passes(self) -> int:
+    """How many times the tokens of its kind the row trains on."""
+    return 2 if self.trains == "new_then_all" else 1
+
 
 def _switched(mixer: str, says: str, **fields: Any) -> Row:
   return Row(f"{mixer.upper()}, uptrained, {says}", layer(mixer, **fields), "teacher")
@@ -249,20 +254,20 @@ def recipe(scale: SmallScale, teacher: Path, cell: Cell, rate: float) -> TrainCo
       teacher = _directory(scale, Cell("transformer", 0)) / "run" / "checkpoint"
     if not start.exists():
       linearize_checkpoint(teacher, start, Random(cell.seed), mixer=row.mixer)
-  tokens = _tokens(scale, cell) // (2 if row.trains == "new_then_all" else 1)
+  tokens = _tokens(scale, cell) // row.passes
   evaluations = 5 if cell.rate is None else 0
   config = scale.recipe(start, tokens, rate, cell.seed, evaluations=evaluations)
   if row.trains == "new":
     return dataclasses.replace(config, trainable=new_parameters([row.mixer.mixer]))
   if row.trains == "new_then_all":
-    return dataclasses.replace(config, new_weights_steps=config.num_steps, num_steps=2 * config.num_steps)
+    return dataclasses.replace(config, new_weights_steps=config.num_steps, num_steps=row.passes * config.num_steps)
   return config
 
 
 def _tokens(scale: SmallScale, cell: Cell) -> int:
   """Returns the number of tokens that a run trains on, about."""
   row = ROWS[cell.row]
-  tokens: int = getattr(scale.size, row.kind) * (2 if row.trains == "new_then_all" else 1)
+  tokens: int = getattr(scale.size, row.kind) * row.passes
   return tokens if cell.rate is None else tokens // 10
 
 

@@ -145,6 +145,22 @@ class Dense(nn.Module):
     return add_bias(y, self.param("bias", self.bias_init, (self.features,))) if self.use_bias else y
 
 
+class Weight(nn.Module):
+  """Returns a parameter `weight` of a shape, in float32 at least.
+
+  Attributes:
+    drawn: the parameter's initializer.
+    shape: the parameter's shape.
+  """
+
+  drawn: nn.initializers.Initializer
+  shape: tuple[int, ...]
+
+  @nn.compact
+  def __call__(self) -> jax.Array:
+    return at_least_float32(self.param("weight", self.drawn, self.shape))
+
+
 @jax.custom_vjp
 def _rows(table: jax.Array, ids: jax.Array) -> jax.Array:
   """Returns rows of a table."""

@@ -155,12 +155,17 @@ def _smooth(values: np.ndarray) -> np.ndarray:
   return (sums[at + forward + 1] - sums[at - back]) / (back + forward + 1)
 
 
-def _draw_frame(axes: Axes, title: str) -> None:
+def draw_axes(axes: Axes, labelsize: float = 10) -> None:
+  """Draws two of the four spines, ticks and horizontal lines, in the colours of all pictures."""
   axes.spines[["top", "right"]].set_visible(False)
   axes.spines[["left", "bottom"]].set_color(GREY)
-  axes.tick_params(colors=GREY, labelcolor=INK, labelsize=10, length=3)
+  axes.tick_params(colors=GREY, labelcolor=INK, labelsize=labelsize, length=3)
   axes.grid(axis="y", color="#eeeeee", linewidth=0.8)
   axes.set_axisbelow(True)
+
+
+def _draw_frame(axes: Axes, title: str) -> None:
+  draw_axes(axes)
   axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short_number(value)))
   axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
   axes.set_xlabel("tokens", color=INK, fontsize=10.5)

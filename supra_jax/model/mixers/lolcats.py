@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from supra_jax.core.schema import POSITIVE, check
 from supra_jax.model.config import ModelConfig
 from supra_jax.model.feature_maps import Hedgehog
-from supra_jax.model.layers import at_least_float32
+from supra_jax.model.layers import Weight, at_least_float32
 from supra_jax.model.mixers.base import Axes, Context, MixerState, Projections, side_by_side
 from supra_jax.model.mixers.softmax import UNSEEN, attention_flops
 from supra_jax.model.mixers.supra import STATE, identity_map, read_linearly
@@ -61,17 +61,6 @@ class LolcatsState(MixerState):
   v: jax.Array
 
 
-class WindowFactor(nn.Module):
-  """Returns gamma = sigmoid(weight), one number for each of the heads, in float32 at least."""
-
-  heads: int
-
-  @nn.compact
-  def __call__(self) -> jax.Array:
-    weight = self.param("weight", nn.initializers.constant(math.log(FACTOR / (1 - FACTOR))), (self.heads,))
-    return nn.sigmoid(at_least_float32(weight))
-
-
 @register("lolcats")
 class LolcatsAttention(Projections):
   """Softmax attention over the last W tokens and linear attention over all earlier ones, divided by one sum of weights.
@@ -108,7 +97,8 @@ class LolcatsAttention(Projections):
     super().setup()
     self.hedgehog_q = Hedgehog(self.dtype)
     self.hedgehog_k = Hedgehog(self.dtype)
-    self.window_factor = WindowFactor(self.config.num_heads)
+    log_odds = math.log(FACTOR / (1 - FACTOR))
+    self.window_factor = Weight(nn.initializers.constant(log_odds), (self.config.num_heads,))
 
   @nn.nowrap
   def init_state(self, batch: int, capacity: int) -> LolcatsState:
@@ -127,7 +117,7 @@ class LolcatsAttention(Projections):
     linear, s = self._attend_linearly(q, k, v, state, context)
     how = {**window_places(context), "weigh": exponential_sum}
     window, held = window_softmax_attention(q, k, v, (state.k, state.v), **how)
-    sums = self.window_factor()[:, None] * window + linear
+    sums = nn.sigmoid(self.window_factor())[:, None] * window + linear
     out = sums[..., :-1] / sums[..., -1:]
     return {"o_proj": side_by_side(out.astype(self.dtype))}, LolcatsState(s, *held)
 

@@ -17,7 +17,7 @@ from kernels_pallas.selective_scan import selective_scan
 from supra_jax.core.schema import POSITIVE, check
 from supra_jax.core.sharding import constrain, per_device
 from supra_jax.model.config import ModelConfig
-from supra_jax.model.layers import Dense, add_bias, at_least_float32, uniform_fan_in
+from supra_jax.model.layers import Dense, Weight, add_bias, at_least_float32, uniform_fan_in
 from supra_jax.model.mixers.base import Axes, Context, Mixer, MixerState
 from supra_jax.model.mixers.supra_window import taken
 from supra_jax.model.registry import MixerConfig, register
@@ -68,22 +68,6 @@ class MambaState(MixerState):
 
   h: jax.Array
   conv: jax.Array
-
-
-class Weight(nn.Module):
-  """Returns a parameter `weight` of a shape, in float32 at least.
-
-  Attributes:
-    drawn: the parameter's initializer.
-    shape: the parameter's shape.
-  """
-
-  drawn: nn.initializers.Initializer
-  shape: tuple[int, ...]
-
-  @nn.compact
-  def __call__(self) -> jax.Array:
-    return at_least_float32(self.param("weight", self.drawn, self.shape))
 
 
 class Convolution(nn.Module):
