@@ -126,7 +126,7 @@ def test_configs(model_type, settings, wanted):
     ("qwen2", {"attention_bias": False}, "attention_bias=False"),
     ("qwen3", {"mlp_bias": True}, "mlp_bias=True"),
     ("qwen2", {"use_mrope": True}, "use_mrope=True: unknown key"),
-    ("qwen2_moe", {}, "model_type='qwen2_moe' is not supported: only llama, mistral, qwen2, qwen3, openlm"),
+    ("qwen2_moe", {}, "model_type='qwen2_moe' is not supported: only llama, mistral, qwen2, qwen3, mamba, openlm"),
     (["llama"], {}, "model_type=['llama']"),
   ],
 )
