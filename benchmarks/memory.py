@@ -41,6 +41,7 @@ SINKS = 4
 WAYS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
   "memory": ({}, {}),
   "random": ({}, {"score": "random"}),
+  "text alone": ({"recall_weight": 0.0}, {}),
   "topics": ({"data": Memory.data}, {}),
   "8 patterns": ({"patterns": 8}, {}),
 }

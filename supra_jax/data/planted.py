@@ -136,6 +136,35 @@ def plant(
   return [_planted(write, distance, filler, rng, before, facts, candidates, kind == "pairs") for _ in range(count)]
 
 
+def plant_repeats(
+  rows_BT: np.ndarray, segment_ids_BT: np.ndarray | None = None, *, seed: int = 0
+) -> tuple[np.ndarray, np.ndarray]:
+  """Writes random strings over parts of rows of text, each at two places: a string for every 64 tokens.
+
+  Args:
+    rows_BT: int [B, T], token ids of text.
+    segment_ids_BT: the document of each token.
+    seed: determines everything that is random.
+
+  Returns:
+    (the rows, bool [B, T]: which tokens only who looks them up knows, answers of the strings at their second places;
+    none where the two places are not in one document).
+  """
+  asked, answered = STRINGS[SPLITS.index("train")]
+  length = asked + answered
+  rng = np.random.default_rng(seed)
+  rows_BT = rows_BT.copy()
+  known_BT = np.zeros(rows_BT.shape, bool)
+  for number, row in enumerate(rows_BT):
+    letters, strings = np.unique(row)[SPLITS.index("train") :: 2], len(row) // 64
+    places = rng.permutation(len(row) // length)[: 2 * strings].reshape(strings, 2) * length
+    for first, second in np.sort(places).tolist():
+      row[first : first + length] = row[second : second + length] = rng.choice(letters, length)
+      together = segment_ids_BT is None or segment_ids_BT[number, first] == segment_ids_BT[number, second + length - 1]
+      known_BT[number, second + asked : second + length] = together
+  return rows_BT, known_BT
+
+
 @dataclasses.dataclass(frozen=True)
 class _Fact:
   """Token ids of a fact: what begins it, its answer, what ends it, and the question about it."""

@@ -55,12 +55,13 @@ def head_errors(
   dtype: Any = jnp.float32,
   report: Report | None = None,
 ) -> np.ndarray:
-  """Returns the share of the stream that each head loses with each of the choices, float64 [L, G, choices].
+  """Returns the share of the stream that each head loses on each batch, float64 [batches, L, G, choices].
 
   Args:
     teacher: (parameters, one subtree per layer, and config) of the softmax model.
     choices: memories whose heads are all of one size.
-    batches: rows to read: "tokens" int32 [rows, T + 1], and "segment_ids" if documents are kept apart.
+    batches: rows to read: "tokens" int32 [rows, T + 1]; "known" bool of the same shape, the tokens whose prediction
+      counts; and "segment_ids" if documents are kept apart.
     dtype: dtype of the computation.
     report: called after each layer, with the largest of its errors.
 
@@ -69,19 +70,19 @@ def head_errors(
   """
   params, config = teacher
   model = Transformer(config, jnp.dtype(dtype))
-  totals = np.zeros((config.num_layers, config.num_kv_heads, len(choices)))
+  errors = np.zeros((len(batches), config.num_layers, config.num_kv_heads, len(choices)))
   ends = outside_layers(params)
   streams = [embed(model, ends, batch) for batch in batches]
   for number, layer in enumerate(config.layers):
     for i, batch in enumerate(batches):
       streams[i], lost = _lost(model, layer, tuple(choices), params[f"layers_{number}"], streams[i], batch)
-      totals[number] += np.asarray(lost, np.float64)
-    worst = float(totals[number].max() / len(batches))
+      errors[i, number] = lost
+    worst = float(errors[:, number].max())
     if not np.isfinite(worst):
       raise ValueError(f"Sizes of heads cannot be measured: activations of layer {number} are not finite.")
     if report is not None:
       report(number, config.num_layers, worst, f"heads of layer {number} lose up to {worst:.1%}")
-  return totals / len(batches)
+  return errors
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
@@ -101,11 +102,12 @@ def _lost(model: Transformer, layer: MixerConfig, choices: tuple[MemoryConfig, .
   whole = said(layer)
   kernel = params[MIXER]["o_proj"]["kernel"].reshape(c.num_kv_heads, -1, c.hidden_size)
   stream = at_least_float32(x_BTD)
-  weight_BT = 1 / (jnp.mean(stream * stream, axis=-1) + c.norm_eps)
+  known_BT = batch["known"][:, 1:]
+  weight_BT = known_BT / (jnp.mean(stream * stream, axis=-1) + c.norm_eps) / jnp.maximum(known_BT.sum(), 1)
   lost = []
   for choice in choices:
     missing_BTGD = jnp.einsum("btgf,gfd->btgd", whole - said(choice), kernel)
-    lost.append(jnp.mean(jnp.mean(missing_BTGD**2, axis=-1) * weight_BT[..., None], axis=(0, 1)))
+    lost.append(jnp.einsum("btg,bt->g", jnp.mean(missing_BTGD**2, axis=-1), weight_BT))
   x_BTD = Block(c, layer, model.dtype).apply({"params": params}, x_BTD, None, context)[0]
   return x_BTD, constrain(jnp.stack(lost, axis=-1), None, None)  # whole on each process
 

@@ -7,10 +7,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 
 from supra_jax.core.sharding import put_batch
 from supra_jax.data.loading import Batch
+from supra_jax.data.planted import plant_repeats
 from supra_jax.linearization.allotment import allotted, head_errors, with_order
 from supra_jax.linearization.calibrate import Report
 from supra_jax.linearization.starts import Memory
@@ -19,9 +21,10 @@ from supra_jax.model.costs import sequence_bytes
 from supra_jax.model.mixers.memory import MemoryConfig
 from supra_jax.model.registry import MIXER
 
-# Sizes of heads, as shares of what a head retains on average. Between 0 and 4 each is at most twice the one before.
-SHARES = (0, 1 / 4, 1 / 2, 1, 2, 4)
+# Sizes of heads, as shares of what a head retains on average. Between 0 and 8 each is at most twice the one before.
+SHARES = (0, 1 / 4, 1 / 2, 1, 2, 4, 8)
 FEW_TOKENS = 100  # a head that holds fewer chooses more often
+PLANTED = 3  # every third batch is read once more, with random strings in it
 
 
 def remembered(
@@ -45,24 +48,39 @@ def remembered(
   Returns:
     (parameters, in which the key/value heads of a layer may have another order; config; what was found, for
     source.json: `retained` and `order`, see `Allotment`, and `attention_lost`, the sum of the shares of the stream that
-    the heads lose, with these sizes and with one size for all).
+    the heads lose, with these sizes and with one size for all, on the text plus `recall_weight` times those where
+    random strings that stood in it before are to be predicted).
 
   Raises:
     ValueError: the budget is too small.
   """
   common, tokens = within(start, teacher[1], chosen)
   whole = 8 if tokens >= 64 else 1  # so many tokens make a tile
-  sizes = sorted({int(share * tokens / whole) * whole for share in SHARES})
+  one_size, read = int(tokens / whole) * whole, batches[0]["tokens"].shape[1]
+  every = {int(share * tokens / whole) * whole for share in SHARES}
+  sizes = sorted(size for size in every if size <= max(one_size, read))  # what rows do not fill cannot be measured
   choices = [dataclasses.replace(common, retained=(size,)) for size in sizes]
-  placed = [{name: x[0] for name, x in put_batch(batch, mesh).items()} for batch in batches]
-  errors = head_errors(teacher, choices, placed, dtype=start.dtype, report=report)[list(chosen)]
+  rows = [{**batch, "known": np.ones(batch["tokens"].shape, bool)} for batch in batches]
+  if start.recall_weight:
+    rows += [_planted(batch, start.seed + i) for i, batch in enumerate(batches[::PLANTED])]
+  placed = [{name: x[0] for name, x in put_batch(batch, mesh).items()} for batch in rows]
+  by_batch = head_errors(teacher, choices, placed, dtype=start.dtype, report=report)[:, list(chosen)]
+  errors = by_batch[: len(batches)].mean(axis=0)
+  if start.recall_weight:
+    errors = errors + start.recall_weight * by_batch[len(batches) :].mean(axis=0)
   # RoPE by the number of a head forbids another order.
   repeats = teacher[1].num_kv_heads if teacher[1].rope.kind == "by_head" else mesh.shape.get("tensor", 1)
   found = allotted(errors, sizes, tokens, patterns=start.patterns, repeats=repeats)
-  one_size = errors[..., sizes.index(int(tokens / whole) * whole)].sum()
-  lost = {"sizes_of_heads": round(found.error, 5), "one_size": round(float(one_size), 5)}
+  of_one = errors[..., sizes.index(one_size)].sum()
+  lost = {"sizes_of_heads": round(found.error, 5), "one_size": round(float(of_one), 5)}
   params, config = with_memories(teacher, common, found.retained.tolist(), found.order.tolist(), chosen)
   return params, config, {"retained": found.retained.tolist(), "order": found.order.tolist(), "attention_lost": lost}
+
+
+def _planted(batch: Batch, seed: int) -> Batch:
+  """Returns a batch with random strings in it that stand twice."""
+  tokens, known = plant_repeats(batch["tokens"], batch.get("segment_ids"), seed=seed)
+  return {**batch, "tokens": tokens, "known": known}
 
 
 def with_memories(

@@ -179,7 +179,8 @@ class Memory(Reading):
   """The teacher's softmax attention over as many tokens as a state of a given size holds (mixer `memory`).
 
   Each key/value head holds the first tokens, the last ones, and others that attention has met most; how many of those
-  depends on what the head loses without them, which is measured on a text (`allotment`). Nothing is trained.
+  depends on what the head loses without them, which is measured on a text and on random strings planted in it that are
+  to be looked up (`allotment`). Nothing is trained.
 
   Attributes:
     state_bytes: size in bytes of the state of one sequence, which no length of text changes. None: see `state_tokens`.
@@ -188,6 +189,8 @@ class Memory(Reading):
     window, sinks, chunk: W, N and C of `MemoryConfig`. None: W and C that suit the size.
     patterns: most patterns of sizes that layers have, see `allotment`. Fewer compile faster and hold less of what
       matters.
+    recall_weight: weight of what is lost where random strings are looked up, which are planted in a third of the rows,
+      beside what is lost on text. 0: no row is planted.
   """
 
   method = "memory"
@@ -202,6 +205,7 @@ class Memory(Reading):
   sinks: Annotated[int, AtLeast(0)] = MemoryConfig.sinks
   chunk: int | None = None
   patterns: Annotated[int, AtLeast(1)] = 4
+  recall_weight: Annotated[float, AtLeast(0)] = 1.0
 
   def layer(self, mixer: MixerConfig | None) -> MixerConfig:
     """Returns a MemoryConfig; the sizes of heads are found later.

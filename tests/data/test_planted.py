@@ -5,7 +5,7 @@ import functools
 import numpy as np
 import pytest
 
-from supra_jax.data.planted import KINDS, plant
+from supra_jax.data.planted import KINDS, STRINGS, plant, plant_repeats
 from supra_jax.data.tokenizer import Tokenizer
 from supra_jax.experiments import tiny
 
@@ -62,6 +62,24 @@ def test_a_seed_is_the_same_text_and_another_is_not():
   for x, y, z in zip(first, again, other, strict=True):
     np.testing.assert_array_equal(x.text, y.text)
     assert x.right == y.right and (x.text.shape != z.text.shape or (x.text != z.text).any())
+
+
+def test_repeats_are_known_from_before_in_their_document():
+  text = np.random.default_rng(0).integers(100, 5000, (2, 513)).astype(np.int32)
+  rows, known = plant_repeats(text, seed=3)
+  asked, answered = STRINGS[0]
+  assert known.sum(axis=1).tolist() == [512 // 64 * answered] * 2
+  for row, of_row in zip(rows, known, strict=True):
+    for end in np.flatnonzero(of_row)[answered - 1 :: answered]:
+      string = row[end + 1 - asked - answered : end + 1]
+      assert len(places(row[: end + 1], string)) == 2
+  changed = (rows != text).sum(axis=1)
+  assert (changed > 60).all() and (changed <= 8 * 2 * (asked + answered)).all()
+  assert set(rows[0]) <= set(text[0]) and (text[0] != rows[0]).any()
+  segments = np.repeat(np.arange(3), 171)[None].repeat(2, axis=0)
+  same, inside = plant_repeats(text, segments, seed=3)
+  assert (same == rows).all() and 0 < inside.sum() < known.sum() and (inside <= known).all()
+  assert not plant_repeats(text, np.arange(513)[None].repeat(2, axis=0))[1].any()
 
 
 def test_training_and_test_share_no_words():

@@ -62,16 +62,30 @@ def test_heads_of_a_size_divide_by_repeats():
 def test_a_head_that_holds_all_loses_nothing(random_params):
   config = presets.tiny("softmax")
   params = random_params(config)
-  batches = [{"tokens": np.random.default_rng(0).integers(0, 97, (2, 41)).astype(np.int32)}]
+  tokens = np.random.default_rng(0).integers(0, 97, (2, 41)).astype(np.int32)
+  batches = [{"tokens": tokens, "known": np.ones_like(tokens, bool)}]
   choices = [MemoryConfig(window=2, retained=(m,), sinks=1, chunk=2, state_dtype="float32") for m in (0, 4, 40)]
   errors = head_errors((params, config), choices, batches)
-  assert errors.shape == (config.num_layers, config.num_kv_heads, 3)
+  assert errors.shape == (1, config.num_layers, config.num_kv_heads, 3)
   assert (errors[..., 2] < 1e-9).all() and (errors[..., :2] > 1e-5).all()
   rough = head_errors((params, config), choices[:2], batches, dtype="bfloat16")
   np.testing.assert_allclose(rough, errors[..., :2], rtol=0.1, atol=1e-3)
   spoilt = jax.tree.map(lambda x: x.at[0].set(np.nan), params)
   with pytest.raises(ValueError, match="activations of layer 0 are not finite"):
     head_errors((spoilt, config), choices, batches)
+
+
+def test_errors_count_where_known_tokens_are_predicted(random_params):
+  config = presets.tiny("softmax")
+  tokens = np.random.default_rng(0).integers(0, 97, (2, 41)).astype(np.int32)
+  early = np.zeros_like(tokens, bool)
+  early[:, 5:12] = True
+  masks = [np.ones_like(early), early, ~early, np.zeros_like(early)]
+  choice = MemoryConfig(window=2, retained=(4,), sinks=1, chunk=2, state_dtype="float32")
+  batches = [{"tokens": tokens, "known": mask} for mask in masks]
+  whole, first, rest, nothing = head_errors((random_params(config), config), [choice], batches)
+  np.testing.assert_allclose(whole, first * 7 / 40 + rest * 33 / 40, rtol=1e-5)
+  assert (first < rest).all() and not nothing.any()  # of the 12th token on, more is not held
 
 
 @pytest.mark.parametrize("changes", [{}, {"qkv_bias": True, "output_bias": True, "qk_norm": "all_heads"}])

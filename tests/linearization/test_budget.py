@@ -78,10 +78,10 @@ def test_what_does_not_fit(random_params):
 
 def test_a_teacher_with_a_sliding_window(random_params):
   """Its memory goes beyond that window, but sees nothing from further away."""
-  config = TEACHER.replace(sliding_window=40)
+  config, told = TEACHER.replace(sliding_window=40), Memory(state_tokens=300, recall_weight=0)
   mesh = make_mesh(devices=jax.devices()[:1])
   with jax.set_mesh(mesh):
-    _, made, _ = remembered((random_params(config), config), Memory(state_tokens=300), batches(), mesh, range(2))
+    _, made, _ = remembered((random_params(config), config), told, batches(), mesh, range(2))
   layer = made.layers[0]
   assert layer.window + layer.chunk <= 40 and max(layer.retained) > 40
   assert mixer_class("memory").reach(made, layer) == layer.window + 3 * layer.chunk + layer.sinks
