@@ -18,7 +18,6 @@ _METHOD = (
   "alone, calibrated on a text, identity (relu), random. Default: memory; with --window: window; --mixer: identity."
 )
 _BYTES = f"memory: size of the state at any length of text, such as 6MB. Default: --state_tokens={Memory.state_tokens}."
-_TOKENS = "memory: the size as a number of tokens of each key/value head, whose keys and values take as many bytes."
 _LAST = f"Softmax attention sees so many last tokens. Default: {Window.window}; memory: by the size of its state."
 _READ = f"Tokens to read, rounded up to whole rows. Default: calibrated {Calibrated.tokens}, memory {Memory.tokens}."
 _FIELDS = {"calibration_data": "data", "calibration_tokens": "tokens", "calibrate_mlp": "mlp"}
@@ -32,7 +31,7 @@ def define() -> Callable[[], Start]:
   method = flags.DEFINE_enum("method", None, list(STARTS), _METHOD)
   size = flags.DEFINE_string("state_bytes", None, _BYTES)
   mixer = flags.DEFINE_string("mixer", None, f"Mixer of the new layers in place of supra, {HELP}")
-  tokens = flags.DEFINE_integer("state_tokens", None, _TOKENS, lower_bound=1)
+  tokens = flags.DEFINE_integer("state_tokens", None, "memory: that size in tokens of each key/value head.", lower_bound=1)
   flags.DEFINE_integer("patterns", Memory.patterns, "memory: most patterns of sizes of heads.", lower_bound=1)
   flags.DEFINE_float("recall_weight", Memory.recall_weight, "memory: of recall beside loss in sizes.", lower_bound=0)
   flags.DEFINE_enum("state_dtype", None, ["bfloat16", "float32"], "memory: dtype of the state's keys and values.")
