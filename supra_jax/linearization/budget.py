@@ -48,8 +48,8 @@ def remembered(
   Returns:
     (parameters, in which the key/value heads of a layer may have another order; config; what was found, for
     source.json: `retained` and `order`, see `Allotment`, and `attention_lost`, the sum of the shares of the stream that
-    the heads lose, with these sizes and with one size for all, on the text plus `recall_weight` times those where
-    random strings that stood in it before are to be predicted).
+    the heads lose, with these sizes and with one size for all; with `recall_weight` that of recall is in it, in the
+    text's unit).
 
   Raises:
     ValueError: the budget is too small.
@@ -67,7 +67,8 @@ def remembered(
   by_batch = head_errors(teacher, choices, placed, dtype=start.dtype, report=report)[:, list(chosen)]
   errors = by_batch[: len(batches)].mean(axis=0)
   if start.recall_weight:
-    errors = errors + start.recall_weight * by_batch[len(batches) :].mean(axis=0)
+    recall = by_batch[len(batches) :].mean(axis=0)
+    errors = errors + start.recall_weight * errors.sum() / max(recall.sum(), 1e-9) * recall
   # RoPE by the number of a head forbids another order.
   repeats = teacher[1].num_kv_heads if teacher[1].rope.kind == "by_head" else mesh.shape.get("tensor", 1)
   found = allotted(errors, sizes, tokens, patterns=start.patterns, repeats=repeats)

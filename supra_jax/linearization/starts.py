@@ -189,8 +189,8 @@ class Memory(Reading):
     window, sinks, chunk: W, N and C of `MemoryConfig`. None: W and C that suit the size.
     patterns: most patterns of sizes that layers have, see `allotment`. Fewer compile faster and hold less of what
       matters.
-    recall_weight: weight of what is lost where random strings are looked up, which are planted in a third of the rows,
-      beside what is lost on text. 0: no row is planted.
+    recall_weight: weight of what is lost where random strings are to be looked up, planted in a third of the rows,
+      beside what is lost on text. 1: summed over all sizes, both are the same. 0: nothing is planted.
   """
 
   method = "memory"

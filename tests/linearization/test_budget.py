@@ -1,5 +1,6 @@
 """A memory within a budget: what it holds is what was asked for, and what is printed, at any length of text."""
 
+import dataclasses
 import functools
 import json
 
@@ -18,6 +19,7 @@ from supra_jax.model.costs import sequence_bytes
 from supra_jax.model.registry import mixer_class
 from supra_jax.model.transformer import Transformer
 from supra_jax.storage.model_directory import save_model
+from tests.evaluation import copying
 from tests.support import programs
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -182,3 +184,20 @@ for text in ("fsdp:2", "tensor:2"):
 def test_on_a_mesh():
   """The heads of each size divide by `tensor` where sizes are found on such a mesh; else the mesh is refused."""
   programs.succeeds_on_devices(2, "-c", INSIDE)
+
+
+def test_the_head_that_looks_up_gets_the_tokens():
+  """Of the teacher that copies, layer 0 needs the token before alone, and layer 1 looks for what stood there before."""
+  teacher, mesh = copying.teacher(), make_mesh(devices=jax.devices()[:1])
+  text = [{"tokens": copying.filler()[at : at + 257][None]} for at in (0, 257, 514)]
+  start = Memory(window=8, sinks=1, chunk=8, state_tokens=70, state_dtype="float32")
+  lost = []
+  for weight in (0.0, 1.0, 2.0):
+    with jax.set_mesh(mesh):
+      told = dataclasses.replace(start, recall_weight=weight)
+      _, config, found = remembered((teacher.params, teacher.config), told, text, mesh, range(2))
+    assert config.layers[0].retained == (0,) and config.layers[1].retained[0] >= 96
+    lost.append(found["attention_lost"]["one_size"])
+  assert lost[0] > 0.01
+  # What is lost of recall is added, in the text's unit.
+  assert lost[1] > 1.1 * lost[0] and lost[2] - lost[1] == pytest.approx(lost[1] - lost[0], abs=1e-4)
