@@ -69,7 +69,7 @@ class Size:
   heldout_rows: int = 128
   teacher: int = 20_000_000
   heads: int = 3_300_000
-  scratch: int = 5_000_000
+  scratch: int = 2_000_000
   uptrained: int = 500_000
 
 
