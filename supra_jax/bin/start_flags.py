@@ -33,7 +33,7 @@ def define() -> Callable[[], Start]:
   mixer = flags.DEFINE_string("mixer", None, f"Mixer of the new layers in place of supra, {HELP}")
   tokens = flags.DEFINE_integer("state_tokens", None, "memory: that size, in tokens a key/value head.", lower_bound=1)
   flags.DEFINE_integer("patterns", Memory.patterns, "memory: most patterns of sizes of heads.", lower_bound=1)
-  flags.DEFINE_float("recall_weight", Memory.recall_weight, "memory: of recall beside loss in sizes.", lower_bound=0)
+  flags.DEFINE_float("recall_weight", Memory.recall_weight, "memory: weight of recall; 0: text alone.", lower_bound=0)
   flags.DEFINE_enum("state_dtype", None, ["bfloat16", "float32"], "memory: dtype of the state's keys and values.")
   window = flags.DEFINE_integer("window", None, _LAST, lower_bound=1)
   flags.DEFINE_integer("sinks", Window.sinks, "Softmax attention sees so many first tokens too.", lower_bound=0)

@@ -150,13 +150,14 @@ def plant_repeats(
     (the rows, bool [B, T]: which tokens only who looks them up knows, answers of the strings at their second places;
     none where the two places are not in one document).
   """
-  asked, answered = STRINGS[SPLITS.index("train")]
+  split = SPLITS.index("train")
+  asked, answered = STRINGS[split]
   length = asked + answered
   rng = np.random.default_rng(seed)
   rows_BT = rows_BT.copy()
   known_BT = np.zeros(rows_BT.shape, bool)
   for number, row in enumerate(rows_BT):
-    letters, strings = np.unique(row)[SPLITS.index("train") :: 2], len(row) // 64
+    letters, strings = np.unique(row)[split::2], len(row) // 64
     places = rng.permutation(len(row) // length)[: 2 * strings].reshape(strings, 2) * length
     for first, second in np.sort(places).tolist():
       row[first : first + length] = row[second : second + length] = rng.choice(letters, length)

@@ -56,24 +56,24 @@ def remembered(
   """
   common, tokens = within(start, teacher[1], chosen)
   whole = 8 if tokens >= 64 else 1  # so many tokens make a tile
-  one_size, read = int(tokens / whole) * whole, batches[0]["tokens"].shape[1]
-  every = {int(share * tokens / whole) * whole for share in SHARES}
-  sizes = sorted(size for size in every if size <= max(one_size, read))  # what rows do not fill cannot be measured
+  of_share = {share: int(share * tokens / whole) * whole for share in SHARES}
+  most = max(of_share[1], batches[0]["tokens"].shape[1])  # what rows do not fill cannot be measured
+  sizes = sorted({size for size in of_share.values() if size <= most})
   choices = [dataclasses.replace(common, retained=(size,)) for size in sizes]
-  rows = [{**batch, "known": np.ones(batch["tokens"].shape, bool)} for batch in batches]
-  if start.recall_weight:
-    rows += [_planted(batch, start.seed + i) for i, batch in enumerate(batches[::PLANTED])]
-  placed = [{name: x[0] for name, x in put_batch(batch, mesh).items()} for batch in rows]
+  text = [{**batch, "known": np.ones(batch["tokens"].shape, bool)} for batch in batches]
+  read_again = batches[::PLANTED] if start.recall_weight else []
+  planted = [_planted(batch, start.seed + i) for i, batch in enumerate(read_again)]
+  placed = [{name: x[0] for name, x in put_batch(batch, mesh).items()} for batch in text + planted]
   by_batch = head_errors(teacher, choices, placed, dtype=start.dtype, report=report)[:, list(chosen)]
-  errors = by_batch[: len(batches)].mean(axis=0)
-  if start.recall_weight:
-    recall = by_batch[len(batches) :].mean(axis=0)
+  errors = by_batch[: len(text)].mean(axis=0)
+  if planted:
+    recall = by_batch[len(text) :].mean(axis=0)
     errors = errors + start.recall_weight * errors.sum() / max(recall.sum(), 1e-9) * recall
   # RoPE by the number of a head forbids another order.
   repeats = teacher[1].num_kv_heads if teacher[1].rope.kind == "by_head" else mesh.shape.get("tensor", 1)
   found = allotted(errors, sizes, tokens, patterns=start.patterns, repeats=repeats)
-  of_one = errors[..., sizes.index(one_size)].sum()
-  lost = {"sizes_of_heads": round(found.error, 5), "one_size": round(float(of_one), 5)}
+  one_size = errors[..., sizes.index(of_share[1])].sum()
+  lost = {"sizes_of_heads": round(found.error, 5), "one_size": round(float(one_size), 5)}
   params, config = with_memories(teacher, common, found.retained.tolist(), found.order.tolist(), chosen)
   return params, config, {"retained": found.retained.tolist(), "order": found.order.tolist(), "attention_lost": lost}
 
