@@ -1,7 +1,10 @@
-"""Gives every key/value head of a memory a size of its own, so that the least of attention's output is lost a byte.
+"""Gives every key/value head of a memory a size of its own, so that the least is lost a byte.
 
-For each layer, head and size the loss of a head is measured on the teacher's own streams: the mean square of what its
-attention says with all tokens and does not say with those that it would hold, behind W_o, over that of the stream.
+For each layer, head and size, what a head loses is estimated on the teacher's own streams, in nats a token: half the
+mean square of its gradient's product with its error. The error is what its attention says with all tokens and does not
+say with those that it would hold, behind W_o; the gradient is that of the text's loss there. This is the divergence of
+predictions to second order, with the diagonal over tokens of the Fisher information (Amari 1998; as a measure of what
+can be pruned: Theis et al. 2018, arXiv 1801.05787).
 
 Layers with the same sizes compile once. So there are a few patterns of sizes, and each layer has one of them, whose
 larger sizes it gives to the heads that need them: `with_order` puts the heads in order.
@@ -21,13 +24,13 @@ from scipy.optimize import linear_sum_assignment
 
 from supra_jax.core.sharding import constrain
 from supra_jax.linearization.calibrate import Report
-from supra_jax.linearization.hybrid import embed, outside_layers
+from supra_jax.linearization.hybrid import block, embed, outside_layers
 from supra_jax.model.config import ModelConfig
 from supra_jax.model.layers import Norm, at_least_float32
 from supra_jax.model.mixers.memory import MemoryConfig
 from supra_jax.model.registry import MIXER, MixerConfig, mixer_class
 from supra_jax.model.transformer import Block, Transformer
-from supra_jax.objectives.losses import inputs_of
+from supra_jax.objectives.losses import count_targets, hidden_loss, inputs_of
 
 MOST_HEADS = 8  # of a pattern: the patterns of four sizes are then 165
 MOST_SIZES = 4  # of a pattern, each of which adds to the time of compilation
@@ -55,43 +58,74 @@ def head_errors(
   dtype: Any = jnp.float32,
   report: Report | None = None,
 ) -> np.ndarray:
-  """Returns the share of the stream that each head loses on each batch, float64 [batches, L, G, choices].
+  """Returns what each head loses on each batch, in nats a target, float64 [batches, L, G, choices].
+
+  The streams of a batch, L * tokens * hidden_size numbers, are in memory at once: they are read backwards.
 
   Args:
     teacher: (parameters, one subtree per layer, and config) of the softmax model.
     choices: memories whose heads are all of one size.
-    batches: rows to read: "tokens" int32 [rows, T + 1]; "known" bool of the same shape, the tokens whose prediction
-      counts; and "segment_ids" if documents are kept apart.
+    batches: rows to read, as `language_model_loss` takes them; what is no target does not count.
     dtype: dtype of the computation.
-    report: called after each layer, with the largest of its errors.
+    report: called after each layer of each batch, from the last layer to the first, with the number of layers of all
+      batches and the largest of its errors.
 
   Raises:
-    ValueError: activations are not finite.
+    ValueError: activations, or the loss, are not finite.
   """
   params, config = teacher
   model = Transformer(config, jnp.dtype(dtype))
   errors = np.zeros((len(batches), config.num_layers, config.num_kv_heads, len(choices)))
   ends = outside_layers(params)
-  streams = [embed(model, ends, batch) for batch in batches]
-  for number, layer in enumerate(config.layers):
-    for i, batch in enumerate(batches):
-      streams[i], lost = _lost(model, layer, tuple(choices), params[f"layers_{number}"], streams[i], batch)
+  layers = [(layer, params[f"layers_{number}"]) for number, layer in enumerate(config.layers)]
+  for i, batch in enumerate(batches):
+    streams = [embed(model, ends, batch)]
+    for told in layers:
+      streams.append(block(model, *told, streams[-1], batch))
+    gradient = _gradient(model, ends, streams.pop(), batch)
+    for number, told in reversed(list(enumerate(layers))):
+      gradient, lost = _lost(model, tuple(choices), *told, streams.pop(), gradient, batch)
       errors[i, number] = lost
-    worst = float(errors[:, number].max())
-    if not np.isfinite(worst):
-      raise ValueError(f"Sizes of heads cannot be measured: activations of layer {number} are not finite.")
-    if report is not None:
-      report(number, config.num_layers, worst, f"heads of layer {number} lose up to {worst:.1%}")
+      worst = float(errors[i, number].max())
+      if not np.isfinite(worst):
+        raise ValueError(
+          "Sizes of heads cannot be measured: the teacher's activations are not finite. "
+          "`supra_jax.bin.evaluate` on the teacher says from which token on."
+        )
+      if report is not None:
+        report(number, config.num_layers * len(batches), worst, f"heads of layer {number} lose up to {worst:.4f} nats")
   return errors
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def _gradient(model: Transformer, ends, x_BTD: jax.Array, batch) -> jax.Array:
+  """Returns the gradient of the loss, summed over targets, with respect to the stream after the last layer."""
+
+  def loss(x_BTD: jax.Array) -> jax.Array:
+    hidden_BTD: Any = model.apply({"params": ends}, x_BTD, method=lambda model, x_BTD: model.norm(x_BTD))
+    return hidden_loss(model, ends, hidden_BTD, batch).loss
+
+  return jax.grad(loss)(x_BTD)
+
+
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _lost(model: Transformer, layer: MixerConfig, choices: tuple[MemoryConfig, ...], params, x_BTD, batch):
-  """Returns (the stream after a layer, what each head loses with each choice [G, choices])."""
+def _lost(
+  model: Transformer, choices: tuple[MemoryConfig, ...], layer: MixerConfig, params, x_BTD, gradient_BTD, batch
+):
+  """Returns (the gradient where a layer is entered, what each head loses with each choice [G, choices])."""
   c = model.config
   tokens_BT, segment_ids = inputs_of(batch)
-  layers = (layer, *choices)
-  context, _ = Transformer(c.replace(layers=layers)).place(tokens_BT, segment_ids=segment_ids)
+  context, _ = Transformer(c.replace(layers=(layer, *choices))).place(tokens_BT, segment_ids=segment_ids)
+  whole_block = Block(c, layer, model.dtype)
+
+  def leaves(x_BTD: jax.Array, added_BTD: jax.Array) -> jax.Array:
+    def run(block: Block) -> jax.Array:
+      return block.feed(x_BTD + block.attend(x_BTD, None, context)[0] + added_BTD)
+
+    out: Any = whole_block.apply({"params": params}, method=run)
+    return out
+
+  entered_BTD, attended_BTD = jax.vjp(leaves, x_BTD, jnp.zeros_like(x_BTD))[1](gradient_BTD)
   normed = Norm(c.norm, c.norm_eps, model.dtype).apply({"params": params["input_layernorm"]}, x_BTD)
 
   def said(told: MixerConfig) -> jax.Array:
@@ -101,15 +135,12 @@ def _lost(model: Transformer, layer: MixerConfig, choices: tuple[MemoryConfig, .
 
   whole = said(layer)
   kernel = params[MIXER]["o_proj"]["kernel"].reshape(c.num_kv_heads, -1, c.hidden_size)
-  stream = at_least_float32(x_BTD)
-  known_BT = batch["known"][:, 1:]
-  weight_BT = known_BT / (jnp.mean(stream * stream, axis=-1) + c.norm_eps) / jnp.maximum(known_BT.sum(), 1)
+  behind_BTGF = jnp.einsum("btd,gfd->btgf", at_least_float32(attended_BTD), kernel)
   lost = []
   for choice in choices:
-    missing_BTGD = jnp.einsum("btgf,gfd->btgd", whole - said(choice), kernel)
-    lost.append(jnp.einsum("btg,bt->g", jnp.mean(missing_BTGD**2, axis=-1), weight_BT))
-  x_BTD = Block(c, layer, model.dtype).apply({"params": params}, x_BTD, None, context)[0]
-  return x_BTD, constrain(jnp.stack(lost, axis=-1), None, None)  # whole on each process
+    nats_BTG = jnp.einsum("btgf,btgf->btg", at_least_float32(whole - said(choice)), behind_BTGF)
+    lost.append(jnp.sum(nats_BTG**2, axis=(0, 1)) / (2 * count_targets(batch)))
+  return entered_BTD, constrain(jnp.stack(lost, axis=-1), None, None)  # whole on each process
 
 
 def allotted(errors: np.ndarray, sizes: Sequence[int], tokens: float, *, patterns: int, repeats: int = 1) -> Allotment:

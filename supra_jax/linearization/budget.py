@@ -21,8 +21,10 @@ from supra_jax.model.costs import sequence_bytes
 from supra_jax.model.mixers.memory import MemoryConfig
 from supra_jax.model.registry import MIXER
 
-# Sizes of heads, as shares of what a head retains on average. Between 0 and 8 each is at most twice the one before.
-SHARES = (0, 1 / 4, 1 / 2, 1, 2, 4, 8)
+# Sizes of heads, as shares of what a head retains on average: an eighth at least, since some heads fall apart without a
+# few tokens, which does not show to second order; at most what of 2, 4 or 8 heads the others leave for one.
+LEAST = 1 / 8
+SHARES = (LEAST, 1 / 4, 1 / 2, 1, *(heads - (heads - 1) * LEAST for heads in (2, 4, 8)))
 FEW_TOKENS = 100  # a head that holds fewer chooses more often
 PLANTED = 3  # every third batch is read once more, with random strings in it
 
@@ -47,9 +49,9 @@ def remembered(
 
   Returns:
     (parameters, in which the key/value heads of a layer may have another order; config; what was found, for
-    source.json: `retained` and `order`, see `Allotment`, and `attention_lost`, the sum of the shares of the stream that
-    the heads lose, with these sizes and with one size for all; with `recall_weight` that of recall is in it, in the
-    text's unit).
+    source.json: `retained` and `order`, see `Allotment`, and `nats_lost`, the sum of what the heads lose, see
+    `head_errors`, with these sizes and with one size for all; with `recall_weight` recall is in it, in the unit of the
+    text).
 
   Raises:
     ValueError: the budget is too small.
@@ -60,14 +62,13 @@ def remembered(
   most = max(of_share[1], batches[0]["tokens"].shape[1])  # what rows do not fill cannot be measured
   sizes = sorted({size for size in of_share.values() if size <= most})
   choices = [dataclasses.replace(common, retained=(size,)) for size in sizes]
-  text = [{**batch, "known": np.ones(batch["tokens"].shape, bool)} for batch in batches]
   read_again = batches[::PLANTED] if start.recall_weight else []
   planted = [_planted(batch, start.seed + i) for i, batch in enumerate(read_again)]
-  placed = [{name: x[0] for name, x in put_batch(batch, mesh).items()} for batch in text + planted]
+  placed = [{name: x[0] for name, x in put_batch(batch, mesh).items()} for batch in [*batches, *planted]]
   by_batch = head_errors(teacher, choices, placed, dtype=start.dtype, report=report)[:, list(chosen)]
-  errors = by_batch[: len(text)].mean(axis=0)
+  errors = by_batch[: len(batches)].mean(axis=0)
   if planted:
-    recall = by_batch[len(text) :].mean(axis=0)
+    recall = by_batch[len(batches) :].mean(axis=0)
     errors = errors + start.recall_weight * errors.sum() / max(recall.sum(), 1e-9) * recall
   # RoPE by the number of a head forbids another order.
   repeats = teacher[1].num_kv_heads if teacher[1].rope.kind == "by_head" else mesh.shape.get("tensor", 1)
@@ -75,13 +76,13 @@ def remembered(
   one_size = errors[..., sizes.index(of_share[1])].sum()
   lost = {"sizes_of_heads": round(found.error, 5), "one_size": round(float(one_size), 5)}
   params, config = with_memories(teacher, common, found.retained.tolist(), found.order.tolist(), chosen)
-  return params, config, {"retained": found.retained.tolist(), "order": found.order.tolist(), "attention_lost": lost}
+  return params, config, {"retained": found.retained.tolist(), "order": found.order.tolist(), "nats_lost": lost}
 
 
 def _planted(batch: Batch, seed: int) -> Batch:
   """Returns a batch with random strings in it that stand twice."""
   tokens, known = plant_repeats(batch["tokens"], batch.get("segment_ids"), seed=seed)
-  return {**batch, "tokens": tokens, "known": known}
+  return {**batch, "tokens": tokens, "target_weights": known.astype(np.float32)}
 
 
 def with_memories(

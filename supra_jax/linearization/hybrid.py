@@ -170,7 +170,7 @@ def outside_layers(params: Mapping[str, Any]) -> dict[str, Any]:
 
 def _through(model: Model, x_BTD: jax.Array, layers: Iterable[int], batch: Mapping[str, jax.Array]) -> jax.Array:
   for i in layers:
-    x_BTD = _block(model[0], model[0].config.layers[i], model[1][f"layers_{i}"], x_BTD, batch)
+    x_BTD = block(model[0], model[0].config.layers[i], model[1][f"layers_{i}"], x_BTD, batch)
   return x_BTD
 
 
@@ -182,7 +182,7 @@ def embed(model: Transformer, ends: Any, batch: Mapping[str, jax.Array]) -> jax.
 
 # One program for each kind of layer: all layers of a kind have the same shapes.
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _block(
+def block(
   model: Transformer, layer: MixerConfig, params: Any, x_BTD: jax.Array, batch: Mapping[str, jax.Array]
 ) -> jax.Array:
   tokens_BT, segment_ids = inputs_of(batch)

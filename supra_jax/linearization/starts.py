@@ -179,8 +179,8 @@ class Memory(Reading):
   """The teacher's softmax attention over as many tokens as a state of a given size holds (mixer `memory`).
 
   Each key/value head holds the first tokens, the last ones, and others that attention has met most; how many of those
-  depends on what the head loses without them, which is measured on a text and on random strings planted in it that are
-  to be looked up (`allotment`). Nothing is trained.
+  depends on what the loss becomes without them, which is estimated on a text and on random strings planted in it that
+  are to be looked up (`allotment`). Nothing is trained.
 
   Attributes:
     state_bytes: size in bytes of the state of one sequence, which no length of text changes. None: see `state_tokens`.

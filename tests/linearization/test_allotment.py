@@ -1,5 +1,6 @@
 """Sizes of a memory's heads: allotted as all divisions would have it, by errors that are 0 where a head holds all."""
 
+import functools
 import itertools
 
 import jax
@@ -10,6 +11,7 @@ from supra_jax.linearization.allotment import allotted, head_errors, with_order
 from supra_jax.model import presets
 from supra_jax.model.mixers.memory import MemoryConfig
 from supra_jax.model.transformer import Transformer
+from supra_jax.objectives.losses import language_model_loss
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -63,29 +65,43 @@ def test_a_head_that_holds_all_loses_nothing(random_params):
   config = presets.tiny("softmax")
   params = random_params(config)
   tokens = np.random.default_rng(0).integers(0, 97, (2, 41)).astype(np.int32)
-  batches = [{"tokens": tokens, "known": np.ones_like(tokens, bool)}]
+  batches = [{"tokens": tokens}]
   choices = [MemoryConfig(window=2, retained=(m,), sinks=1, chunk=2, state_dtype="float32") for m in (0, 4, 40)]
   errors = head_errors((params, config), choices, batches)
   assert errors.shape == (1, config.num_layers, config.num_kv_heads, 3)
-  assert (errors[..., 2] < 1e-9).all() and (errors[..., :2] > 1e-5).all()
+  assert (errors[..., 2] < 1e-9).all() and (errors[..., :2] > 1e-7).all()
   rough = head_errors((params, config), choices[:2], batches, dtype="bfloat16")
   np.testing.assert_allclose(rough, errors[..., :2], rtol=0.1, atol=1e-3)
   spoilt = jax.tree.map(lambda x: x.at[0].set(np.nan), params)
-  with pytest.raises(ValueError, match="activations of layer 0 are not finite"):
+  with pytest.raises(ValueError, match="the teacher's activations are not finite"):
     head_errors((spoilt, config), choices, batches)
 
 
-def test_errors_count_where_known_tokens_are_predicted(random_params):
-  config = presets.tiny("softmax")
-  tokens = np.random.default_rng(0).integers(0, 97, (2, 41)).astype(np.int32)
-  early = np.zeros_like(tokens, bool)
-  early[:, 5:12] = True
-  masks = [np.ones_like(early), early, ~early, np.zeros_like(early)]
-  choice = MemoryConfig(window=2, retained=(4,), sinks=1, chunk=2, state_dtype="float32")
-  batches = [{"tokens": tokens, "known": mask} for mask in masks]
-  whole, first, rest, nothing = head_errors((random_params(config), config), [choice], batches)
-  np.testing.assert_allclose(whole, first * 7 / 40 + rest * 33 / 40, rtol=1e-5)
-  assert (first < rest).all() and not nothing.any()  # of the 12th token on, more is not held
+def test_an_error_is_what_the_loss_becomes_of_it(random_params):
+  """Only the last token that is read misses one, so only its target is worse; small errors change it linearly."""
+  config = presets.tiny("softmax").replace(num_heads=2, num_kv_heads=1)
+  params = random_params(config)
+  for number in range(config.num_layers):
+    kernel = params[f"layers_{number}"]["self_attn"]["o_proj"]["kernel"]
+    params[f"layers_{number}"]["self_attn"]["o_proj"]["kernel"] = kernel * 0.01
+  choice = MemoryConfig(window=4, retained=(0,), sinks=1, chunk=1, state_dtype="float32")
+  length = choice.window + choice.sinks + choice.chunk + 1
+  tokens = np.random.default_rng(0).integers(0, 97, (1, length + 1)).astype(np.int32)
+  last = np.zeros(tokens.shape, np.float32)
+  last[:, -1] = 1
+  batches = [{"tokens": tokens, "target_weights": weights} for weights in (last, np.roll(last, -1, 1), 0 * last)]
+  errors, *nothing = head_errors((params, config), [choice], batches)
+
+  def loss(layers):
+    model = Transformer(config.replace(layers=tuple(layers)))
+    return float(jax.jit(functools.partial(language_model_loss, model))(params, batches[0]).loss)
+
+  for number in range(config.num_layers):
+    layers = list(config.layers)
+    layers[number] = choice
+    changed = abs(loss(layers) - loss(config.layers))
+    assert changed > 1e-5 and errors[number, 0, 0] == pytest.approx(changed**2 / 2, rel=0.05)
+  assert np.max(nothing) < 1e-15
 
 
 @pytest.mark.parametrize("changes", [{}, {"qkv_bias": True, "output_bias": True, "qk_norm": "all_heads"}])

@@ -41,7 +41,7 @@ def test_the_budget_is_kept_and_used(budget, random_params):
   asked = budget.get("state_bytes", budget.get("state_tokens", 0) * a_token)
   assert 0.9 * asked < sequence_bytes(config, 1) <= asked
   assert len(set(config.layers)) <= start.patterns
-  lost = found["attention_lost"]
+  lost = found["nats_lost"]
   assert 0 <= lost["sizes_of_heads"] <= lost["one_size"]
   read = jax.jit(lambda p, t: Transformer(config).apply({"params": p}, t, method="logits")[0])
   assert np.isfinite(read(new, batches()[0]["tokens"])).all()
@@ -196,8 +196,8 @@ def test_the_head_that_looks_up_gets_the_tokens():
     with jax.set_mesh(mesh):
       told = dataclasses.replace(start, recall_weight=weight)
       _, config, found = remembered((teacher.params, teacher.config), told, text, mesh, range(2))
-    assert config.layers[0].retained == (0,) and config.layers[1].retained[0] >= 96
-    lost.append(found["attention_lost"]["one_size"])
+    assert config.layers[0].retained[0] <= 8 and config.layers[1].retained[0] >= 88
+    lost.append(found["nats_lost"]["one_size"])
   assert lost[0] > 0.01
   # What is lost of recall is added, in the text's unit.
   assert lost[1] > 1.1 * lost[0] and lost[2] - lost[1] == pytest.approx(lost[1] - lost[0], abs=1e-4)
