@@ -24,7 +24,7 @@ from scipy.optimize import linear_sum_assignment
 
 from supra_jax.core.sharding import constrain
 from supra_jax.linearization.calibrate import Report
-from supra_jax.linearization.hybrid import block, embed, outside_layers
+from supra_jax.linearization.hybrid import block, embed, last_norm, outside_layers
 from supra_jax.model.config import ModelConfig
 from supra_jax.model.layers import Norm, at_least_float32
 from supra_jax.model.mixers.memory import MemoryConfig
@@ -101,11 +101,7 @@ def head_errors(
 def _gradient(model: Transformer, ends, x_BTD: jax.Array, batch) -> jax.Array:
   """Returns the gradient of the loss, summed over targets, with respect to the stream after the last layer."""
 
-  def loss(x_BTD: jax.Array) -> jax.Array:
-    hidden_BTD: Any = model.apply({"params": ends}, x_BTD, method=lambda model, x_BTD: model.norm(x_BTD))
-    return hidden_loss(model, ends, hidden_BTD, batch).loss
-
-  return jax.grad(loss)(x_BTD)
+  return jax.grad(lambda x_BTD: hidden_loss(model, ends, last_norm(model, ends, x_BTD), batch).loss)(x_BTD)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
@@ -116,16 +112,11 @@ def _lost(
   c = model.config
   tokens_BT, segment_ids = inputs_of(batch)
   context, _ = Transformer(c.replace(layers=(layer, *choices))).place(tokens_BT, segment_ids=segment_ids)
-  whole_block = Block(c, layer, model.dtype)
-
-  def leaves(x_BTD: jax.Array, added_BTD: jax.Array) -> jax.Array:
-    def run(block: Block) -> jax.Array:
-      return block.feed(x_BTD + block.attend(x_BTD, None, context)[0] + added_BTD)
-
-    out: Any = whole_block.apply({"params": params}, method=run)
-    return out
-
-  entered_BTD, attended_BTD = jax.vjp(leaves, x_BTD, jnp.zeros_like(x_BTD))[1](gradient_BTD)
+  run: Any = functools.partial(Block(c, layer, model.dtype).apply, {"params": params})
+  mixed_BTD, back_to_enter = jax.vjp(lambda x_BTD: run(x_BTD, None, context, method="attend")[0], x_BTD)
+  _, back_to_mixed = jax.vjp(functools.partial(run, method="feed"), x_BTD + mixed_BTD)
+  (attended_BTD,) = back_to_mixed(gradient_BTD)
+  entered_BTD = attended_BTD + back_to_enter(attended_BTD)[0]
   normed = Norm(c.norm, c.norm_eps, model.dtype).apply({"params": params["input_layernorm"]}, x_BTD)
 
   def said(told: MixerConfig) -> jax.Array:

@@ -180,6 +180,12 @@ def embed(model: Transformer, ends: Any, batch: Mapping[str, jax.Array]) -> jax.
   return x_BTD
 
 
+def last_norm(model: Transformer, ends: Any, x_BTD: jax.Array) -> jax.Array:
+  """Applies the norm after the last layer to the residual stream."""
+  hidden_BTD: Any = model.apply({"params": ends}, x_BTD, method=lambda model, x_BTD: model.norm(x_BTD))
+  return hidden_BTD
+
+
 # One program for each kind of layer: all layers of a kind have the same shapes.
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def block(
@@ -195,8 +201,5 @@ def _divergence(
   theirs: Transformer, their_ends: Any, ours: Transformer, our_ends: Any, their_BTD: Any, our_BTD: Any, batch: Any
 ) -> LossSums:
   """Returns the loss sums, `loss` being KL(teacher || student), given both residual streams after the last layer."""
-  their_BTD, our_BTD = (
-    model.apply({"params": ends}, x_BTD, method=lambda model, x_BTD: model.norm(x_BTD))
-    for model, ends, x_BTD in ((theirs, their_ends, their_BTD), (ours, our_ends, our_BTD))
-  )
+  their_BTD, our_BTD = last_norm(theirs, their_ends, their_BTD), last_norm(ours, our_ends, our_BTD)
   return hidden_loss(ours, our_ends, our_BTD, batch, teacher=Teacher(their_ends, theirs), theirs_BTD=their_BTD)

@@ -85,7 +85,7 @@ def test_a_teacher_with_a_sliding_window(random_params):
   with jax.set_mesh(mesh):
     _, made, _ = remembered((random_params(config), config), told, batches(), mesh, range(2))
   layer = made.layers[0]
-  assert layer.window + layer.chunk <= 40 and max(layer.retained) > 0
+  assert layer.window + layer.chunk <= 40 and max(layer.retained) > 0 and within(told, config, range(2))[1] > 40
   assert mixer_class("memory").reach(made, layer) == layer.window + 3 * layer.chunk + layer.sinks
   assert mixer_class("memory").reach(made.replace(sliding_window=4096), layer) == 4095
 
