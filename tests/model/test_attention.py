@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +12,7 @@ from supra_jax.model.mixers.supra import LinearAttention, SupraConfig, head_slop
 from supra_jax.model.presets import tiny
 from supra_jax.model.registry import layers
 from supra_jax.model.rope import rope_table
+from supra_jax.model.transformer import Transformer
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -77,6 +80,28 @@ def test_masked_softmax_attention():
   mask[..., 0] |= ~mask.any(-1)
   got = softmax.masked_softmax_attention(10 * q, k, v, mask)  # sharp, so that the largest logit must be taken off
   np.testing.assert_allclose(got, _softmax_attention(10 * q, k, v, mask), atol=1e-5)
+
+
+@pytest.mark.parametrize("window", [None, 100])
+def test_softmax_attention_in_blocks(window):
+  """A row is cut into blocks of queries, each with the keys that it sees; beside a cache it is read whole."""
+  length = 4 * softmax.LEAST_BLOCK + 3
+  c = tiny("softmax").replace(sliding_window=window)
+  rng = np.random.default_rng(0)
+  tokens = jnp.zeros((2, length), jnp.int32)
+  context, _ = Transformer(c).place(tokens, segment_ids=jnp.asarray(np.sort(rng.integers(3, size=(2, length)))))
+  x = rng.standard_normal((2, length, c.hidden_size), np.float32)
+  attention = softmax.SoftmaxAttention(c, c.layers[0], jnp.float32)
+  params = attention.init(jax.random.key(0), x, None, context)
+
+  def squares(x, state):
+    out, _ = attention.apply(params, x, state, context)
+    return (out**2).sum(), out
+
+  at_once = jax.grad(squares, has_aux=True)
+  in_blocks, whole = (at_once(x, state) for state in (None, attention.init_state(2, length)))
+  jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=2e-5, atol=1e-5), in_blocks, whole)
+  assert "129,129]" in str(jax.make_jaxpr(lambda x: squares(x, None))(x))  # the first block of queries sees its own
 
 
 def test_a_query_that_sees_nothing_stays_finite():

@@ -11,9 +11,14 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from supra_jax.core.sharding import current_time_shards
 from supra_jax.model.config import ModelConfig
 from supra_jax.model.mixers.base import Context, MixerState, Projections, side_by_side
 from supra_jax.model.registry import MixerConfig, register
+
+# Queries are cut into at most four blocks of at least this many tokens, each with the keys until its end: less than two
+# thirds of the logits. More blocks hardly save more, and take longer to compile.
+LEAST_BLOCK = 128
 
 # Logit of what is not seen. It is finite: so is the output of a padded token that sees nothing, which else could make
 # other outputs NaN.
@@ -62,17 +67,30 @@ class SoftmaxAttention(Projections):
     q, k = (self.rotate(self.rotate_by_head(x), context.rotation) for x in (q, k))
     k, v = self.held(k), self.held(v)
     cache = KVCache(k, v) if state is None else _append(state, k, v, context)
-    slot = jnp.arange(cache.k.shape[1])
+    k, v = cache.k.astype(q.dtype), cache.v.astype(q.dtype)
     oldest = context.first
     if c.sliding_window is not None:
       oldest = jnp.maximum(oldest, context.index - c.sliding_window + 1)
-    mask_BTS = (slot <= context.index[..., None]) & (slot >= oldest[..., None])
-    out = masked_softmax_attention(q, cache.k.astype(q.dtype), cache.v.astype(q.dtype), mask_BTS)
-    return {"o_proj": side_by_side(out)}, cache
+    # Without tokens from before, a slot is the place in the row: a block sees none behind it, nor before its window.
+    is_whole = state is not None or current_time_shards() > 1
+    out = []
+    for first, end in [(0, q.shape[1])] if is_whole else _blocks(q.shape[1]):
+      from_first = max(first + 1 - (c.sliding_window or end), 0)
+      block, seen = slice(first, end), slice(0, cache.capacity) if is_whole else slice(from_first, end)
+      slot = jnp.arange(cache.capacity)[seen]
+      mask = (slot <= context.index[:, block, None]) & (slot >= oldest[:, block, None])
+      out.append(masked_softmax_attention(q[:, block], k[:, seen], v[:, seen], mask))
+    return {"o_proj": side_by_side(jnp.concatenate(out, axis=1))}, cache
 
   @classmethod
   def flops(cls, config: ModelConfig, layer: Any, tokens: int) -> float:
     return super().flops(config, layer, tokens) + attention_flops(config, tokens, config.sliding_window)
+
+
+def _blocks(tokens: int) -> list[tuple[int, int]]:
+  """Returns the (first token, end) of each block of queries: four in all, unless they have few tokens."""
+  length = max(-(-tokens // 4), LEAST_BLOCK)
+  return [(first, min(first + length, tokens)) for first in range(0, tokens, length)]
 
 
 def _append(state: KVCache, k: jax.Array, v: jax.Array, context: Context) -> KVCache:
