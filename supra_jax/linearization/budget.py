@@ -26,6 +26,7 @@ from supra_jax.model.registry import MIXER
 LEAST = 1 / 8
 SHARES = (LEAST, 1 / 4, 1 / 2, 1, *(heads - (heads - 1) * LEAST for heads in (2, 4, 8)))
 FEW_TOKENS = 100  # a head that holds fewer chooses more often
+SPARE = 1.05  # less room than this is what the steps from size to size leave
 PLANTED = 3  # every third batch is read once more, with random strings in it
 
 
@@ -73,10 +74,17 @@ def remembered(
   # RoPE by the number of a head forbids another order.
   repeats = teacher[1].num_kv_heads if teacher[1].rope.kind == "by_head" else mesh.shape.get("tensor", 1)
   found = allotted(errors, sizes, tokens, patterns=start.patterns, repeats=repeats)
+  found = found._replace(retained=_filled(found.retained, tokens, whole))
   one_size = errors[..., sizes.index(of_share[1])].sum()
   lost = {"sizes_of_heads": round(found.error, 5), "one_size": round(float(one_size), 5)}
   params, config = with_memories(teacher, common, found.retained.tolist(), found.order.tolist(), chosen)
   return params, config, {"retained": found.retained.tolist(), "order": found.order.tolist(), "nats_lost": lost}
+
+
+def _filled(retained: np.ndarray, tokens: float, whole: int) -> np.ndarray:
+  """Returns `retained`, larger by one factor if much room is left: rows show no gain of more tokens than they have."""
+  room = tokens / max(retained.mean(), 1)
+  return (retained * room / whole).astype(int) * whole if room > SPARE else retained
 
 
 def _planted(batch: Batch, seed: int) -> Batch:

@@ -31,7 +31,15 @@ def batches(rows=2, length=64):
   return [{"tokens": np.random.default_rng(0).integers(0, 97, (rows, length + 1)).astype(np.int32)}]
 
 
-@pytest.mark.parametrize("budget", [{"state_tokens": 40}, {"state_bytes": 20_000}, {"state_tokens": 31, "patterns": 1}])
+@pytest.mark.parametrize(
+  "budget",
+  [
+    {"state_tokens": 40},
+    {"state_bytes": 20_000},
+    {"state_tokens": 31, "patterns": 1},
+    {"state_tokens": 300},  # more than the rows have
+  ],
+)
 def test_the_budget_is_kept_and_used(budget, random_params):
   params = random_params(TEACHER)
   start, mesh = Memory(chunk=2, window=4, **budget), make_mesh(devices=jax.devices()[:1])
@@ -85,7 +93,7 @@ def test_a_teacher_with_a_sliding_window(random_params):
   with jax.set_mesh(mesh):
     _, made, _ = remembered((random_params(config), config), told, batches(), mesh, range(2))
   layer = made.layers[0]
-  assert layer.window + layer.chunk <= 40 and max(layer.retained) > 0 and within(told, config, range(2))[1] > 40
+  assert layer.window + layer.chunk <= 40 and max(layer.retained) > 40
   assert mixer_class("memory").reach(made, layer) == layer.window + 3 * layer.chunk + layer.sinks
   assert mixer_class("memory").reach(made.replace(sliding_window=4096), layer) == 4095
 
