@@ -151,7 +151,7 @@ def main() -> None:
       "far_repeats": memory_loss.compared(read, "window", back > tokens),
       "elsewhere": memory_loss.compared(read, "window", back <= tokens),
     }
-    output = Path(_OUTPUT.value)
+    output = Path(_OUTPUT.value or workdir / "memory.json")
     output.write_text(to_json(machine() | recipe | {"sizes": found}, indent=1) + "\n")
     plot(found, output.with_suffix(".png"))
   print(table(found))
@@ -171,5 +171,7 @@ if __name__ == "__main__":
     "allot_documents", 3, "Further documents, from which sizes are allotted.", lower_bound=1
   )
   _BATCH = flags.DEFINE_integer("batch_size", 4, "Documents that are read at a time.", lower_bound=1)
-  _OUTPUT = flags.DEFINE_string("output", "benchmarks/results/memory.json", "JSON file to write, and a plot beside it.")
+  _OUTPUT = flags.DEFINE_string(
+    "output", None, "JSON file to write, a plot beside it. Default: memory.json in workdir."
+  )
   run(main)

@@ -10,27 +10,31 @@ if TYPE_CHECKING:
   from supra_jax.inference.lm import LM, load
   from supra_jax.inference.state import load_state
   from supra_jax.linearization.linearize import linearize
-  from supra_jax.linearization.starts import Calibrated, Identity, Random, Window
+  from supra_jax.linearization.starts import Calibrated, Identity, Memory, Random, Window
   from supra_jax.model.config import ModelConfig
   from supra_jax.training.config import TrainConfig
   from supra_jax.training.loop import train
 
 __all__ = [
-  "LM", "Calibrated", "Identity", "ModelConfig", "Random", "TrainConfig", "Window", "evaluate", "linearize", "load",
-  "load_state", "train",
+  "LM", "Calibrated", "Identity", "Memory", "ModelConfig", "Random", "TrainConfig", "Window", "evaluate", "linearize",
+  "load", "load_state", "train",
 ]  # fmt: skip
 _MODULES = {
   "evaluation.likelihood": ("evaluate",),
   "inference.lm": ("LM", "load"),
   "inference.state": ("load_state",),
   "linearization.linearize": ("linearize",),
-  "linearization.starts": ("Calibrated", "Identity", "Random", "Window"),
+  "linearization.starts": ("Calibrated", "Identity", "Memory", "Random", "Window"),
   "model.config": ("ModelConfig",),
   "training.config": ("TrainConfig",),
   "training.loop": ("train",),
 }
 
 avoid_crash()
+
+
+def __dir__() -> list[str]:
+  return [*globals(), *__all__]
 
 
 def __getattr__(name: str) -> Any:

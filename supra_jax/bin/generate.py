@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import sys
-import warnings
 
 from absl import flags
 
@@ -32,7 +30,6 @@ flags.DEFINE_integer("seed", 0, "Seeds the draws of tokens.")
 
 
 def main() -> None:
-  warnings.showwarning = lambda message, *_: print(f"note: {message}", file=sys.stderr)
   first = [] if _PROMPT.value is None else [_PROMPT.value]
   if not first and not _INTERACTIVE.value:
     raise ValueError("--prompt is not given: wanted a text to continue, or --interactive.")

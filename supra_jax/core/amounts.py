@@ -24,5 +24,6 @@ def parse_bytes(text: str, of: str = "", *, plain: bool = False, example: str = 
   found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([TGMkK]i?B)", text.strip())
   if not found or found[2] not in _UNITS:
     given = f"--{of}={text}" if of else repr(text)
-    raise ValueError(f"{given}: wanted a number and one of {', '.join(_UNITS)}, as in {example}.")
+    also = ", or a whole number of bytes" if plain else ""
+    raise ValueError(f"{given}: wanted a number and one of {', '.join(_UNITS)}, as in {example}{also}.")
   return round(float(found[1]) * _UNITS[found[2]])

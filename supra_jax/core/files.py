@@ -37,7 +37,7 @@ _NO_RENAME = _NO_SUCH_CALL | {errno.EMFILE, errno.EIO, errno.EXDEV}
 
 
 def local(path: str | os.PathLike[str]) -> Path:
-  """Returns `path` as a `pathlib.Path`.
+  """Returns `path` as a `pathlib.Path`; a leading `~`, which no shell expands within `--flag=~/name`, is expanded.
 
   Raises:
     ValueError: `path` is a URL.
@@ -50,7 +50,7 @@ def local(path: str | os.PathLike[str]) -> Path:
       f"{_spelled(url)} is a URL, and only a local path will do here: copy it, or mount the bucket (gcsfuse, say) and "
       "give the path of the mount."
     )
-  return Path(given)
+  return Path(os.path.expanduser(given))
 
 
 def place(path: str | os.PathLike[str]) -> AnyPath:
@@ -103,10 +103,18 @@ def check_free(path: str | os.PathLike[str]) -> None:
 
   Raises:
     FileExistsError: `path` is `occupied`.
+    OSError: no directory can be made there.
     ValueError: `place` rejects `path`.
   """
-  if occupied(place(path)):
+  final = absolute(path)
+  if occupied(final):
     raise FileExistsError(f"{path} already exists. Remove it or choose another output directory.")
+  if isinstance(final, Path):
+    above = next(directory for directory in final.parents if directory.exists())
+    if not above.is_dir():
+      raise NotADirectoryError(f"{path}: {above} is a file, so that no directory can be made below it.")
+    if not os.access(above, os.W_OK | os.X_OK):
+      raise PermissionError(f"{path}: no directory can be made in {above}, which this user may not write to.")
 
 
 @contextlib.contextmanager

@@ -86,14 +86,13 @@ class Progress:
       if self._bar is None and self._moved - self._said >= self._seconds:
         self._say()
 
-  def begin(self, total: int) -> None:
-    """Starts another round of `total` units of work, timed from the last `advance_to` of the previous round."""
-    self.total, self.done, self._first, self._began = total, 0, 0, self._moved
+  def begin(self, total: int, first: int = 0) -> None:
+    """Starts another round of `total` units of work, of which `first` are done and left out of the speed."""
+    self.total, self.done, self._first, self._began = total, first, first, time.monotonic()
     self._said_at = None
     if self._bar is not None:
-      ended = self._bar.last_print_t
       self._bar.reset(total)
-      self._bar.start_t = self._bar.last_print_t = ended
+      self._bar.initial = self._bar.n = first
 
   def message(self, text: str) -> None:
     """Prints a line of text, above the bar where there is one."""

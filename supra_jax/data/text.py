@@ -273,9 +273,12 @@ def _under(record: Any, key: str) -> Any:
 
 
 def _json_text(line: bytes | None, text_key: str, where: str) -> str:
-  text = _under(loaded(line, where), text_key)
+  record = loaded(line, where)
+  text = _under(record, text_key)
   if not isinstance(text, str):
-    raise ValueError(f"{where}: no text under {text_key!r}.")
+    others = isinstance(record, dict) and text_key not in record
+    has = f" (text_key); its keys are {', '.join(map(repr, record))[:200]}" if others else ""
+    raise ValueError(f"{where}: no text under {text_key!r}{has}.")
   try:
     # JSON can escape half a surrogate pair, which has no encoding in UTF-8.
     text.encode("utf-8")

@@ -93,7 +93,8 @@ def head_errors(
           "`supra_jax.bin.evaluate` on the teacher says from which token on."
         )
       if report is not None:
-        report(number, config.num_layers * len(batches), worst, f"heads of layer {number} lose up to {worst:.4f} nats")
+        where = f"batch {i + 1} of {len(batches)}, heads of layer {number}"
+        report(number, config.num_layers * len(batches), worst, f"{where} lose up to {worst:.4f} nats")
   return errors
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -60,7 +61,14 @@ def remembered(
   common, tokens = within(start, teacher[1], chosen)
   whole = 8 if tokens >= 64 else 1  # so many tokens make a tile
   of_share = {share: int(share * tokens / whole) * whole for share in SHARES}
-  most = max(of_share[1], batches[0]["tokens"].shape[1])  # what rows do not fill cannot be measured
+  length = batches[0]["tokens"].shape[1] - 1
+  most = max(of_share[1], length)  # what rows do not fill cannot be measured
+  if of_share[1] > length:
+    warnings.warn(
+      f"A head may hold {of_share[1]:,} tokens, and the rows that sizes are found on have {length:,}: they say nothing "
+      "of what is further back. Longer rows or documents say more.",
+      stacklevel=2,
+    )
   sizes = sorted({size for size in of_share.values() if size <= most})
   choices = [dataclasses.replace(common, retained=(size,)) for size in sizes]
   read_again = batches[::PLANTED] if start.recall_weight else []

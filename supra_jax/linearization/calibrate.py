@@ -52,14 +52,18 @@ Report = Callable[[int, int, float, str], None]
 
 @contextlib.contextmanager
 def shown(*, enabled: bool = True) -> Iterator[Report]:
-  """Yields a Report that shows a progress bar on stderr; the bar starts again whenever all layers are done."""
-  describe = "Calibrating, {done} of {total} layers"
+  """Yields a Report that shows a progress bar on stderr; the bar starts again whenever all layers are done.
+
+  The first layer, before which programs are compiled, does not count in the time left.
+  """
+  describe = "Calibrating, {done} of {total}"  # layers, of each batch where batches are read one by one
   with Progress(0, describe, {"text": str}, enabled=enabled, desc="Calibrating", unit="layer") as progress:
 
     def report(layer: int, layers: int, value: float, text: str) -> None:
-      if progress.done == progress.total:
-        progress.begin(layers)
-      progress.advance_to(progress.done + 1, text=text)
+      is_first = progress.done == progress.total
+      if is_first:
+        progress.begin(layers, first=1)
+      progress.advance_to(progress.done + (not is_first), text=text)
 
     yield report
 

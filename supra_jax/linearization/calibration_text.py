@@ -35,13 +35,15 @@ def read_batches(
 
   Raises:
     FileNotFoundError: no file matches, or a packed directory is missing.
-    ValueError: the packed rows do not fit the model, the text does not fill one batch or cannot be read, or there is no
-      tokenizer to read the text with.
+    ValueError: no data are named; the packed rows do not fit the model, the text does not fill one batch or cannot be
+      read, or there is no tokenizer to read the text with.
   """
 
   def count_batches(tokens: int) -> int:
     return -(-start.tokens // tokens) - (-more // tokens)
 
+  if not start.data.strip():
+    raise ValueError("The text to calibrate on has no name: wanted files, a directory, or rows as packed.")
   shards = batch_shards(mesh)
   rows = -(-start.batch_size // shards) * shards
   sources = parse_sources(start.data)

@@ -14,7 +14,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from supra_jax.core.files import check_free
-from supra_jax.core.sharding import least_tokens, make_mesh, process_shard
+from supra_jax.core.sharding import check_heads, least_tokens, make_mesh, process_shard
 from supra_jax.data.loading import Batch
 from supra_jax.data.tokenizer import Tokenizer
 from supra_jax.linearization.budget import remembered, within
@@ -115,6 +115,7 @@ def linearize(
     report["rope_base"] = rope_base
   if isinstance(start, Reading):
     mesh = make_mesh() if mesh is None else mesh
+    check_heads(config.num_heads, config.num_kv_heads, mesh)
   if isinstance(start, Memory):
     assert mesh is not None
     with jax.set_mesh(mesh):

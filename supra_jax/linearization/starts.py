@@ -198,12 +198,12 @@ class Memory(Reading):
   sequence_length: Annotated[int, AtLeast(1)] = 2048
   tokens: Annotated[int, AtLeast(1)] = 6144
   batch_size: Annotated[int, AtLeast(1)] = 1
-  state_bytes: int | None = None
+  state_bytes: Annotated[int, POSITIVE] | None = None
   state_tokens: Annotated[int, POSITIVE] = 260
   state_dtype: Literal["float32", "bfloat16"] = "bfloat16"
-  window: int | None = None
+  window: Annotated[int, POSITIVE] | None = None
   sinks: Annotated[int, AtLeast(0)] = MemoryConfig.sinks
-  chunk: int | None = None
+  chunk: Annotated[int, POSITIVE] | None = None
   patterns: Annotated[int, AtLeast(1)] = 4
   recall_weight: Annotated[float, AtLeast(0)] = 1.0
 

@@ -128,6 +128,12 @@ def test_what_is_no_url_is_a_path():
     place("gs://bucket")
 
 
+def test_a_home_directory_that_no_shell_expands(monkeypatch, tmp_path):
+  monkeypatch.setenv("HOME", str(tmp_path))
+  assert local("~/models/a") == place("~/models/a") == tmp_path / "models/a"
+  assert local("~nobody-has-this-name/a") == Path("~nobody-has-this-name/a")
+
+
 def test_buckets_need_gcsfs(monkeypatch):
   monkeypatch.setitem(sys.modules, "gcsfs", None)
   with pytest.raises(ValueError, match=r"need `pip install 'supra_jax\[gcs\]'`\.$"):

@@ -29,7 +29,7 @@ def test_a_log_file_gets_few_lines(capsys):
     for step in range(1, 1001):
       training.advance_to(step, loss=2.0)
   calibrating, converting, packed, trained = capsys.readouterr().err.splitlines()
-  assert calibrating == "Calibrating, 30 of 30 layers, error 0.5, 00:00 left"
+  assert calibrating == "Calibrating, 30 of 30, error 0.5, 00:00 left"
   assert converting == "Converting, 100% of 4.00kB, 00:00 left"
   assert packed.startswith("packing, 100% of the input, 3.00k tokens, ")
   assert trained == "step 1000/1000, loss 2.0000, 00:00 left"
@@ -50,19 +50,19 @@ def test_a_line_every_so_many_seconds(monkeypatch):
   ]  # fmt: skip
 
 
-def test_a_round_begins_when_the_last_one_ended(monkeypatch):
+def test_a_round_begins_with_what_is_done(monkeypatch):
   now = [0.0]
   monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
   stream = io.StringIO()
   with progress.Progress(0, "{done}/{total}", seconds=0, stream=stream) as shown:
     for total, seconds in ((2, 10), (4, 1)):
-      for done in range(total):
+      for done in range(1, total + 1):
         now[0] += seconds
-        if done == 0:
-          shown.begin(total)
-        shown.advance_to(done + 1)
+        if done == 1:
+          shown.begin(total, first=1)
+        shown.advance_to(done)
   assert stream.getvalue().splitlines() == [
-    "1/2, 00:10 left", "2/2, 00:00 left", "1/4, 00:03 left", "2/4, 00:02 left", "3/4, 00:01 left", "4/4, 00:00 left"
+    "1/2, ? left", "2/2, 00:00 left", "1/4, ? left", "2/4, 00:02 left", "3/4, 00:01 left", "4/4, 00:00 left"
   ]  # fmt: skip
 
 

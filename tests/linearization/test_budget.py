@@ -59,7 +59,7 @@ def test_a_memory_larger_than_the_text_is_the_teacher(random_params):
   """Whatever the order of the heads is now."""
   params = random_params(TEACHER)
   start, mesh = Memory(chunk=2, state_tokens=300, state_dtype="float32"), make_mesh(devices=jax.devices()[:1])
-  with jax.set_mesh(mesh):
+  with jax.set_mesh(mesh), pytest.warns(UserWarning, match="hold 208 tokens, and the rows that .* have 64: they say"):
     new, config, _ = remembered((params, TEACHER), start, batches(), mesh, range(TEACHER.num_layers))
   tokens = batches(length=30)[0]["tokens"]
   want, got = (
@@ -144,6 +144,8 @@ def test_the_program(tmp_path, random_params):
     ),
     (["--state_bytes=1kB"], "state_bytes=1,000: wanted at least"),
     (["--state_bytes=1,000"], "state_bytes=1,000: wanted at least"),
+    (["--calibration_data="], "The text to calibrate on has no name"),
+    ([f"--output={text}/memory"], f"{text} is a file, so that no directory can be made below it"),
   ]:
     refused = run(f"--output={tmp_path}/refused", *flags)
     assert refused.returncode != 0 and message in refused.stderr, (flags, refused.stderr)
@@ -154,6 +156,7 @@ INSIDE = """
 import jax, numpy as np
 from supra_jax.core.sharding import make_mesh
 from supra_jax.linearization.budget import remembered
+from supra_jax.linearization.linearize import linearize
 from supra_jax.linearization.starts import Memory
 from supra_jax.model import presets
 from supra_jax.model.placement import param_shardings, placed
@@ -186,6 +189,12 @@ for text in ("fsdp:2", "tensor:2"):
       assert "tensor:2 does not divide 1" in str(error) and "linearize its teacher with" in str(error), error
   else:
     assert all(len(layer.retained) <= 2 for layer in made.layers), made.layers
+    odd = config.replace(num_heads=6, num_kv_heads=3)
+    try:
+      linearize(Transformer(odd).init(jax.random.key(0), tokens, method="logits")["params"], odd, start, mesh=mesh)
+      raise SystemExit("not refused")
+    except ValueError as error:
+      assert "tensor:2 does not divide 6 heads and 3 key/value heads" in str(error), error
 """
 
 
