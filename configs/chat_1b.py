@@ -22,10 +22,10 @@ weights and no accelerator, while models/ is not there:
     python -m supra_jax.bin.plan --config=configs/chat_1b.py --mixer=memory --mesh=fsdp:1 --device_memory=16GB
 
 The model has 1.24 billion parameters, of which 3.4 million train; a step takes 330 TFLOP. Parameters take 4.96 GB,
-optimizer state 0.03 GB, the teacher 2.47 GB, and peak memory is 15.4 GB compiled for a CPU device. 4.9 GB of them are
+optimizer state 0.03 GB, the teacher 2.47 GB, and peak memory is 14.9 GB compiled for a CPU device. 4.9 GB of them are
 copies of the teacher's weights in float32, which XLA makes for CPUs alone. --model=qwen3_0_6b has 8.2 GB.
 
-With 24 GB, two rows at a time take 17.2 GB (--config.microbatches=8), four 20.8 GB. Qwen3-0.6B takes 10.6 GB with
+With 24 GB, four rows at a time take 16.7 GB (--config.microbatches=4), two 15.1 GB. Qwen3-0.6B takes 9.7 GB with
 --config.microbatches=4. Nothing of this has run on a card yet.
 """
 

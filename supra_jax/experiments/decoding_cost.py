@@ -6,7 +6,6 @@ Nothing is read for it: a state is filled with random numbers.
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import re
 import statistics
@@ -20,9 +19,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from supra_jax.core.files import local
-from supra_jax.core.plain_json import to_json, write_json
+from supra_jax.core.plain_json import write_json
 from supra_jax.core.progress import Progress
 from supra_jax.core.run_record import run_record
+from supra_jax.experiments.gathered import earlier
 from supra_jax.inference.decode import decode_steps
 from supra_jax.inference.lm import load
 from supra_jax.inference.sampling import Draws, Sampling
@@ -77,7 +77,7 @@ def measure(
       "the steps, and at least one step and one repeat."
     )
   about = {"figure": 1, "steps": steps, "repeats": repeats, "dtype": dtype, "state_dtype": state_dtype}
-  kept = _earlier(output, about)
+  kept = earlier(None if output is None else local(output), about, {"rows": [], "made_by": []})
   configs = {name: load_model_without_params(directory).config for name, directory in models.items()}
   marks = {name: fingerprint(directory) for name, directory in models.items()}
   known = {(row["model"], row["fingerprint"], row["tokens"]): row for row in kept["rows"] if "skipped" not in row}
@@ -103,20 +103,6 @@ def measure(
           write_json(output, kept | {"rows": [*known.values()]})
       del lm, model
   return [known[cell] for cell in wanted]
-
-
-def _earlier(output: str | os.PathLike[str] | None, about: Mapping[str, Any]) -> dict[str, Any]:
-  """Returns what `output` holds, or what it begins with; raises ValueError if it holds something else."""
-  if output is None or not local(output).exists():
-    return {"about": about, "rows": [], "made_by": []}
-  try:
-    kept = json.loads(local(output).read_text())
-    theirs, rows, made = kept["about"], kept["rows"], kept["made_by"]
-  except (ValueError, KeyError, TypeError) as error:
-    raise ValueError(f"{output} is there and holds something else: take another --output.") from error
-  if theirs != about:
-    raise ValueError(f"{output} was measured with {to_json(theirs)}, not {to_json(about)}: take another --output.")
-  return {"about": about, "rows": rows, "made_by": made}
 
 
 def _of_model(

@@ -74,9 +74,7 @@ def gather(
     Exception: `check` raised it.
   """
   about = json.loads(to_json(about, default=os.fspath))
-  kept: dict[str, Any] = {"about": about, "models": {}, "not_run": {}}
-  if output.exists():
-    kept |= _earlier(output, about)
+  kept = earlier(output, about, {"models": {}, "not_run": {}})
   checked = False
   for name, spec in models.items():
     known, mark = kept["models"].get(name), _mark(spec)
@@ -99,11 +97,22 @@ def gather(
   return kept
 
 
-def _earlier(output: Path, about: Mapping[str, Any]) -> dict[str, Any]:
-  """Returns what earlier calls found; raises ValueError if they asked something else."""
+def earlier(output: Path | None, about: Mapping[str, Any], begins: Mapping[str, Any]) -> dict[str, Any]:
+  """Returns {"about": about} and what the file of earlier calls holds; where there is none, how that begins.
+
+  Args:
+    output: the JSON file, if any.
+    about: what was asked, as values of JSON.
+    begins: name -> value, a list or dict, before the first call.
+
+  Raises:
+    ValueError: the file holds results of something else.
+  """
+  if output is None or not output.exists():
+    return {"about": about, **begins}
   try:
-    earlier = json.loads(output.read_text())
-    theirs, found = dict(earlier["about"]), {name: dict(earlier[name]) for name in ("models", "not_run")}
+    kept = json.loads(output.read_text())
+    theirs, found = dict(kept["about"]), {name: type(empty)(kept[name]) for name, empty in begins.items()}
   except (ValueError, KeyError, TypeError) as error:
     raise ValueError(f"{output} is there and holds something else: take another --output.") from error
   for field in sorted(theirs.keys() | about.keys()):
@@ -111,7 +120,7 @@ def _earlier(output: Path, about: Mapping[str, Any]) -> dict[str, Any]:
       raise ValueError(
         f"{output} holds results for {field}={theirs.get(field)!r}, not {about.get(field)!r}: take another --output."
       )
-  return found
+  return {"about": about, **found}
 
 
 def _mark(spec: str) -> str | None:

@@ -90,7 +90,7 @@ def test_a_call_that_was_killed_goes_on(models, rows, tmp_path, monkeypatch):
   assert [row["state_bytes"] for row in whole] == [row["state_bytes"] for row in rows]
   assert measure({"supra": models["supra"]}, AT[:1], output=output, **HOW) == whole[2:3] and len(seen) == 7
   assert json.loads(output.read_text()) == kept
-  with pytest.raises(ValueError, match=r"was measured with .*: take another --output"):
+  with pytest.raises(ValueError, match=r"holds results for .*: take another --output"):
     measure(models, AT, output=output, steps=5)
   output.write_text("[]")
   with pytest.raises(ValueError, match="holds something else"):
