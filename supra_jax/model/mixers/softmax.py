@@ -71,12 +71,9 @@ class SoftmaxAttention(Projections):
     oldest = context.first
     if c.sliding_window is not None:
       oldest = jnp.maximum(oldest, context.index - c.sliding_window + 1)
-    # Without tokens from before, a slot is the place in the row: a block sees none behind it, nor before its window.
     is_whole = state is not None or current_time_shards() > 1
     out = []
-    for first, end in [(0, q.shape[1])] if is_whole else _blocks(q.shape[1]):
-      from_first = max(first + 1 - (c.sliding_window or end), 0)
-      block, seen = slice(first, end), slice(0, cache.capacity) if is_whole else slice(from_first, end)
+    for block, seen in [(slice(None), slice(None))] if is_whole else _blocks(q.shape[1], c.sliding_window):
       slot = jnp.arange(cache.capacity)[seen]
       mask = (slot <= context.index[:, block, None]) & (slot >= oldest[:, block, None])
       out.append(masked_softmax_attention(q[:, block], k[:, seen], v[:, seen], mask))
@@ -87,10 +84,11 @@ class SoftmaxAttention(Projections):
     return super().flops(config, layer, tokens) + attention_flops(config, tokens, config.sliding_window)
 
 
-def _blocks(tokens: int) -> list[tuple[int, int]]:
-  """Returns the (first token, end) of each block of queries: four in all, unless they have few tokens."""
+def _blocks(tokens: int, window: int | None) -> list[tuple[slice, slice]]:
+  """Returns (the queries, the keys that they may see) of each block of a row that begins with its first token."""
   length = max(-(-tokens // 4), LEAST_BLOCK)
-  return [(first, min(first + length, tokens)) for first in range(0, tokens, length)]
+  blocks = [(first, min(first + length, tokens)) for first in range(0, tokens, length)]
+  return [(slice(first, end), slice(max(first + 1 - (window or end), 0), end)) for first, end in blocks]
 
 
 def _append(state: KVCache, k: jax.Array, v: jax.Array, context: Context) -> KVCache:
