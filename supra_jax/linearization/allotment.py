@@ -149,9 +149,11 @@ def allotted(errors: np.ndarray, sizes: Sequence[int], tokens: float, *, pattern
     repeats: number by which the heads of each size can be divided, such as the mesh's axis `tensor`; divides G.
 
   Raises:
-    ValueError: not even the smallest size fits.
+    ValueError: not even the smallest size fits, or `repeats` does not divide G.
   """
   layers, heads, _ = errors.shape
+  if heads % repeats:
+    raise ValueError(f"repeats={repeats}: wanted a divisor of {heads} heads.")
   places = max(n for n in range(1, min(heads // repeats, MOST_HEADS) + 1) if heads // repeats % n == 0)
   known = np.array(
     [

@@ -59,6 +59,8 @@ def test_heads_of_a_size_divide_by_repeats():
   assert found.retained.shape == (2, 6)
   assert sorted(found.order[0].tolist()) == list(range(12))
   assert allotted(errors, (0, 4, 8), 5, patterns=2, repeats=12).retained.shape == (2, 1)
+  with pytest.raises(ValueError, match="repeats=5: wanted a divisor of 12 heads"):
+    allotted(errors, (0, 4, 8), 5, patterns=2, repeats=5)
 
 
 def test_a_head_that_holds_all_loses_nothing(random_params):
