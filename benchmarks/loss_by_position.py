@@ -18,7 +18,8 @@ from matplotlib.figure import Figure
 import supra_jax
 from supra_jax.bin.entry import run
 from supra_jax.core.colours import CURVES, GREY
-from supra_jax.core.plain_json import to_json
+from supra_jax.core.files import local
+from supra_jax.core.plain_json import check_output, write_json
 from supra_jax.core.run_record import run_record
 from supra_jax.evaluation.perplexity import evaluate_text
 from supra_jax.experiments.gathered import named
@@ -42,6 +43,7 @@ def plot(found: dict[str, list[dict[str, Any]]], trained: int, path: Path) -> No
 
 
 def main() -> None:
+  check_output(_OUTPUT.value, (".png",))
   models, found, lines = named(_MODELS.value), {}, {}
   for name, directory in models.items():
     loss = evaluate_text(
@@ -53,9 +55,9 @@ def main() -> None:
     )
     found[name], lines[name] = loss.by_position(2), loss.by_position(1)
     print(f"{name}: {loss.mean:.4f} nats a token", flush=True)
-  output, trained = Path(_OUTPUT.value), _TRAINED.value
+  output, trained = local(_OUTPUT.value), _TRAINED.value
   about = {"made_by": run_record(), "models": models, "length": _LENGTH.value, "windows": _WINDOWS.value}
-  output.write_text(to_json(about | {"trained": trained, "by_position": found}, indent=1) + "\n")
+  write_json(output, about | {"trained": trained, "by_position": found})
   plot(found, trained, output.with_suffix(".png"))
   print(f"| tokens read before | {' | '.join(models)} |\n| --- |{' --- |' * len(models)}")
   for rows in zip(*lines.values(), strict=True):

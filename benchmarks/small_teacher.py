@@ -42,6 +42,6 @@ def main() -> None:
 if __name__ == "__main__":
   _INPUT = flags.DEFINE_string("input", None, "Text to train on, as prepare_data takes it.", required=True)
   _WORKDIR = flags.DEFINE_string("workdir", None, "Directory that everything is written to.", required=True)
-  _SIZE = flags.DEFINE_list("size", [], f"Sizes that differ, as in teacher=2000000: fields of {Size()}.")
+  _SIZE = flags.DEFINE_string("size", "", f"Sizes that differ, as in teacher=2000000: fields of {Size()}.")
   _OUTPUT = flags.DEFINE_string("output", "benchmarks/results/small_teacher.json", "JSON file to write.")
   run(main)

@@ -3,7 +3,7 @@
 First draw a model with random parameters, as OpenLM does, for GPT-NeoX's tokenizer:
 
     python -m supra_jax.bin.init --preset=open_lm_1b --tokenizer=EleutherAI/gpt-neox-20b --output=models/supra_1b_random
-    python -m supra_jax.bin.prepare_data --input='refinedweb/*.parquet' --text_key=content \\
+    python -m supra_jax.bin.prepare_data --input='refinedweb/data/*.parquet' --text_key=content \\
       --tokenizer=models/supra_1b_random --heldout_every=10000 --output=data/refinedweb_neox
     python -m supra_jax.bin.train --config=configs/supra_1b.py --workdir=runs/supra_1b
 

@@ -20,8 +20,8 @@ _PRESET = flags.DEFINE_enum("preset", None, list(PRESETS), "Shape of the model."
 _MIXER = flags.DEFINE_string("mixer", "supra", f"Mixer of all layers, {HELP}")
 _MODEL = "Model whose tokenizer is taken: a directory, or owner/name on the hub; or a directory with a tokenizer alone."
 _TOKENIZER = flags.DEFINE_string("tokenizer", None, _MODEL, required=True)
-_SET = flags.DEFINE_list("set", [], "Fields of the shape that differ, as in hidden_size=256,num_layers=8.")
-_SEED = flags.DEFINE_integer("seed", 0, "Seeds the parameters.", lower_bound=0)
+_SET = flags.DEFINE_string("set", "", "Fields of the shape that differ, as in hidden_size=256,num_layers=8.")
+_SEED = flags.DEFINE_integer("seed", 0, "Seeds the parameters.", lower_bound=0, upper_bound=2**32 - 1)
 _OUTPUT = flags.DEFINE_string("output", None, "Model directory to make.", required=True)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable
 from typing import Any
 
 from supra_jax.core.schema import from_mapping
@@ -23,28 +22,25 @@ def mixer_of(text: str) -> MixerConfig:
     ValueError: there is no such mixer or field, or a value is of another type or out of range.
   """
   name, colon, rest = text.partition(":")
-  made: MixerConfig = from_mapping(mixer_class(name).Config, settings(_parts(rest)) if colon else {}, f"--mixer={text}")
+  if colon and not rest:
+    raise ValueError(f"--mixer={text}: wanted NAME=VALUE behind the colon, or no colon.")
+  made: MixerConfig = from_mapping(mixer_class(name).Config, settings(rest), f"--mixer={text}")
   return made
 
 
-def settings(parts: Iterable[str]) -> dict[str, Any]:
-  """Returns {name: value} of NAME=VALUE each; a value that is no JSON is a string.
+def settings(text: str) -> dict[str, Any]:
+  """Returns {name: value} of `NAME=VALUE,...`; a value that is no JSON is a string. Commas in brackets part nothing.
 
   Raises:
     ValueError: a part has no `=`.
   """
   made = {}
-  for part in parts:
+  for part in re.split(r",(?![^\[]*\])", text) if text else ():
     name, equals, value = part.partition("=")
     if not equals:
-      raise ValueError(f"{part}: wanted NAME=VALUE, as in hidden_size=256.")
+      raise ValueError(f"{part or text}: wanted NAME=VALUE, as in hidden_size=256.")
     try:
       made[name.strip()] = json.loads(value)
     except ValueError:
       made[name.strip()] = value.strip()
   return made
-
-
-def _parts(text: str) -> list[str]:
-  """Cuts at the commas outside of brackets."""
-  return re.split(r",(?![^\[]*\])", text)

@@ -10,7 +10,7 @@ from supra_jax.bin.mixer_flag import settings
 from supra_jax.core.files import local
 from supra_jax.core.schema import from_mapping
 from supra_jax.experiments import full_scale, table_3
-from supra_jax.experiments.small_scale import Size, small_scale
+from supra_jax.experiments.small_scale import Size
 
 flags.disclaim_key_flags()  # --help of each program lists them as its own
 _SIZES = f"table 3: sizes that differ, as in scratch=2000000,rows=2, which are fields of {Size()}."
@@ -22,16 +22,16 @@ def define() -> Callable[[str | None, str | None, str | None], str]:
   workdir = flags.DEFINE_string("workdir", None, "table 3: directory of all runs.")
   rows = flags.DEFINE_list("rows", None, f"table 3: rows in order of worth. Default: {', '.join(table_3.ROWS)}.")
   hours = flags.DEFINE_float("cpu_hours", 24.0, "table 3: no run begins after so many hours of processor time.", 0)
-  sizes = flags.DEFINE_list("size", [], _SIZES)
+  sizes = flags.DEFINE_string("size", "", _SIZES)
 
   def run(input: str | None, teacher: str | None, output: str | None) -> str:
     chosen = rows.value or [row for row, what in table_3.ROWS.items() if not teacher or what.begins == "teacher"]
     if scale.value == "full":
-      return full_scale.plan(chosen)
+      return full_scale.plan(chosen, teacher=teacher or "models/teacher")
     if not input or not workdir.value:
       raise ValueError("--table=3 trains models: it wants --input, a text, and --workdir. Or --scale=full.")
     size, directory = from_mapping(Size, settings(sizes.value), "--size"), local(workdir.value)
-    small = small_scale(input, directory, size, local(teacher) if teacher else None)
-    return table_3.report(small, chosen, local(output) if output else directory / "table_3.json", cpu_hours=hours.value)
+    given, file = local(teacher) if teacher else None, output or directory / "table_3.json"
+    return table_3.report(input, directory, size, chosen, file, teacher=given, cpu_hours=hours.value)
 
   return run

@@ -26,14 +26,14 @@ def to_json(value: Any, **how: Any) -> str:
 
 
 def check_output(path: str | os.PathLike[str] | None, beside: Collection[str] = ()) -> None:
-  """Checks the name of a JSON file that is written at the end of long work.
+  """Checks, before long work, that a JSON file can be written at its end; makes the folders above it.
 
   Args:
     path: what the user gave; None: no file is written.
     beside: suffixes of files that are written beside it.
 
   Raises:
-    ValueError: the path is empty, a URL or a directory, or has a suffix of `beside`.
+    ValueError: the path is empty, a URL or a directory, has a suffix of `beside`, or no file can be written there.
   """
   if path is None:
     return
@@ -42,6 +42,12 @@ def check_output(path: str | os.PathLike[str] | None, beside: Collection[str] = 
     raise ValueError(f"--output={path}: wanted the name of a JSON file to write, not a directory.")
   if file.suffix in beside:
     raise ValueError(f"--output={path}: wanted the name of a JSON file; {file.suffix} is written beside it.")
+  try:
+    file.parent.mkdir(parents=True, exist_ok=True)
+  except OSError as error:
+    raise ValueError(f"--output={path}: {file.parent} cannot be made: {error.strerror}.") from error
+  if not os.access(file.parent, os.W_OK | os.X_OK):
+    raise ValueError(f"--output={path}: this user may not write to {file.parent}.")
 
 
 def write_json(path: str | os.PathLike[str], value: Any, **how: Any) -> None:

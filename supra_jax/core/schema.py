@@ -139,7 +139,8 @@ def check_keys(values: Any, known: Set[str], required: Set[str], path: str) -> N
     raise ValueError(f"{path}: wanted an object, got {values!r}.")
   unknown, missing = sorted(values.keys() - known), sorted(required - values.keys())
   if unknown or missing:
-    raise ValueError(f"{path}: unknown keys {unknown}, missing keys {missing}.")
+    there = f" There are {', '.join(sorted(known))}." if unknown else ""
+    raise ValueError(f"{path}: unknown keys {unknown}, missing keys {missing}.{there}")
 
 
 def from_mapping(cls: type, values: Any, path: str) -> Any:

@@ -61,10 +61,10 @@ def loader(spec: str, trust_remote_code: bool = False) -> Callable[[], Any]:
     FileNotFoundError: there is no such directory.
   """
   if not spec.startswith("hf:"):
-    if not Path(spec).is_dir() and "://" not in spec:
+    if not Path(os.path.expanduser(spec)).is_dir() and "://" not in spec:
       raise FileNotFoundError(f"--compare={spec}: no such directory; hf:NAME is a model of transformers.")
     return lambda: load(spec)
-  name = spec.removeprefix("hf:")
+  name = os.path.expanduser(spec.removeprefix("hf:"))
   if not name or (name.startswith((".", "/", "~")) and not Path(name).is_dir()):
     raise FileNotFoundError(f"--compare={spec}: wanted hf:DIR with a directory that is there, or a name on the hub.")
 

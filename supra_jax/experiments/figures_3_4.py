@@ -10,7 +10,7 @@ import numpy as np
 from supra_jax.analysis.pictures import plot_heads
 from supra_jax.analysis.similarity import FORMS, MEASURES, Similarity, compare
 from supra_jax.core.files import local
-from supra_jax.core.plain_json import to_json
+from supra_jax.core.plain_json import check_output, write_json
 from supra_jax.core.run_record import run_record
 from supra_jax.data.text import documents_in_turns
 from supra_jax.inference.lm import load
@@ -21,7 +21,8 @@ def report(
 ) -> str:
   """Compares models with their teacher, and returns a table of means and medians over heads.
 
-  Writes `output`, JSON of all heads, and beside it a heat map of each measure and form, as `OUTPUT_cosine_raw.png`.
+  Writes `output`, JSON of all heads, and beside it heat maps of each measure and form, as `OUTPUT_cosine_raw.png`: the
+  models, and the teacher on another text as a control.
 
   Args:
     teacher: model directory of the transformer.
@@ -32,9 +33,11 @@ def report(
     length: tokens of a text. Time grows with its cube.
 
   Raises:
-    ValueError: too few documents have so many tokens, the teacher has no tokenizer, or as `similarity.compare`.
+    ValueError: too few documents have so many tokens, the teacher has no tokenizer, or as `similarity.compare` and
+      `check_output`.
     FileNotFoundError: a model directory or the text is not there.
   """
+  check_output(output, (".png",))
   theirs = load(teacher)
   if theirs.tokenizer is None:
     raise ValueError(f"{teacher} has no tokenizer, which the text is read with.")
@@ -46,16 +49,17 @@ def report(
     if len(rows) == texts:
       break
   else:
-    raise ValueError(f"{input}: {len(rows)} documents of {length} tokens, wanted {texts}.")
+    raise ValueError(
+      f"{input}: {len(rows)} of its documents have {length} tokens or more, wanted {texts} such: give longer ones."
+    )
   found = compare(theirs, {name: load(path) for name, path in models.items()}, np.array(rows), progress=True)
-  output = local(output)
-  output.parent.mkdir(parents=True, exist_ok=True)
   about = {"figures": [3, 4], "models": dict(models), "teacher": teacher, "input": input, "made_by": run_record()}
-  output.write_text(to_json(about | found.plain(), indent=1) + "\n")
+  write_json(output, about | found.plain())
+  file = local(output)
   for measure in MEASURES:
     for form in FORMS:
-      picture = output.with_name(f"{output.stem}_{measure}_{form}.png")
-      plot_heads(found, picture, measure=measure, form=form, names=list(models))
+      picture = file.with_name(f"{file.stem}_{measure}_{form}.png")
+      plot_heads(found, picture, measure=measure, form=form)
   return table(found)
 
 

@@ -18,7 +18,7 @@ from supra_jax.core.plain_json import to_json, write_json
 from supra_jax.core.run_record import run_record
 from supra_jax.storage.model_directory import CONFIG_FILE, fingerprint
 
-STRETCHED = r"yarn:([0-9.]+):"  # before a model directory whose rotary embedding YaRN stretches
+STRETCHED = r"yarn:(\d+(?:\.\d+)?):"  # before a model directory whose rotary embedding YaRN stretches
 
 
 def named(models: Sequence[str]) -> dict[str, str]:
@@ -31,7 +31,7 @@ def named(models: Sequence[str]) -> dict[str, str]:
   found: dict[str, str] = {}
   for model in models:
     before, equals, after = model.partition("=")
-    is_pair = equals and not Path(model).is_dir()
+    is_pair = equals and not Path(os.path.expanduser(model)).is_dir()
     name, spec = (before.strip(), after.strip()) if is_pair else (model.strip(), model.strip())
     if not name or not spec or "|" in name:
       raise ValueError(f"models has {model!r}: wanted NAME=SPEC or SPEC, a model directory or hf:NAME, without a |.")
@@ -55,7 +55,7 @@ def gather(
   """Asks the models whose results `output` does not have yet, and writes it after each of them.
 
   A model is known by its SPEC and, if that is a model directory, by the directory's fingerprint; one whose directory is
-  no longer there, by its SPEC alone.
+  no longer there, by its SPEC alone. One that changed and then fails keeps its results of before.
 
   Args:
     models: name -> SPEC.
@@ -81,7 +81,6 @@ def gather(
     if known is not None and known["spec"] == spec and mark in (None, known["fingerprint"]):
       say(f"{name}: known already.")
       continue
-    kept["models"].pop(name, None)
     kept["not_run"].pop(name, None)
     try:
       results = ask(name, spec)
@@ -97,13 +96,16 @@ def gather(
   return kept
 
 
-def earlier(output: Path | None, about: Mapping[str, Any], begins: Mapping[str, Any]) -> dict[str, Any]:
+def earlier(
+  output: Path | None, about: Mapping[str, Any], begins: Mapping[str, Any], *, flag: str = "--output"
+) -> dict[str, Any]:
   """Returns {"about": about} and what the file of earlier calls holds; where there is none, how that begins.
 
   Args:
     output: the JSON file, if any.
     about: what was asked, as values of JSON.
     begins: name -> value, a list or dict, before the first call.
+    flag: what the error tells the user to choose anew.
 
   Raises:
     ValueError: the file holds results of something else.
@@ -114,18 +116,18 @@ def earlier(output: Path | None, about: Mapping[str, Any], begins: Mapping[str, 
     kept = json.loads(output.read_text())
     theirs, found = dict(kept["about"]), {name: type(empty)(kept[name]) for name, empty in begins.items()}
   except (ValueError, KeyError, TypeError) as error:
-    raise ValueError(f"{output} is there and holds something else: take another --output.") from error
+    raise ValueError(f"{output} is there and holds something else: take another {flag}.") from error
   for field in sorted(theirs.keys() | about.keys()):
     if theirs.get(field) != about.get(field):
       raise ValueError(
-        f"{output} holds results for {field}={theirs.get(field)!r}, not {about.get(field)!r}: take another --output."
+        f"{output} holds results for {field}={theirs.get(field)!r}, not {about.get(field)!r}: take another {flag}."
       )
   return {"about": about, **found}
 
 
 def _mark(spec: str) -> str | None:
   """Returns the fingerprint of the model directory that a SPEC names; None if it names none that is here."""
-  directory = re.sub(STRETCHED, "", spec)
+  directory = os.path.expanduser(re.sub(STRETCHED, "", spec))
   return fingerprint(directory) if (Path(directory) / CONFIG_FILE).is_file() else None
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+import typing
 import zlib
 from collections.abc import Mapping
 from typing import Any
@@ -12,12 +13,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from supra_jax.core.schema import from_mapping
 from supra_jax.core.sharding import least_tokens
 from supra_jax.data.tokenizer import Tokenizer
 from supra_jax.model.config import ModelConfig
+from supra_jax.model.mixers.base import Projections
 from supra_jax.model.placement import parameter_name
 from supra_jax.model.presets import PRESETS
-from supra_jax.model.registry import MixerConfig, new_parameters
+from supra_jax.model.registry import MixerConfig, mixer_class, new_parameters
 from supra_jax.model.transformer import Transformer
 
 ROWS = 64  # the vocabulary has a multiple of so many rows, which devices divide
@@ -39,7 +42,8 @@ def config_of(
       if one of these is given.
 
   Raises:
-    ValueError: there is no such preset, mixer or field, a value is out of range, or the widths do not divide.
+    ValueError: there is no such preset, mixer or field, a value has another type or is out of range, the widths do not
+      divide, or the tokenizer has an id that the vocabulary lacks.
   """
   if preset not in PRESETS:
     raise ValueError(f"preset={preset!r}: wanted one of {', '.join(PRESETS)}.")
@@ -47,9 +51,13 @@ def config_of(
   fields = {field.name for field in dataclasses.fields(ModelConfig)} - {"layers", "rope"} | {"num_layers"}
   if unknown := sorted(changes.keys() - fields):
     raise ValueError(f"{', '.join(unknown)}: no field of a model; wanted some of {', '.join(sorted(fields))}.")
-  layers = shape.layers[:1] * int(changes.pop("num_layers", shape.num_layers))
-  if {"hidden_size", "num_heads"} & changes.keys() and "head_dim" not in changes:
-    heads, width = (changes.get(name, getattr(shape, name)) for name in ("num_heads", "hidden_size"))
+  depth = changes.pop("num_layers", shape.num_layers)
+  heads, width = (changes.get(name, getattr(shape, name)) for name in ("num_heads", "hidden_size"))
+  for name, value in (("num_layers", depth), ("num_heads", heads), ("hidden_size", width)):
+    if type(value) is not int or value < 1:
+      raise ValueError(f"{name}={value!r}: wanted a positive whole number.")
+  has_heads = issubclass(mixer_class(shape.layers[0].mixer), Projections)
+  if has_heads and {"hidden_size", "num_heads"} & changes.keys() and "head_dim" not in changes:
     if width % heads:
       raise ValueError(f"hidden_size={width} is not divisible by num_heads={heads}: give head_dim.")
     changes["head_dim"] = width // heads
@@ -60,7 +68,14 @@ def config_of(
     "bos_token_id": tokenizer.bos_id,
     "eos_token_ids": tokenizer.eos_ids,
   }
-  return shape.replace(layers=layers, **said | changes)
+  values = {field.name: getattr(shape, field.name) for field in dataclasses.fields(ModelConfig)}
+  made = from_mapping(ModelConfig, values | {"layers": shape.layers[:1] * depth} | said | changes, "shape")
+  if made.vocab_size < tokenizer.vocab_size:
+    raise ValueError(f"vocab_size={made.vocab_size}: the tokenizer has ids up to {tokenizer.vocab_size - 1}.")
+  for name, ids in (("bos_token_id", [made.bos_token_id or 0]), ("eos_token_ids", made.eos_token_ids)):
+    if not all(0 <= i < made.vocab_size for i in ids):
+      raise ValueError(f"{name}={getattr(made, name)}: wanted ids below vocab_size={made.vocab_size}.")
+  return typing.cast(ModelConfig, made)
 
 
 def draw(config: ModelConfig, seed: int) -> Any:

@@ -1,5 +1,6 @@
 """The small scale of the paper's experiments: its text, its tokenizer and its teacher, which train on two cores.
 
+WORKDIR/about.json      how large all is, and the teacher if it was given; a call with others is refused
 WORKDIR/tokenizer.json  a tokenizer of 4,096 tokens, trained on the text
 WORKDIR/text            the text, packed in rows of 512
 WORKDIR/repeats.jsonl   documents in which a span of random words stands twice; WORKDIR/repeats has them packed alike
@@ -8,6 +9,7 @@ WORKDIR/scratch/NAME    models as they are drawn
 WORKDIR/teacher         the run of the teacher, a transformer of 3 million parameters, on text and repeats
 WORKDIR/teacher_heads   its second run, on text and periods
 WORKDIR/teacher_text    its third run, as the first; `checkpoint` in it is the model
+WORKDIR/*_cpu_seconds.json  processor time of each of the three
 
 So small a transformer learns no induction heads from text, nor from spans that stand twice: in its second run, in which
 nearly every second token can be looked up, it does within a few hundred steps. The third brings back what that cost.
@@ -15,33 +17,40 @@ nearly every second token can be looked up, it does within a few hundred steps. 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
+import json
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from supra_jax.core.files import into_place
-from supra_jax.core.plain_json import to_json
+from supra_jax.core.plain_json import to_json, write_json
+from supra_jax.core.schema import POSITIVE, AtLeast, check
 from supra_jax.data.packing import prepare
 from supra_jax.data.text import documents_in_turns
 from supra_jax.data.tokenizer import Tokenizer
 from supra_jax.experiments import tiny
+from supra_jax.experiments.gathered import earlier
 from supra_jax.experiments.scratch import config_of, draw
 from supra_jax.inference.lm import LM
 from supra_jax.model.presets import PRESETS
 from supra_jax.model.registry import MixerConfig
-from supra_jax.storage.model_directory import load_model_without_params, save_model
+from supra_jax.storage.model_directory import fingerprint, load_model_without_params, save_model
 from supra_jax.training.config import DataConfig, TrainConfig
 from supra_jax.training.loop import train
 from supra_jax.training.optimizer import OptimizerConfig
 
 REPEATS, PERIODS = 0.08, 0.5  # shares of the rows: of all runs, and of the teacher's second run
+TIME_FILE = "cpu_seconds.json"
 _CHARACTERS = 20 * 10**6  # of the text that the tokenizer is trained on
+_Number = Annotated[int, POSITIVE]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,16 +70,21 @@ class Size:
   """
 
   preset: str = "two_cores"
-  vocab_size: int = 4096
-  length: int = 512
-  rows: int = 16
-  repeated: int = 12_000
-  heldout_every: int = 50
-  heldout_rows: int = 128
-  teacher: int = 20_000_000
-  heads: int = 3_300_000
-  scratch: int = 2_000_000
-  uptrained: int = 500_000
+  vocab_size: Annotated[int, AtLeast(257), "all bytes, and the end of a text"] = 4096
+  length: _Number = 512
+  rows: _Number = 16
+  repeated: _Number = 12_000
+  heldout_every: Annotated[int, AtLeast(2)] = 50
+  heldout_rows: _Number = 128
+  teacher: _Number = 20_000_000
+  heads: _Number = 3_300_000
+  scratch: _Number = 2_000_000
+  uptrained: _Number = 500_000
+
+  def __post_init__(self) -> None:
+    check(self, "size")
+    if self.preset not in PRESETS:
+      raise ValueError(f"size.preset={self.preset!r}: wanted one of {', '.join(PRESETS)}.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,9 +165,26 @@ class SmallScale:
       ("teacher_text", self.data.sources, size.heads, 1e-3),
     ):
       recipe = self.recipe(start, tokens, rate, evaluations=10 if name == "teacher" else 5)
-      train(dataclasses.replace(recipe, data=dataclasses.replace(self.data, sources=sources)), self.workdir / name)
       start = self.workdir / name / "checkpoint"
+      if not start.exists():
+        with processor_time(self.workdir / f"{name}_{TIME_FILE}"):
+          train(dataclasses.replace(recipe, data=dataclasses.replace(self.data, sources=sources)), self.workdir / name)
     return start
+
+  def teacher_seconds(self) -> float | None:
+    """Returns the processor time of the teacher's runs in seconds; None if it is not known, as of a teacher given."""
+    files = [*self.workdir.glob(f"*_{TIME_FILE}")]
+    return sum(json.loads(file.read_text()) for file in files) if len(files) == 3 else None
+
+
+@contextlib.contextmanager
+def processor_time(file: Path) -> Iterator[None]:
+  """Adds the processor time of a block, seconds of all cores, to the number in a file; not if SIGKILL ends it."""
+  began, before = time.process_time(), json.loads(file.read_text()) if file.exists() else 0.0
+  try:
+    yield
+  finally:
+    write_json(file, before + time.process_time() - began)
 
 
 def small_scale(input: str, workdir: Path, size: Size, teacher: Path | None = None) -> SmallScale:
@@ -168,9 +199,11 @@ def small_scale(input: str, workdir: Path, size: Size, teacher: Path | None = No
 
   Raises:
     FileNotFoundError: `teacher` is no model directory.
-    ValueError, OSError: the text cannot be read or packed, or the teacher has no tokenizer.
+    ValueError, OSError: the text cannot be read or packed, the teacher has no tokenizer, or `workdir` has runs of
+      another size or teacher.
   """
-  workdir.mkdir(parents=True, exist_ok=True)
+  about = dataclasses.asdict(size) | {"given teacher": None if teacher is None else fingerprint(teacher)}
+  write_json(workdir / "about.json", earlier(workdir / "about.json", about, {}, flag="--workdir"))
   if teacher is not None:
     model = load_model_without_params(teacher)
     files: Mapping[str, bytes] = model.tokenizer_files
@@ -184,6 +217,8 @@ def small_scale(input: str, workdir: Path, size: Size, teacher: Path | None = No
     texts = {"text": input} | {name: str(_made(name, input, workdir, size)) for name in ("repeats", "periods")}
     shares = {"text": 1 - REPEATS, "repeats": REPEATS}
   for name, text in texts.items():
+    if name != "text" and (workdir / name).exists():
+      continue  # a finished text of our own; its path changes where the directory moves
     how: dict[str, Any] = {
       "vocab_size": rows_below,
       "sequence_length": size.length,

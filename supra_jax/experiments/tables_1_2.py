@@ -166,12 +166,14 @@ def _reader(spec: str) -> tuple[LM, dict[str, Any]]:
   """Returns the model of a SPEC of table 2, and what tells it from others: its fingerprint, and YaRN's factor.
 
   Raises:
-    ValueError: it is a model of transformers, or YaRN rejects the factor.
+    ValueError: it is a model of transformers, or YaRN's factor is no number or one that YaRN rejects.
     FileNotFoundError: there is no such model directory.
   """
   if spec.startswith("hf:"):
     raise ValueError(f"{spec}: wanted a model directory, which convert_weights.hf_to_orbax makes.")
   stretched = re.fullmatch(f"{STRETCHED}(.+)", spec)
+  if spec.startswith("yarn:") and stretched is None:
+    raise ValueError(f"{spec}: wanted yarn:FACTOR:DIR, as in yarn:4.0:models/teacher.")
   lm = load(spec if stretched is None else stretched[2])
   how: dict[str, Any] = {"fingerprint": lm.checkpoint}
   if stretched is None:

@@ -100,7 +100,10 @@ class Window(Start):
       ValueError: `mixer` is neither a SupraConfig nor None.
     """
     if mixer is not None and type(mixer) is not SupraConfig:
-      raise ValueError(f"{self} makes supra_window layers of a SupraConfig, not of {mixer}: begin that by Identity().")
+      raise ValueError(
+        f"method=window makes supra_window layers of the mixer supra, not of {mixer.mixer}: method=identity and "
+        "method=random take any."
+      )
     rest = {field.name: getattr(mixer or SupraConfig(), field.name) for field in dataclasses.fields(SupraConfig)}
     return WindowConfig(**rest, window=self.window, sinks=self.sinks)
 

@@ -26,7 +26,7 @@ def test_a_mixer(text, wanted):
     ("t2r:", "wanted NAME=VALUE"),
     ("t2r:decay", "decay: wanted NAME=VALUE"),
     ("t2r:decay=never", "decay='never': wanted one of 'lightning'"),
-    ("t2r:window=3", r"--mixer=t2r:window=3: unknown keys \['window'\]"),
+    ("t2r:window=3", r"--mixer=t2r:window=3: unknown keys \['window'\], missing keys \[\]. There are decay"),
     ("mamba:state_size=0", "state_size=0"),
   ],
 )
@@ -36,4 +36,5 @@ def test_what_is_no_mixer(text, said):
 
 
 def test_settings():
-  assert settings(["a=1", "b = x", 'c="x"', "d=true", "e=f=g"]) == {"a": 1, "b": "x", "c": "x", "d": True, "e": "f=g"}
+  assert settings('a=1,b = x,c="x",d=true,e=f=g') == {"a": 1, "b": "x", "c": "x", "d": True, "e": "f=g"}
+  assert settings("") == {} and settings("a=[0,1],b=2") == {"a": [0, 1], "b": 2}

@@ -97,8 +97,19 @@ def test_the_program(tmp_path):
     ({"hiden_size": 64}, "hiden_size: no field of a model"),
     ({"hidden_size": 65}, "hidden_size=65 is not divisible by num_heads=3: give head_dim"),
     ({"norm": "best"}, "norm"),
+    ({"hidden_size": "abc"}, "hidden_size='abc': wanted a positive whole number"),
+    ({"num_heads": 0}, "num_heads=0: wanted a positive whole number"),
+    ({"num_layers": 2.7}, r"num_layers=2.7: wanted a positive whole number"),
+    ({"eos_token_ids": 5}, "eos_token_ids: wanted a list, got 5"),
+    ({"tie_embeddings": "yes"}, "tie_embeddings: wanted bool, got 'yes'"),
+    ({"vocab_size": 100}, "vocab_size=100: the tokenizer has ids up to 319"),
+    ({"bos_token_id": 100_000}, "bos_token_id=100000: wanted ids below vocab_size=320"),
   ],
 )
 def test_what_is_no_shape(changes, said):
   with pytest.raises(ValueError, match=said):
     scratch.config_of("two_cores", "supra", TOKENIZER, changes)
+
+
+def test_a_width_that_heads_do_not_divide_is_one_for_mamba_which_has_none():
+  assert scratch.config_of("two_cores", "mamba", TOKENIZER, {"hidden_size": 50}).hidden_size == 50

@@ -14,7 +14,8 @@ from benchmarks import runs
 from supra_jax.evaluation.paper import TABLE_3
 from supra_jax.experiments import full_scale, table_3
 from supra_jax.experiments.small_scale import Size, repeated_spans, small_scale
-from supra_jax.experiments.table_3 import ROWS, Cell, best_rate, cells, order, reproduce
+from supra_jax.experiments.table_3 import best_rate, order, reproduce
+from supra_jax.experiments.table_3_rows import ROWS, Cell, cells
 from supra_jax.linearization.linearize import linearize_checkpoint
 from supra_jax.linearization.starts import Random
 from supra_jax.storage.model_directory import load_model, load_model_without_params
@@ -72,13 +73,16 @@ def test_what_trains(scale, found):
   assert "transformer-0" in json.dumps(weak)
 
 
-def test_the_table(scale, found, tmp_path):
-  text = table_3.report(scale, list(ROWS), tmp_path / "table.json", **ONE, say=lambda line: None)
-  assert all(row.title in text for row in ROWS.values()) and "| 57.0, 62.4, 31.6 |" in text
+def test_the_table(scale, found, text, tmp_path):
+  how = {**ONE, "say": lambda line: None}
+  said = table_3.report(str(text), scale.workdir, SIZE, list(ROWS), tmp_path / "table.json", **how)
+  assert all(row.title in said for row in ROWS.values()) and "| 57.0, 62.4, 31.6 |" in said
   assert (tmp_path / "table.png").stat().st_size > 10_000
   stored = json.loads((tmp_path / "table.json").read_text())
   assert stored["rows"] == json.loads(json.dumps(found["rows"]))  # made before: read, and not made again
   assert {"commit", "device_kind", "command"} <= stored["made_by"].keys() and stored["size"]["length"] == 32
+  every = stored["teacher_cpu_seconds"] + sum(said["runs"][0]["cpu_seconds"] for said in stored["rows"].values())
+  assert stored["teacher_cpu_seconds"] > 0 and f"{every / 3600:.2f} CPU hours in all, the teacher's among them." in said
 
 
 def test_order():
@@ -106,7 +110,8 @@ def test_the_rate_is_the_best_in_a_tenth(scale, tmp_path):
   told = {"rates": {"uptrained": (1e-9, 1e-2)}, "seeds": {"uptrained": (0, 1)}, "say": lambda line: None}
   given = dataclasses.replace(quick, given=scale.teacher())
   made = reproduce(given, ["supra"], **told)["rows"]["supra"]
-  assert made["rates"].keys() == {1e-9, 1e-2} and made["rates"][1e-2] < made["rates"][1e-9]
+  tried = {run["learning_rate"]: run["points"][-1][1] for run in made["tried"]}
+  assert tried.keys() == {1e-9, 1e-2} and tried[1e-2] < tried[1e-9]
   assert [run["learning_rate"] for run in made["runs"]] == [1e-2, 1e-2]
   first, second = (run["points"] for run in made["runs"])
   assert first != second
@@ -117,11 +122,58 @@ def test_the_rate_is_the_best_in_a_tenth(scale, tmp_path):
   assert again["not_reached"] == ["t2r-rate-1e-09", "t2r-rate-0.01", "t2r-0", "t2r-1"]
 
 
-def test_what_is_wrong(scale):
+def test_what_is_wrong(scale, tmp_path):
   with pytest.raises(ValueError, match="rows=nope: wanted some of supra, t2r"):
     reproduce(scale, ["nope"])
   with pytest.raises(ValueError, match="mamba: a given teacher has uptrained rows alone"):
     reproduce(dataclasses.replace(scale, given=scale.workdir), ["supra", "mamba"])
+  with pytest.raises(ValueError, match="rows=supra,supra: wanted each row once"):
+    reproduce(scale, ["supra", "supra"])
+  with pytest.raises(ValueError, match="supra_weak begins from the row transformer: name that before it"):
+    reproduce(dataclasses.replace(scale, workdir=tmp_path), ["supra_weak", "transformer"])
+  with pytest.raises(ValueError, match="rows=nope: wanted some of"):
+    full_scale.plan(["nope"])
+
+
+def test_another_size_wants_another_directory(scale, found, text):
+  """What was made at one size is not taken for what another asks for, nor what one teacher made for another's."""
+  for changes, teacher in (({"uptrained": 64}, None), ({"preset": "two_cores"}, None), ({}, scale.teacher())):
+    with pytest.raises(ValueError, match=r"about\.json holds results for .* take another --workdir"):
+      small_scale(str(text), scale.workdir, dataclasses.replace(SIZE, **changes), teacher)
+  moved = scale.workdir.with_name("moved")
+  scale.workdir.rename(moved)
+  try:
+    assert reproduce(small_scale(str(text), moved, SIZE), ["supra"], **ONE, say=lambda line: None)["not_reached"] == []
+  finally:
+    moved.rename(scale.workdir)
+
+
+@pytest.mark.parametrize(
+  "told, said",
+  [
+    ({"preset": "bar"}, "size.preset='bar': wanted one of smollm2_135m"),
+    ({"rows": 0}, "size.rows=0: wanted a positive whole number"),
+    ({"teacher": -5}, "size.teacher=-5: wanted a positive whole number"),
+    ({"heldout_every": 1}, "size.heldout_every=1: wanted a whole number, 2 or more"),
+  ],
+)
+def test_wrong_sizes(told, said):
+  with pytest.raises(ValueError, match=said):
+    Size(**told)
+
+
+def test_a_damaged_result(scale, found):
+  """The file is named, and what to do."""
+  damaged = scale.workdir / "runs/mamba-0/result.json"
+  whole = damaged.read_text()
+  damaged.write_text(whole[:30])
+  try:
+    with pytest.raises(
+      ValueError, match=r"mamba-0/result\.json is damaged\. Remove .*mamba-0, and the run is made again"
+    ):
+      reproduce(scale, ["mamba"], **ONE, say=lambda line: None)
+  finally:
+    damaged.write_text(whole)
 
 
 def test_repeated_spans(text, tmp_path):
@@ -159,7 +211,7 @@ def test_what_a_device_has_to_hold():
 
 
 def test_the_program(text, tmp_path):
-  size = ",".join(f"{field.name}={getattr(SIZE, field.name)}" for field in dataclasses.fields(SIZE))
+  size = ",".join(f"{name}={value}" for name, value in dataclasses.asdict(SIZE).items())
   flags = ["--table=3", f"--input={text}", f"--workdir={tmp_path / 'w'}", "--rows=supra", f"--size={size}"]
   flags.append("--cpu_hours=0")
   ran = programs.run("supra_jax.bin.reproduce", *flags)

@@ -122,10 +122,25 @@ def test_what_is_known_is_not_asked_again(models, questions, tmp_path, monkeypat
   tiny.write_checkpoint(own, "supra", num_heads=2, num_kv_heads=2)
   table_1(given, output, **how)
   assert asked[3:] == ["rnn"]  # another model in the same place
+  (own / "config.json").write_text("{}")
+  assert "| **RNN** | not run: " in table_1(given, output, **how)
+  assert list(json.loads(output.read_text())["models"]) == ["RNN", "T"]  # results that were there are not lost
   with pytest.raises(ValueError, match=r"table.json holds results for limit=1, not 2: take another --output"):
     table_1(given, output, **how | {"limit": 2})
   with pytest.raises(ValueError, match=r"holds results for data=None, not \{\}"):
     gather({"T": "x"}, output, {"data": {}}, lambda name, spec: None)
+
+
+def test_a_home_is_found(models, questions, tmp_path, monkeypatch):
+  """No shell expands ~ within --models=NAME=~/DIR."""
+  monkeypatch.setenv("HOME", str(models["rnn"].parent))
+  assert named(["~/rnn"]) == {"~/rnn": "~/rnn"}
+  output = tmp_path / "table.json"
+  said = []
+  table_1(["RNN=~/rnn"], output, data_dir=questions, limit=1, say=said.append, **TASKS)
+  assert said == ["RNN: done."] and json.loads(output.read_text())["models"]["RNN"]["fingerprint"] is not None
+  with pytest.raises(ValueError, match="yarn:abc:x: wanted yarn:FACTOR:DIR"):
+    tables_1_2._reader("yarn:abc:x")
 
 
 def test_data_that_are_missing_are_no_models_fault(models, questions, tmp_path):

@@ -224,7 +224,9 @@ def test_a_mixer_that_is_given_is_taken_as_it_is(random_params):
   assert made.config.layers == (WindowConfig(window=5, sinks=1),) * 3
   assert made.report["start"] == {"method": "identity"}
   assert linearize(kept, TEACHER, mixer="supra").config.layers == (SupraConfig(),) * 3
-  with pytest.raises(ValueError, match="makes supra_window layers of a SupraConfig, not of WindowConfig"):
+  with pytest.raises(
+    ValueError, match="makes supra_window layers of the mixer supra, not of supra_window: method=identity"
+  ):
     linearize(kept, TEACHER, Window(window=8), mixer=WindowConfig(window=5))
   with pytest.raises(
     ValueError, match=r"start='random': wanted one of Memory\(\), Window\(\), Lolcats\(\), Calibrated\(\)"
