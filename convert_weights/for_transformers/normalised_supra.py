@@ -13,7 +13,10 @@ from .attention_supra import SupraAttention, Tokens, at_least_float32, head_slop
 
 
 class SupraNormalised(SupraAttention):
-  """o_i = sum over j <= i of exp(-slope (i - j)) (q_i . k_j) v_j / normaliser(sum over j <= i of q_i . k_j)."""
+  """o_i = sum over j <= i of exp(-slope (i - j)) (q_i . k_j) v_j / normaliser(sum over j <= i of q_i . k_j).
+
+  The linear transformer's q and k in the normaliser are those before RoPE (RoFormer, arXiv 2104.09864, eq. 19).
+  """
 
   def forward(
     self, x_BTD: Tensor, tokens: Tokens, held: tuple[Tensor, ...] | None
@@ -28,12 +31,15 @@ class SupraNormalised(SupraAttention):
     if options.get("scale_queries"):
       q, scale = q * scale, 1.0
     q, k = self._features(q, k) if self.mixer == "t2r" else (F.elu(at_least_float32(x)) + 1 for x in (q, k))
-    turned = (at_least_float32(x) for x in self._turned(q, k, v, tokens, softmax=False))
-    q, k, v = (x.repeat_interleave(self.config.num_heads // x.shape[1], 1) for x in turned)
+    before_rope = q.transpose(1, 2), k.masked_fill(~tokens.real_BT[..., None, None], 0).transpose(1, 2)
+    turned = self._turned(q, k, v, tokens, softmax=False)
+    weighed = turned[:2] if self.mixer == "t2r" else before_rope
+    heads = self.config.num_heads
+    q, k, v, q_z, k_z = (at_least_float32(x).repeat_interleave(heads // x.shape[1], 1) for x in (*turned, *weighed))
     s, z = held or (q.new_zeros(*q.shape[:2], width, v.shape[-1]), q.new_zeros(*q.shape[:2], width))
     slopes = torch.tensor(head_slopes(self.config.num_heads, options), dtype=q.dtype, device=q.device)
     out, s = linear_attention(q * scale, k, v, slopes, tokens.real_BT, s)
-    total, z = linear_attention(q * scale, k, torch.ones_like(v[..., :1]), 0 * slopes, tokens.real_BT, z[..., None])
+    total, z = linear_attention(q_z * scale, k_z, torch.ones_like(v[..., :1]), 0 * slopes, tokens.real_BT, z[..., None])
     clamps = options["normaliser"] == "clamp"
     out = out / (total.clamp(min=options["epsilon"]) if clamps else total + options["epsilon"])
     return self.o_proj(out.transpose(1, 2).flatten(2).to(x_BTD.dtype)), (s, z[..., 0])

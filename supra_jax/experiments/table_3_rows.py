@@ -74,7 +74,7 @@ ROWS: Mapping[str, Row] = {
   "t2r_epsilon": _switched("t2r", "no RoPE, normaliser + 1e-6", rope=False, normaliser="epsilon"),
   "t2r_no_decay": _switched("t2r", "no RoPE, no decay", rope=False, decay="none"),
   "linear_rope": Row(
-    "Linear transformer with RoPE and RetNet's decay",
+    "Linear transformer, RoPE above the sum of weights alone, RetNet's decay",
     layer("linear_transformer", rope=True, decay="retnet"),
     "scratch",
   ),

@@ -114,6 +114,7 @@ MODELS = {
     layers=(
       layer("t2r", rope=False, normaliser="epsilon", qk_norm=True),
       layer("linear_transformer", decay="retnet", normaliser="clamp"),
+      layer("linear_transformer", rope=True, decay="lightning"),
       layer("supra", rope=False),
     ),
     qk_norm="head",

@@ -105,6 +105,7 @@ EXAMPLES["t2r"] = [
 EXAMPLES["linear_transformer"] = [
   TINY.replace(layers=(layer("linear_transformer"), layer("linear_transformer", decay="lightning"))),
   TINY.replace(layers=layers(("linear_transformer", "softmax")), num_heads=4, num_kv_heads=2, value_head_dim=4),
+  TINY.replace(layers=(layer("linear_transformer", rope=True), layer("linear_transformer", rope=True, decay="retnet"))),
 ]
 
 EXAMPLES["mamba"] = [

@@ -11,12 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from supra_jax.model.config import RopeConfig
 from supra_jax.model.mixers.base import Context
 from supra_jax.model.mixers.linear_transformer import LinearTransformerConfig
 from supra_jax.model.mixers.supra import head_slopes
 from supra_jax.model.mixers.t2r import T2R, T2RConfig, read_normalised
 from supra_jax.model.presets import tiny
 from supra_jax.model.registry import layer
+from supra_jax.model.rope import apply_rope, rope_table
 from supra_jax.model.transformer import Transformer
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -54,14 +56,29 @@ def test_the_linear_transformer():
   np.testing.assert_allclose(out, of("katharopoulos_elu1_eps1e_6"), atol=1e-5)
 
 
-def by_a_loop(q, k, v, config, scale):
+@pytest.mark.parametrize("decay", ["retnet", "none"])
+def test_the_linear_transformer_with_rope_is_roformer_s(decay):
+  """Its sums of weights are those before RoPE, and positive."""
+  q, k = (np.asarray(jax.nn.elu(of(name)) + 1) for name in "qk")
+  rotation = rope_table(RopeConfig(), q.shape[-1], jnp.arange(q.shape[1])[:, None])
+  turned = [apply_rope(x, *rotation, interleaved=False) for x in (q, k)]
+  config = LinearTransformerConfig(rope=True, decay=decay)
+  want, sums = by_a_loop(*turned, of("v"), config, 1.0, weighed=(q, k))
+  how = {"scale": 1.0, "implementation": "auto", "weighed": (q, k)}
+  got, state = read_normalised(*turned, of("v"), None, CONTEXT, config, **how)
+  assert (sums > 0).all()
+  np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
+  np.testing.assert_allclose(state.z, k.sum(1), rtol=1e-5)
+
+
+def by_a_loop(q, k, v, config, scale, weighed=None):
   """The equation of `read_normalised` in float64, a weight for each pair of tokens; and all sums of the weights."""
-  q, k, v = (np.float64(x) for x in (q, k, v))
+  q, k, v, q_z, k_z = (np.float64(x) for x in (q, k, v, *(weighed or (q, k))))
   batch, time, heads = q.shape[:3]
   gamma, out, sums = np.exp(-np.float64(head_slopes(config, heads))), np.zeros_like(v), np.zeros(q.shape[:3])
   for b, t, h in np.ndindex(batch, time, heads):
     weights = scale * k[b, : t + 1, h] @ q[b, t, h]
-    total = sums[b, t, h] = weights.sum()
+    total = sums[b, t, h] = scale * (k_z[b, : t + 1, h] @ q_z[b, t, h]).sum()
     divided_by = max(total, config.epsilon) if config.normaliser == "clamp" else total + config.epsilon
     out[b, t, h] = (weights * gamma[h] ** np.arange(t, -1, -1)) @ v[b, : t + 1, h] / divided_by
   return out, sums

@@ -19,7 +19,10 @@ from supra_jax.model.registry import register
 
 @dataclasses.dataclass(frozen=True)
 class LinearTransformerConfig(NormalisedConfig):
-  """Config of the linear transformer's attention: as published, without decay and RoPE, and with z + 1e-6 below."""
+  """Config of the linear transformer's attention: as published, without decay and RoPE, and with z + 1e-6 below.
+
+  With RoPE z is that of queries and keys before it, so that it is positive (RoFormer, arXiv 2104.09864, eq. 19).
+  """
 
   decay: Decay = "none"
   rope: bool = False
@@ -37,9 +40,10 @@ class LinearTransformerAttention(Normalised, Projections):
   ) -> tuple[dict[str, jax.Array], NormalisedState]:
     q, k, v = self.project(x_BTD)
     q, k = (nn.elu(at_least_float32(x)) + 1 for x in (q, k))
-    if self.layer.rope:
-      q, k = self.rotate(q, context.rotation), self.rotate(k, context.rotation)
-    return self.normalised(q, k, v, state, context, scale=1.0)
+    if not self.layer.rope:
+      return self.normalised(q, k, v, state, context, scale=1.0)
+    turned_q, turned_k = self.rotate(q, context.rotation), self.rotate(k, context.rotation)
+    return self.normalised(turned_q, turned_k, v, state, context, scale=1.0, weighed=(q, k))
 
   @classmethod
   def flops(cls, config: ModelConfig, layer: Any, tokens: int) -> float:

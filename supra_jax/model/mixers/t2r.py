@@ -63,7 +63,7 @@ T2R = {"feature_map": "per_head", "decay": "none", "rope": False, "epsilon": 1e-
 
 @flax.struct.dataclass
 class NormalisedState(LinearState):
-  """S of `LinearState`; and z = sum_j k_j over the T tokens read, float32 [B, H, K], which never decays."""
+  """S of `LinearState`; and z, the sum of the T tokens' keys, float32 [B, H, K], which never decays."""
 
   z: jax.Array
 
@@ -78,10 +78,12 @@ def read_normalised(
   *,
   scale: float,
   implementation: str,
+  weighed: tuple[jax.Array, jax.Array] | None = None,
 ) -> tuple[jax.Array, NormalisedState]:
   """Computes `o_i = sum_{j<=i} gamma^(i-j) (q_i . k_j) v_j / normaliser(sum_{j<=i} q_i . k_j)`, in float32 at least.
 
-  With RoPE some q_i . k_j are negative, and the sum may be: `clamp` then divides by `epsilon`.
+  With RoPE some q_i . k_j are negative, and the sum may be: `clamp` then divides by `epsilon`. With `weighed` it is the
+  sum of other products, those before RoPE.
 
   Args:
     q_BTHK, k_BTGK, v_BTGV: queries, keys and values after phi and RoPE.
@@ -90,6 +92,7 @@ def read_normalised(
     layer: decay and normaliser.
     scale: factor on q_i . k_j, above and below.
     implementation: see `kernels_pallas.linear_attention`.
+    weighed: queries and keys, shaped as q and k, whose products are summed in the normaliser; None: q and k.
 
   Returns:
     (o [B, T, H, V], the state after the last real token).
@@ -98,13 +101,15 @@ def read_normalised(
   slopes, one = head_slopes(layer, q.shape[2]), jnp.ones_like(v[..., :1])
   how: dict[str, Any] = {"scale": scale, "implementation": implementation}
 
-  def read(v: jax.Array, slopes: np.ndarray, initial: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+  def read(
+    v: jax.Array, slopes: np.ndarray, initial: jax.Array | None, q: jax.Array = q, k: jax.Array = k
+  ) -> tuple[jax.Array, jax.Array]:
     return read_linearly(q, k, v, jnp.asarray(slopes), initial, context, **how)
 
   s, z = (None, None) if state is None else (state.s, state.z[..., None])
-  if slopes.any():
+  if slopes.any() or weighed is not None:
     out, s = read(v, slopes, s)
-    total, z = read(one, np.zeros_like(slopes), z)
+    total, z = read(one, np.zeros_like(slopes), z, *map(at_least_float32, weighed or (q, k)))
   else:  # the sum of the weights is one more feature of the values
     both = None if state is None else jnp.concatenate([state.s, state.z[..., None]], -1)
     out, both = read(jnp.concatenate([v, one], -1), slopes, both)
@@ -128,10 +133,17 @@ class Normalised(Mixer):
 
   @nn.nowrap
   def normalised(
-    self, q: jax.Array, k: jax.Array, v: jax.Array, state: NormalisedState | None, context: Context, scale: float
+    self,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    state: NormalisedState | None,
+    context: Context,
+    scale: float,
+    weighed: tuple[jax.Array, jax.Array] | None = None,
   ) -> tuple[dict[str, jax.Array], NormalisedState]:
-    """Returns what `outputs` does, of queries and keys after phi and RoPE."""
-    how: dict[str, Any] = {"scale": scale, "implementation": self.implementation}
+    """Returns what `outputs` does, of queries and keys after phi and RoPE; for `weighed` see `read_normalised`."""
+    how: dict[str, Any] = {"scale": scale, "implementation": self.implementation, "weighed": weighed}
     out, state = read_normalised(q, k, v, state, context, self.layer, **how)
     return {"o_proj": side_by_side(out.astype(self.dtype))}, state
 
