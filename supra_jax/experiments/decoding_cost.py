@@ -63,9 +63,10 @@ def measure(
 
   Returns:
     Rows of the models in order, each with `model`, `fingerprint` of its directory, `grows`, whether its state grows
-    with the text, and `tokens`; and, if the length was measured, `state_bytes`, of all arrays of the state, `dtypes` of
-    these arrays, and `seconds` and `cpu_seconds` a token, medians over the repeats, with `all_seconds` of each. A
-    length that does not fit into memory has `skipped`, which says so, in their place.
+    with the text, and `tokens`; and, if the length was measured, `state_bytes`, of all arrays that decoding carries
+    from token to token (`State.size_bytes` has the last activations too), `dtypes` of these arrays, and `seconds` and
+    `cpu_seconds` a token, medians over the repeats, with `all_seconds` of each. A length that does not fit into memory
+    has `skipped`, which says so, in their place.
 
   Raises:
     FileNotFoundError: a model directory is not there.
