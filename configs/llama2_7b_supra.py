@@ -28,6 +28,8 @@ Accuracies from the authors' repository, in percent:
                HellaSwag  PIQA  WinoGrande  ARC-E  ARC-C  MMLU
     Llama-2-7B      76.0  79.1        69.1   76.3   46.3  45.9
     + 20 B          71.8  78.6        65.8   71.1   39.5  24.9
+
+This recipe has not been run: no accelerator was there.
 """
 
 import ml_collections
