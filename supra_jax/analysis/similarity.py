@@ -23,6 +23,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from threadpoolctl import threadpool_limits
 
 from supra_jax.analysis.attention_matrices import LayerMatrices, attention_matrices
 from supra_jax.core import plain_json
@@ -158,7 +159,12 @@ def compare(
   skipped: dict[str, dict[int, str]] = {name: {} for name in models}
   walks = [attention_matrices(lm, tokens_BT, chosen) for lm in (teacher, *models.values())]
   shape = (len(MEASURES), teacher.config.num_heads)
-  with Progress(len(chosen), "Comparing, {done} of {total} layers", enabled=progress, unit="layer") as shown:
+  # Matrices as small as these take no less time on several threads, and a hundred times more where cores are shared:
+  # threads of OpenBLAS wait for each other in a loop.
+  with (
+    threadpool_limits(1, "blas"),
+    Progress(len(chosen), "Comparing, {done} of {total} layers", enabled=progress, unit="layer") as shown,
+  ):
     for theirs, *ours in zip(*walks, strict=True):
       of_models = dict(zip(models, ours, strict=True))
       skipped_here = {name: matrices.mixer for name, matrices in of_models.items() if not matrices.exist}
