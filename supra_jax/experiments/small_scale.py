@@ -48,6 +48,7 @@ from supra_jax.training.loop import train
 from supra_jax.training.optimizer import OptimizerConfig
 
 REPEATS, PERIODS = 0.08, 0.5  # shares of the rows: of all runs, and of the teacher's second run
+TEACHER_RUNS = ("teacher", "teacher_heads", "teacher_text")  # one after the other
 TIME_FILE = "cpu_seconds.json"
 _CHARACTERS = 20 * 10**6  # of the text that the tokenizer is trained on
 _Number = Annotated[int, POSITIVE]
@@ -159,11 +160,12 @@ class SmallScale:
       return self.given
     of_heads = f"{self.workdir / 'text/train'}:{1 - PERIODS},{self.workdir / 'periods/train'}:{PERIODS}"
     start, size = self.drawn("softmax", "softmax"), self.size
-    for name, sources, tokens, rate in (
-      ("teacher", self.data.sources, size.teacher, 3e-3),
-      ("teacher_heads", of_heads, size.heads, 2e-3),
-      ("teacher_text", self.data.sources, size.heads, 1e-3),
-    ):
+    how = (
+      (self.data.sources, size.teacher, 3e-3),
+      (of_heads, size.heads, 2e-3),
+      (self.data.sources, size.heads, 1e-3),
+    )
+    for name, (sources, tokens, rate) in zip(TEACHER_RUNS, how, strict=True):
       recipe = self.recipe(start, tokens, rate, evaluations=10 if name == "teacher" else 5)
       start = self.workdir / name / "checkpoint"
       if not start.exists():
@@ -173,8 +175,8 @@ class SmallScale:
 
   def teacher_seconds(self) -> float | None:
     """Returns the processor time of the teacher's runs in seconds; None if it is not known, as of a teacher given."""
-    files = [*self.workdir.glob(f"*_{TIME_FILE}")]
-    return sum(json.loads(file.read_text()) for file in files) if len(files) == 3 else None
+    files = [self.workdir / f"{name}_{TIME_FILE}" for name in TEACHER_RUNS]
+    return sum(json.loads(file.read_text()) for file in files) if all(file.exists() for file in files) else None
 
 
 @contextlib.contextmanager

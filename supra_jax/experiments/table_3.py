@@ -56,7 +56,47 @@ class Result:
 
   @property
   def nll(self) -> float:
+    """Held-out loss at the end."""
     return self.points[-1][1]
+
+
+@dataclasses.dataclass(frozen=True)
+class Runs:
+  """The runs of a row: those of the rates that were tried, and those of its seeds."""
+
+  tried: list[Result] = dataclasses.field(default_factory=list)
+  runs: list[Result] = dataclasses.field(default_factory=list)
+
+  @property
+  def nll(self) -> float:
+    """Held-out loss at the end, mean over seeds."""
+    return statistics.fmean(run.nll for run in self.runs)
+
+  @property
+  def cpu_seconds(self) -> float:
+    return sum(run.cpu_seconds for run in [*self.tried, *self.runs])
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+  """What `reproduce` found; JSON as `dataclasses.asdict` has it.
+
+  Attributes:
+    teacher_nll: held-out loss of the teacher.
+    teacher_cpu_seconds: as `SmallScale.teacher_seconds`.
+    rows: key of ROWS -> its runs.
+    not_reached: names of the cells that were not made.
+  """
+
+  teacher_nll: float
+  teacher_cpu_seconds: float | None
+  rows: Mapping[str, Runs]
+  not_reached: Sequence[str]
+
+  @property
+  def made(self) -> dict[str, Runs]:
+    """The rows that have a run of a seed."""
+    return {row: runs for row, runs in self.rows.items() if runs.runs}
 
 
 def reproduce(
@@ -67,7 +107,7 @@ def reproduce(
   rates: Rates = RATES,
   seeds: Mapping[str, Sequence[int]] = SEEDS,
   say: Callable[[str], None] = print,
-) -> dict[str, Any]:
+) -> Found:
   """Makes the runs of some rows that are not made yet, until they have taken `cpu_hours`.
 
   Args:
@@ -77,11 +117,6 @@ def reproduce(
       included, as far as they are known; no run begins after them.
     rates, seeds: as for `cells`.
     say: called with each line of progress.
-
-  Returns:
-    {"teacher_nll": held-out loss of the teacher, "teacher_cpu_seconds": as `SmallScale.teacher_seconds`, "rows": {row:
-    {"tried": Results of its rates, as dicts, "runs": those of its seeds}}, "not_reached": names of the cells that were
-    not made}.
 
   Raises:
     ValueError: as `check_rows`, or a result of an earlier call is damaged.
@@ -94,7 +129,7 @@ def reproduce(
   teacher_nll = heldout_nll(lm.model, lm.params, scale.data.heldout, batch_size=rows_a_batch, max_rows=most)
   del lm
   say(f"Teacher: held-out loss {teacher_nll:.4f} nats a token.")
-  found: dict[str, Any] = {row: {"tried": [], "runs": []} for row in rows}
+  made = {row: Runs() for row in rows}
   seconds, read, left, everything = 0.0, 0, [], list(cells(rows, rates, seeds))
   for number, cell in enumerate(everything, 1):
     if not (_directory(scale, cell) / RESULT_FILE).exists() and _spent(scale) >= cpu_hours * 3600:
@@ -102,22 +137,17 @@ def reproduce(
       continue
     rate = cell.rate
     if rate is None:
-      tried = {run["learning_rate"]: _nll(run) for run in found[cell.row]["tried"]}
+      tried = {run.learning_rate: run.nll for run in made[cell.row].tried}
       rate = best_rate(tried or dict.fromkeys(rates[ROWS[cell.row].kind], 0.0))
     result = one_run(scale, teacher, cell, rate)
     seconds, read = seconds + result.cpu_seconds, read + result.points[-1][0]
-    found[cell.row]["runs" if cell.rate is None else "tried"].append(dataclasses.asdict(result))
+    (made[cell.row].runs if cell.rate is None else made[cell.row].tried).append(result)
     further = sum(_tokens(scale, other) for other in everything[number:]) * seconds / read / 3600
     say(
       f"{number} of {len(everything)} runs, {seconds / 3600:.2f} CPU hours, about {further:.2f} left: {cell.name}, "
       f"rate {rate:g}: {result.nll:.4f}"
     )
-  return {
-    "teacher_nll": teacher_nll,
-    "teacher_cpu_seconds": scale.teacher_seconds(),
-    "rows": found,
-    "not_reached": left,
-  }
+  return Found(teacher_nll, scale.teacher_seconds(), made, left)
 
 
 def _spent(scale: SmallScale) -> float:
@@ -209,72 +239,58 @@ def report(
   check_output(output, (".png",))
   check_rows(rows, workdir, given=teacher is not None)
   found = reproduce(small_scale(input, workdir, size, teacher), rows, **how)
-  pairs, other = order(found)
+  pairs, other = order({row: made.nll for row, made in found.made.items()})
   lines = [table(found), f"\nOf {pairs} pairs of rows, {pairs - len(other)} are in the paper's order."]
   lines += [f"Here {ours} is better than {theirs}; in the paper it is not." for ours, theirs in other]
-  if found["not_reached"]:
-    lines.append(f"Not reached in the hours given: {', '.join(found['not_reached'])}.")
-  write_json(output, {"table": 3, "size": dataclasses.asdict(size), "made_by": run_record(), **found})
+  if found.not_reached:
+    lines.append(f"Not reached in the hours given: {', '.join(found.not_reached)}.")
+  about = {"table": 3, "size": dataclasses.asdict(size), "made_by": run_record()}
+  write_json(output, about | dataclasses.asdict(found))
   if drawn := curves(found):
-    plot_curves(drawn, local(output).with_suffix(".png"), teacher_nll=found["teacher_nll"])
+    plot_curves(drawn, local(output).with_suffix(".png"), teacher_nll=found.teacher_nll)
   return "\n".join(lines)
 
 
-def table(found: Mapping[str, Any]) -> str:
+def table(found: Found) -> str:
   """Returns the table of what `reproduce` found in Markdown, with the paper's numbers beside, best rows first.
 
   Hours are those of all seeds of a row and of the rates that were tried.
   """
-  teacher_hours = _hours(found["teacher_cpu_seconds"])
+
+  def line(title: str, tokens: str, loss: str, rate: str, seconds: float | None, paper: str) -> str:
+    numbers = ", ".join(map(str, TABLE_3.get(paper, ())))
+    return f"| {title} | {tokens} | {loss} | {rate} | {_hours(seconds)} | {numbers} |"
+
   lines = [
     "| | tokens | held-out loss, nats a token | rate | CPU hours | paper: HellaSwag, ARC-E, ARC-C |",
     "| --- | --- | --- | --- | --- | --- |",
+    line("Teacher, a transformer", "", f"{found.teacher_nll:.3f}", "", found.teacher_cpu_seconds, "Transformer (1.6T)"),
   ]
-  made = {row: said["runs"] for row, said in found["rows"].items() if said["runs"]}
-  paper = ", ".join(map(str, TABLE_3["Transformer (1.6T)"]))
-  lines.append(f"| Teacher, a transformer | | {found['teacher_nll']:.3f} | | {teacher_hours} | {paper} |")
-  for row in sorted(made, key=lambda row: mean_nll(made[row])):
-    losses = [_nll(run) for run in made[row]]
+  for row, made in sorted(found.made.items(), key=lambda of: of[1].nll):
+    losses = [run.nll for run in made.runs]
     spread = f" ({min(losses):.3f} to {max(losses):.3f})" if len(losses) > 1 else ""
-    hours = sum(run["cpu_seconds"] for run in [*made[row], *found["rows"][row]["tried"]])
-    paper = ", ".join(map(str, TABLE_3.get(ROWS[row].paper, ())))
-    first = made[row][0]
-    lines.append(
-      f"| {ROWS[row].title} | {first['points'][-1][0]:,} | {mean_nll(made[row]):.3f}{spread} | "
-      f"{first['learning_rate']:g} | {_hours(hours)} | {paper} |"
-    )
-  runs = [run for said in found["rows"].values() for run in [*said["tried"], *said["runs"]]]
-  every = sum(run["cpu_seconds"] for run in runs) + (found["teacher_cpu_seconds"] or 0.0)
-  return "\n".join([*lines, f"\n{_hours(every)} CPU hours in all, {_whose(found)}."])
+    tokens, rate = f"{made.runs[0].points[-1][0]:,}", f"{made.runs[0].learning_rate:g}"
+    lines.append(line(ROWS[row].title, tokens, f"{made.nll:.3f}{spread}", rate, made.cpu_seconds, ROWS[row].paper))
+  every = sum(made.cpu_seconds for made in found.rows.values()) + (found.teacher_cpu_seconds or 0.0)
+  whose = "without the teacher's" if found.teacher_cpu_seconds is None else "the teacher's among them"
+  return "\n".join([*lines, f"\n{_hours(every)} CPU hours in all, {whose}."])
 
 
 def _hours(seconds: float | None) -> str:
   return "not known" if seconds is None else f"{seconds / 3600:.2f}"
 
 
-def _whose(found: Mapping[str, Any]) -> str:
-  return "without the teacher's" if found["teacher_cpu_seconds"] is None else "the teacher's among them"
+def order(made: Mapping[str, float]) -> tuple[int, list[tuple[str, str]]]:
+  """Compares an order of rows with the paper's, where a row's mean of three tasks is its place.
 
-
-def _nll(run: Mapping[str, Any]) -> float:
-  """Returns the held-out loss at the end of a `Result` as a dict."""
-  return float(run["points"][-1][1])
-
-
-def mean_nll(runs: Sequence[Mapping[str, Any]]) -> float:
-  """Returns the held-out loss at the end, mean over seeds."""
-  return statistics.fmean(map(_nll, runs))
-
-
-def order(found: Mapping[str, Any]) -> tuple[int, list[tuple[str, str]]]:
-  """Compares the order of the rows with the paper's, where a row's mean of three tasks is its place.
+  Args:
+    made: key of ROWS -> held-out loss; rows that the paper does not have are left out.
 
   Returns:
-    (number of pairs of rows that the paper and `found` both have, those in which `found` has the other one first, as
-    titles, that which is better here first).
+    (number of pairs of rows that both have, those in which `made` has the other one first, as titles, that which is
+    better here first).
   """
-  made = {row: mean_nll(said["runs"]) for row, said in found["rows"].items() if said["runs"] and ROWS[row].paper}
-  pairs = list(itertools.combinations(made, 2))
+  pairs = list(itertools.combinations((row for row in made if ROWS[row].paper), 2))
   other = []
   for pair in pairs:
     ours, papers = min(pair, key=made.__getitem__), max(pair, key=lambda row: sum(TABLE_3[ROWS[row].paper]))
@@ -283,10 +299,6 @@ def order(found: Mapping[str, Any]) -> tuple[int, list[tuple[str, str]]]:
   return len(pairs), other
 
 
-def curves(found: Mapping[str, Any]) -> dict[str, list[list[tuple[int, float]]]]:
+def curves(found: Found) -> dict[str, list[Sequence[tuple[int, float]]]]:
   """Returns {title: points of each run} of the rows that have the paper's names, for `plot_curves`."""
-  return {
-    ROWS[row].title: [[tuple(point) for point in run["points"]] for run in said["runs"]]
-    for row, said in found["rows"].items()
-    if said["runs"] and ROWS[row].paper
-  }
+  return {ROWS[row].title: [run.points for run in made.runs] for row, made in found.made.items() if ROWS[row].paper}

@@ -41,19 +41,19 @@ def found(scale):
 
 
 def test_every_row_trains(scale, found):
-  assert found["not_reached"] == [] and list(found["rows"]) == list(ROWS)
-  for row, said in found["rows"].items():
-    (run,) = said["runs"]
+  assert found.not_reached == [] and list(found.rows) == list(ROWS)
+  for row, made in found.rows.items():
+    (run,) = made.runs
     steps = 2 * STEPS if ROWS[row].trains == "new_then_all" else STEPS
-    assert run["points"][0][0] == 0 and run["points"][-1][0] == steps * TOKENS_A_STEP
-    losses = [loss for _, loss in run["points"]]
+    assert run.points[0][0] == 0 and run.points[-1][0] == steps * TOKENS_A_STEP
+    losses = [loss for _, loss in run.points]
     # The paper's form of T2R divides by 1e-6 where RoPE makes a sum of weights negative, and may get worse at first.
     listing = ROWS[row].mixer.mixer == "t2r" and ROWS[row].mixer.rope
-    assert np.isfinite(losses).all() and run["cpu_seconds"] > 0
+    assert np.isfinite(losses).all() and run.cpu_seconds > 0
     assert losses[-1] < losses[0] or listing, row
-    made = load_model_without_params(scale.workdir / "runs" / f"{row}-0" / "run" / "checkpoint")
-    assert made.config.layers == (ROWS[row].mixer,) * 2 * ROWS[row].depth
-  assert found["rows"]["mamba"]["runs"][0]["points"][0][1] != found["rows"]["supra_scratch"]["runs"][0]["points"][0][1]
+    model = load_model_without_params(scale.workdir / "runs" / f"{row}-0" / "run" / "checkpoint")
+    assert model.config.layers == (ROWS[row].mixer,) * 2 * ROWS[row].depth
+  assert found.rows["mamba"].runs[0].points[0][1] != found.rows["supra_scratch"].runs[0].points[0][1]
 
 
 def test_what_trains(scale, found):
@@ -79,18 +79,16 @@ def test_the_table(scale, found, text, tmp_path):
   assert all(row.title in said for row in ROWS.values()) and "| 57.0, 62.4, 31.6 |" in said
   assert (tmp_path / "table.png").stat().st_size > 10_000
   stored = json.loads((tmp_path / "table.json").read_text())
-  assert stored["rows"] == json.loads(json.dumps(found["rows"]))  # made before: read, and not made again
+  assert stored["rows"] == json.loads(
+    json.dumps(dataclasses.asdict(found)["rows"])
+  )  # made before: read, and not made again
   assert {"commit", "device_kind", "command"} <= stored["made_by"].keys() and stored["size"]["length"] == 32
   every = stored["teacher_cpu_seconds"] + sum(said["runs"][0]["cpu_seconds"] for said in stored["rows"].values())
   assert stored["teacher_cpu_seconds"] > 0 and f"{every / 3600:.2f} CPU hours in all, the teacher's among them." in said
 
 
 def test_order():
-  def row(loss):
-    return {"runs": [{"points": [[0, 9.0], [1, loss]]}]}
-
-  rows = {"supra": row(3.0), "t2r": row(2.0), "mamba": row(2.5), "supra_no_rope": row(1.0)}
-  pairs, other = order({"rows": rows})
+  pairs, other = order({"supra": 3.0, "t2r": 2.0, "mamba": 2.5, "supra_no_rope": 1.0})
   assert pairs == 3  # the last one is not in the paper
   supra, t2r, mamba = (ROWS[row].title for row in ("supra", "t2r", "mamba"))
   assert other == [(t2r, supra), (mamba, supra), (t2r, mamba)]  # here T2R is best, in the paper SUPRA, then Mamba
@@ -109,17 +107,17 @@ def test_the_rate_is_the_best_in_a_tenth(scale, tmp_path):
   quick = dataclasses.replace(scale, workdir=tmp_path)
   told = {"rates": {"uptrained": (1e-9, 1e-2)}, "seeds": {"uptrained": (0, 1)}, "say": lambda line: None}
   given = dataclasses.replace(quick, given=scale.teacher())
-  made = reproduce(given, ["supra"], **told)["rows"]["supra"]
-  tried = {run["learning_rate"]: run["points"][-1][1] for run in made["tried"]}
+  made = reproduce(given, ["supra"], **told).rows["supra"]
+  tried = {run.learning_rate: run.nll for run in made.tried}
   assert tried.keys() == {1e-9, 1e-2} and tried[1e-2] < tried[1e-9]
-  assert [run["learning_rate"] for run in made["runs"]] == [1e-2, 1e-2]
-  first, second = (run["points"] for run in made["runs"])
+  assert [run.learning_rate for run in made.runs] == [1e-2, 1e-2]
+  first, second = (run.points for run in made.runs)
   assert first != second
   assert len(read_metrics(tmp_path / "runs/supra-rate-0.01/run/metrics.jsonl")) < STEPS
   # The same call with no hours left reads what is there; another row is not reached.
   again = reproduce(given, ["supra", "t2r"], cpu_hours=0, **told)
-  assert again["rows"]["supra"] == made
-  assert again["not_reached"] == ["t2r-rate-1e-09", "t2r-rate-0.01", "t2r-0", "t2r-1"]
+  assert again.rows["supra"] == made
+  assert again.not_reached == ["t2r-rate-1e-09", "t2r-rate-0.01", "t2r-0", "t2r-1"]
 
 
 def test_what_is_wrong(scale, tmp_path):
@@ -143,7 +141,7 @@ def test_another_size_wants_another_directory(scale, found, text):
   moved = scale.workdir.with_name("moved")
   scale.workdir.rename(moved)
   try:
-    assert reproduce(small_scale(str(text), moved, SIZE), ["supra"], **ONE, say=lambda line: None)["not_reached"] == []
+    assert reproduce(small_scale(str(text), moved, SIZE), ["supra"], **ONE, say=lambda line: None).not_reached == []
   finally:
     moved.rename(scale.workdir)
 
