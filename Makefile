@@ -4,6 +4,9 @@ PYTHON ?=
 WORKDIR ?= runs/demo
 PYTEST_FLAGS ?=
 
+# Modules are installed uncompiled, below; where this is set, as in many containers, each start compiles them: 9 s, not 3.
+export PYTHONDONTWRITEBYTECODE :=
+
 BIN := $(VENV)/bin
 # Without compiling modules: the few of them that are imported are compiled then.
 PIP := $(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check
