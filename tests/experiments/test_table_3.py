@@ -79,9 +79,8 @@ def test_the_table(scale, found, text, tmp_path):
   assert all(row.title in said for row in ROWS.values()) and "| 57.0, 62.4, 31.6 |" in said
   assert (tmp_path / "table.png").stat().st_size > 10_000
   stored = json.loads((tmp_path / "table.json").read_text())
-  assert stored["rows"] == json.loads(
-    json.dumps(dataclasses.asdict(found)["rows"])
-  )  # made before: read, and not made again
+  # Made before: read, and not made again.
+  assert stored["rows"] == json.loads(json.dumps(dataclasses.asdict(found)["rows"]))
   assert {"commit", "device_kind", "command"} <= stored["made_by"].keys() and stored["size"]["length"] == 32
   every = stored["teacher_cpu_seconds"] + sum(said["runs"][0]["cpu_seconds"] for said in stored["rows"].values())
   assert stored["teacher_cpu_seconds"] > 0 and f"{every / 3600:.2f} CPU hours in all, the teacher's among them." in said
